@@ -1,0 +1,45 @@
+"""The fastest exact gradient penalties in PyTorch: WGAN-GP, R1, R2, DRAGAN, CT-GAN's consistency term, eikonal."""
+
+from gpkernels import optim
+from gpkernels.backends import backend, set_backend
+from gpkernels.functional import (
+    add_instance_noise,
+    clip_weights_,
+    consistency_term,
+    gan_discriminator_loss,
+    gradient_norm_penalty,
+    interpolate,
+    lipschitz_consistency,
+    nonsaturating_generator_loss,
+    saturating_generator_loss,
+    wgan_critic_loss,
+    wgan_generator_loss,
+)
+from gpkernels.losses import CriticLoss, CriticLossParts
+from gpkernels.penalties import dragan_penalty, eikonal_loss, gradient_penalty, r1_penalty, r2_penalty
+from gpkernels.version import __version__
+
+__all__ = [
+    "CriticLoss",
+    "CriticLossParts",
+    "__version__",
+    "add_instance_noise",
+    "backend",
+    "clip_weights_",
+    "consistency_term",
+    "dragan_penalty",
+    "eikonal_loss",
+    "gan_discriminator_loss",
+    "gradient_norm_penalty",
+    "gradient_penalty",
+    "interpolate",
+    "lipschitz_consistency",
+    "nonsaturating_generator_loss",
+    "optim",
+    "r1_penalty",
+    "r2_penalty",
+    "saturating_generator_loss",
+    "set_backend",
+    "wgan_critic_loss",
+    "wgan_generator_loss",
+]

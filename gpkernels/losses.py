@@ -1,0 +1,107 @@
+"""The critic's whole loss as a module."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gpkernels.functional import consistency_term, gan_discriminator_loss, wgan_critic_loss
+from gpkernels.ops import check_eps, check_nonnegative, check_pair
+from gpkernels.penalties import dragan_penalty, gradient_penalty, r1_penalty, r2_penalty, scores_of
+
+OBJECTIVES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
+PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
+
+
+class CriticLossParts(NamedTuple):
+    """What a critic minimises, and its parts before they are weighted."""
+
+    loss: Tensor
+    adversarial: Tensor
+    penalty: Tensor
+    consistency: Tensor
+
+
+class CriticLoss(nn.Module):
+    """adversarial + penalty_weight * penalty + consistency_weight * consistency.
+
+    critic: maps (N, *) to scores, or to (scores, features) where the consistency term is to see features.
+    objective: "wgan" or "gan". penalty: "wgan-gp" (with target, one_sided), "r1", "r2", "dragan" (with target,
+    dragan_scale) or "none". consistency_weight > 0 adds CT-GAN's term between two passes over the real batch (Wei et
+    al. 2018); the first of them gives the adversarial scores.
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        critic: nn.Module,
+        *,
+        objective: str = "wgan",
+        penalty: str = "wgan-gp",
+        penalty_weight: float = 10.0,
+        target: float = 1.0,
+        one_sided: bool = False,
+        dragan_scale: float = 0.5,
+        consistency_weight: float = 0.0,
+        consistency_margin: float = 0.0,
+        feature_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not callable(critic):
+            raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+        for name, value, choices in (("objective", objective, OBJECTIVES), ("penalty", penalty, PENALTIES)):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        self.critic = critic
+        self.objective = objective
+        self.penalty = penalty
+        self.penalty_weight = check_nonnegative("penalty_weight", penalty_weight)
+        self.target = check_nonnegative("target", target)
+        self.one_sided = bool(one_sided)
+        self.dragan_scale = check_nonnegative("dragan_scale", dragan_scale)
+        self.consistency_weight = check_nonnegative("consistency_weight", consistency_weight)
+        self.consistency_margin = check_nonnegative("consistency_margin", consistency_margin)
+        self.feature_weight = check_nonnegative("feature_weight", feature_weight)
+
+    def forward(self, real: Tensor, fake: Tensor, *, eps: Tensor | None = None) -> CriticLossParts:
+        """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Returns scalars; ``loss`` is to be minimised."""
+        check_pair("real", real, "fake", fake)
+        if eps is not None:
+            check_eps(eps, real)
+        first = self.critic(real)
+        adversarial = OBJECTIVES[self.objective](scores_of(first), scores_of(self.critic(fake)))
+        penalty = self._penalty(real, fake, eps)
+        loss = adversarial if self.penalty == "none" else adversarial + self.penalty_weight * penalty
+        consistency = torch.zeros_like(adversarial)
+        if self.consistency_weight > 0:
+            consistency = self._consistency(first, self.critic(real))
+            loss = loss + self.consistency_weight * consistency
+        return CriticLossParts(loss, adversarial.detach(), penalty.detach(), consistency.detach())
+
+    def _penalty(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor:
+        if self.penalty == "wgan-gp":
+            return gradient_penalty(
+                self.critic, real, fake, target=self.target, one_sided=self.one_sided, eps=eps
+            )
+        if self.penalty == "r1":
+            return r1_penalty(self.critic, real)
+        if self.penalty == "r2":
+            return r2_penalty(self.critic, fake)
+        if self.penalty == "dragan":
+            return dragan_penalty(self.critic, real, target=self.target, scale=self.dragan_scale)
+        return torch.zeros((), device=real.device)
+
+    def _consistency(self, first: Any, second: Any) -> Tensor:
+        features = [out[1] if isinstance(out, (tuple, list)) and len(out) > 1 else None for out in (first, second)]
+        return consistency_term(
+            scores_of(first),
+            scores_of(second),
+            *features,
+            margin=self.consistency_margin,
+            feature_weight=self.feature_weight,
+        )
+
+    def extra_repr(self) -> str:
+        return f"objective={self.objective}, penalty={self.penalty}, penalty_weight={self.penalty_weight}"

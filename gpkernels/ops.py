@@ -1,0 +1,297 @@
+"""Every op's schema beside its fake kernel, its checks and its last-resort implementation.
+
+The schemas live here, so the library works with no binary: the reference registers as the default implementation of
+each op, and the extension adds faster ones for its device types. An ``Op`` called under "auto" goes through PyTorch's
+dispatcher; a forced backend is looked up in ``backends``. Ops here carry no autograd: ``functional`` adds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from gpkernels import backends, reference
+from gpkernels.reference import REDUCTIONS, accumulation_dtype
+
+_LIBRARY = torch.library.Library("gpkernels", "DEF")
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Op:
+    """One schema: callable, and the place where the implementation that runs is chosen."""
+
+    def __init__(self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.name = schema.partition("(")[0]
+        self.implementation = implementation
+        qualified = f"gpkernels::{self.name}"
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+        self.overload = getattr(torch.ops.gpkernels, self.name).default
+        if not self.overload._schema.is_mutable:
+            torch.library.register_vmap(qualified, self._vmap, lib=_LIBRARY)
+
+    def __call__(self, *args: Any) -> Any:
+        if backends.forced() is None:
+            return self.overload(*args)
+        return backends.implementation(self, args)(*args)
+
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """One call of the op for each entry of the batch axis."""
+        flat_args, spec = tree_flatten(args)
+        flat_dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
+
+        def entry(i: int) -> Any:
+            pairs = zip(flat_args, flat_dims, strict=True)
+            return self(*tree_unflatten([a if dim is None else a.select(dim, i) for a, dim in pairs], spec))
+
+        outputs = tree_map(lambda *entries: torch.stack(entries), *(entry(i) for i in range(info.batch_size)))
+        return outputs, tree_map(lambda _: 0, outputs)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """channels_last where every tensor is so, otherwise contiguous: the layout that kernels read and write."""
+    if all(t.is_contiguous() for t in tensors):
+        return torch.contiguous_format
+    layout = _LAYOUTS.get(tensors[0].dim(), torch.contiguous_format)
+    same = all(t.dim() == tensors[0].dim() and t.is_contiguous(memory_format=layout) for t in tensors)
+    return layout if same else torch.contiguous_format
+
+
+def _laid_out(*tensors: Tensor) -> list[Tensor]:
+    layout = memory_format(*tensors)
+    return [t.contiguous(memory_format=layout) for t in tensors]
+
+
+def _like(x: Tensor, *others: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x, *others))
+
+
+def _wide(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_floating(name: str, x: object) -> None:
+    """TypeError unless ``x`` is a dense floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATING or x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense floating-point tensor, got {x.dtype}, {x.layout}")
+
+
+def check_batch(name: str, x: object) -> None:
+    """``check_floating``, and ValueError unless the first axis, the batch, has at least one sample."""
+    check_floating(name, x)
+    assert isinstance(x, Tensor)
+    if x.dim() == 0 or x.shape[0] == 0:
+        raise ValueError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
+
+
+def check_pair(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    """Two batches of one shape on one device."""
+    check_batch(name1, x1)
+    check_batch(name2, x2)
+    if x1.shape != x2.shape:
+        raise ValueError(f"{name2}: expected the shape of {name1}, {tuple(x1.shape)}, got {tuple(x2.shape)}")
+    check_same_device(name1, x1, name2, x2)
+
+
+def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    if x1.device != x2.device:
+        raise ValueError(f"{name2}: expected the device of {name1}, {x1.device}, got {x2.device}")
+
+
+def check_nonnegative(name: str, value: object) -> float:
+    """The value as a float; TypeError or ValueError unless it is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return float(value)
+
+
+def check_reduction(reduction: str) -> int:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    return REDUCTIONS[reduction]
+
+
+def check_eps(eps: Tensor, like: Tensor) -> None:
+    """One eps per sample: shape (N,) or (N, 1, ..., 1)."""
+    check_floating("eps", eps)
+    n = like.shape[0]
+    if eps.shape != (n,) and eps.shape != (n, *[1] * (like.dim() - 1)):
+        raise ValueError(f"eps: expected one number per sample, shape ({n},) or ({n}, 1, ...), got {tuple(eps.shape)}")
+    check_same_device("real", like, "eps", eps)
+
+
+# --- interpolate ------------------------------------------------------------------------------------------------------
+
+
+def _interpolate(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    return reference.interpolate(*_laid_out(real, fake), eps).contiguous(memory_format=memory_format(real, fake))
+
+
+def _interpolate_random(real: Tensor, fake: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    mixed, eps = reference.interpolate_random(*_laid_out(real, fake), key)
+    return mixed.contiguous(memory_format=memory_format(real, fake)), eps
+
+
+def _interpolate_backward(cotangent: Tensor, eps: Tensor, to_real: bool, to_fake: bool) -> tuple[Tensor, Tensor]:
+    to = reference.interpolate_backward(*_laid_out(cotangent), eps, to_real, to_fake)
+    layout = memory_format(cotangent)
+    wanted = (to_real, to_fake)
+    first, second = (g.contiguous(memory_format=layout) if w else g for g, w in zip(to, wanted, strict=True))
+    return first, second
+
+
+interpolate = Op(
+    "interpolate(Tensor real, Tensor fake, Tensor eps) -> Tensor",
+    _interpolate,
+    lambda real, fake, eps: _like(real, fake),
+)
+interpolate_random = Op(
+    "interpolate_random(Tensor real, Tensor fake, Tensor key) -> (Tensor, Tensor)",
+    _interpolate_random,
+    lambda real, fake, key: (_like(real, fake), _wide(real, real.shape[0])),
+)
+interpolate_backward = Op(
+    "interpolate_backward(Tensor cotangent, Tensor eps, bool to_real, bool to_fake) -> (Tensor, Tensor)",
+    _interpolate_backward,
+    lambda cotangent, eps, to_real, to_fake: (
+        _like(cotangent) if to_real else cotangent.new_empty(0),
+        _like(cotangent) if to_fake else cotangent.new_empty(0),
+    ),
+)
+
+# --- instance noise ---------------------------------------------------------------------------------------------------
+
+
+def _instance_noise(x: Tensor, sigma: float, scale: Tensor | None, key: Tensor, gaussian: bool) -> Tensor:
+    return reference.instance_noise(*_laid_out(x), sigma, scale, key, gaussian)
+
+
+instance_noise = Op(
+    "instance_noise(Tensor x, float sigma, Tensor? scale, Tensor key, bool gaussian) -> Tensor",
+    _instance_noise,
+    lambda x, sigma, scale, key, gaussian: _like(x),
+)
+
+# --- gradient norm penalty --------------------------------------------------------------------------------------------
+
+
+def _gradient_norm_penalty_backward(cotangent: Tensor, grad: Tensor, coefficient: Tensor) -> Tensor:
+    scaled = reference.gradient_norm_penalty_backward(cotangent, *_laid_out(grad), coefficient)
+    return scaled.contiguous(memory_format=memory_format(grad))
+
+
+gradient_norm_penalty = Op(
+    "gradient_norm_penalty(Tensor grad, float target, bool one_sided, int reduction) -> (Tensor, Tensor)",
+    reference.gradient_norm_penalty,
+    lambda grad, target, one_sided, reduction: (
+        _wide(grad, *([grad.shape[0]] if reduction == REDUCTIONS["none"] else [])),
+        _wide(grad, grad.shape[0]),
+    ),
+)
+gradient_norm_penalty_backward = Op(
+    "gradient_norm_penalty_backward(Tensor cotangent, Tensor grad, Tensor coefficient) -> Tensor",
+    _gradient_norm_penalty_backward,
+    lambda cotangent, grad, coefficient: _like(grad),
+)
+
+# --- consistency ------------------------------------------------------------------------------------------------------
+
+
+def _consistency_backward(
+    cotangent: Tensor,
+    a1: Tensor,
+    a2: Tensor,
+    b1: Tensor,
+    b2: Tensor,
+    a_coefficient: Tensor,
+    b_coefficient: Tensor,
+    to_b: bool,
+) -> tuple[Tensor, ...]:
+    a, b = _laid_out(a1, a2), _laid_out(b1, b2)
+    ga1, ga2, gb1, gb2 = reference.consistency_backward(cotangent, *a, *b, a_coefficient, b_coefficient, to_b)
+    layout = memory_format(a1, a2)
+    to_a = ga1.contiguous(memory_format=layout), ga2.contiguous(memory_format=layout)
+    if not to_b:
+        return *to_a, gb1, b1.new_empty(0)
+    layout = memory_format(b1, b2)
+    return *to_a, gb1.contiguous(memory_format=layout), gb2.contiguous(memory_format=layout)
+
+
+def _consistency_fake(score1: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _wide(score1), _wide(score1, score1.shape[0]), _wide(score1, score1.shape[0])
+
+
+consistency_term = Op(
+    "consistency_term(Tensor score1, Tensor score2, Tensor features1, Tensor features2, float margin,"
+    " float feature_weight) -> (Tensor, Tensor, Tensor)",
+    reference.consistency_term,
+    _consistency_fake,
+)
+lipschitz_consistency = Op(
+    "lipschitz_consistency(Tensor score1, Tensor score2, Tensor x1, Tensor x2, float margin)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.lipschitz_consistency,
+    _consistency_fake,
+)
+consistency_backward = Op(
+    "consistency_backward(Tensor cotangent, Tensor a1, Tensor a2, Tensor b1, Tensor b2, Tensor a_coefficient,"
+    " Tensor b_coefficient, bool to_b) -> (Tensor, Tensor, Tensor, Tensor)",
+    _consistency_backward,
+    lambda cotangent, a1, a2, b1, b2, a_coefficient, b_coefficient, to_b: (
+        _like(a1, a2),
+        _like(a1, a2),
+        _like(b1, b2) if to_b else b1.new_empty(0),
+        _like(b1, b2) if to_b else b1.new_empty(0),
+    ),
+)
+
+# --- score losses -----------------------------------------------------------------------------------------------------
+
+
+def _score_loss_backward(cotangent: Tensor, scores: Sequence[Tensor], kinds: Sequence[int]) -> list[Tensor]:
+    contiguous = [s.contiguous() for s in scores]
+    return reference.score_loss_backward(cotangent, contiguous, kinds)
+
+
+score_loss = Op(
+    "score_loss(Tensor[] scores, int[] kinds) -> Tensor",
+    reference.score_loss,
+    lambda scores, kinds: _wide(scores[0]),
+)
+score_loss_backward = Op(
+    "score_loss_backward(Tensor cotangent, Tensor[] scores, int[] kinds) -> Tensor[]",
+    _score_loss_backward,
+    lambda cotangent, scores, kinds: [s.new_empty(s.shape) for s in scores],
+)
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+clip_weights_ = Op(
+    "clip_weights_(Tensor(a!)[] params, float c) -> ()", reference.clip_weights_, lambda params, c: None
+)
+rmsprop_ = Op(
+    "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs,"
+    " Tensor(d!)[] momentum_buffers, float lr, float alpha, float eps, float weight_decay, float momentum,"
+    " bool maximize, float? clip) -> ()",
+    reference.rmsprop_,
+    lambda *args: None,
+)
+
+ALL = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}

@@ -1,0 +1,138 @@
+"""Gradient penalties of any critic: an ``nn.Module`` or a callable that maps (N, *) to scores.
+
+A score may be (N,), (N, 1) or a map (N, *): whatever its shape it is summed before it is differentiated, as everyone
+does. A critic that returns a tuple gives its scores first. Every function returns the bare expectation, in at least
+float32, with a graph to the critic's weights where grad mode is on; coefficients belong to the caller. The inputs are
+detached: a penalty has no gradient with respect to real, fake or points.
+Errors: TypeError or ValueError naming the argument, before the critic is called.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from gpkernels import ops
+from gpkernels.functional import draw_key, gradient_norm_penalty, interpolate
+from gpkernels.ops import check_batch, check_nonnegative, check_pair
+
+Critic = Callable[..., Any]
+_seen_with_batch_norm: WeakSet[nn.Module] = WeakSet()
+
+
+def gradient_penalty(
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    target: float = 1.0,
+    one_sided: bool = False,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """E (|grad D(x)| - target)^2 at x between real and fake (Gulrajani et al. 2017, eq. 3).
+
+    real, fake: (N, *), one shape. one_sided: max(0, |grad D| - target)^2 instead. eps: (N,) or (N, 1, ..., 1), one
+    per sample, drawn from U[0, 1) by ``generator`` if None. critic_args, critic_kwargs: further inputs, such as labels,
+    passed after x and not differentiated.
+    """
+    check_pair("real", real, "fake", fake)
+    points = interpolate(real.detach(), fake.detach(), eps, generator=generator)
+    grad = input_gradient(critic, points, critic_args, critic_kwargs)
+    return gradient_norm_penalty(grad, target, one_sided=one_sided)
+
+
+def r1_penalty(critic: Critic, real: Tensor) -> Tensor:
+    """E |grad D(x)|^2 at real data (Mescheder et al. 2018, eq. 9, without its gamma / 2). real: (N, *)."""
+    check_batch("real", real)
+    return gradient_norm_penalty(input_gradient(critic, real), 0.0)
+
+
+def r2_penalty(critic: Critic, fake: Tensor) -> Tensor:
+    """E |grad D(x)|^2 at generated data (Mescheder et al. 2018, eq. 10, without its gamma / 2). fake: (N, *)."""
+    check_batch("fake", fake)
+    return gradient_norm_penalty(input_gradient(critic, fake), 0.0)
+
+
+def dragan_penalty(
+    critic: Critic,
+    real: Tensor,
+    *,
+    target: float = 1.0,
+    scale: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """E (|grad D(x)| - target)^2 at x = real + scale * std(real) * U[0, 1) per element (Kodali et al. 2017).
+
+    real: (N, *); std is over the whole batch, with Bessel's correction.
+    """
+    check_batch("real", real)
+    if real.numel() < 2:
+        raise ValueError(f"real: expected at least two elements, to have a spread, got shape {tuple(real.shape)}")
+    scale = check_nonnegative("scale", scale)
+    real = real.detach()
+    spread = real.to(torch.promote_types(real.dtype, torch.float32)).std().reshape(1)
+    points = ops.instance_noise(real, scale, spread, draw_key(real.device, generator), False)
+    return gradient_norm_penalty(input_gradient(critic, points), target)
+
+
+def eikonal_loss(field: Critic, points: Tensor) -> Tensor:
+    """E (|grad f(x)| - 1)^2 over points, the eikonal term of a signed distance field (Gropp et al. 2020, eq. 2).
+
+    points: (*, d); each point is a row, the norm is over its d coordinates.
+    """
+    check_batch("points", points)
+    grad = input_gradient(field, points)
+    return gradient_norm_penalty(grad.reshape(-1, grad.shape[-1]), 1.0)
+
+
+def input_gradient(
+    critic: Critic, x: Tensor, critic_args: Sequence[Any] = (), critic_kwargs: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Gradient of the summed scores at x, (N, *), differentiable once more where grad mode is on.
+
+    Raises TypeError if the critic is not callable or gives no tensor, ValueError if its scores do not depend on x.
+    """
+    if not callable(critic):
+        raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+    _warn_of_batch_norm(critic)
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        scores = scores_of(critic(x, *critic_args, **(critic_kwargs or {})))
+        if not scores.requires_grad:
+            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+        (grad,) = torch.autograd.grad(
+            scores, x, torch.ones_like(scores), create_graph=differentiable, allow_unused=True
+        )
+    if grad is None:
+        raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+    return grad
+
+
+def scores_of(output: Any) -> Tensor:
+    """The scores in a critic's output: a tensor, or the first of a tuple."""
+    scores = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"critic: expected scores as a tensor, or first in a tuple, got {type(output).__name__}")
+    return scores
+
+
+def _warn_of_batch_norm(critic: Critic) -> None:
+    if torch.compiler.is_compiling() or not isinstance(critic, nn.Module) or critic in _seen_with_batch_norm:
+        return
+    for module in critic.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            _seen_with_batch_norm.add(critic)
+            warnings.warn(
+                "the critic has BatchNorm in training mode, which mixes samples: the penalty is not per sample",
+                stacklevel=4,
+            )
+            return
