@@ -1,0 +1,37 @@
+# What a person types. Every target makes .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: train test lint format install clean
+
+train: install  ## train a WGAN-GP on handwritten digits and show what it made
+	$(BIN)/gpkernels train wgan-gp --data digits
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## style, types and C++ format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/*/*.*
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.* csrc/*/*.*
+
+install: .venv/installed  ## .venv with the package, editable, and its development tools
+
+.venv/requirements: requirements.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed: .venv/requirements $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info gpkernels/_C*.so

@@ -1,0 +1,122 @@
+// consistency_term and lipschitz_consistency: squared distances per row, then a formula; they share one backward.
+#include "../formulas.h"
+#include "tensors.h"
+
+namespace gpk::cpu {
+namespace {
+
+template <typename T>
+GPK_SIMD double squared_distance(const T* a, const T* b, int64_t begin, int64_t end) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = begin; i < end; ++i) {
+    const double v = double(Accumulate<T>(a[i])) - double(Accumulate<T>(b[i]));
+    sum += v * v;
+  }
+  return sum;
+}
+
+template <typename T, typename A>
+GPK_SIMD void scale_difference(const T* a, const T* b, const A* scale, T* plus, T* minus, int64_t row_begin,
+                               int64_t row_end, int64_t begin, int64_t end, int64_t cols) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const A factor = scale[row];
+    const int64_t offset = row * cols;
+    for (int64_t i = offset + begin; i < offset + end; ++i) {
+      const A v = factor * (A(a[i]) - A(b[i]));
+      plus[i] = T(v);
+      minus[i] = T(-v);
+    }
+  }
+}
+
+std::vector<double> row_distances(const char* name, const Tensor& a, const Tensor& b) {
+  const Shape shape = rows_of(name, a);
+  check_same(name, b, a);
+  const MemoryFormat format = common_format({&a, &b});
+  const Tensor first = in_format(a, format), second = in_format(b, format);
+  std::vector<double> sums;
+  dispatch(a, [&](auto zero) {
+    using T = decltype(zero);
+    sums = sum_rows(shape, [&, x = data<T>(first), y = data<T>(second)](int64_t row, int64_t begin, int64_t end) {
+      return squared_distance<T>(x + row * shape.cols, y + row * shape.cols, begin, end);
+    });
+  });
+  return sums;
+}
+
+// Mean over rows of what `formula` gives for the two distances, and its coefficients.
+template <typename F>
+std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor& a2, const Tensor& b1,
+                                                  const Tensor& b2, const F& formula) {
+  std::vector<double> a = row_distances("a", a1, a2), b = row_distances("b", b1, b2);
+  STD_TORCH_CHECK(a.size() == b.size(), "batches differ");
+  double total = 0;
+  for (size_t row = 0; row < a.size(); ++row) {
+    const ConsistencyRow<double> result = formula(a[row], b[row], 1.0 / double(a.size()));
+    total += result.value;
+    a[row] = result.a_coefficient;
+    b[row] = result.b_coefficient;
+  }
+  total /= double(a.size());
+  const int64_t rows = int64_t(a.size());
+  return {from_doubles(a1, &total, 1, true), from_doubles(a1, a.data(), rows), from_doubles(a1, b.data(), rows)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> consistency_term_cpu(Tensor score1, Tensor score2, Tensor features1,
+                                                        Tensor features2, double margin, double feature_weight) {
+  const int64_t width = rows_of("features1", features1).cols;
+  const double weight = feature_weight / double(std::max<int64_t>(1, width));
+  return mean_over_rows(score1, score2, features1, features2, [=](double scores, double features, double share) {
+    return consistency_row(scores, features, margin, weight, share);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> lipschitz_consistency_cpu(Tensor score1, Tensor score2, Tensor x1, Tensor x2,
+                                                             double margin) {
+  return mean_over_rows(score1, score2, x1, x2, [=](double scores, double inputs, double share) {
+    return lipschitz_row(scores, inputs, margin, share);
+  });
+}
+
+std::pair<Tensor, Tensor> pair_backward(const Tensor& cotangent, const Tensor& x1, const Tensor& x2,
+                                        const Tensor& coefficient) {
+  const Shape shape = rows_of("pair", x1);
+  check_same("pair", x2, x1);
+  check_per_row("coefficient", coefficient, shape);
+  STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
+  const MemoryFormat format = common_format({&x1, &x2});
+  const Tensor a = in_format(x1, format), b = in_format(x2, format);
+  const Tensor plus = empty_like(x1, format), minus = empty_like(x1, format);
+  dispatch(x1, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulate<T>;
+    std::vector<A> scale = small_vector<A>(coefficient);
+    const A by = small_vector<A>(cotangent)[0];
+    for (A& s : scale) s *= by;
+    for_tiles(shape, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+      scale_difference<T, A>(data<T>(a), data<T>(b), scale.data(), mutable_data<T>(plus), mutable_data<T>(minus), r0,
+                             r1, c0, c1, shape.cols);
+    });
+  });
+  return {plus, minus};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> consistency_backward_cpu(Tensor cotangent, Tensor a1, Tensor a2, Tensor b1,
+                                                                    Tensor b2, Tensor a_coefficient,
+                                                                    Tensor b_coefficient, bool to_b) {
+  const auto [ga1, ga2] = pair_backward(cotangent, a1, a2, a_coefficient);
+  if (!to_b) return {ga1, ga2, nothing_like(b1), nothing_like(b1)};
+  const auto [gb1, gb2] = pair_backward(cotangent, b1, b2, b_coefficient);
+  return {ga1, ga2, gb1, gb2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gpkernels, CPU, m) {
+  m.impl("consistency_term", TORCH_BOX(&consistency_term_cpu));
+  m.impl("lipschitz_consistency", TORCH_BOX(&lipschitz_consistency_cpu));
+  m.impl("consistency_backward", TORCH_BOX(&consistency_backward_cpu));
+}
+
+}  // namespace gpk::cpu

@@ -1,0 +1,83 @@
+// gradient norm penalty: one pass over the rows gives norms, penalty and the coefficient that backward scales by.
+#include "../formulas.h"
+#include "tensors.h"
+
+namespace gpk::cpu {
+namespace {
+
+enum Reduction : int64_t { kNone, kMean, kSum };
+
+template <typename T>
+GPK_SIMD double sum_of_squares(const T* x, int64_t begin, int64_t end) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = begin; i < end; ++i) {
+    const double v = double(Accumulate<T>(x[i]));
+    sum += v * v;
+  }
+  return sum;
+}
+
+template <typename T, typename A>
+GPK_SIMD void scale_rows(const T* x, const A* scale, T* out, int64_t row_begin, int64_t row_end, int64_t begin,
+                         int64_t end, int64_t cols) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const A factor = scale[row];
+    const T* from = x + row * cols;
+    T* to = out + row * cols;
+    for (int64_t i = begin; i < end; ++i) to[i] = T(factor * A(from[i]));
+  }
+}
+
+std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target, bool one_sided, int64_t reduction) {
+  const Shape shape = rows_of("grad", grad);
+  const Tensor dense = in_format(grad, common_format({&grad}));
+  std::vector<double> values;
+  dispatch(grad, [&](auto zero) {
+    using T = decltype(zero);
+    values = sum_rows(shape, [x = data<T>(dense), cols = shape.cols](int64_t row, int64_t begin, int64_t end) {
+      return sum_of_squares<T>(x + row * cols, begin, end);
+    });
+  });
+  std::vector<double> coefficients(shape.rows);
+  const double share = reduction == kMean ? 1.0 / double(shape.rows) : 1.0;
+  double total = 0;
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    const PenaltyRow<double> penalty = penalty_row(values[row], target, one_sided, share);
+    values[row] = penalty.value;
+    coefficients[row] = penalty.coefficient;
+    total += penalty.value;
+  }
+  const Tensor coefficient = from_doubles(grad, coefficients.data(), shape.rows);
+  if (reduction == kNone) return {from_doubles(grad, values.data(), shape.rows), coefficient};
+  total = reduction == kMean ? total / double(shape.rows) : total;
+  return {from_doubles(grad, &total, 1, true), coefficient};
+}
+
+Tensor gradient_norm_penalty_backward_cpu(Tensor cotangent, Tensor grad, Tensor coefficient) {
+  const Shape shape = rows_of("grad", grad);
+  check_per_row("coefficient", coefficient, shape);
+  STD_TORCH_CHECK(cotangent.numel() == 1 || cotangent.numel() == shape.rows, "cotangent: expected one, or one per row");
+  const MemoryFormat format = common_format({&grad});
+  const Tensor from = in_format(grad, format), out = empty_like(grad, format);
+  dispatch(grad, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulate<T>;
+    std::vector<A> scale = small_vector<A>(coefficient);
+    const std::vector<A> by = small_vector<A>(cotangent);
+    for (size_t row = 0; row < scale.size(); ++row) scale[row] *= by[by.size() == 1 ? 0 : row];
+    for_tiles(shape, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+      scale_rows<T, A>(data<T>(from), scale.data(), mutable_data<T>(out), r0, r1, c0, c1, shape.cols);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gpkernels, CPU, m) {
+  m.impl("gradient_norm_penalty", TORCH_BOX(&gradient_norm_penalty_cpu));
+  m.impl("gradient_norm_penalty_backward", TORCH_BOX(&gradient_norm_penalty_backward_cpu));
+}
+
+}  // namespace gpk::cpu

@@ -1,0 +1,112 @@
+// interpolate: eps * real + (1 - eps) * fake, one eps per sample.
+#include "../formulas.h"
+#include "tensors.h"
+
+namespace gpk::cpu {
+namespace {
+
+template <typename T, typename A>
+GPK_SIMD void interpolate_rows(const T* real, const T* fake, const A* eps, T* out, int64_t row_begin, int64_t row_end,
+                               int64_t begin, int64_t end, int64_t cols) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const A weight = eps[row];
+    const T *r = real + row * cols, *f = fake + row * cols;
+    T* o = out + row * cols;
+    for (int64_t i = begin; i < end; ++i) o[i] = T(gpk::interpolate(A(r[i]), A(f[i]), weight));
+  }
+}
+
+template <typename T, typename A>
+GPK_SIMD void split_rows(const T* cotangent, const A* eps, T* to_real, T* to_fake, int64_t row_begin, int64_t row_end,
+                         int64_t begin, int64_t end, int64_t cols) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const A weight = eps[row], rest = A(1) - weight;
+    const T* c = cotangent + row * cols;
+    T *r = to_real + row * cols, *f = to_fake + row * cols;
+    if (to_real && to_fake) {
+      for (int64_t i = begin; i < end; ++i) {
+        const A v = A(c[i]);
+        r[i] = T(weight * v);
+        f[i] = T(rest * v);
+      }
+    } else if (to_real) {
+      for (int64_t i = begin; i < end; ++i) r[i] = T(weight * A(c[i]));
+    } else if (to_fake) {
+      for (int64_t i = begin; i < end; ++i) f[i] = T(rest * A(c[i]));
+    }
+  }
+}
+
+template <typename T, typename A>
+Tensor mix(const Tensor& real, const Tensor& fake, Shape shape, const std::vector<A>& eps) {
+  const MemoryFormat format = common_format({&real, &fake});
+  const Tensor r = in_format(real, format), f = in_format(fake, format), out = empty_like(real, format);
+  T* to = mutable_data<T>(out);
+  for_tiles(shape, [&, from_real = data<T>(r), from_fake = data<T>(f)](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+    interpolate_rows<T, A>(from_real, from_fake, eps.data(), to, r0, r1, c0, c1, shape.cols);
+  });
+  return out;
+}
+
+Shape check(const Tensor& real, const Tensor& fake) {
+  const Shape shape = rows_of("real", real);
+  check_same("fake", fake, real);
+  return shape;
+}
+
+Tensor interpolate_cpu(Tensor real, Tensor fake, Tensor eps) {
+  const Shape shape = check(real, fake);
+  check_per_row("eps", eps, shape);
+  Tensor out;
+  dispatch(real, [&](auto zero) {
+    using T = decltype(zero);
+    out = mix<T>(real, fake, shape, small_vector<Accumulate<T>>(eps));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> interpolate_random_cpu(Tensor real, Tensor fake, Tensor key) {
+  const Shape shape = check(real, fake);
+  const uint64_t seed = philox_key(key);
+  Tensor out, drawn;
+  dispatch(real, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulate<T>;
+    std::vector<A> eps(shape.rows);
+    for (int64_t n = 0; n < shape.rows; ++n) eps[n] = unit_interval<A>(philox(seed, uint64_t(n)).word[0]);
+    out = mix<T>(real, fake, shape, eps);
+    const std::vector<double> wide(eps.begin(), eps.end());
+    drawn = from_doubles(real, wide.data(), shape.rows);
+  });
+  return {out, drawn};
+}
+
+std::tuple<Tensor, Tensor> interpolate_backward_cpu(Tensor cotangent, Tensor eps, bool to_real, bool to_fake) {
+  const Shape shape = rows_of("cotangent", cotangent);
+  check_per_row("eps", eps, shape);
+  const MemoryFormat format = common_format({&cotangent});
+  const Tensor from = in_format(cotangent, format);
+  const Tensor real = to_real ? empty_like(cotangent, format) : nothing_like(cotangent);
+  const Tensor fake = to_fake ? empty_like(cotangent, format) : nothing_like(cotangent);
+  dispatch(cotangent, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulate<T>;
+    const std::vector<A> weights = small_vector<A>(eps);
+    T* r = to_real ? mutable_data<T>(real) : nullptr;
+    T* f = to_fake ? mutable_data<T>(fake) : nullptr;
+    for_tiles(shape, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+      split_rows<T, A>(data<T>(from), weights.data(), r, f, r0, r1, c0, c1, shape.cols);
+    });
+  });
+  return {real, fake};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gpkernels, CPU, m) {
+  m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
+  m.impl("interpolate_random", TORCH_BOX(&interpolate_random_cpu));
+  m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cpu));
+}
+
+}  // namespace gpk::cpu

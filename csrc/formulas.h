@@ -1,0 +1,184 @@
+// The arithmetic of each op, written once for host and device. gpkernels/reference.py is the specification.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define GPK_HD __host__ __device__ __forceinline__
+#else
+#define GPK_HD inline
+#endif
+
+namespace gpk {
+
+// --- random numbers ---------------------------------------------------------------------------------------------
+
+struct Words {
+  uint32_t word[4];
+};
+
+// Philox-4x32-10 (Salmon et al. 2011); the counter fills the two low words.
+GPK_HD Words philox(uint64_t key, uint64_t counter) {
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  uint32_t w0 = uint32_t(counter), w1 = uint32_t(counter >> 32), w2 = 0, w3 = 0;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t first = uint64_t(w0) * 0xD2511F53u, second = uint64_t(w2) * 0xCD9E8D57u;
+    const uint32_t next0 = uint32_t(second >> 32) ^ w1 ^ k0, next2 = uint32_t(first >> 32) ^ w3 ^ k1;
+    w1 = uint32_t(second);
+    w3 = uint32_t(first);
+    w0 = next0;
+    w2 = next2;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{w0, w1, w2, w3}};
+}
+
+// 24 random bits as a number in [0, 1).
+template <typename A>
+GPK_HD A unit_interval(uint32_t word) {
+  return A(word >> 8) * A(1.0 / 16777216.0);
+}
+
+// Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite.
+template <typename A>
+GPK_HD void gaussian_pair(uint32_t radius_word, uint32_t angle_word, A* pair) {
+  const A radius = std::sqrt(A(-2) * std::log(A(1) - unit_interval<A>(radius_word)));
+  const A angle = A(2 * 3.14159265358979323846) * unit_interval<A>(angle_word);
+  pair[0] = radius * std::cos(angle);
+  pair[1] = radius * std::sin(angle);
+}
+
+// The four numbers of one Philox call.
+template <typename A>
+GPK_HD void random_numbers(uint64_t key, uint64_t counter, bool gaussian, A* numbers) {
+  const Words words = philox(key, counter);
+  if (gaussian) {
+    gaussian_pair(words.word[0], words.word[1], numbers);
+    gaussian_pair(words.word[2], words.word[3], numbers + 2);
+  } else {
+    for (int i = 0; i < 4; ++i) numbers[i] = unit_interval<A>(words.word[i]);
+  }
+}
+
+// --- interpolate ------------------------------------------------------------------------------------------------
+
+template <typename A>
+GPK_HD A interpolate(A real, A fake, A eps) {
+  return eps * real + (A(1) - eps) * fake;
+}
+
+// --- gradient norm penalty --------------------------------------------------------------------------------------
+
+template <typename A>
+struct PenaltyRow {
+  A value, coefficient;
+};
+
+// (|g| - target)^2 from |g|^2, and the coefficient of g in its derivative, times `share`; 0 where |g| = 0.
+template <typename A>
+GPK_HD PenaltyRow<A> penalty_row(A squared, A target, bool one_sided, A share) {
+  if (target == A(0)) return {squared, A(2) * share};
+  const A norm = std::sqrt(squared);
+  A excess = norm - target;
+  if (one_sided && excess <= A(0)) excess = A(0);
+  return {excess * excess, squared == A(0) ? A(0) : A(2) * excess / norm * share};
+}
+
+// --- consistency ------------------------------------------------------------------------------------------------
+
+template <typename A>
+struct ConsistencyRow {
+  A value, a_coefficient, b_coefficient;
+};
+
+// max(0, scores + weight * features - margin) from squared distances.
+template <typename A>
+GPK_HD ConsistencyRow<A> consistency_row(A scores, A features, A margin, A weight, A share) {
+  const A excess = scores + weight * features - margin;
+  if (excess <= A(0)) return {A(0), A(0), A(0)};
+  return {excess, A(2) * share, A(2) * share * weight};
+}
+
+// max(0, sqrt(scores / inputs) - margin) from squared distances; 0 where either distance is 0.
+template <typename A>
+GPK_HD ConsistencyRow<A> lipschitz_row(A scores, A inputs, A margin, A share) {
+  if (scores == A(0) || inputs == A(0)) return {A(0), A(0), A(0)};
+  const A ratio = std::sqrt(scores / inputs), excess = ratio - margin;
+  if (excess <= A(0)) return {A(0), A(0), A(0)};
+  return {excess, ratio * share / scores, -ratio * share / inputs};
+}
+
+// --- score losses -----------------------------------------------------------------------------------------------
+
+enum class ScoreLoss : int64_t { identity, negative, softplus, softplus_negative, negative_softplus };
+
+template <typename A>
+GPK_HD A softplus(A x) {
+  return (x > A(0) ? x : A(0)) + std::log1p(std::exp(-std::fabs(x)));
+}
+
+template <typename A>
+GPK_HD A sigmoid(A x) {
+  return A(1) / (A(1) + std::exp(-x));
+}
+
+template <typename A>
+GPK_HD A score_value(ScoreLoss kind, A s) {
+  switch (kind) {
+    case ScoreLoss::identity: return s;
+    case ScoreLoss::negative: return -s;
+    case ScoreLoss::softplus: return softplus(s);
+    case ScoreLoss::softplus_negative: return softplus(-s);
+    default: return -softplus(s);
+  }
+}
+
+template <typename A>
+GPK_HD A score_slope(ScoreLoss kind, A s) {
+  switch (kind) {
+    case ScoreLoss::identity: return A(1);
+    case ScoreLoss::negative: return A(-1);
+    case ScoreLoss::softplus: return sigmoid(s);
+    case ScoreLoss::softplus_negative: return -sigmoid(-s);
+    default: return -sigmoid(s);
+  }
+}
+
+// --- weights ----------------------------------------------------------------------------------------------------
+
+// NaN stays NaN, as in torch.clamp.
+template <typename A>
+GPK_HD A clip(A x, A c) {
+  return x < -c ? -c : (x > c ? c : x);
+}
+
+template <typename A>
+struct RmspropOptions {
+  A lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign, clip;
+};
+
+// torch.optim.RMSprop's update in its order of operations, so that float32 agrees to the last bit.
+template <bool kCentered, bool kMomentum, bool kWeightDecay, typename A>
+GPK_HD void rmsprop(A& p, A g, A& square, A& average, A& buffer, const RmspropOptions<A>& o) {
+  g = g * o.sign;
+  if (kWeightDecay) g = g + o.weight_decay * p;
+  square = square * o.alpha + o.one_minus_alpha * g * g;
+  A variance = square;
+  if (kCentered) {
+    const A gap = g - average;
+    average = o.one_minus_alpha < A(0.5) ? average + o.one_minus_alpha * gap : g - gap * (A(1) - o.one_minus_alpha);
+    variance = square - average * average;
+  }
+  const A step = std::sqrt(variance) + o.eps;
+  if (kMomentum) {
+    buffer = buffer * o.momentum + g / step;
+    p = p - o.lr * buffer;
+  } else {
+    p = p + (-o.lr) * g / step;
+  }
+  p = clip(p, o.clip);
+}
+
+}  // namespace gpk

@@ -1,0 +1,54 @@
+"""What runs here, why, and what the extension was built with: `gpkernels info`."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from gpkernels import backends, ops
+from gpkernels.version import __version__
+
+
+def facts() -> dict[str, Any]:
+    """Versions, backends with the reason where one cannot run, build facts, and what each op runs on."""
+    extension = backends.extension
+    usable = {
+        name: backends.unavailable(name) or "available" for name in backends.NAMES if name not in ("auto", "reference")
+    }
+    return {
+        "gpkernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "backend": backends.forced() or "auto",
+        "running": {device: backends.running(device) for device in ("cpu", "cuda")},
+        "backends": {"reference": "available", **usable},
+        "build": extension.build_info() if extension is not None else None,
+        "build_error": backends.extension_error,
+        "instruction_set": extension.instruction_set() if extension is not None else None,
+        "ops": sorted(ops.ALL),
+        "hardware": "CPU kernels run on this machine's CPU; no kernel has run on a GPU",
+    }
+
+
+def render() -> str:
+    """The facts as a page of text."""
+    known = facts()
+    lines = [
+        f"gpkernels {known['gpkernels']}, torch {known['torch']}, Python {known['python']}, {known['machine']}",
+        f"backend: {known['backend']}; " + ", ".join(f"{d} tensors run on {b}" for d, b in known["running"].items()),
+        *(f"  {name:<10} {state}" for name, state in known["backends"].items()),
+    ]
+    if known["build"]:
+        build = known["build"]
+        lines += [
+            f"extension: built with torch {build['torch']}, {build['compiler']}, revision {build['revision']}",
+            f"  flags             {build['flags']}",
+            f"  instruction sets  {', '.join(build['instruction_sets'])}; this machine runs {known['instruction_set']}",
+        ]
+    else:
+        lines.append(f"extension: not loaded: {known['build_error']}")
+    lines += ["ops: " + ", ".join(known["ops"]), known["hardware"]]
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""Drives CMake with Ninja; CMakeLists.txt describes the build and pyproject.toml the package.
+
+GPKERNELS_BUILD chooses what is built: "auto" (what this machine can), "cpu", "cuda" or "none".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+WANTED = os.environ.get("GPKERNELS_BUILD", "auto")
+NEEDS = ("torch", "pybind11", "cmake", "ninja")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that CMake will take."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def wants_extension() -> bool:
+    """Whether to build; ends with a message where the build was asked for and cannot be done."""
+    if WANTED not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"GPKERNELS_BUILD: expected auto, cpu, cuda or none, got {WANTED!r}")
+    if WANTED == "cuda":
+        sys.exit("GPKERNELS_BUILD=cuda: this version has no CUDA kernels; use auto, cpu or none")
+    if WANTED == "none":
+        return False
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(
+            "gpkernels builds against the torch you run, which this build environment does not have. Install torch, then:\n"
+            "  pip install pybind11 cmake ninja setuptools wheel && pip install --no-build-isolation .\n"
+            "or GPKERNELS_BUILD=none pip install .  for the package without native kernels."
+        )
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None and shutil.which(name) is None]
+    if missing or compiler() is None:
+        lack = [*missing, *([] if compiler() else ["a C++ compiler"])]
+        if WANTED == "cpu":
+            sys.exit(f"GPKERNELS_BUILD=cpu: the build needs {', '.join(lack)}")
+        print(f"gpkernels: building without native kernels; missing: {', '.join(lack)}", file=sys.stderr)
+        return False
+    return True
+
+
+class CMakeBuild(build_ext):
+    """Configure, build, and copy the module to where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build = Path(self.build_temp).resolve() / "cmake"
+        source = Path(__file__).resolve().parent
+        # Tools that pip installed lie beside this Python, which need not be on PATH.
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        cmake = shutil.which("cmake", path=path) or "cmake"
+        environment = {**os.environ, "PATH": path}
+        configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        subprocess.run(configure, check=True, env=environment)
+        subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / target.name, target)
+
+
+setup(
+    ext_modules=[Extension("gpkernels._C", sources=[])] if wants_extension() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
