@@ -170,7 +170,7 @@ def consistency_term(
     """
     share = feature_weight / max(1, features1[0].numel())
     excess = _squared_distance(score1, score2) + share * _squared_distance(features1, features2) - margin
-    active = torch.where(excess <= 0, 0.0, 2.0 / score1.shape[0]).to(excess.dtype)
+    active = torch.full_like(excess, 2.0 / score1.shape[0]).masked_fill(excess <= 0, 0.0).detach()
     return torch.where(excess <= 0, 0.0, excess).mean(), active, active * share
 
 

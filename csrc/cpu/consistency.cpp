@@ -51,14 +51,14 @@ std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor
                                                   const Tensor& b2, const F& formula) {
   std::vector<double> a = row_distances("a", a1, a2), b = row_distances("b", b1, b2);
   STD_TORCH_CHECK(a.size() == b.size(), "batches differ");
-  double total = 0;
+  Sum sum;
   for (size_t row = 0; row < a.size(); ++row) {
     const ConsistencyRow<double> result = formula(a[row], b[row], 1.0 / double(a.size()));
-    total += result.value;
+    sum += result.value;
     a[row] = result.a_coefficient;
     b[row] = result.b_coefficient;
   }
-  total /= double(a.size());
+  const double total = sum.value() / double(a.size());
   const int64_t rows = int64_t(a.size());
   return {from_doubles(a1, &total, 1, true), from_doubles(a1, a.data(), rows), from_doubles(a1, b.data(), rows)};
 }

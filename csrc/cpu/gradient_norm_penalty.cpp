@@ -41,16 +41,16 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target,
   });
   std::vector<double> coefficients(shape.rows);
   const double share = reduction == kMean ? 1.0 / double(shape.rows) : 1.0;
-  double total = 0;
+  Sum sum;
   for (int64_t row = 0; row < shape.rows; ++row) {
     const PenaltyRow<double> penalty = penalty_row(values[row], target, one_sided, share);
     values[row] = penalty.value;
     coefficients[row] = penalty.coefficient;
-    total += penalty.value;
+    sum += penalty.value;
   }
   const Tensor coefficient = from_doubles(grad, coefficients.data(), shape.rows);
   if (reduction == kNone) return {from_doubles(grad, values.data(), shape.rows), coefficient};
-  total = reduction == kMean ? total / double(shape.rows) : total;
+  const double total = reduction == kMean ? sum.value() / double(shape.rows) : sum.value();
   return {from_doubles(grad, &total, 1, true), coefficient};
 }
 

@@ -7,9 +7,9 @@ namespace {
 
 template <typename T>
 double sum_of_values(const T* s, ScoreLoss kind, int64_t begin, int64_t end) {
-  double sum = 0;
+  Sum sum;
   for (int64_t i = begin; i < end; ++i) sum += double(score_value(kind, Accumulate<T>(s[i])));
-  return sum;
+  return sum.value();
 }
 
 template <typename T, typename A>

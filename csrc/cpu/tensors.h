@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -151,6 +152,20 @@ inline Tensor from_doubles(const Tensor& x, const double* values, int64_t count,
     std::copy(values, values + count, mutable_data<float>(out));
   return out;
 }
+
+// Neumaier's compensated sum: a mean over many rows loses no digits.
+class Sum {
+ public:
+  void operator+=(double x) {
+    const double next = sum_ + x;
+    lost_ += std::fabs(sum_) >= std::fabs(x) ? (sum_ - next) + x : (x - next) + sum_;
+    sum_ = next;
+  }
+  double value() const { return std::isfinite(sum_) ? sum_ + lost_ : sum_; }
+
+ private:
+  double sum_ = 0, lost_ = 0;
+};
 
 // --- rows and tiles ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,30 @@
+"""Every test of an op runs once per backend; a backend that cannot run here says why it is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import gpkernels
+from gpkernels import backends
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = backends.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    with gpkernels.backend(request.param):
+        yield request.param

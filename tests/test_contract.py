@@ -1,0 +1,281 @@
+"""What every op promises, for every op and backend."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from cases import CASES, Case, raw_arguments
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import gpkernels as gpk
+from gpkernels import ops
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = {"one": (1, 1), "odd": (3, 7), "rows": (257, 2), "image": (4, 3, 5, 9), "long": (2, 70001)}
+LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "expanded")
+PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS[1:]]
+
+
+def _layouts(x: Tensor, kind: str) -> Tensor:
+    """The same values in another memory layout."""
+    if kind == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if kind == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if kind == "strided":
+        return torch.stack([x, x], dim=-1)[..., 0]
+    if kind == "expanded":
+        return x[:1].expand_as(x)
+    return x
+
+
+def _value_and_gradients(function, inputs: list[Tensor], case: Case) -> list[Tensor]:
+    leaves = case.differentiable([x.detach() for x in inputs])
+    everything = iter(leaves)
+    value = function(*[next(everything) if kind != "e" else x for x, kind in zip(inputs, case.kinds, strict=True)])
+    cotangent = torch.linspace(0.5, 1.5, max(value.numel(), 1), dtype=torch.float64).reshape(value.shape)
+    return [value, *torch.autograd.grad(value, leaves, cotangent.to(value.dtype), allow_unused=True)]
+
+
+def _error(got: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative 2-norm errors; of a mean of numbers of size one, the absolute error if it cancels to less than one."""
+    floors = (1.0 if e.dim() == 0 else 1e-300 for e in exact)
+    triples = zip(got, exact, floors, strict=True)
+    return [float(((g.double() - e).norm() / e.norm().clamp_min(floor)).detach()) for g, e, floor in triples]
+
+
+@pytest.mark.parametrize(("shape", "layout"), PLACES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient_agree_with_float64(name: str, dtype: str, shape: str, layout: str, backend: str) -> None:
+    case, kind = CASES[name], DTYPES[dtype]
+    inputs = [
+        x if which == "e" else _layouts(x, layout)
+        for x, which in zip(case.inputs(SHAPES[shape], kind), case.kinds, strict=True)
+    ]
+    exact = _value_and_gradients(case.specification, [x.double() for x in inputs], case)
+    ours = _value_and_gradients(case.function, inputs, case)
+    plain = _value_and_gradients(case.specification, inputs, case)
+    # One rounding of the result, and of the difference that a penalty takes the square of, is nobody's error.
+    floor = 4 * torch.finfo(kind).eps
+    for got, ordinary, value in zip(_error(ours, exact), _error(plain, exact), ours, strict=True):
+        assert got <= 2 * ordinary + floor, (got, ordinary)
+        assert value.dtype == (ops.accumulation_dtype(kind) if value.dim() == 0 else value.dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_second_derivative_are_those_of_the_value(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs((3, 4), torch.float64)
+    case.differentiable(inputs)
+    assert gradcheck(case.function, inputs)
+    assert gradgradcheck(case.function, inputs)
+
+
+def test_derivatives_hold_when_only_one_side_is_differentiated(backend: str) -> None:
+    for name in ("interpolate", "consistency_with_features", "lipschitz_consistency", "gan_discriminator_loss"):
+        case = CASES[name]
+        for wanted in range(sum(kind != "e" for kind in case.kinds)):
+            inputs = case.inputs((3, 4), torch.float64)
+            inputs[wanted].requires_grad_()
+            assert gradcheck(case.function, inputs), (name, wanted)
+            assert gradgradcheck(case.function, inputs), (name, wanted)
+
+
+def test_third_derivative_exists_and_is_right(backend: str) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def slope(x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(gpk.gradient_norm_penalty(x), x, create_graph=True)
+        return g
+
+    assert gradgradcheck(slope, (x,))
+
+
+@pytest.mark.parametrize("name", ops.ALL)
+def test_raw_op_passes_opcheck(name: str) -> None:
+    for arguments in raw_arguments()[name]:
+        torch.library.opcheck(ops.ALL[name].overload, arguments)
+
+
+def test_every_raw_op_has_arguments_to_check() -> None:
+    assert set(raw_arguments()) == set(ops.ALL)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_as_one_graph_with_the_same_numbers(name: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs((3, 4), torch.float32)
+    compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager", dynamic=False)
+    eager, traced = (_value_and_gradients(f, inputs, case) for f in (case.function, compiled))
+    for a, b in zip(eager, traced, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_func_grad_and_vmap_equal_a_loop(name: str, backend: str) -> None:
+    case = CASES[name]
+    batches = [torch.stack(pair) for pair in zip(*(case.inputs((3, 4), torch.float64) for _ in range(3)), strict=True)]
+
+    def total(*tensors: Tensor) -> Tensor:
+        return case.function(*tensors).sum()
+
+    mapped = torch.func.vmap(torch.func.grad(total))(*batches)
+    for i in range(3):
+        torch.testing.assert_close(mapped[i], torch.func.grad(total)(*[b[i] for b in batches]))
+    jacobian = torch.func.jacrev(torch.func.grad(total))(*[b[0] for b in batches])
+    assert torch.isfinite(jacobian).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_special_values_come_out_as_in_the_reference(name: str, backend: str) -> None:
+    case = CASES[name]
+    for special in (0.0, float("inf"), float("nan")):
+        inputs = case.inputs((4, 3), torch.float32)
+        for x, kind in zip(inputs, case.kinds, strict=True):
+            if kind != "e":
+                x[1] = special
+        ours = _value_and_gradients(case.function, inputs, case)
+        exact = _value_and_gradients(case.specification, [x.double() for x in inputs], case)
+        for a, b in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zero_input_gives_zero_gradient_and_no_nan(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = [torch.zeros_like(x) for x in case.inputs((4, 3), torch.float32)]
+    value, *grads = _value_and_gradients(case.function, inputs, case)
+    assert torch.isfinite(value).all()
+    assert all(torch.isfinite(g).all() for g in grads)
+    if name.startswith(("penalty", "consistency", "lipschitz")):
+        assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_bits_for_any_number_of_threads(name: str, backend: str) -> None:
+    case = CASES[name]
+    for shape in ((5, 70001), (5000, 33)):
+        inputs = case.inputs(shape, torch.float32)
+        results = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(_value_and_gradients(case.function, inputs, case))
+        if backend == "reference":  # PyTorch's own sums promise this for a fixed number of threads only
+            results = results[:1]
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_keeps_losses_in_float32(name: str, backend: str) -> None:
+    case = CASES[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = case.inputs((3, 4), dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = case.function(*inputs)
+        assert value.dtype == (dtype if name == "interpolate" else torch.float32)
+
+
+def test_mixed_dtypes_promote_as_in_pytorch(backend: str) -> None:
+    a, b = torch.randn(3, 2), torch.randn(3, 2).bfloat16()
+    assert gpk.interpolate(a, b).dtype == torch.float32
+    assert gpk.wgan_critic_loss(a.double(), b).dtype == torch.float64
+
+
+def test_rows_of_no_elements_are_harmless(backend: str) -> None:
+    empty = torch.empty(3, 0, requires_grad=True)
+    gpk.gradient_norm_penalty(empty).backward()
+    assert empty.grad.shape == (3, 0)
+    assert gpk.interpolate(torch.empty(3, 0), torch.empty(3, 0)).shape == (3, 0)
+    assert gpk.add_instance_noise(torch.empty(3, 0), 0.5).shape == (3, 0)
+
+
+INT, FLAT = torch.ones(3, 2, dtype=torch.int64), torch.randn(3, 2)
+NOBODY, SCORE = torch.empty(0, 2), torch.randn(3)
+BAD = {
+    "interpolate of integers": (lambda: gpk.interpolate(INT, INT), TypeError, "real.*int64"),
+    "interpolate of no tensor": (lambda: gpk.interpolate(FLAT, 3.0), TypeError, "fake.*float"),
+    "interpolate of two shapes": (lambda: gpk.interpolate(FLAT, FLAT[:2]), ValueError, "fake.*3, 2.*2, 2"),
+    "interpolate of an empty batch": (lambda: gpk.interpolate(NOBODY, NOBODY), ValueError, "real.*0, 2"),
+    "interpolate with one eps": (lambda: gpk.interpolate(FLAT, FLAT, torch.rand(1)), ValueError, "eps.*per sample"),
+    "interpolate with eps per pixel": (lambda: gpk.interpolate(FLAT, FLAT, torch.rand(3, 2)), ValueError, "eps"),
+    "interpolate across devices": (lambda: gpk.interpolate(FLAT, FLAT.to("meta")), ValueError, "fake.*meta"),
+    "a generator of the wrong type": (lambda: gpk.interpolate(FLAT, FLAT, generator=3), TypeError, "generator.*int"),
+    "noise of negative sigma": (lambda: gpk.add_instance_noise(FLAT, -1.0), ValueError, "sigma.*-1"),
+    "noise of NaN sigma": (lambda: gpk.add_instance_noise(FLAT, float("nan")), ValueError, "sigma.*nan"),
+    "noise of a text sigma": (lambda: gpk.add_instance_noise(FLAT, "1"), TypeError, "sigma.*str"),
+    "penalty of a scalar": (lambda: gpk.gradient_norm_penalty(torch.tensor(1.0)), ValueError, "grad"),
+    "penalty of integers": (lambda: gpk.gradient_norm_penalty(INT), TypeError, "grad.*int64"),
+    "penalty of a sparse tensor": (lambda: gpk.gradient_norm_penalty(FLAT.to_sparse()), TypeError, "grad.*sparse"),
+    "penalty with a negative target": (lambda: gpk.gradient_norm_penalty(FLAT, -1.0), ValueError, "target.*-1"),
+    "penalty with an infinite target": (lambda: gpk.gradient_norm_penalty(FLAT, float("inf")), ValueError, "target"),
+    "penalty with a foreign reduction": (
+        lambda: gpk.gradient_norm_penalty(FLAT, reduction="max"),
+        ValueError,
+        "reduction.*'max'",
+    ),
+    "consistency of two batches": (lambda: gpk.consistency_term(SCORE, SCORE[:2]), ValueError, "score2"),
+    "consistency of one feature": (lambda: gpk.consistency_term(SCORE, SCORE, FLAT), ValueError, "features2.*None"),
+    "consistency of foreign features": (
+        lambda: gpk.consistency_term(SCORE, SCORE, FLAT[:2], FLAT[:2]),
+        ValueError,
+        "features1.*batch",
+    ),
+    "consistency of negative margin": (
+        lambda: gpk.consistency_term(SCORE, SCORE, margin=-0.1),
+        ValueError,
+        "margin.*-0.1",
+    ),
+    "consistency of negative weight": (
+        lambda: gpk.consistency_term(SCORE, SCORE, feature_weight=-1),
+        ValueError,
+        "feature_weight",
+    ),
+    "lipschitz of negative margin": (
+        lambda: gpk.lipschitz_consistency(SCORE, SCORE, FLAT, FLAT, margin=-1),
+        ValueError,
+        "margin",
+    ),
+    "a loss of integers": (lambda: gpk.wgan_critic_loss(INT, INT), TypeError, "real_scores"),
+    "a loss of nothing": (lambda: gpk.wgan_generator_loss(torch.empty(0)), ValueError, "fake_scores"),
+    "clipping by a negative number": (lambda: gpk.clip_weights_([FLAT.clone()], -0.1), ValueError, "c: .*-0.1"),
+    "clipping integers": (lambda: gpk.clip_weights_([FLAT.clone(), INT], 0.1), TypeError, r"params\[1\]"),
+    "a foreign backend": (lambda: gpk.set_backend("tpu"), ValueError, "backend.*tpu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name: str, backend: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_nothing_is_clipped_when_a_later_tensor_is_bad(backend: str) -> None:
+    first = torch.full((3,), 5.0)
+    with pytest.raises(TypeError):
+        gpk.clip_weights_([first, INT], 0.1)
+    assert (first == 5.0).all()
+
+
+def test_raw_ops_refuse_shapes_that_would_read_out_of_bounds() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        ops.interpolate.overload(x, torch.randn(3, 3), torch.rand(3))
+    with pytest.raises(RuntimeError, match="one number per row"):
+        ops.interpolate.overload(x, x, torch.rand(2))
+    with pytest.raises(RuntimeError, match="one number per row"):
+        ops.gradient_norm_penalty_backward.overload(torch.tensor(1.0), x, torch.rand(2))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        ops.rmsprop_.overload([x], [x[:2]], [x], [], [], 0.1, 0.9, 1e-8, 0.0, 0.0, False, None)
+
+
+def test_every_public_function_states_its_errors() -> None:
+    for name in gpk.__all__:
+        thing = getattr(gpk, name)
+        if inspect.isfunction(thing):
+            assert thing.__doc__, name
