@@ -7,11 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpkernels.functional import consistency_term, gan_discriminator_loss, wgan_critic_loss
+from gpkernels.critic.double_backward import depth
+from gpkernels.critic.step import Adversarial, Consistency, Penalty, critic_step, scores_of
+from gpkernels.critic.tape import NoRule
+from gpkernels.functional import consistency_term, gan_discriminator_loss, interpolate, wgan_critic_loss
 from gpkernels.ops import check_eps, check_nonnegative, check_pair
-from gpkernels.penalties import dragan_penalty, gradient_penalty, r1_penalty, r2_penalty, scores_of
+from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, traced
+from gpkernels.reference import SCORE_LOSSES
 
-OBJECTIVES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
+LOSSES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
+OBJECTIVES = {"wgan": ("negative", "identity"), "gan": ("softplus_negative", "softplus")}  # of real and fake scores
 PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
 
 
@@ -70,8 +75,41 @@ class CriticLoss(nn.Module):
         check_pair("real", real, "fake", fake)
         if eps is not None:
             check_eps(eps, real)
+        if real.dtype != fake.dtype:
+            dtype = torch.promote_types(real.dtype, fake.dtype)
+            real, fake = real.to(dtype), fake.to(dtype)
+        if not (traced() or depth()):
+            try:
+                return self._recorded(real, fake, eps)
+            except NoRule:
+                pass
+        return self._composed(real, fake, eps)
+
+    def _recorded(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
+        """One batch, and the weight gradients with it; NoRule if the critic has a layer without a rule."""
+        points = self._points(real, fake, eps)
+        adversarial = Adversarial(*(SCORE_LOSSES[kind] for kind in OBJECTIVES[self.objective]), self.objective == "wgan")
+        target = 0.0 if self.penalty in ("r1", "r2") else self.target
+        one_sided = self.one_sided and self.penalty == "wgan-gp"
+        penalty = None if points is None else Penalty(self.penalty_weight, target, one_sided)
+        consistency = None
+        if self.consistency_weight > 0:
+            consistency = Consistency(self.consistency_weight, self.consistency_margin, self.feature_weight)
+        parts = critic_step(self.critic, real, fake, points, adversarial, penalty, consistency)
+        return CriticLossParts(*parts)
+
+    def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | None:
+        """Where the gradient is penalised; ``real`` or ``fake`` itself shares its pass with the scores."""
+        if self.penalty == "wgan-gp":
+            return interpolate(real.detach(), fake.detach(), eps)
+        if self.penalty == "dragan":
+            return dragan_points(real, self.dragan_scale)
+        return {"r1": real, "r2": fake, "none": None}[self.penalty]
+
+    def _composed(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
+        """Part by part, by autograd."""
         first = self.critic(real)
-        adversarial = OBJECTIVES[self.objective](scores_of(first), scores_of(self.critic(fake)))
+        adversarial = LOSSES[self.objective](scores_of(first), scores_of(self.critic(fake)))
         penalty = self._penalty(real, fake, eps)
         loss = adversarial if self.penalty == "none" else adversarial + self.penalty_weight * penalty
         consistency = torch.zeros_like(adversarial)

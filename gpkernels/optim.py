@@ -59,14 +59,16 @@ class RMSprop(torch.optim.RMSprop):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        updates: list[tuple[list[Tensor], dict[str, Any]]] = []
         for group in self.param_groups:
             by_device: dict[torch.device, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     self._check(p, group)
                     by_device.setdefault(p.device, []).append(p)
-            for params in by_device.values():
-                self._update(params, group)
+            updates += [(params, group) for params in by_device.values()]
+        for params, group in updates:  # only now that every group has been checked
+            self._update(params, group)
         return loss
 
     def _check(self, p: Tensor, group: dict[str, Any]) -> None:

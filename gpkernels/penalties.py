@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gpkernels import ops
+from gpkernels.critic.double_backward import depth, fast_double_backward
+from gpkernels.critic.step import penalty_on_gradient, scores_of
+from gpkernels.critic.tape import NoRule, unwrapped
 from gpkernels.functional import draw_key, gradient_norm_penalty, interpolate
 from gpkernels.ops import check_batch, check_nonnegative, check_pair
 
@@ -44,21 +47,21 @@ def gradient_penalty(
     passed after x and not differentiated.
     """
     check_pair("real", real, "fake", fake)
+    target = check_nonnegative("target", target)
     points = interpolate(real.detach(), fake.detach(), eps, generator=generator)
-    grad = input_gradient(critic, points, critic_args, critic_kwargs)
-    return gradient_norm_penalty(grad, target, one_sided=one_sided)
+    return _penalty(critic, points, target, bool(one_sided), critic_args, critic_kwargs)
 
 
 def r1_penalty(critic: Critic, real: Tensor) -> Tensor:
     """E |grad D(x)|^2 at real data (Mescheder et al. 2018, eq. 9, without its gamma / 2). real: (N, *)."""
     check_batch("real", real)
-    return gradient_norm_penalty(input_gradient(critic, real), 0.0)
+    return _penalty(critic, real, 0.0)
 
 
 def r2_penalty(critic: Critic, fake: Tensor) -> Tensor:
     """E |grad D(x)|^2 at generated data (Mescheder et al. 2018, eq. 10, without its gamma / 2). fake: (N, *)."""
     check_batch("fake", fake)
-    return gradient_norm_penalty(input_gradient(critic, fake), 0.0)
+    return _penalty(critic, fake, 0.0)
 
 
 def dragan_penalty(
@@ -73,14 +76,8 @@ def dragan_penalty(
 
     real: (N, *); std is over the whole batch, with Bessel's correction.
     """
-    check_batch("real", real)
-    if real.numel() < 2:
-        raise ValueError(f"real: expected at least two elements, to have a spread, got shape {tuple(real.shape)}")
-    scale = check_nonnegative("scale", scale)
-    real = real.detach()
-    spread = real.to(torch.promote_types(real.dtype, torch.float32)).std().reshape(1)
-    points = ops.instance_noise(real, scale, spread, draw_key(real.device, generator), False)
-    return gradient_norm_penalty(input_gradient(critic, points), target)
+    target = check_nonnegative("target", target)
+    return _penalty(critic, dragan_points(real, scale, generator), target)
 
 
 def eikonal_loss(field: Critic, points: Tensor) -> Tensor:
@@ -89,8 +86,40 @@ def eikonal_loss(field: Critic, points: Tensor) -> Tensor:
     points: (*, d); each point is a row, the norm is over its d coordinates.
     """
     check_batch("points", points)
-    grad = input_gradient(field, points)
-    return gradient_norm_penalty(grad.reshape(-1, grad.shape[-1]), 1.0)
+    return _penalty(field, points, 1.0, by_point=True)
+
+
+def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None = None) -> Tensor:
+    """real + scale * std(real) * U[0, 1) per element, where DRAGAN penalises."""
+    check_batch("real", real)
+    if real.numel() < 2:
+        raise ValueError(f"real: expected at least two elements, to have a spread, got shape {tuple(real.shape)}")
+    scale = check_nonnegative("scale", scale)
+    real = real.detach()
+    spread = real.to(torch.promote_types(real.dtype, torch.float32)).std().reshape(1)
+    points: Tensor = ops.instance_noise(real, scale, spread, draw_key(real.device, generator), False)
+    return points
+
+
+def _penalty(
+    critic: Critic,
+    points: Tensor,
+    target: float,
+    one_sided: bool = False,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    by_point: bool = False,
+) -> Tensor:
+    """The penalty at the points: recorded where every layer has a rule, otherwise by PyTorch's double backward."""
+    if not callable(critic):
+        raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+    if not (traced() or depth()):
+        try:
+            return penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)
+        except NoRule:
+            pass
+    grad = input_gradient(critic, points, args, kwargs)
+    return gradient_norm_penalty(grad.reshape(-1, grad.shape[-1]) if by_point else grad, target, one_sided=one_sided)
 
 
 def input_gradient(
@@ -98,35 +127,32 @@ def input_gradient(
 ) -> Tensor:
     """Gradient of the summed scores at x, (N, *), differentiable once more where grad mode is on.
 
-    Raises TypeError if the critic is not callable or gives no tensor, ValueError if its scores do not depend on x.
+    Raises TypeError if the critic gives no tensor, ValueError if its scores do not depend on x.
     """
-    if not callable(critic):
-        raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+    critic = unwrapped(critic)
     _warn_of_batch_norm(critic)
+    kwargs = critic_kwargs or {}
+    if traced():  # one graph for everything: the compiler, or the transform around this, differentiates it
+        return torch.func.grad(lambda x: scores_of(critic(x, *critic_args, **kwargs)).sum())(x.detach())
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), fast_double_backward():
         x = x.detach().requires_grad_()
-        scores = scores_of(critic(x, *critic_args, **(critic_kwargs or {})))
-        if not scores.requires_grad:
-            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
-        (grad,) = torch.autograd.grad(
-            scores, x, torch.ones_like(scores), create_graph=differentiable, allow_unused=True
-        )
+        scores = scores_of(critic(x, *critic_args, **kwargs))
+    if not scores.requires_grad:
+        raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+    (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=differentiable, allow_unused=True)
     if grad is None:
         raise ValueError("critic: expected scores that depend on the input, got scores that do not")
     return grad
 
 
-def scores_of(output: Any) -> Tensor:
-    """The scores in a critic's output: a tensor, or the first of a tuple."""
-    scores = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"critic: expected scores as a tensor, or first in a tuple, got {type(output).__name__}")
-    return scores
+def traced() -> bool:
+    """Whether ``torch.compile`` or a ``torch.func`` transform is at work: neither can see through a tape."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _warn_of_batch_norm(critic: Critic) -> None:
-    if torch.compiler.is_compiling() or not isinstance(critic, nn.Module) or critic in _seen_with_batch_norm:
+    if traced() or not isinstance(critic, nn.Module) or critic in _seen_with_batch_norm:
         return
     for module in critic.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:

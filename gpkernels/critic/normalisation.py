@@ -1,0 +1,190 @@
+"""LayerNorm, GroupNorm, InstanceNorm, RMSNorm: n = (x - mean) r over a group, then an affine map by channel.
+
+With J the derivative of n, c_u = mean(n u) and means over the group of M elements (r = 1 / sqrt(variance + eps)):
+    J t = r (t - mean(t) - n c_t), symmetric;   <d, J t> = r M (A - c_t c_d),   A = mean(d t) - mean(d) mean(t)
+so the derivative of <d, J t> with respect to x is -r^2 (A - c_t c_d) n - r (c_d J t + c_t J d). Without the mean (RMSNorm)
+the terms in mean(.) drop out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpkernels.critic.tape import Node, NoRule, Tape
+
+aten = torch.ops.aten
+
+
+class Normalise(Node):
+    """``groups`` reshapes a batch to (N, groups, M)."""
+
+    curved = True
+
+    def __init__(self, x: Tensor, normal: Tensor, inverse: Tensor, groups: int, centred: bool) -> None:
+        self.x, self.normal, self.inverse, self.groups, self.centred = x, normal, inverse, groups, centred
+
+    def jacobian(self, u: Tensor, rows: slice) -> Tensor:
+        n, r, c = self._grouped(self.normal[rows]), self.inverse[rows], self._grouped(u.to(self.normal.dtype))
+        projected = c - n * (n * c).mean(-1, keepdim=True)
+        if self.centred:
+            projected = projected - c.mean(-1, keepdim=True)
+        return (r * projected).reshape(u.shape)
+
+    def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
+        return (self.jacobian(cotangent, rows),)
+
+    def push(self, tangents: Sequence[Tensor | None], rows: slice) -> Tensor | None:
+        (t,) = tangents
+        return None if t is None else self.jacobian(t, rows)
+
+    def curvature(self, tangents: Sequence[Tensor | None], cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
+        (tangent,) = tangents
+        if tangent is None:
+            return (None,)
+        n, r = self._grouped(self.normal[rows]), self.inverse[rows]
+        t, d = self._grouped(tangent.to(n.dtype)), self._grouped(cotangent.to(n.dtype))
+        c_t, c_d = (n * t).mean(-1, keepdim=True), (n * d).mean(-1, keepdim=True)
+        a = (d * t).mean(-1, keepdim=True)
+        if self.centred:
+            mean_t, mean_d = t.mean(-1, keepdim=True), d.mean(-1, keepdim=True)
+            a = a - mean_d * mean_t
+            t, d = t - mean_t, d - mean_d
+        # J t = r (t - n c_t) and J d likewise, put into one expression.
+        along_n = (3 * c_t * c_d - a) * (r * r)
+        bent = along_n * n - (r * r) * (c_d * t + c_t * d)
+        return (bent.reshape(tangent.shape),)
+
+    def _grouped(self, u: Tensor) -> Tensor:
+        return u.reshape(u.shape[0], self.groups, -1)
+
+
+class Affine(Node):
+    """y = n w + b, w and b shaped to broadcast against a row."""
+
+    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> None:
+        self.x, self.weight, self.bias, self.shape = x, weight, bias, tuple(shape)
+
+    def _scaled(self, u: Tensor) -> Tensor:
+        return u if self.weight is None else u * self.weight.reshape(self.shape).to(u.dtype)
+
+    def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
+        return (self._scaled(cotangent),)
+
+    def push(self, tangents: Sequence[Tensor | None], rows: slice) -> Tensor | None:
+        (t,) = tangents
+        return None if t is None else self._scaled(t)
+
+    def add_weight_gradient(self, tape: Tape, cotangent: Tensor, operand: Tensor, rows: slice) -> None:
+        if self.weight is not None and self.weight.requires_grad:
+            tape.add_gradient(self.weight, self._summed(cotangent * operand, self.weight))
+
+    def add_bias_gradient(self, tape: Tape, cotangent: Tensor) -> None:
+        if self.bias is not None and self.bias.requires_grad:
+            tape.add_gradient(self.bias, self._summed(cotangent, self.bias))
+
+    def _summed(self, u: Tensor, like: Tensor) -> Tensor:
+        return u.sum_to_size(1, *[1] * (u.dim() - 1 - len(self.shape)), *self.shape).reshape(like.shape)
+
+
+def _record(
+    tape: Tape,
+    input: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    eps: float,
+    centred: bool = True,
+) -> Tensor:
+    """Normalise ``groups`` groups of each row, then scale; in float32 under autocast, as PyTorch does."""
+    weight_, bias_ = tape.weight(weight, "weight"), tape.weight(bias, "bias")
+    x = input.detach()
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()
+    grouped = x.reshape(x.shape[0], groups, -1).to(torch.promote_types(x.dtype, torch.float32))
+    if centred:
+        variance, mean = torch.var_mean(grouped, dim=-1, correction=0, keepdim=True)
+        inverse = (variance + eps).rsqrt_()
+        normal = (grouped - mean).mul_(inverse)
+    else:
+        inverse = (grouped.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        normal = grouped * inverse
+    normal = normal.to(x.dtype).reshape(x.shape)
+    normal = tape.add(Normalise(input, normal, inverse.to(x.dtype), groups, centred), (input,), normal)
+    if weight is None and bias is None:
+        return normal
+    output = normal if weight is None else normal * weight.reshape(shape)
+    output = output if bias is None else output + bias.reshape(shape)
+    return tape.add(Affine(tape.keep(normal), weight, bias, shape), (normal,), output, weight_, bias_)
+
+
+def _trailing(input: Tensor, shape: Sequence[int]) -> int:
+    if len(shape) >= input.dim():
+        raise NoRule("a norm over the batch axis")
+    return int(input[0].numel() // max(1, int(torch.Size(shape).numel())))
+
+
+def record_layer_norm(
+    tape: Tape,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _record(tape, input, _trailing(input, normalized_shape), weight, bias, normalized_shape, eps)
+
+
+def record_rms_norm(
+    tape: Tape,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return _record(tape, input, _trailing(input, normalized_shape), weight, None, normalized_shape, eps, False)
+
+
+def _channels(input: Tensor) -> list[int]:
+    return [input.shape[1], *[1] * (input.dim() - 2)]
+
+
+def record_group_norm(
+    tape: Tape,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _record(tape, input, num_groups, weight, bias, _channels(input), eps)
+
+
+def record_instance_norm(
+    tape: Tape,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is not None or running_var is not None or not use_input_stats:
+        raise NoRule("instance_norm with running statistics")
+    return _record(tape, input, input.shape[1], weight, bias, _channels(input), eps)
+
+
+RULES: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: record_layer_norm,
+    F.rms_norm: record_rms_norm,
+    F.group_norm: record_group_norm,
+    F.instance_norm: record_instance_norm,
+}
