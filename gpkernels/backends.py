@@ -68,7 +68,7 @@ def unavailable(name: str) -> str | None:
     """Why a backend cannot run here, with the cure; None if it can."""
     if name == "cpu" and extension is None:
         return (
-            f"the C++ kernels are not loaded ({extension_error}); build them with a C++17 compiler: "
+            f"the C++ kernels are not loaded ({extension_error}); build them with a C++20 compiler: "
             "pip install --no-build-isolation -e ."
         )
     if name in ("cuda", "triton"):

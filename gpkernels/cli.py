@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 
 from gpkernels import info
+
+EXTRA = ("sklearn", "scipy", "matplotlib", "tqdm", "tyro", "safetensors")  # what the "train" extra installs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,11 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    try:
-        from gptrainer.cli import main as train
-    except ModuleNotFoundError as error:
-        print(f"gpkernels train needs {error.name}; install it with: pip install 'gpkernels[train]'", file=sys.stderr)
+    # Asked beforehand: some are first imported when the run is over.
+    missing = [name for name in ("gptrainer", *EXTRA) if importlib.util.find_spec(name) is None]
+    if missing:
+        lack = ", ".join(missing)
+        print(f"gpkernels train needs {lack}; install it with: pip install 'gpkernels[train]'", file=sys.stderr)
         return 2
+    from gptrainer.cli import main as train
+
     return train(arguments)
 
 

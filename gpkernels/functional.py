@@ -10,6 +10,7 @@ constants out of range; both name the argument, before anything is computed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -52,12 +53,25 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
+class _Differentiable(Function):
+    """A Function whose signature is looked up once: PyTorch binds arguments to it in every call."""
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+
+def _constant(*tensors: Tensor) -> bool:
+    """Whether nothing is to be differentiated: the raw op will do."""
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
 # --- interpolate ------------------------------------------------------------------------------------------------------
 
 
-class _Interpolate(Function):
-    generate_vmap_rule = True
-
+class _Interpolate(_Differentiable):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, eps: Tensor) -> Any:
         return ops.interpolate(real, fake, eps)
@@ -71,9 +85,7 @@ class _Interpolate(Function):
         return *_interpolate_backward(ctx, cotangent, ctx.saved_tensors[0]), None
 
 
-class _InterpolateRandom(Function):
-    generate_vmap_rule = True
-
+class _InterpolateRandom(_Differentiable):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, key: Tensor) -> Any:
         return ops.interpolate_random(real, fake, key)
@@ -94,9 +106,7 @@ def _interpolate_backward(ctx: Any, cotangent: Tensor, eps: Tensor) -> tuple[Ten
     return real if to_real else None, fake if to_fake else None
 
 
-class _InterpolateBackward(Function):
-    generate_vmap_rule = True
-
+class _InterpolateBackward(_Differentiable):
     @staticmethod
     def forward(cotangent: Tensor, eps: Tensor, to_real: bool, to_fake: bool) -> Any:
         return ops.interpolate_backward(cotangent, eps, to_real, to_fake)
@@ -129,7 +139,11 @@ def interpolate(
         check_eps(eps, real)
     real, fake = _promote(real, fake)
     if eps is None:
-        mixed: Tensor = _InterpolateRandom.apply(real, fake, draw_key(real.device, generator))[0]
+        draw = ops.interpolate_random if _constant(real, fake) else _InterpolateRandom.apply
+        mixed: Tensor = draw(real, fake, draw_key(real.device, generator))[0]
+        return mixed
+    if _constant(real, fake, eps):
+        mixed = ops.interpolate(real, fake, eps)
         return mixed
     if torch.is_grad_enabled() and eps.requires_grad:  # rare enough to leave to PyTorch
         return reference.interpolate(real, fake, eps)
@@ -140,9 +154,7 @@ def interpolate(
 # --- instance noise ---------------------------------------------------------------------------------------------------
 
 
-class _InstanceNoise(Function):
-    generate_vmap_rule = True
-
+class _InstanceNoise(_Differentiable):
     @staticmethod
     def forward(x: Tensor, sigma: float, key: Tensor) -> Any:
         return ops.instance_noise(x, sigma, None, key, True)
@@ -163,16 +175,17 @@ def add_instance_noise(x: Tensor, sigma: float, *, generator: torch.Generator | 
     """
     check_batch("x", x)
     sigma = check_nonnegative("sigma", sigma)
-    noisy: Tensor = _InstanceNoise.apply(x, sigma, draw_key(x.device, generator))
+    key = draw_key(x.device, generator)
+    noisy: Tensor = (
+        ops.instance_noise(x, sigma, None, key, True) if _constant(x) else _InstanceNoise.apply(x, sigma, key)
+    )
     return noisy
 
 
 # --- gradient norm penalty --------------------------------------------------------------------------------------------
 
 
-class _GradientNormPenalty(Function):
-    generate_vmap_rule = True
-
+class _GradientNormPenalty(_Differentiable):
     @staticmethod
     def forward(grad: Tensor, target: float, one_sided: bool, reduction: int) -> Any:
         return ops.gradient_norm_penalty(grad, target, one_sided, reduction)
@@ -188,9 +201,7 @@ class _GradientNormPenalty(Function):
         return _GradientNormPenaltyBackward.apply(cotangent, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-class _GradientNormPenaltyBackward(Function):
-    generate_vmap_rule = True
-
+class _GradientNormPenaltyBackward(_Differentiable):
     @staticmethod
     def forward(
         cotangent: Tensor, grad: Tensor, coefficient: Tensor, target: float, one_sided: bool, reduction: int
@@ -222,7 +233,8 @@ def gradient_norm_penalty(
     Raises TypeError or ValueError for bad input.
     """
     check_batch("grad", grad)
-    penalty: Tensor = _GradientNormPenalty.apply(
+    apply = ops.gradient_norm_penalty if _constant(grad) else _GradientNormPenalty.apply
+    penalty: Tensor = apply(
         grad, check_nonnegative("target", target), bool(one_sided), ops.check_reduction(reduction)
     )[0]
     return penalty
@@ -244,8 +256,7 @@ def _consistency_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     return *kept, *[None] * len(ctx.constants)
 
 
-class _ConsistencyTerm(Function):
-    generate_vmap_rule = True
+class _ConsistencyTerm(_Differentiable):
     setup_context = staticmethod(_save_consistency)
 
     @staticmethod
@@ -257,8 +268,7 @@ class _ConsistencyTerm(Function):
         return _consistency_backward(ctx, cotangent)
 
 
-class _LipschitzConsistency(Function):
-    generate_vmap_rule = True
+class _LipschitzConsistency(_Differentiable):
     setup_context = staticmethod(_save_consistency)
 
     @staticmethod
@@ -270,9 +280,7 @@ class _LipschitzConsistency(Function):
         return _consistency_backward(ctx, cotangent)
 
 
-class _ConsistencyBackward(Function):
-    generate_vmap_rule = True
-
+class _ConsistencyBackward(_Differentiable):
     @staticmethod
     def forward(
         cotangent: Tensor,
@@ -353,9 +361,7 @@ def _check_second_pair(name: str, first: Tensor, second: Tensor, score: Tensor) 
 # --- score losses -----------------------------------------------------------------------------------------------------
 
 
-class _ScoreLoss(Function):
-    generate_vmap_rule = True
-
+class _ScoreLoss(_Differentiable):
     @staticmethod
     def forward(first: Tensor, second: Tensor | None, kinds: tuple[int, ...]) -> Any:
         return ops.score_loss(_present(first, second), list(kinds))
@@ -372,9 +378,7 @@ class _ScoreLoss(Function):
         return grads[0], None if second is None else grads[1], None
 
 
-class _ScoreLossBackward(Function):
-    generate_vmap_rule = True
-
+class _ScoreLossBackward(_Differentiable):
     @staticmethod
     def forward(cotangent: Tensor, first: Tensor, second: Tensor | None, kinds: tuple[int, ...]) -> Any:
         return tuple(ops.score_loss_backward(cotangent, _present(first, second), list(kinds)))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpkernels.critic.tape import Node, NoRule, Tape
+from gpkernels.critic.tape import ALL_ROWS, Node, NoRule, Tape
 
 aten = torch.ops.aten
 Elementwise = Callable[[Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ class Activation(Node):
         self.curved = bend is not None
 
     def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
-        return (self.slope(cotangent, self.saved[rows]),)
+        return (self.slope(cotangent, self.saved if rows == ALL_ROWS else self.saved[rows]),)
 
     def push(self, tangents: Sequence[Tensor | None], rows: slice) -> Tensor | None:
         (t,) = tangents

@@ -22,7 +22,7 @@ from gpkernels.critic.pooling import DIMS, gathered, pooled, scattered
 
 
 class _Piecewise(Function):
-    """A piecewise-linear activation."""
+    """A piecewise-linear activation. In place on a leaf it is left to PyTorch, whose error comes before the write."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], slope: Elementwise, from_output: bool) -> Any:
@@ -105,17 +105,21 @@ class _Transpose(Function):
 
 
 def _relu(x: Tensor, inplace: bool = False) -> Any:
+    if inplace and x.is_leaf:
+        return F.relu(x, True)
     return _Piecewise.apply(x, torch.relu_ if inplace else torch.relu, *piecewise("relu"))
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     slope, from_output = piecewise("leaky_relu", negative_slope)
-    if inplace and not from_output:
+    if inplace and (x.is_leaf or not from_output):
         return F.leaky_relu(x, negative_slope, True)
     return _Piecewise.apply(x, lambda x: F.leaky_relu(x, negative_slope, inplace), slope, from_output)
 
 
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+    if inplace and x.is_leaf:
+        return F.hardtanh(x, min_val, max_val, True)
     slope = piecewise("hardtanh", min_val, max_val)
     return _Piecewise.apply(x, lambda x: F.hardtanh(x, min_val, max_val, inplace), *slope)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gpkernels.critic.tape import Node, Tape
+from gpkernels.critic.tape import Node, Tape, cast
 
 
 class Linear(Node):
@@ -16,16 +16,16 @@ class Linear(Node):
         self.x, self.weight, self.bias = x, weight, bias
 
     def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
-        return (torch.matmul(cotangent, self.weight.to(cotangent.dtype)),)
+        return (torch.matmul(cotangent, cast(self.weight, cotangent)),)
 
     def push(self, tangents: Sequence[Tensor | None], rows: slice) -> Tensor | None:
         (t,) = tangents
-        return None if t is None else linear(t, self.weight.to(t.dtype))
+        return None if t is None else linear(t, cast(self.weight, t))
 
     def add_weight_gradient(self, tape: Tape, cotangent: Tensor, operand: Tensor, rows: slice) -> None:
         if not self.weight.requires_grad:
             return
-        cotangents, operands = cotangent.flatten(0, -2), operand.to(cotangent.dtype).flatten(0, -2)
+        cotangents, operands = _matrix(cotangent), _matrix(cast(operand, cotangent))
         known = tape.gradients.get(id(self.weight))
         if known is not None and known.dtype == cotangents.dtype:
             known.addmm_(cotangents.t(), operands)
@@ -34,7 +34,11 @@ class Linear(Node):
 
     def add_bias_gradient(self, tape: Tape, cotangent: Tensor) -> None:
         if self.bias is not None and self.bias.requires_grad:
-            tape.add_gradient(self.bias, cotangent.flatten(0, -2).sum(0))
+            tape.add_gradient(self.bias, _matrix(cotangent).sum(0))
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.flatten(0, -2)
 
 
 def record_linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

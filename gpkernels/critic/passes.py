@@ -6,11 +6,11 @@ gradient of the score itself is penalised, come last. See ``gpkernels.critic.tap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from gpkernels.critic.tape import Node, Tape
+from gpkernels.critic.tape import ALL_ROWS, Node, Tape
 
 
 def record_input_gradient(tape: Tape, seeds: Mapping[Node, Tensor], plain: int) -> Tensor | None:
@@ -25,7 +25,7 @@ def record_input_gradient(tape: Tape, seeds: Mapping[Node, Tensor], plain: int) 
         cotangent = cotangents.pop(node.index, None)
         if cotangent is None:
             continue
-        rows = slice(None)
+        rows = ALL_ROWS
         every = cotangent.shape[0] == tape.rows
         if node.trainable and plain:
             part = slice(0, plain)
@@ -89,7 +89,9 @@ def add_curved_penalty_gradients(
             _hand_down(tape, node, node.curvature(tangents, delta, rows), adjoints, plain)
 
 
-def _pushed(tape: Tape, direction: Tensor, rows: slice):  # type: ignore[no-untyped-def]
+def _pushed(
+    tape: Tape, direction: Tensor, rows: slice
+) -> Iterator[tuple[Node, tuple[Tensor | None, ...]]]:
     """Each call that is reached with the tangents of its parents, as far as the last one that needs them."""
     last = max((node.index for node in tape.nodes if node.trainable or node.curved), default=0)
     known: dict[int, Tensor] = {0: direction}

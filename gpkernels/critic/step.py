@@ -34,11 +34,12 @@ def record(
     refused attempt drew are given back.
     """
     critic = unwrapped(critic)
-    shape = _shape_of(critic)
-    known = _refused.get(critic) if shape is not None else None
-    if known is not None and known[0] == shape:
-        raise NoRule(known[1])
-    state = None if critic in _recordable else _random_state(x.device)
+    module = isinstance(critic, nn.Module)
+    if module and critic in _refused:
+        layers, reason = _refused[critic]
+        if layers == _layers_of(critic):
+            raise NoRule(reason)
+    state = None if module and critic in _recordable else _random_state(x.device)
     try:
         tape = Tape(RULES, x, wants_input)
         with torch.enable_grad(), tape:
@@ -47,18 +48,16 @@ def record(
     except NoRule as refusal:
         if state is not None:
             _restore(state, x.device)
-        if shape is not None:
-            _refused[critic] = shape, str(refusal)
+        if module:
+            _refused[critic] = _layers_of(critic), str(refusal)
         raise
-    if shape is not None:
+    if module:
         _recordable.add(critic)
     return tape, output
 
 
-def _shape_of(critic: Any) -> Any:
-    """What must stay for a refusal to stay: the layers and their modes. None for a plain callable."""
-    if not isinstance(critic, nn.Module) or critic in _recordable:
-        return None if not isinstance(critic, nn.Module) else ()
+def _layers_of(critic: nn.Module) -> tuple[Any, ...]:
+    """What must stay for a refusal to stay: the layers and their modes."""
     return tuple((type(module), module.training) for module in critic.modules())
 
 

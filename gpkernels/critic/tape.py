@@ -15,7 +15,8 @@ and the weights' gradients are sums of delta x a (a loss), or delta x t + gamma 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,12 +77,13 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.rules = rules
         self.rows = x.shape[0]
-        self.wants_input = wants_input
+        self.differentiable = torch.is_grad_enabled()  # otherwise values alone are wanted, and no weight's gradient
         self.curved = False
         self.nodes: list[Node] = []
         self.weights: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
         self._kept: list[tuple[Tensor, int]] = []
+        self._marks: dict[int, tuple[Any, Node, int]] = {}
         self.input = Input()
         self.input.free = not wants_input
         self.x = x
@@ -92,12 +94,10 @@ class Tape(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = self.rules.get(func)
+        if (rule is None and func in HARMLESS) or not self._involved(args, kwargs):
+            return func(*args, **kwargs)
         if rule is None:
-            if func not in HARMLESS and any([True for _ in self.active(args, kwargs)]):
-                raise NoRule(f"{name_of(func)} has no rule")
-            return func(*args, **kwargs)
-        if not any([True for _ in self.active(args, kwargs)]):
-            return func(*args, **kwargs)
+            raise NoRule(f"{name_of(func)} has no rule")
         if not torch.is_grad_enabled():
             raise NoRule(f"{name_of(func)} runs without gradients, inside a custom function or no_grad")
         with torch.no_grad():
@@ -105,26 +105,32 @@ class Tape(TorchFunctionMode):
 
     def node_of(self, x: Any) -> Node | None:
         """The node that made this tensor, or None for a constant."""
-        mark = getattr(x, "_gpkernels_node", None)
-        if mark is None or mark[0] is not self:
+        mark = self._mark_of(x)
+        if mark is None:
             return None
         if mark[2] != x._version:
             raise NoRule("a recorded activation was changed in place round the tape")
         return mark[1]
 
+    def _mark_of(self, x: Any) -> tuple[Any, Node, int] | None:
+        mark = self._marks.get(id(x))
+        return mark if mark is not None and mark[0]() is x else None
+
     def is_active(self, x: Any) -> bool:
         return self.node_of(x) is not None
 
-    def active(self, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-        """The recorded tensors among arguments; NoRule for one that came round the tape."""
-        for arg in (*args, *kwargs.values()):
+    def _involved(self, args: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether arguments hold a recorded tensor; NoRule for one that was computed from such, round the tape."""
+        found = False
+        for arg in (*args, *kwargs.values()) if kwargs else args:
             for x in arg if isinstance(arg, (tuple, list)) else (arg,):
-                if not isinstance(x, Tensor):
+                if not isinstance(x, Tensor) or type(x) is nn.Parameter:
                     continue
                 if self.is_active(x):
-                    yield x
+                    found = True
                 elif x.grad_fn is not None and self._reaches(x.grad_fn):
                     raise NoRule("an activation was computed round the tape")
+        return found
 
     def _reaches(self, function: Any) -> bool:
         """Whether an autograd graph leads to a recorded tensor."""
@@ -134,9 +140,7 @@ class Tape(TorchFunctionMode):
             if at is None or at in seen:
                 continue
             seen.add(at)
-            leaf = getattr(at, "variable", None)
-            mark = getattr(leaf, "_gpkernels_node", None)
-            if mark is not None and mark[0] is self:
+            if self._mark_of(getattr(at, "variable", None)) is not None:
                 return True
             stack += [following for following, _ in at.next_functions]
         return False
@@ -153,7 +157,7 @@ class Tape(TorchFunctionMode):
             return None
         if self.is_active(x):
             raise NoRule(f"{what} depends on the batch")
-        if x.requires_grad:
+        if x.requires_grad and self.differentiable:
             self.weights[id(x)] = x
         return x
 
@@ -170,10 +174,10 @@ class Tape(TorchFunctionMode):
 
     def add(self, node: Node, parents: Sequence[Tensor | None], output: Tensor, *weights: Tensor | None) -> Tensor:
         """Append a call; its output becomes a recorded tensor."""
-        node.trainable = any(w is not None and w.requires_grad for w in weights)
+        node.trainable = self.differentiable and any(w is not None and w.requires_grad for w in weights)
         # Not node_of: a call in place has changed its parent, rightly.
-        marks = (getattr(p, "_gpkernels_node", None) for p in parents)
-        self._mark(node, tuple(m[1] if m is not None and m[0] is self else None for m in marks), output)
+        marks = (self._mark_of(p) for p in parents)
+        self._mark(node, tuple(None if m is None else m[1] for m in marks), output)
         self.curved |= node.curved
         return output
 
@@ -191,7 +195,8 @@ class Tape(TorchFunctionMode):
         self.nodes.append(node)
         # A recorded tensor requires grad, as in eager PyTorch: what depends on it round the tape can be told.
         output.requires_grad_()
-        output._gpkernels_node = (self, node, output._version)  # type: ignore[attr-defined]
+        # Weakly, by identity: a reference from the tensor would tie the whole tape into a cycle of garbage.
+        self._marks[id(output)] = weakref.ref(output), node, output._version
 
     def finish(self) -> None:
         """After the forward pass: NoRule if a kept tensor was written in place."""
@@ -203,9 +208,14 @@ class Tape(TorchFunctionMode):
 
     def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
         """Add to the gradient of a weight."""
-        gradient = gradient.to(weight.dtype)
+        gradient = gradient if gradient.dtype == weight.dtype else gradient.to(weight.dtype)
         known = self.gradients.get(id(weight))
         self.gradients[id(weight)] = gradient if known is None else known.add_(gradient)
+
+
+def cast(x: Tensor, like: Tensor) -> Tensor:
+    """x in the dtype of another tensor; they differ only under autocast."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def name_of(func: Any) -> str:
