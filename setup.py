@@ -34,7 +34,8 @@ def wants_extension() -> bool:
         return False
     if importlib.util.find_spec("torch") is None:
         sys.exit(
-            "gpkernels builds against the torch you run, which this build environment does not have. Install torch, then:\n"
+            "gpkernels builds against the torch you run, which this build environment does not have. "
+            "Install torch, then:\n"
             "  pip install pybind11 cmake ninja setuptools wheel && pip install --no-build-isolation .\n"
             "or GPKERNELS_BUILD=none pip install .  for the package without native kernels."
         )

@@ -226,17 +226,17 @@ class _GradientNormPenaltyBackward(_Differentiable):
 def gradient_norm_penalty(
     grad: Tensor, target: float = 1.0, *, one_sided: bool = False, reduction: str = "mean"
 ) -> Tensor:
-    """Mean (|g_n| - target)^2 over an input gradient, or max(0, |g_n| - target)^2 one-sided (Gulrajani et al. 2017, eq. 3).
+    """Mean (|g_n| - target)^2 over an input gradient (Gulrajani et al. 2017, eq. 3).
 
-    grad: (N, *), |.| over all but the first axis. reduction: "mean", "sum" or "none", which gives (N,). target = 0 is
+    grad: (N, *), |.| over all but the first axis. one_sided: max(0, |g_n| - target)^2 instead. reduction: "mean", "sum" or "none", which gives (N,). target = 0 is
     the zero-centred penalty |g_n|^2. Where |g_n| = 0 the subgradient is 0. Differentiable to any order in grad.
     Raises TypeError or ValueError for bad input.
     """
     check_batch("grad", grad)
     apply = ops.gradient_norm_penalty if _constant(grad) else _GradientNormPenalty.apply
-    penalty: Tensor = apply(
-        grad, check_nonnegative("target", target), bool(one_sided), ops.check_reduction(reduction)
-    )[0]
+    penalty: Tensor = apply(grad, check_nonnegative("target", target), bool(one_sided), ops.check_reduction(reduction))[
+        0
+    ]
     return penalty
 
 
@@ -345,9 +345,9 @@ def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor
     """
     check_pair("score1", score1, "score2", score2)
     _check_second_pair("x", x1, x2, score1)
-    term: Tensor = _LipschitzConsistency.apply(
-        *_promote(score1, score2, x1, x2), check_nonnegative("margin", margin)
-    )[0]
+    term: Tensor = _LipschitzConsistency.apply(*_promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[
+        0
+    ]
     return term
 
 
@@ -392,9 +392,7 @@ class _ScoreLossBackward(_Differentiable):
     def backward(ctx: Any, *tangents: Tensor) -> Any:
         cotangent, first, second = ctx.saved_tensors
         kinds = ctx.kinds
-        grads = _second_order(
-            lambda *s: reference.score_loss(s, kinds), _present(first, second), cotangent, tangents
-        )
+        grads = _second_order(lambda *s: reference.score_loss(s, kinds), _present(first, second), cotangent, tangents)
         return *grads, *[None] * (4 - len(grads))
 
 

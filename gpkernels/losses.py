@@ -71,7 +71,7 @@ class CriticLoss(nn.Module):
         self.feature_weight = check_nonnegative("feature_weight", feature_weight)
 
     def forward(self, real: Tensor, fake: Tensor, *, eps: Tensor | None = None) -> CriticLossParts:
-        """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Returns scalars; ``loss`` is to be minimised."""
+        """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Returns scalars, of which loss has the graph."""
         check_pair("real", real, "fake", fake)
         if eps is not None:
             check_eps(eps, real)
@@ -88,7 +88,8 @@ class CriticLoss(nn.Module):
     def _recorded(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
         """One batch, and the weight gradients with it; NoRule if the critic has a layer without a rule."""
         points = self._points(real, fake, eps)
-        adversarial = Adversarial(*(SCORE_LOSSES[kind] for kind in OBJECTIVES[self.objective]), self.objective == "wgan")
+        on_real, on_fake = (SCORE_LOSSES[kind] for kind in OBJECTIVES[self.objective])
+        adversarial = Adversarial(on_real, on_fake, self.objective == "wgan")
         target = 0.0 if self.penalty in ("r1", "r2") else self.target
         one_sided = self.one_sided and self.penalty == "wgan-gp"
         penalty = None if points is None else Penalty(self.penalty_weight, target, one_sided)
@@ -120,9 +121,7 @@ class CriticLoss(nn.Module):
 
     def _penalty(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor:
         if self.penalty == "wgan-gp":
-            return gradient_penalty(
-                self.critic, real, fake, target=self.target, one_sided=self.one_sided, eps=eps
-            )
+            return gradient_penalty(self.critic, real, fake, target=self.target, one_sided=self.one_sided, eps=eps)
         if self.penalty == "r1":
             return r1_penalty(self.critic, real)
         if self.penalty == "r2":

@@ -141,17 +141,19 @@ def check_eps(eps: Tensor, like: Tensor) -> None:
 
 
 def _interpolate(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
-    return reference.interpolate(*_laid_out(real, fake), eps).contiguous(memory_format=memory_format(real, fake))
+    layout, (real, fake) = memory_format(real, fake), _laid_out(real, fake)
+    return reference.interpolate(real, fake, eps).contiguous(memory_format=layout)
 
 
 def _interpolate_random(real: Tensor, fake: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    mixed, eps = reference.interpolate_random(*_laid_out(real, fake), key)
-    return mixed.contiguous(memory_format=memory_format(real, fake)), eps
+    layout, (real, fake) = memory_format(real, fake), _laid_out(real, fake)
+    mixed, eps = reference.interpolate_random(real, fake, key)
+    return mixed.contiguous(memory_format=layout), eps
 
 
 def _interpolate_backward(cotangent: Tensor, eps: Tensor, to_real: bool, to_fake: bool) -> tuple[Tensor, Tensor]:
-    to = reference.interpolate_backward(*_laid_out(cotangent), eps, to_real, to_fake)
-    layout = memory_format(cotangent)
+    layout, (cotangent,) = memory_format(cotangent), _laid_out(cotangent)
+    to = reference.interpolate_backward(cotangent, eps, to_real, to_fake)
     wanted = (to_real, to_fake)
     first, second = (g.contiguous(memory_format=layout) if w else g for g, w in zip(to, wanted, strict=True))
     return first, second
@@ -180,7 +182,7 @@ interpolate_backward = Op(
 
 
 def _instance_noise(x: Tensor, sigma: float, scale: Tensor | None, key: Tensor, gaussian: bool) -> Tensor:
-    return reference.instance_noise(*_laid_out(x), sigma, scale, key, gaussian)
+    return reference.instance_noise(_laid_out(x)[0], sigma, scale, key, gaussian)
 
 
 instance_noise = Op(
@@ -193,7 +195,7 @@ instance_noise = Op(
 
 
 def _gradient_norm_penalty_backward(cotangent: Tensor, grad: Tensor, coefficient: Tensor) -> Tensor:
-    scaled = reference.gradient_norm_penalty_backward(cotangent, *_laid_out(grad), coefficient)
+    scaled = reference.gradient_norm_penalty_backward(cotangent, _laid_out(grad)[0], coefficient)
     return scaled.contiguous(memory_format=memory_format(grad))
 
 
@@ -224,14 +226,15 @@ def _consistency_backward(
     b_coefficient: Tensor,
     to_b: bool,
 ) -> tuple[Tensor, ...]:
-    a, b = _laid_out(a1, a2), _laid_out(b1, b2)
-    ga1, ga2, gb1, gb2 = reference.consistency_backward(cotangent, *a, *b, a_coefficient, b_coefficient, to_b)
-    layout = memory_format(a1, a2)
-    to_a = ga1.contiguous(memory_format=layout), ga2.contiguous(memory_format=layout)
-    if not to_b:
-        return *to_a, gb1, b1.new_empty(0)
-    layout = memory_format(b1, b2)
-    return *to_a, gb1.contiguous(memory_format=layout), gb2.contiguous(memory_format=layout)
+    a_layout, b_layout = memory_format(a1, a2), memory_format(b1, b2)
+    (a1, a2), (b1, b2) = _laid_out(a1, a2), _laid_out(b1, b2)
+    grads = reference.consistency_backward(cotangent, a1, a2, b1, b2, a_coefficient, b_coefficient, to_b)
+    if not to_b:  # the empty pair must not share memory
+        grads = *grads[:3], b1.new_empty(0)
+    layouts = (a_layout, a_layout, b_layout, b_layout)
+    return tuple(
+        g.contiguous(memory_format=layout) if g.dim() > 1 else g for g, layout in zip(grads, layouts, strict=True)
+    )
 
 
 def _consistency_fake(score1: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,9 +286,7 @@ score_loss_backward = Op(
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
-clip_weights_ = Op(
-    "clip_weights_(Tensor(a!)[] params, float c) -> ()", reference.clip_weights_, lambda params, c: None
-)
+clip_weights_ = Op("clip_weights_(Tensor(a!)[] params, float c) -> ()", reference.clip_weights_, lambda params, c: None)
 rmsprop_ = Op(
     "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs,"
     " Tensor(d!)[] momentum_buffers, float lr, float alpha, float eps, float weight_decay, float momentum,"

@@ -107,7 +107,6 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
         "clip_weights_": [(weights, 0.1)],
         "rmsprop_": [
             (weights, like, [w.clone() for w in like], [], [], *hyper, 0.0, False, None),
-            (weights, like, [w.clone() for w in like], [w.clone() for w in like], [torch.zeros_like(w) for w in like])
-            + (*hyper, 0.9, True, 0.05),
+            (weights, like, *([w.clone() for w in like] for _ in range(3)), *hyper, 0.9, True, 0.05),
         ],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
 
 def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for before, after in pairwise(sizes[:-1]):
         layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if norm else []), activation()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
@@ -44,7 +45,7 @@ def dcgan(channels: int = 3, dim: int = 64, size: int = 32) -> nn.Sequential:
     """The DCGAN critic of WGAN-GP's code: 5 x 5 kernels of stride 2, LeakyReLU."""
     widths = [channels, dim, 2 * dim, 4 * dim]
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 5, 2, 2), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * dim * (size // 8) ** 2, 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -224,7 +225,9 @@ class Noisy(nn.Module):
 
 
 def test_dropout_keeps_one_mask_through_all_passes() -> None:
-    critic = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    critic = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 1)
+    )
     critic = critic.double()
     points = torch.randn(5, 6, dtype=torch.float64)
     torch.manual_seed(1)
@@ -258,8 +261,6 @@ def test_drop_in_layers_can_be_differentiated_again() -> None:
             (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
             (gw,) = torch.autograd.grad(g.square().sum(), w, create_graph=True)
         return gw
-
-    import contextlib
 
     ours = penalty(weight, gpk.fast_double_backward())
     exact = penalty(weight, contextlib.nullcontext())

@@ -73,7 +73,9 @@ def geometry_of(
         return values * dims if len(values) == 1 else values
 
     if isinstance(padding, str):
-        totals = [0 if padding == "valid" else d * (k - 1) for d, k in zip(each(dilation), weight.shape[2:], strict=True)]
+        totals = [
+            0 if padding == "valid" else d * (k - 1) for d, k in zip(each(dilation), weight.shape[2:], strict=True)
+        ]
         if any(total % 2 for total in totals):
             raise NoRule("padding='same' is not symmetric for an even kernel")
         padding = [total // 2 for total in totals]

@@ -25,7 +25,9 @@ class _Piecewise(Function):
     """A piecewise-linear activation. In place on a leaf it is left to PyTorch, whose error comes before the write."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], slope: Elementwise, from_output: bool) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], slope: Elementwise, from_output: bool
+    ) -> Any:
         y = function(x)
         if y is x:
             ctx.mark_dirty(x)
@@ -162,13 +164,13 @@ def depth() -> int:
     return getattr(_entered, "depth", 0)
 
 
-class fast_double_backward(TorchFunctionMode):  # noqa: N801 - a context manager reads as a function
+class fast_double_backward(TorchFunctionMode):
     """Context: layers called inside it have the efficient double backward.
 
-    Values and gradients are PyTorch's; weight gradients of a penalty are the same to the last bit for MLPs. Any order of
-    derivative. Layers: ReLU, LeakyReLU, Hardtanh, ReLU6, max, average and adaptive pooling, also in place; every other
-    layer runs as it is. The penalties of this library use it by themselves where a critic has a layer without a rule; called
-    inside it, they can be differentiated to any order.
+    Values and gradients are PyTorch's, for derivatives of any order; the weight gradients of an MLP's penalty are the
+    same to the last bit. Layers: ReLU, LeakyReLU, Hardtanh, ReLU6, max, average and adaptive pooling, also in place;
+    every other layer runs as it is. The penalties of this library use it by themselves where a critic has a layer
+    without a rule; called inside it, they can be differentiated to any order.
     """
 
     def __enter__(self) -> fast_double_backward:

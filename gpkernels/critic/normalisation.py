@@ -2,8 +2,8 @@
 
 With J the derivative of n, c_u = mean(n u) and means over the group of M elements (r = 1 / sqrt(variance + eps)):
     J t = r (t - mean(t) - n c_t), symmetric;   <d, J t> = r M (A - c_t c_d),   A = mean(d t) - mean(d) mean(t)
-so the derivative of <d, J t> with respect to x is -r^2 (A - c_t c_d) n - r (c_d J t + c_t J d). Without the mean (RMSNorm)
-the terms in mean(.) drop out.
+so the derivative of <d, J t> with respect to x is -r^2 (A - c_t c_d) n - r (c_d J t + c_t J d). Without the mean, as
+in RMSNorm, the terms in mean(.) drop out.
 """
 
 from __future__ import annotations

@@ -63,18 +63,15 @@ def add_penalty_gradients(tape: Tape, direction: Tensor, plain: int, scale: Tens
         node.delta = None
 
 
-def add_curved_penalty_gradients(
-    tape: Tape, direction: Tensor, plain: int, seeds: Mapping[Node, Tensor]
-) -> None:
+def add_curved_penalty_gradients(tape: Tape, direction: Tensor, plain: int, seeds: Mapping[Node, Tensor]) -> None:
     """The same for a tape with curvature: push, then pull the activations' own adjoints, which start from ``seeds``."""
     rows = slice(plain, None)
-    for node, tangents in _pushed(tape, direction, rows):
-        node.tangents = tangents
+    for node, reached in _pushed(tape, direction, rows):
+        node.tangents = reached
     adjoints: dict[int, Tensor] = {node.index: seed for node, seed in seeds.items()}
     for node in reversed(tape.nodes[1:]):
         adjoint = adjoints.pop(node.index, None)
-        delta, tangents = node.delta, node.tangents
-        node.delta, node.tangents = None, ()
+        delta, tangents, node.delta, node.tangents = node.delta, tuple(node.tangents), None, ()
         if node.trainable:
             if adjoint is not None:
                 node.add_weight_gradient(tape, adjoint, node.x[rows], rows)
@@ -89,9 +86,7 @@ def add_curved_penalty_gradients(
             _hand_down(tape, node, node.curvature(tangents, delta, rows), adjoints, plain)
 
 
-def _pushed(
-    tape: Tape, direction: Tensor, rows: slice
-) -> Iterator[tuple[Node, tuple[Tensor | None, ...]]]:
+def _pushed(tape: Tape, direction: Tensor, rows: slice) -> Iterator[tuple[Node, tuple[Tensor | None, ...]]]:
     """Each call that is reached with the tangents of its parents, as far as the last one that needs them."""
     last = max((node.index for node in tape.nodes if node.trainable or node.curved), default=0)
     known: dict[int, Tensor] = {0: direction}

@@ -6,6 +6,7 @@ Each keeps the batch as the first axis; a call that would move samples has no ru
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -221,10 +222,8 @@ def _record_add(tape: Tape, first: Any, second: Any, alpha: float, in_place: boo
         if not a:
             tape.constant(x, "an added tensor")
     _check_broadcast(tape, first, second)
-    if in_place:
-        output = tape.writable(first).add_(second, alpha=alpha)
-    else:
-        output = torch.add(first, second, alpha=alpha)
+    add = tape.writable(first).add_ if in_place else partial(torch.add, first)
+    output = add(second, alpha=alpha)
     return tape.add(Add(shapes, output.shape, alpha), (first, second), output)
 
 

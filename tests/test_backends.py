@@ -1,0 +1,201 @@
+"""Which implementation runs: with no extension, with a broken one, by environment variable, by name."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from installed import copy_package, output, run
+
+import gpkernels as gpk
+from gpkernels import backends, cli, info, ops
+
+USE = """
+import torch, gpkernels as gpk
+real, fake = torch.randn(4, 3), torch.randn(4, 3)
+critic = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.LeakyReLU(), torch.nn.Linear(8, 1))
+gpk.CriticLoss(critic)(real, fake).loss.backward()
+torch.compile(gpk.gradient_norm_penalty, backend="eager")(real)
+optimizer = gpk.optim.RMSprop(critic.parameters(), clip=0.01)
+optimizer.step()
+assert max(p.abs().max() for p in critic.parameters()) <= 0.01
+"""
+FACTS = "\nimport json; from gpkernels import info; print(json.dumps(info.facts()))"
+
+
+def _facts(path: Path, **environment: str) -> dict:
+    return json.loads(output(USE + FACTS, path, **environment))
+
+
+def test_without_the_extension_everything_runs_on_the_reference_and_info_says_why(tmp_path: Path) -> None:
+    facts = _facts(copy_package(tmp_path))
+    assert facts["running"] == {"cpu": "reference", "cuda": "reference"}
+    assert facts["build"] is None
+    assert facts["build_error"] == "the package was built without it"
+    assert "built without it" in facts["backends"]["cpu"]
+
+
+@pytest.mark.parametrize("content", [b"not a shared library" * 9, b""], ids=["garbage", "empty"])
+def test_a_broken_extension_is_a_reason_and_no_error(tmp_path: Path, content: bytes) -> None:
+    name = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    (copy_package(tmp_path) / "gpkernels" / name).write_bytes(content)
+    facts = _facts(tmp_path)
+    assert facts["running"]["cpu"] == "reference"
+    assert name in facts["build_error"]
+    assert "\n" not in facts["build_error"]
+    page = run("-m", "gpkernels.cli", "info", path=tmp_path)
+    assert page.returncode == 0
+    assert "not loaded" in page.stdout
+    assert name in page.stdout
+
+
+def test_the_environment_forces_the_reference() -> None:
+    code = (
+        "import torch, gpkernels as gpk; from gpkernels import backends, ops\n"
+        "x = torch.ones(3); ran = []\n"
+        "ops.clip_weights_.implementation = lambda *args: ran.append(args)\n"
+        "gpk.clip_weights_(x, 0.1); print(backends.forced(), len(ran))"
+    )
+    assert output(code, GPKERNELS_BACKEND="reference").split() == ["reference", "1"]
+
+
+FORCED = """
+import torch, gpkernels as gpk
+x = torch.ones(3)
+try:
+    gpk.clip_weights_(x, 0.1)
+except RuntimeError as error:
+    print(error)
+print(x.tolist())
+"""
+
+
+def test_a_forced_cpu_backend_without_the_extension_raises_at_the_first_call_with_the_cure(tmp_path: Path) -> None:
+    printed = output(FORCED, copy_package(tmp_path), GPKERNELS_BACKEND="cpu")
+    assert "'cpu' was forced" in printed
+    assert "clip_weights_" in printed
+    assert "pip install --no-build-isolation" in printed
+    assert "[1.0, 1.0, 1.0]" in printed
+
+
+def test_a_foreign_name_in_the_environment_warns_and_import_goes_on() -> None:
+    done = run("-c", FORCED, GPKERNELS_BACKEND="nonsense")
+    assert done.returncode == 0
+    assert "GPKERNELS_BACKEND" in done.stderr
+    assert "'nonsense'" in done.stderr
+    assert "0.1" in done.stdout
+
+
+@pytest.mark.skipif(backends.extension is None, reason="the extension is not built")
+def test_the_environment_forces_the_cpu_kernels() -> None:
+    assert "0.1" in output(FORCED, GPKERNELS_BACKEND="cpu")
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_forced_gpu_backend_raises_with_the_reason(name: str) -> None:
+    x = torch.ones(3)
+    with gpk.backend(name), pytest.raises(RuntimeError, match=rf"'{name}' was forced.*clip_weights_.*'auto'"):
+        gpk.clip_weights_(x, 0.1)
+    assert x.tolist() == [1.0] * 3
+
+
+@pytest.mark.skipif(backends.extension is None, reason="the extension is not built")
+def test_forced_cpu_kernels_refuse_tensors_of_another_device() -> None:
+    with gpk.backend("cpu"), pytest.raises(RuntimeError, match=r"cpu tensors, got meta tensors"):
+        ops.gradient_norm_penalty(torch.ones(2, 3, device="meta"), 1.0, False, 1)
+
+
+def test_the_context_restores_what_was_chosen_before_even_after_an_error() -> None:
+    before = backends.forced()
+    with gpk.backend("reference"):
+        assert backends.forced() == "reference"
+        with gpk.backend("auto"):
+            assert backends.forced() is None
+        assert backends.forced() == "reference"
+        with pytest.raises(KeyError), gpk.backend("cpu"):
+            raise KeyError
+        assert backends.forced() == "reference"
+    assert backends.forced() == before
+
+
+def test_set_backend_stays_until_it_is_set_again() -> None:
+    try:
+        gpk.set_backend("reference")
+        assert info.facts()["backend"] == "reference"
+    finally:
+        gpk.set_backend("auto")
+    assert info.facts()["backend"] == "auto"
+    with pytest.raises(ValueError, match=r"auto, reference, cpu, triton, cuda.*'tpu'"):
+        gpk.set_backend("tpu")
+
+
+def test_importing_adds_nothing_but_the_package_to_torch() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import gpkernels\n"
+        "print(*sorted(set(sys.modules) - before), sep='\\n')"
+    )
+    added = output(code).split()
+    assert "gpkernels.ops" in added
+    foreign = [m for m in added if m.split(".")[0] not in {"gpkernels", "torch", *_standard_library()}]
+    assert foreign == []
+    assert not any(m.startswith(("torch._dynamo", "torch._inductor", "torch.utils.cpp_extension")) for m in added)
+
+
+def _standard_library() -> frozenset[str]:
+    import sys
+
+    return sys.stdlib_module_names
+
+
+def test_the_import_leaves_the_random_state_alone() -> None:
+    code = "import torch; a = torch.get_rng_state(); import gpkernels; print(torch.equal(a, torch.get_rng_state()))"
+    assert output(code).strip() == "True"
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_info_prints_a_page_and_json_that_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"] == torch.__version__
+    assert facts["ops"] == sorted(ops.ALL)
+    assert facts["running"]["cpu"] == backends.running("cpu")
+    assert cli.main(["info"]) == 0
+    page = capsys.readouterr().out
+    for said in (torch.__version__, "reference", "no kernel has run on a GPU", *facts["ops"]):
+        assert said in page
+    if facts["build"] is not None:
+        assert set(facts["build"]) == {"torch", "compiler", "flags", "revision", "instruction_sets"}
+        assert facts["build"]["compiler"] in page
+        assert facts["build"]["revision"] in page
+        assert facts["instruction_set"] in page
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], [], ["info", "--nonsense"]], ids=str)
+def test_a_wrong_command_is_two_and_no_traceback(arguments: list[str]) -> None:
+    done = run("-m", "gpkernels.cli", *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "usage: gpkernels" in done.stderr
+
+
+@pytest.mark.parametrize("package", [*cli.EXTRA, "gptrainer"])
+def test_training_without_its_packages_is_one_line_and_two(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    assert cli.main(["train", "wgan-gp"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert package in said
+    assert "pip install 'gpkernels[train]'" in said
+
+
+def test_the_train_extra_lists_what_training_needs() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("train = "))
+    assert {name.replace("sklearn", "scikit-learn") for name in cli.EXTRA} == set(json.loads(line.partition("=")[2]))

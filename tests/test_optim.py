@@ -1,0 +1,390 @@
+"""RMSprop against torch.optim.RMSprop followed by a clamp, and clip_weights_ against clamp_."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import gpkernels as gpk
+from gpkernels.optim import RMSprop
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "wgan": {"lr": 5e-5},
+    "alpha": {"alpha": 0.3, "eps": 1e-3},
+    "momentum": {"momentum": 0.9},
+    "centered": {"centered": True},
+    "centered fast": {"centered": True, "alpha": 0.4, "eps": 1e-2},
+    "weight decay": {"weight_decay": 0.1},
+    "maximize": {"maximize": True},
+    "momentum and centered": {"momentum": 0.5, "centered": True, "eps": 1e-3},
+    "everything": {"momentum": 0.9, "centered": True, "weight_decay": 0.01, "maximize": True, "eps": 1e-3},
+}
+CLIPS = {"unclipped": None, "clipped": 0.01}
+# Where torch's kernels fuse multiply-adds, ours do too; where they do not, the last bits differ.
+FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def _weights(dtype: torch.dtype) -> list[nn.Parameter]:
+    """Sizes below, at and above a vector and a tile; a scalar, an empty one, and layouts that are not contiguous."""
+    made = [torch.randn(size, dtype=torch.float64).to(dtype) for size in ((3, 5), (), (7,), (0, 4), (331, 107), (1, 1))]
+    made.append(torch.randn(4, 3, 5, 5).to(dtype).contiguous(memory_format=torch.channels_last))
+    made.append(torch.randn(6, 9).to(dtype).t())
+    made.append(torch.randn(6, 10).to(dtype)[:, ::2])
+    return [nn.Parameter(w) for w in made]
+
+
+def _twins(weights: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The same numbers in the same layout, or contiguous where the layout has gaps."""
+    return [nn.Parameter(w.detach().clone()) for w in weights]
+
+
+def _set_grads(*lists: list[nn.Parameter], like_weights: bool = True) -> None:
+    """One gradient for all twins, in the layout of the weight, as backward leaves it, or contiguous."""
+    for same in zip(*lists, strict=True):
+        grad = torch.randn(same[0].shape, dtype=torch.float64)
+        for w in same:
+            w.grad = torch.empty_like(w).copy_(grad) if like_weights else grad.to(w.dtype)
+
+
+def _clamp(weights: list[nn.Parameter], clip: float | None) -> None:
+    if clip is not None:
+        with torch.no_grad():
+            for w in weights:
+                w.clamp_(-clip, clip)
+
+
+def _states(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    for w in weights:
+        yield from sorted(optimizer.state[w].items())
+
+
+def _steps(
+    count: int,
+    ours: list[nn.Parameter],
+    theirs: list[nn.Parameter],
+    a: torch.optim.Optimizer,
+    b: torch.optim.Optimizer,
+    clip: float | None = None,
+) -> None:
+    """The same random steps by both optimisers; what the second leaves is clamped."""
+    for i in range(count):
+        _set_grads(ours, theirs, like_weights=i % 3 != 0)
+        a.step()
+        b.step()
+        _clamp(theirs, clip)
+
+
+def _assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter], ulps: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        tolerance = ulps * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def correctly_rounded_sqrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's float sqrt may be off by an ulp (it can be a vector library's); IEEE's, as numpy and hardware give it."""
+    monkeypatch.setattr(Tensor, "sqrt", lambda x: torch.as_tensor(np.sqrt(x.numpy())).as_subclass(Tensor))
+    monkeypatch.setattr(Tensor, "sqrt_", lambda x: x.copy_(x.sqrt()))
+
+
+@pytest.mark.skipif(not FUSES, reason="torch's CPU kernels do not fuse multiply-adds here")
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.usefixtures("correctly_rounded_sqrt")
+def test_twenty_steps_are_torch_bit_for_bit_given_a_correct_square_root(
+    dtype: torch.dtype, name: str, clip: str, backend: str
+) -> None:
+    ours = _weights(dtype)
+    theirs = _twins(ours)
+    a, b = RMSprop(ours, clip=CLIPS[clip], **OPTIONS[name]), torch.optim.RMSprop(theirs, **OPTIONS[name])
+    _steps(20, ours, theirs, a, b, CLIPS[clip])
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+    for (key, x), (other, y) in zip(_states(a, ours), _states(b, theirs), strict=True):
+        assert key == other
+        assert torch.equal(x, y), key
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_twenty_steps_agree_with_torch_as_it_is(dtype: torch.dtype, name: str, clip: str, backend: str) -> None:
+    ours = _weights(dtype)
+    theirs = _twins(ours)
+    a, b = RMSprop(ours, clip=CLIPS[clip], **OPTIONS[name]), torch.optim.RMSprop(theirs, **OPTIONS[name])
+    _steps(20, ours, theirs, a, b, CLIPS[clip])
+    _assert_same(ours, theirs, 64)
+    assert [key for key, _ in _states(a, ours)] == [key for key, _ in _states(b, theirs)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_low_precision_is_no_worse_than_twice_torch(dtype: torch.dtype, name: str, backend: str) -> None:
+    ours = _weights(dtype)
+    theirs, exact = _twins(ours), [nn.Parameter(w.detach().double()) for w in ours]
+    options = {"eps": 1e-3, **OPTIONS[name]}  # 1e-8 is zero in float16: torch divides by it
+    optimizers = RMSprop(ours, **options), torch.optim.RMSprop(theirs, **options), torch.optim.RMSprop(exact, **options)
+    for _ in range(20):
+        _set_grads(ours, theirs, exact)
+        for e, w in zip(exact, ours, strict=True):
+            e.grad = w.grad.double()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def error(weights: list[nn.Parameter]) -> float:
+        gaps = [(w.detach().double() - e.detach()).flatten() for w, e in zip(weights, exact, strict=True)]
+        return float(torch.cat(gaps).norm())
+
+    assert all(torch.isfinite(w).all() for w in ours)
+    # Where torch's rounded variance falls below zero it gives NaN; then finite numbers are all one can ask for.
+    assert math.isnan(error(theirs)) or error(ours) <= 2 * error(theirs)
+
+
+def test_a_parameter_of_each_dtype_in_one_group(backend: str) -> None:
+    ours = [nn.Parameter(torch.randn(5, 3, dtype=torch.float64).to(t)) for t in (torch.float64, torch.float32)]
+    theirs = _twins(ours)
+    _steps(5, ours, theirs, RMSprop(ours), torch.optim.RMSprop(theirs))
+    _assert_same(ours, theirs, 64)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_state_dict_moves_to_torch_and_back_in_mid_run(name: str, backend: str) -> None:
+    """Three legs of five steps: torch, ours, torch; beside them torch all the way, and each optimiser's own reload."""
+    options = OPTIONS[name]
+    ours = _weights(torch.float64)
+    theirs = _twins(ours)
+    relay: torch.optim.Optimizer = torch.optim.RMSprop(ours, **options)
+    whole = torch.optim.RMSprop(theirs, **options)
+    for leg in (torch.optim.RMSprop, RMSprop, torch.optim.RMSprop, RMSprop):
+        successor = leg(ours, lr=123.0)  # every option comes with the state
+        successor.load_state_dict(copy.deepcopy(relay.state_dict()))
+        relay = successor
+        _steps(5, ours, theirs, relay, whole)
+    _assert_same(ours, theirs, 256)
+    for (key, x), (other, y) in zip(_states(relay, ours), _states(whole, theirs), strict=True):
+        assert key == other
+        torch.testing.assert_close(x, y, msg=key)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_reloaded_run_continues_with_identical_numbers(name: str, backend: str) -> None:
+    ours = _weights(torch.float32)
+    first = RMSprop(ours, clip=0.5, **OPTIONS[name])
+    for _ in range(3):
+        _set_grads(ours)
+        first.step()
+    twins = _twins(ours)
+    second = RMSprop(twins)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.param_groups[0]["clip"] == 0.5
+    for _ in range(3):
+        _set_grads(ours, twins)
+        first.step()
+        second.step()
+    assert all(torch.equal(x, y) for x, y in zip(ours, twins, strict=True))
+
+
+def test_a_state_dict_of_torch_keeps_the_clip_that_was_asked_for(backend: str) -> None:
+    w = nn.Parameter(torch.full((3,), 5.0))
+    plain = torch.optim.RMSprop([w], lr=1e-3)
+    w.grad = torch.ones(3)
+    plain.step()
+    optimizer = RMSprop([w], clip=0.25)
+    optimizer.load_state_dict(plain.state_dict())
+    optimizer.step()
+    assert w.tolist() == [0.25] * 3
+
+
+def test_each_group_has_its_own_clip(backend: str) -> None:
+    a, b, c, d = (nn.Parameter(torch.full((3,), 5.0)) for _ in range(4))
+    optimizer = RMSprop([{"params": [a], "clip": 0.1}, {"params": [b]}, {"params": [c], "clip": None}], clip=0.2)
+    optimizer.add_param_group({"params": [d], "clip": 0.3, "lr": 1.0})
+    for w in (a, b, c, d):
+        w.grad = -torch.ones(3)
+    optimizer.step()
+    assert [a.max().item(), b.max().item(), d.max().item()] == pytest.approx([0.1, 0.2, 0.3])
+    assert c.min() > 4
+
+
+def test_parameters_without_gradient_are_left_alone(backend: str) -> None:
+    idle, busy = nn.Parameter(torch.full((3,), 5.0)), nn.Parameter(torch.full((3,), 5.0))
+    busy.grad = torch.ones(3)
+    optimizer = RMSprop([idle, busy], clip=0.1)
+    optimizer.step()
+    assert idle.tolist() == [5.0] * 3
+    assert busy.max() <= 0.1
+    assert idle not in optimizer.state
+
+
+def test_the_closure_runs_with_gradients_and_its_loss_comes_back(backend: str) -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = RMSprop([w], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert (w < 1).all()
+
+
+def test_a_learning_rate_schedule_is_followed(backend: str) -> None:
+    ours = _weights(torch.float64)
+    theirs = _twins(ours)
+    a, b = RMSprop(ours, lr=0.1), torch.optim.RMSprop(theirs, lr=0.1)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (a, b)]
+    for _ in range(4):
+        _steps(1, ours, theirs, a, b)
+        for schedule in schedules:
+            schedule.step()
+    _assert_same(ours, theirs, 64)
+
+
+def _step_with(weight: nn.Parameter, grad: Tensor | None = None, **changes: Any) -> None:
+    optimizer = RMSprop([weight])
+    optimizer.param_groups[0].update(changes)
+    weight.grad = torch.ones_like(weight) if grad is None else grad
+    optimizer.step()
+
+
+def _one() -> nn.Parameter:
+    return nn.Parameter(torch.ones(3))
+
+
+BAD = {
+    "a negative clip": (lambda: RMSprop([_one()], clip=-0.1), ValueError, r"clip.*-0\.1"),
+    "an infinite clip": (lambda: RMSprop([_one()], clip=float("inf")), ValueError, "clip.*inf"),
+    "a text clip": (lambda: RMSprop([_one()], clip="0.1"), TypeError, "clip.*str"),
+    "a negative clip in a group": (lambda: RMSprop([{"params": [_one()], "clip": -1}]), ValueError, "clip.*-1"),
+    "a negative clip in a later group": (
+        lambda: RMSprop([_one()]).add_param_group({"params": [_one()], "clip": -1}),
+        ValueError,
+        "clip.*-1",
+    ),
+    "a tensor learning rate": (lambda: RMSprop([_one()], lr=torch.tensor(0.1)), TypeError, "lr.*tensor"),
+    "a negative learning rate": (lambda: RMSprop([_one()], lr=-1.0), ValueError, "learning rate.*-1"),
+    "alpha above one": (lambda: RMSprop([_one()], alpha=1.5), ValueError, r"alpha.*1\.5"),
+    "no parameters": (lambda: RMSprop([]), ValueError, "empty"),
+    "a sparse gradient": (lambda: _step_with(_one(), torch.ones(3).to_sparse()), TypeError, "grad.*sparse"),
+    "complex parameters": (lambda: _step_with(nn.Parameter(torch.ones(3) * 1j)), TypeError, "params.*complex"),
+    "a capturable state": (lambda: _step_with(_one(), capturable=True), ValueError, "capturable"),
+    "a differentiable state": (lambda: _step_with(_one(), differentiable=True), ValueError, "differentiable"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name: str, backend: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_capturable_that_came_with_a_state_dict_is_refused(backend: str) -> None:
+    donor = torch.optim.RMSprop([_one()])
+    loaded = donor.state_dict()
+    loaded["param_groups"][0]["capturable"] = True
+    w = _one()
+    optimizer = RMSprop([w])
+    optimizer.load_state_dict(loaded)
+    w.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"capturable.*RMSprop"):
+        optimizer.step()
+
+
+def test_nothing_moves_when_a_later_gradient_is_bad(backend: str) -> None:
+    for groups in (False, True):
+        good, bad = _one(), _one()
+        optimizer = RMSprop([{"params": [good]}, {"params": [bad]}] if groups else [good, bad])
+        good.grad, bad.grad = torch.ones(3), torch.ones(3).to_sparse()
+        with pytest.raises(TypeError):
+            optimizer.step()
+        assert good.tolist() == [1.0] * 3
+        assert not optimizer.state
+
+
+@pytest.mark.parametrize("change", ["step", "clip_weights_"])
+def test_a_graph_that_saved_the_weight_notices_the_change(change: str, backend: str) -> None:
+    w = _one()
+    before = w._version
+    y = (w * w).sum()
+    if change == "step":
+        _step_with(w)
+    else:
+        gpk.clip_weights_(w, 0.5)
+    assert w._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_the_state_counts_its_changes_too(backend: str) -> None:
+    w = _one()
+    optimizer = RMSprop([w], momentum=0.9, centered=True)
+    w.grad = torch.ones(3)
+    optimizer.step()
+    before = {name: t._version for name, t in optimizer.state[w].items()}
+    optimizer.step()
+    assert all(t._version > before[name] for name, t in optimizer.state[w].items())
+
+
+# --- clip_weights_ ----------------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(st.floats(-2, 2, width=16), st.sampled_from([0.0, -0.0, float("inf"), float("-inf"), float("nan")]))
+SHAPES = st.lists(st.integers(0, 5), max_size=4)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Any shape, dtype and layout, with special values."""
+    shape = draw(SHAPES)
+    size = int(np.prod(shape, dtype=int))
+    values = draw(st.lists(NUMBERS, min_size=size, max_size=size))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
+    x = torch.tensor(values, dtype=dtype).reshape(shape)
+    layout = draw(st.sampled_from(["contiguous", "transposed", "gaps", "channels_last"]))
+    if layout == "transposed" and x.dim() > 1:
+        x = x.transpose(0, -1)
+    elif layout == "gaps":
+        x = torch.stack([x, x], dim=-1)[..., 0]
+    elif layout == "channels_last" and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+@given(weights=st.lists(tensors(), max_size=5), c=st.sampled_from([0.0, 0.01, 0.5, 1.0, 3.0]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_clip_weights_is_clamp_for_any_tensors(weights: list[Tensor], c: float, backend: str) -> None:
+    expected = [w.clone().clamp_(-c, c) for w in weights]
+    pointers = [(w.data_ptr(), w.stride()) for w in weights]
+    gpk.clip_weights_(weights, c)
+    for w, e in zip(weights, expected, strict=True):
+        torch.testing.assert_close(w, e, rtol=0, atol=0, equal_nan=True)
+    assert [(w.data_ptr(), w.stride()) for w in weights] == pointers
+
+
+def test_clip_weights_leaves_the_gaps_between_elements_alone(backend: str) -> None:
+    whole = torch.full((4, 6), 5.0)
+    gpk.clip_weights_(whole[:, ::2], 1.0)
+    assert (whole[:, ::2] == 1).all()
+    assert (whole[:, 1::2] == 5).all()
+
+
+def test_clip_weights_takes_modules_parameters_and_long_tensors(backend: str) -> None:
+    critic = nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 3))
+    with torch.no_grad():
+        for p in critic.parameters():
+            p.normal_()
+    expected = [p.detach().clamp(-0.01, 0.01) for p in critic.parameters()]
+    gpk.clip_weights_(critic.parameters(), 0.01)
+    assert all(torch.equal(p, e) for p, e in zip(critic.parameters(), expected, strict=True))
