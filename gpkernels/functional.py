@@ -228,9 +228,9 @@ def gradient_norm_penalty(
 ) -> Tensor:
     """Mean (|g_n| - target)^2 over an input gradient (Gulrajani et al. 2017, eq. 3).
 
-    grad: (N, *), |.| over all but the first axis. one_sided: max(0, |g_n| - target)^2 instead. reduction: "mean", "sum" or "none", which gives (N,). target = 0 is
-    the zero-centred penalty |g_n|^2. Where |g_n| = 0 the subgradient is 0. Differentiable to any order in grad.
-    Raises TypeError or ValueError for bad input.
+    grad: (N, *), |.| over all but the first axis. one_sided: max(0, |g_n| - target)^2 instead. reduction: "mean", "sum"
+    or "none", which gives (N,). target = 0 is the zero-centred penalty |g_n|^2. Where |g_n| = 0 the subgradient is 0.
+    Differentiable to any order in grad. Raises TypeError or ValueError for bad input.
     """
     check_batch("grad", grad)
     apply = ops.gradient_norm_penalty if _constant(grad) else _GradientNormPenalty.apply

@@ -71,7 +71,7 @@ class CriticLoss(nn.Module):
         self.feature_weight = check_nonnegative("feature_weight", feature_weight)
 
     def forward(self, real: Tensor, fake: Tensor, *, eps: Tensor | None = None) -> CriticLossParts:
-        """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Returns scalars, of which loss has the graph."""
+        """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Gives scalars, of which loss has the graph."""
         check_pair("real", real, "fake", fake)
         if eps is not None:
             check_eps(eps, real)

@@ -303,3 +303,66 @@ def rmsprop_(
         else:
             p = p.addcdiv(g, step, value=-lr)
         param.copy_(p if clip is None else p.clamp(-clip, clip))
+
+
+# --- a whole critic step of an MLP ------------------------------------------------------------------------------------
+
+
+def mlp_critic_step(
+    groups: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    slopes: Sequence[float],
+    plain_groups: int,
+    real: int,
+    fake: int,
+    real_kind: int,
+    fake_kind: int,
+    weight: float,
+    target: float,
+    one_sided: bool,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Adversarial loss, penalty, and the gradients of adversarial + weight * penalty for each weight and bias.
+
+    The critic is linear layers with max(x, slope x) between them; an empty bias is none. Each group is a batch (N, d);
+    ``real`` and ``fake`` say which ones are scored (-1: no adversarial loss), and the last one is penalised unless all
+    are plain. Where a scored group is penalised, its loss must have one slope a row.
+    """
+    batch, n = torch.cat(list(groups)), groups[0].shape[0]
+    plain = n * plain_groups
+    acts = [batch]
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        y = acts[-1] @ w.t() + (b if b.numel() else 0)
+        acts.append(torch.where(y > 0, y, slopes[i] * y) if i < len(slopes) else y)
+    scores, loss = acts[-1], batch.new_zeros(())
+    delta, scale = torch.ones_like(scores), None
+    for group, kind in ((real, real_kind), (fake, fake_kind)) if real >= 0 else ():
+        rows = slice(group * n, (group + 1) * n)
+        loss = loss + score_loss([scores[rows]], [kind])
+        (slope,) = score_loss_backward(batch.new_ones(()), [scores[rows]], [kind])
+        if group < plain_groups:
+            delta[rows] = slope
+        else:
+            scale = slope[:, :1]
+    deltas = [delta]
+    for w, a, s in zip(reversed(weights[1:]), reversed(acts[1:-1]), reversed(slopes), strict=True):
+        pulled = deltas[0] @ w
+        deltas.insert(0, torch.where(a > 0, pulled, s * pulled))
+    penalty, tangent = batch.new_zeros(()), None
+    if plain_groups < len(groups):
+        gradient = deltas[0][plain:] @ weights[0]
+        penalty, coefficient = gradient_norm_penalty(gradient, target, one_sided, REDUCTIONS["mean"])
+        tangent = gradient_norm_penalty_backward(batch.new_full((), weight), gradient, coefficient)
+    found: list[Tensor] = []
+    for i, w in enumerate(weights if gradients else ()):
+        operand, to_bias = acts[i][:plain], deltas[i][:plain].sum(0)
+        if tangent is not None:
+            own = tangent if scale is None else tangent + scale * acts[i][plain:]
+            operand = torch.cat([operand, own])
+            to_bias = to_bias if scale is None else to_bias + (scale * deltas[i][plain:]).sum(0)
+            pushed = tangent @ w.t()
+            if i < len(slopes):
+                tangent = torch.where(acts[i + 1][plain:] > 0, pushed, slopes[i] * pushed)
+        found += [deltas[i].t() @ operand, to_bias]
+    return loss, penalty, found

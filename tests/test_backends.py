@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from installed import copy_package, output, run
 
 import gpkernels as gpk
 from gpkernels import backends, cli, info, ops
+from installed import copy_package, output, run
 
 USE = """
 import torch, gpkernels as gpk

@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 import torch
-from cases import CASES, Case, raw_arguments
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpkernels as gpk
+from cases import CASES, Case, raw_arguments
 from gpkernels import ops
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

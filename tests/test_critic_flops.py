@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from counting import counted
-from critics import Featured, MaxPooled, ResidualCritic, dcgan, mlp, plain_loss, plain_penalty
 from torch import Tensor, nn
 
 import gpkernels as gpk
+from counting import counted
+from critics import Featured, MaxPooled, ResidualCritic, dcgan, mlp, plain_loss, plain_penalty
 
 CRITICS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (mlp(2, 512, 512, 512, 1), torch.randn(16, 2)),

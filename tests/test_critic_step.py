@@ -7,6 +7,11 @@ import copy
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import gpkernels as gpk
 from critics import (
     ACTIVATIONS,
     NORMS,
@@ -22,11 +27,6 @@ from critics import (
     plain_penalty,
     plain_points,
 )
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
-import gpkernels as gpk
 from gpkernels.critic import step
 from gpkernels.critic.tape import NoRule
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from installed import ROOT, SITE, copy_tree, output, run
 
 from gpkernels.version import __version__
+from installed import ROOT, SITE, copy_tree, output, run
 
 PACKAGES = ("gpkernels/__init__.py", "gpkernels/py.typed", "gptrainer/__init__.py", "gptrainer/py.typed")
 

@@ -1,0 +1,1 @@
+"""A thin reference trainer on gpkernels: WGAN and WGAN-GP, from a seed to pictures and numbers."""

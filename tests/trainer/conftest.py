@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptrainer import classifier, comparison
+from gptrainer.config import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As a run has by default; the count is put back, since a run sets its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for every test but the one on the classifier itself."""
+    monkeypatch.setattr(classifier, "EPOCHS", 2)
+    monkeypatch.setattr(comparison, "ROUNDS", 2)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A complete config of a run that takes a moment, with any values replaced."""
+
+    def config(**values: Any) -> TrainConfig:
+        small = {
+            "algorithm": "wgan-gp",
+            "data": "8gaussians",
+            "steps": 4,
+            "batch_size": 16,
+            "width": 8,
+            "n_critic": 2,
+            "log_every": 1,
+            "eval_every": 2,
+            "out": tmp_path / "run",
+        }
+        return TrainConfig(**{**small, **values}).complete()
+
+    return config
