@@ -138,6 +138,11 @@ def interpolate(
     if eps is not None:
         check_eps(eps, real)
     real, fake = _promote(real, fake)
+    return mixed_points(real, fake, eps, generator)
+
+
+def mixed_points(real: Tensor, fake: Tensor, eps: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+    """``interpolate`` for arguments that have been checked, of one dtype."""
     if eps is None:
         draw = ops.interpolate_random if _constant(real, fake) else _InterpolateRandom.apply
         mixed: Tensor = draw(real, fake, draw_key(real.device, generator))[0]

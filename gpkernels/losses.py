@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gpkernels.critic.double_backward import depth
-from gpkernels.critic.step import Adversarial, Consistency, Penalty, critic_step, scores_of
+from gpkernels.critic.parts import Adversarial, Consistency, Penalty
+from gpkernels.critic.record import scores_of
+from gpkernels.critic.step import critic_step
 from gpkernels.critic.tape import NoRule
-from gpkernels.functional import consistency_term, gan_discriminator_loss, interpolate, wgan_critic_loss
+from gpkernels.functional import consistency_term, gan_discriminator_loss, mixed_points, wgan_critic_loss
 from gpkernels.ops import check_eps, check_nonnegative, check_pair
 from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, traced
 from gpkernels.reference import SCORE_LOSSES
@@ -102,7 +104,7 @@ class CriticLoss(nn.Module):
     def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | None:
         """Where the gradient is penalised; ``real`` or ``fake`` itself shares its pass with the scores."""
         if self.penalty == "wgan-gp":
-            return interpolate(real.detach(), fake.detach(), eps)
+            return mixed_points(real.detach(), fake.detach(), eps)
         if self.penalty == "dragan":
             return dragan_points(real, self.dragan_scale)
         return {"r1": real, "r2": fake, "none": None}[self.penalty]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from gpkernels import ops
 from gpkernels.critic.double_backward import depth, fast_double_backward
-from gpkernels.critic.step import penalty_on_gradient, scores_of
+from gpkernels.critic.record import scores_of
+from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.tape import NoRule, unwrapped
 from gpkernels.functional import draw_key, gradient_norm_penalty, interpolate
 from gpkernels.ops import check_batch, check_nonnegative, check_pair

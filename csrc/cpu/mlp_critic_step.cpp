@@ -127,25 +127,22 @@ class Step {
   size_t depth() const { return weights_.size(); }
   int64_t penalised() const { return batch_ - plain_; }
 
-  // One block of memory: activations, their cotangents, and two buffers for tangents.
+  // Activations, their cotangents, and two buffers for tangents: blocks that the allocator can hand out again.
   void allocate() {
-    int64_t widest = weights_[0].cols, total = batch_ * weights_[0].cols;
+    int64_t widest = weights_[0].cols;
+    acts_.push_back(take(batch_, weights_[0].cols));
     for (const auto& w : weights_) {
       widest = std::max(widest, w.rows);
-      total += 2 * batch_ * w.rows;
+      acts_.push_back(take(batch_, w.rows));
+      deltas_.push_back(take(batch_, w.rows));
     }
-    memory_ = std::unique_ptr<T[]>(new T[total + 2 * batch_ * widest]);
-    T* at = memory_.get();
-    auto take = [&](int64_t rows, int64_t cols) {
-      Matrix<T> m{at, rows, cols};
-      at += rows * cols;
-      return m;
-    };
-    acts_.push_back(take(batch_, weights_[0].cols));
-    for (const auto& w : weights_) acts_.push_back(take(batch_, w.rows));
-    for (const auto& w : weights_) deltas_.push_back(take(batch_, w.rows));
-    spare_[0] = at;
-    spare_[1] = at + batch_ * widest;
+    if (plain_ == batch_) return;
+    for (T*& spare : spare_) spare = take(penalised(), widest).data;
+  }
+
+  Matrix<T> take(int64_t rows, int64_t cols) {
+    memory_.emplace_back(new T[rows * cols]);
+    return {memory_.back().get(), rows, cols};
   }
 
   void forward() {
@@ -253,8 +250,8 @@ class Step {
   std::vector<Matrix<T>> weights_, acts_, deltas_;
   std::vector<const T*> biases_;
   std::vector<T> slopes_, scale_;
-  std::unique_ptr<T[]> memory_;
-  T* spare_[2];
+  std::vector<std::unique_ptr<T[]>> memory_;
+  T* spare_[2] = {nullptr, nullptr};
 };
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_critic_step_cpu(

@@ -51,7 +51,7 @@ class PReLU(Activation):
         by_element = torch.where(self.saved[rows] > 0, 0.0, cotangent * operand)
         x = self.saved
         axes = [axis for axis in range(x.dim()) if axis != 1] if self.weight.numel() > 1 else list(range(x.dim()))
-        tape.add_gradient(self.weight, by_element.sum(axes).reshape(self.weight.shape))
+        tape.gradients.add(self.weight, by_element.sum(axes).reshape(self.weight.shape))
 
 
 def _tanh_bend(c: Tensor, y: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ class Convolution(Node):
     def add_weight_gradient(self, tape: Tape, cotangent: Tensor, operand: Tensor, rows: slice) -> None:
         if self.weight.requires_grad:
             operand = operand.to(cotangent.dtype)
-            tape.add_gradient(self.weight, weight_gradient(cotangent, operand, self.weight, self.geometry))
+            tape.gradients.add(self.weight, weight_gradient(cotangent, operand, self.weight, self.geometry))
 
     def add_bias_gradient(self, tape: Tape, cotangent: Tensor) -> None:
         if self.bias is not None and self.bias.requires_grad:
-            tape.add_gradient(self.bias, cotangent.sum((0, *range(2, cotangent.dim()))))
+            tape.gradients.add(self.bias, cotangent.sum((0, *range(2, cotangent.dim()))))
 
 
 def input_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -26,15 +26,15 @@ class Linear(Node):
         if not self.weight.requires_grad:
             return
         cotangents, operands = _matrix(cotangent), _matrix(cast(operand, cotangent))
-        known = tape.gradients.get(id(self.weight))
+        known = tape.gradients.sums.get(id(self.weight))
         if known is not None and known.dtype == cotangents.dtype:
             known.addmm_(cotangents.t(), operands)
         else:
-            tape.add_gradient(self.weight, torch.mm(cotangents.t(), operands))
+            tape.gradients.add(self.weight, torch.mm(cotangents.t(), operands))
 
     def add_bias_gradient(self, tape: Tape, cotangent: Tensor) -> None:
         if self.bias is not None and self.bias.requires_grad:
-            tape.add_gradient(self.bias, _matrix(cotangent).sum(0))
+            tape.gradients.add(self.bias, _matrix(cotangent).sum(0))
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -81,11 +81,11 @@ class Affine(Node):
 
     def add_weight_gradient(self, tape: Tape, cotangent: Tensor, operand: Tensor, rows: slice) -> None:
         if self.weight is not None and self.weight.requires_grad:
-            tape.add_gradient(self.weight, self._summed(cotangent * operand, self.weight))
+            tape.gradients.add(self.weight, self._summed(cotangent * operand, self.weight))
 
     def add_bias_gradient(self, tape: Tape, cotangent: Tensor) -> None:
         if self.bias is not None and self.bias.requires_grad:
-            tape.add_gradient(self.bias, self._summed(cotangent, self.bias))
+            tape.gradients.add(self.bias, self._summed(cotangent, self.bias))
 
     def _summed(self, u: Tensor, like: Tensor) -> Tensor:
         return u.sum_to_size(1, *[1] * (u.dim() - 1 - len(self.shape)), *self.shape).reshape(like.shape)

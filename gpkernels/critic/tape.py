@@ -70,18 +70,41 @@ class Input(Node):
     """The batch that the critic is called with."""
 
 
+class Gradients:
+    """The weights that want gradients, and what has been added to those so far."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted  # otherwise values alone are
+        self.weights: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, weight: Tensor, gradient: Tensor) -> None:
+        gradient = gradient if gradient.dtype == weight.dtype else gradient.to(weight.dtype)
+        known = self.sums.get(id(weight))
+        self.sums[id(weight)] = gradient if known is None else known.add_(gradient)
+
+    def all(self) -> list[tuple[Tensor, Tensor]]:
+        """Each weight with its gradient; zeros where nothing was added, as for biases of a penalty."""
+        known = ((w, self.sums.get(key)) for key, w in self.weights.items())
+        return [(w, torch.zeros_like(w) if g is None else g) for w, g in known]
+
+
 class Tape(TorchFunctionMode):
     """Records the calls on one batch. ``nodes`` are in order of execution."""
 
-    def __init__(self, rules: Mapping[Any, Callable[..., Tensor]], x: Tensor, wants_input: bool = False) -> None:
+    def __init__(
+        self,
+        rules: Mapping[Any, Callable[..., Tensor]],
+        x: Tensor,
+        wants_input: bool = False,
+        gradients: Gradients | None = None,
+    ) -> None:
         super().__init__()
         self.rules = rules
         self.rows = x.shape[0]
-        self.differentiable = torch.is_grad_enabled()  # otherwise values alone are wanted, and no weight's gradient
+        self.gradients = Gradients(torch.is_grad_enabled()) if gradients is None else gradients
         self.curved = False
         self.nodes: list[Node] = []
-        self.weights: dict[int, Tensor] = {}
-        self.gradients: dict[int, Tensor] = {}
         self._kept: list[tuple[Tensor, int]] = []
         self._marks: dict[int, tuple[Any, Node, int]] = {}
         self.input = Input()
@@ -157,8 +180,8 @@ class Tape(TorchFunctionMode):
             return None
         if self.is_active(x):
             raise NoRule(f"{what} depends on the batch")
-        if x.requires_grad and self.differentiable:
-            self.weights[id(x)] = x
+        if x.requires_grad and self.gradients.wanted:
+            self.gradients.weights[id(x)] = x
         return x
 
     def keep(self, x: Tensor) -> Tensor:
@@ -174,7 +197,7 @@ class Tape(TorchFunctionMode):
 
     def add(self, node: Node, parents: Sequence[Tensor | None], output: Tensor, *weights: Tensor | None) -> Tensor:
         """Append a call; its output becomes a recorded tensor."""
-        node.trainable = self.differentiable and any(w is not None and w.requires_grad for w in weights)
+        node.trainable = self.gradients.wanted and any(w is not None and w.requires_grad for w in weights)
         # Not node_of: a call in place has changed its parent, rightly.
         marks = (self._mark_of(p) for p in parents)
         self._mark(node, tuple(None if m is None else m[1] for m in marks), output)
@@ -203,14 +226,6 @@ class Tape(TorchFunctionMode):
         for x, version in self._kept:
             if x._version != version:
                 raise NoRule("an activation that is needed again was changed in place")
-
-    # --- gradients ----------------------------------------------------------------------------------------------------
-
-    def add_gradient(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add to the gradient of a weight."""
-        gradient = gradient if gradient.dtype == weight.dtype else gradient.to(weight.dtype)
-        known = self.gradients.get(id(weight))
-        self.gradients[id(weight)] = gradient if known is None else known.add_(gradient)
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""The native way for an MLP: linear layers with (leaky) ReLU in an ``nn.Sequential``, a whole step in one op.
+
+The layers are read anew in every call. Whatever is not exactly such a critic is left to the tape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from gpkernels import backends, ops
+from gpkernels.critic.deliver import deliver
+from gpkernels.critic.parts import Adversarial, Parts, Penalty
+
+
+class Layers(NamedTuple):
+    """What ``mlp_critic_step`` wants to know of a critic."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    slopes: list[float]
+    trained: list[Tensor]  # weights and biases that there are, in the order of the gradients
+    kept: list[int]  # which gradients those are
+
+    def with_gradients(self, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [(x, gradients[i]) for x, i in zip(self.trained, self.kept, strict=True)]
+
+
+def layers_of(critic: Any, inputs: Sequence[Tensor]) -> Layers | None:
+    """The critic's layers if the native op can take it and these inputs, otherwise None."""
+    x = inputs[0]
+    if type(critic) is not nn.Sequential or x.dim() != 2 or not _native(x):
+        return None
+    found = Layers([], [], [], [], [])
+    if not _read(critic, x.dtype, found):
+        return None
+    weights, slopes = found.weights, found.slopes
+    fits = weights and len(slopes) == len(weights) - 1 and weights[0].shape[1] == x.shape[1]
+    return found if fits else None
+
+
+def _native(x: Tensor) -> bool:
+    """Whether the op's kernel would run, and nothing is watching that it would hide from."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and backends.extension is not None
+        and backends.forced() in (None, "cpu")
+        and not torch.is_autocast_enabled("cpu")
+        and not _has_any_global_hook()
+        and _get_current_function_mode() is None
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def _read(module: nn.Module, dtype: torch.dtype, found: Layers) -> bool:
+    """Add a module's layers; False where there is anything but them. Dictionaries, as nn.Module's getattr is slow."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    kind = type(module)
+    if "forward" in own:
+        return False
+    if kind is nn.Sequential:
+        return all(child is None or _read(child, dtype, found) for child in own["_modules"].values())
+    if kind is nn.Linear:
+        at = len(found.weights)
+        if len(found.slopes) != at:
+            return False
+        for place, tensor in enumerate(own["_parameters"].values()):
+            if tensor is None:
+                found.biases.append(found.weights[-1].new_empty(0))
+                continue
+            if not tensor.requires_grad or tensor.dtype != dtype or tensor.device.type != "cpu":
+                return False
+            found.trained.append(tensor)
+            found.kept.append(2 * at + place)
+            (found.biases if place else found.weights).append(tensor)
+        return len(found.biases) == len(found.weights)
+    if kind is nn.ReLU or kind is nn.LeakyReLU:
+        slope = 0.0 if kind is nn.ReLU else float(own["negative_slope"])
+        found.slopes.append(slope)
+        return slope >= 0 and len(found.slopes) == len(found.weights)
+    return kind is nn.Identity
+
+
+def native_penalty(layers: Layers, points: Tensor, penalty: Penalty) -> Tensor:
+    """The penalty of an MLP, by the op that does everything."""
+    wanted = torch.is_grad_enabled()
+    with torch.no_grad():
+        options = (0, -1, -1, 0, 0, *penalty, wanted)
+        _, value, gradients = ops.mlp_critic_step([points], layers.weights, layers.biases, layers.slopes, *options)
+    return deliver(value, layers.with_gradients(gradients)) if wanted else value
+
+
+def native_step(
+    layers: Layers,
+    groups: list[Tensor],
+    plain: int,
+    real: Tensor,
+    fake: Tensor,
+    adversarial: Adversarial,
+    penalty: Penalty | None,
+) -> Parts:
+    """The whole loss of an MLP, by the op that does everything."""
+    wanted = torch.is_grad_enabled()
+    penalty = penalty or Penalty(0.0, 0.0, False)
+    with torch.no_grad():
+        places = [next(i for i, group in enumerate(groups) if group is x) for x in (real, fake)]
+        options = (plain, *places, adversarial.real, adversarial.fake, *penalty, wanted)
+        own, value, gradients = ops.mlp_critic_step(groups, layers.weights, layers.biases, layers.slopes, *options)
+        loss = torch.add(own, value, alpha=penalty.weight)
+    if wanted:
+        loss = deliver(loss, layers.with_gradients(gradients))
+    return Parts(loss, own, value, torch.zeros_like(own))
