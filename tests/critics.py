@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, before: int, after: int, size: int, norm: str, down: bool, first: bool = False) -> None:
         super().__init__()
         self.first, self.down = first, down
-        self.norms = nn.ModuleList([NORMS[norm](before, size), NORMS[norm](after, size)])
+        self.norms = nn.ModuleList([nn.Identity() if first else NORMS[norm](before, size), NORMS[norm](after, size)])
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         self.shortcut = nn.Conv2d(before, after, 1) if down else nn.Identity()

@@ -15,25 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpkernels.critic.tape import Node, NoRule, Tape
+from gpkernels.critic.tape import Node, NoRule, Tape, cast
 
 aten = torch.ops.aten
 
 
 class Normalise(Node):
-    """``groups`` reshapes a batch to (N, groups, M)."""
+    """``grouped`` is a batch as (N, groups, M), ``normal`` is it normalised; ``mean`` and ``inverse`` are (N, groups, 1)."""
 
     curved = True
 
-    def __init__(self, x: Tensor, normal: Tensor, inverse: Tensor, groups: int, centred: bool) -> None:
-        self.x, self.normal, self.inverse, self.groups, self.centred = x, normal, inverse, groups, centred
+    def __init__(self, grouped: Tensor, normal: Tensor, mean: Tensor | None, inverse: Tensor) -> None:
+        self.grouped, self.normal, self.mean, self.inverse = grouped, normal, mean, inverse
+        self.groups, self.centred = grouped.shape[1], mean is not None
 
     def jacobian(self, u: Tensor, rows: slice) -> Tensor:
-        n, r, c = self._grouped(self.normal[rows]), self.inverse[rows], self._grouped(u.to(self.normal.dtype))
-        projected = c - n * (n * c).mean(-1, keepdim=True)
-        if self.centred:
-            projected = projected - c.mean(-1, keepdim=True)
-        return (r * projected).reshape(u.shape)
+        n, r, c = self.normal[rows], self.inverse[rows], self._grouped(u)
+        if self.mean is not None:  # J is symmetric, so the backward of a layer norm without weights goes both ways
+            shape, mask = [n.shape[-1]], [True, False, False]
+            return aten.native_layer_norm_backward(
+                c.contiguous(), self.grouped[rows], shape, self.mean[rows], r, None, None, mask
+            )[0].reshape(u.shape)
+        return (r * (c - n * (n * c).mean(-1, keepdim=True))).reshape(u.shape)
 
     def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
         return (self.jacobian(cotangent, rows),)
@@ -46,8 +49,8 @@ class Normalise(Node):
         (tangent,) = tangents
         if tangent is None:
             return (None,)
-        n, r = self._grouped(self.normal[rows]), self.inverse[rows]
-        t, d = self._grouped(tangent.to(n.dtype)), self._grouped(cotangent.to(n.dtype))
+        n, r = self.normal[rows], self.inverse[rows]
+        t, d = self._grouped(tangent), self._grouped(cotangent)
         c_t, c_d = (n * t).mean(-1, keepdim=True), (n * d).mean(-1, keepdim=True)
         a = (d * t).mean(-1, keepdim=True)
         if self.centred:
@@ -60,7 +63,7 @@ class Normalise(Node):
         return (bent.reshape(tangent.shape),)
 
     def _grouped(self, u: Tensor) -> Tensor:
-        return u.reshape(u.shape[0], self.groups, -1)
+        return cast(u, self.normal).reshape(u.shape[0], self.groups, -1)
 
 
 class Affine(Node):
@@ -106,16 +109,15 @@ def _record(
     x = input.detach()
     if torch.is_autocast_enabled(x.device.type):
         x = x.float()
-    grouped = x.reshape(x.shape[0], groups, -1).to(torch.promote_types(x.dtype, torch.float32))
+    grouped = tape.keep(x.reshape(x.shape[0], groups, -1))
+    mean = None
     if centred:
-        variance, mean = torch.var_mean(grouped, dim=-1, correction=0, keepdim=True)
-        inverse = (variance + eps).rsqrt_()
-        normal = (grouped - mean).mul_(inverse)
+        normal, mean, inverse = aten.native_layer_norm(grouped, [grouped.shape[-1]], None, None, eps)
     else:
         inverse = (grouped.square().mean(-1, keepdim=True) + eps).rsqrt_()
         normal = grouped * inverse
-    normal = normal.to(x.dtype).reshape(x.shape)
-    normal = tape.add(Normalise(input, normal, inverse.to(x.dtype), groups, centred), (input,), normal)
+    node = Normalise(grouped, normal, mean, inverse)
+    normal = tape.add(node, (input,), normal.reshape(x.shape))
     if weight is None and bias is None:
         return normal
     output = normal if weight is None else normal * weight.reshape(shape)

@@ -31,18 +31,30 @@ class Reshape(Node):
 class LinearMap(Node):
     """Any function that is linear in its input; its transpose is PyTorch's backward, where values do not matter."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], like: Tensor) -> None:
-        self.function, self.like = function, like.detach()[:1]
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+        self.function, self.x, self.y = function, x, y  # y = function(x), with its graph
 
     def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
+        if cotangent.shape == self.y.shape:
+            return torch.autograd.grad(self.y, self.x, cotangent, retain_graph=True)
         with torch.enable_grad():
-            x = self.like.expand(cotangent.shape[0], *self.like.shape[1:]).detach().requires_grad_()
+            x = self.x[rows].detach().requires_grad_()
             y = self.function(x)
         return torch.autograd.grad(y, x, cotangent)
 
     def push(self, tangents: Sequence[Tensor | None], rows: slice) -> Tensor | None:
         (t,) = tangents
         return None if t is None else self.function(t)
+
+
+def record_linear(
+    tape: Tape, input: Tensor, output: Callable[[Tensor], Tensor], tangent: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Record ``output``, whose derivative is the linear ``tangent``."""
+    x = input.detach().requires_grad_()
+    with torch.enable_grad():
+        y = output(x)
+    return tape.add(LinearMap(tangent, x, y), (input,), y.detach())
 
 
 class Scale(Node):
@@ -147,10 +159,8 @@ def reshaping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return record
 
 
-def linear_map(
-    function: Callable[..., Tensor], check: Callable[..., Any] | None = None, fixed: dict[str, Any] | None = None
-) -> Callable[..., Tensor]:
-    """A rule for a linear function; ``check`` sees its arguments, ``fixed`` replaces some for tangents."""
+def linear_map(function: Callable[..., Tensor], check: Callable[..., Any] | None = None) -> Callable[..., Tensor]:
+    """A rule for a linear function; ``check`` sees its arguments."""
 
     def record(tape: Tape, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not tape.is_active(input):
@@ -159,9 +169,11 @@ def linear_map(
             tape.constant(arg, f"an argument of {name_of(function)}")
         if check is not None:
             check(input, *args, **kwargs)
-        output = function(input, *args, **kwargs)
-        node = LinearMap(lambda t: function(t, *args, **{**kwargs, **(fixed or {})}), input)
-        return tape.add(node, (input,), output)
+
+        def call(x: Tensor) -> Tensor:
+            return function(x, *args, **kwargs)
+
+        return record_linear(tape, input, call, call)
 
     return record
 
@@ -280,8 +292,7 @@ def _pads_with_zeros(input: Tensor, pad: Any, mode: str = "constant", value: flo
 
 def record_pad(tape: Tape, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
     _pads_with_zeros(input, pad)
-    output = F.pad(input, pad, mode, value)
-    return tape.add(LinearMap(lambda t: F.pad(t, pad, mode), input), (input,), output)
+    return record_linear(tape, input, lambda x: F.pad(x, pad, mode, value), lambda t: F.pad(t, pad, mode))
 
 
 def record_identity(tape: Tape, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
