@@ -1,16 +1,25 @@
-"""`gpkernels info | train`: the first is here, the trainer brings its own command line."""
+"""`gpkernels info | explain | train`: the first two are here, the trainer brings its own command line."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from gpkernels import info
 
 EXTRA = ("sklearn", "scipy", "matplotlib", "tqdm", "tyro", "safetensors")  # what the "train" extra installs
+
+
+class UserError(Exception):
+    """A mistake on the command line: one line, exit code 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,10 +31,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     describe = commands.add_parser("info", help="which backend runs, why, and how it was built")
     describe.add_argument("--json", action="store_true", help="print the facts as JSON")
+    layers = commands.add_parser("explain", help="which way each layer of a critic takes, and why")
+    layers.add_argument("critic", metavar="module:Class", help="a critic that can be made without arguments")
+    layers.add_argument("--input", required=True, metavar="NxCxHxW", help="the shape of a batch, such as 64x3x32x32")
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
     options = parser.parse_args(arguments)
+    try:
+        return _info(options) if options.command == "info" else _explain(options)
+    except UserError as mistake:
+        print(f"gpkernels {options.command}: {mistake}", file=sys.stderr)
+        return 2
+
+
+def _info(options: argparse.Namespace) -> int:
     print(json.dumps(info.facts(), indent=2) if options.json else info.render())
     return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from gpkernels.critic.explain import explain
+
+    critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
+    try:
+        print(explain(critic, example))
+    except Exception as error:  # whatever the user's own critic raises
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{options.critic} on {options.input}: {type(error).__name__}: {reason}") from error
+    return 0
+
+
+def load_critic(name: str) -> Callable[..., Any]:
+    """The critic that ``module:Class`` names, made without arguments; UserError where that cannot be done."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise UserError(f"critic: expected module:Class, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        made = found() if isinstance(found, type) else found
+    except Exception as error:  # whatever the user's own module raises
+        raise UserError(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(made):
+        raise UserError(f"{name}: expected a critic that can be called, got {type(made).__name__}")
+    return made
+
+
+def shape_of(text: str) -> list[int]:
+    """64x3x32x32 as numbers; UserError for anything else."""
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--input: expected a shape such as 64x3x32x32, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _train(arguments: Sequence[str]) -> int:

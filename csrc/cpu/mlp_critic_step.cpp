@@ -2,8 +2,6 @@
 // hand, ten forward passes' worth of products and a few loops between them.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include <memory>
-
 #include "../formulas.h"
 #include "tensors.h"
 
@@ -20,13 +18,17 @@ struct Matrix {
 };
 
 template <typename T>
+int32_t dtype_of() {
+  return std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+template <typename T>
 Tensor borrowed(const Matrix<T>& m, bool transposed) {
   const int64_t plain[2] = {m.rows, m.cols}, swapped[2] = {m.cols, m.rows};
   const int64_t along[2] = {m.cols, 1}, across[2] = {1, m.cols};
-  const int32_t dtype = std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(m.data, 2, transposed ? swapped : plain,
-                                                                   transposed ? across : along, 0, dtype,
+                                                                   transposed ? across : along, 0, dtype_of<T>(),
                                                                    aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -141,8 +143,8 @@ class Step {
   }
 
   Matrix<T> take(int64_t rows, int64_t cols) {
-    memory_.emplace_back(new T[rows * cols]);
-    return {memory_.back().get(), rows, cols};
+    memory_.push_back(empty_strided({rows, cols}, {cols, 1}, dtype_of<T>()));
+    return {mutable_data<T>(memory_.back()), rows, cols};
   }
 
   void forward() {
@@ -224,7 +226,7 @@ class Step {
   }
 
   void collect() {
-    const int32_t dtype = std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    const int32_t dtype = dtype_of<T>();
     for (size_t l = 0; l < depth(); ++l) {
       const Matrix<T>&w = weights_[l], &delta = deltas_[l];
       const Tensor to_weight = empty_strided({w.rows, w.cols}, {w.cols, 1}, dtype);
@@ -250,7 +252,7 @@ class Step {
   std::vector<Matrix<T>> weights_, acts_, deltas_;
   std::vector<const T*> biases_;
   std::vector<T> slopes_, scale_;
-  std::vector<std::unique_ptr<T[]>> memory_;
+  std::vector<Tensor> memory_;
   T* spare_[2] = {nullptr, nullptr};
 };
 

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class Normalise(Node):
-    """``grouped`` is a batch as (N, groups, M), ``normal`` is it normalised; ``mean`` and ``inverse`` are (N, groups, 1)."""
+    """``grouped``: a batch as (N, groups, M); ``normal``: that, normalised; ``mean``, ``inverse``: (N, groups, 1)."""
 
     curved = True
 

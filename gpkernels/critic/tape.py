@@ -217,9 +217,14 @@ class Tape(TorchFunctionMode):
             node.free = all(p is None or (p.free and not p.trainable) for p in parents)
         self.nodes.append(node)
         # A recorded tensor requires grad, as in eager PyTorch: what depends on it round the tape can be told.
-        output.requires_grad_()
+        if not output.requires_grad:
+            output.requires_grad_()
         # Weakly, by identity: a reference from the tensor would tie the whole tape into a cycle of garbage.
         self._marks[id(output)] = weakref.ref(output), node, output._version
+
+    def restart(self, x: Tensor) -> None:
+        """Go on from a tensor whose making was not recorded, for those who only want to look."""
+        self._mark(Input(), (), x)
 
     def finish(self) -> None:
         """After the forward pass: NoRule if a kept tensor was written in place."""
