@@ -326,8 +326,8 @@ def mlp_critic_step(
     """Adversarial loss, penalty, and the gradients of adversarial + weight * penalty for each weight and bias.
 
     The critic is linear layers with max(x, slope x) between them; an empty bias is none. Each group is a batch (N, d);
-    ``real`` and ``fake`` say which ones are scored (-1: no adversarial loss), and the last one is penalised unless all
-    are plain. Where a scored group is penalised, its loss must have one slope a row.
+    ``real`` and ``fake`` say which ones are scored (-1: none is), and the last one is penalised unless all are plain.
+    Where a scored group is penalised, its loss must have one slope a row.
     """
     batch, n = torch.cat(list(groups)), groups[0].shape[0]
     plain = n * plain_groups
@@ -337,7 +337,9 @@ def mlp_critic_step(
         acts.append(torch.where(y > 0, y, slopes[i] * y) if i < len(slopes) else y)
     scores, loss = acts[-1], batch.new_zeros(())
     delta, scale = torch.ones_like(scores), None
-    for group, kind in ((real, real_kind), (fake, fake_kind)) if real >= 0 else ():
+    for group, kind in ((real, real_kind), (fake, fake_kind)):
+        if group < 0:
+            continue
         rows = slice(group * n, (group + 1) * n)
         loss = loss + score_loss([scores[rows]], [kind])
         (slope,) = score_loss_backward(batch.new_ones(()), [scores[rows]], [kind])

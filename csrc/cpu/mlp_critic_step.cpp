@@ -82,7 +82,6 @@ GPK_SIMD void add_columns(const T* x, const T* scale, T* sums, int64_t rows, int
 struct Options {
   int64_t plain_groups, real, fake;
   ScoreLoss real_kind, fake_kind;
-  bool adversarial;
   double weight, target;
   bool one_sided, gradients;
 };
@@ -161,9 +160,9 @@ class Step {
   double seed() {
     const Matrix<T>&scores = acts_.back(), &delta = deltas_.back();
     std::fill_n(delta.data, batch_ * delta.cols, T(1));
-    if (!o_.adversarial) return 0;
     double loss = 0;
     for (const auto& [group, kind] : {std::pair{o_.real, o_.real_kind}, std::pair{o_.fake, o_.fake_kind}}) {
+      if (group < 0) continue;
       const int64_t begin = group * n_ * scores.cols, count = n_ * scores.cols;
       const bool shared = group >= o_.plain_groups;
       if (shared) scale_.resize(n_);
@@ -282,9 +281,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_critic_step_cpu(
     w = torch::stable::contiguous(w);
     b = torch::stable::contiguous(b);
   }
-  const Options options{
-      plain_groups, real,      fake,     ScoreLoss(real_kind), ScoreLoss(fake_kind), real >= 0, weight,
-      target,       one_sided, gradients};
+  const Options options{plain_groups, real,      fake,     ScoreLoss(real_kind), ScoreLoss(fake_kind), weight,
+                        target,       one_sided, gradients};
   auto run = [&](auto zero) -> std::tuple<Tensor, Tensor, std::vector<Tensor>> {
     Step<decltype(zero)> step(groups, weights, biases, slopes, options);
     const auto [adversarial, penalty] = step.run();

@@ -103,14 +103,6 @@ def smooth(name: str, *constants: Any) -> tuple[Elementwise, Elementwise, bool]:
         (kind,) = constants
         bend = _gelu_tanh_bend if kind == "tanh" else _gelu_bend
         return (lambda c, x: aten.gelu_backward(c, x, approximate=kind)), bend, False
-    if name == "softplus":
-        beta, threshold = constants
-
-        def softplus_bend(c: Tensor, x: Tensor) -> Tensor:
-            s = (beta * x).sigmoid()
-            return torch.where(x * beta > threshold, 0.0, (s * (1 - s)).mul_(c).mul_(beta))
-
-        return (lambda c, x: aten.softplus_backward(c, x, beta, threshold)), softplus_bend, False
     (alpha,) = constants  # elu
 
     def elu_bend(c: Tensor, x: Tensor) -> Tensor:
@@ -177,7 +169,17 @@ def record_gelu(tape: Tape, input: Tensor, approximate: str = "none") -> Tensor:
 
 
 def record_softplus(tape: Tape, input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    return _record(tape, input, F.softplus(input, beta, threshold), *smooth("softplus", beta, threshold))
+    # f' = sigmoid(beta x) is kept instead of x: one exponential serves every pass. Beyond the threshold f is x.
+    inner = input * beta
+    slope = inner.sigmoid().masked_fill_(inner > threshold, 1.0)
+
+    def bend(c: Tensor, slope: Tensor) -> Tensor:
+        bent = c.mul(slope).mul_(beta)
+        return bent.addcmul_(bent, slope, value=-1)
+
+    output = tape.add(Activation(slope, torch.mul, bend), (input,), F.softplus(input, beta, threshold))
+    tape.keep(slope)
+    return output
 
 
 def record_elu(tape: Tape, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:

@@ -18,6 +18,8 @@ from gpkernels import backends, ops
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Adversarial, Parts, Penalty
 
+BATCHED_BELOW = 1 << 18  # elements of a group's widest activation
+
 
 class Layers(NamedTuple):
     """What ``mlp_critic_step`` wants to know of a critic."""
@@ -108,14 +110,44 @@ def native_step(
     adversarial: Adversarial,
     penalty: Penalty | None,
 ) -> Parts:
-    """The whole loss of an MLP, by the op that does everything."""
+    """The whole loss of an MLP: one call of the op, or one for each group where activations are large."""
     wanted = torch.is_grad_enabled()
     penalty = penalty or Penalty(0.0, 0.0, False)
+    widest = max(max(w.shape) for w in layers.weights)
+    size = len(groups) if len(groups[0]) * widest < BATCHED_BELOW else 1
+    parts: list[tuple[Tensor, Tensor]] = []
+    sums: list[Tensor] = []
     with torch.no_grad():
-        places = [next(i for i, group in enumerate(groups) if group is x) for x in (real, fake)]
-        options = (plain, *places, adversarial.real, adversarial.fake, *penalty, wanted)
-        own, value, gradients = ops.mlp_critic_step(groups, layers.weights, layers.biases, layers.slopes, *options)
+        for start in range(0, len(groups), size):
+            some = groups[start : start + size]
+            own, value, gradients = _call(layers, some, plain - start, real, fake, adversarial, penalty, wanted)
+            parts.append((own, value))
+            if sums:
+                torch._foreach_add_(sums, gradients)
+            sums = sums or gradients
+        own, value = (
+            parts[0] if len(parts) == 1 else (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
+        )
         loss = torch.add(own, value, alpha=penalty.weight)
     if wanted:
-        loss = deliver(loss, layers.with_gradients(gradients))
+        loss = deliver(loss, layers.with_gradients(sums))
     return Parts(loss, own, value, torch.zeros_like(own))
+
+
+def _call(
+    layers: Layers,
+    groups: list[Tensor],
+    plain: int,
+    real: Tensor,
+    fake: Tensor,
+    adversarial: Adversarial,
+    penalty: Penalty,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The op on some groups, of which the first ``plain`` are plain, all if there are no more."""
+    places = [next((i for i, group in enumerate(groups) if group is x), -1) for x in (real, fake)]
+    options = (min(plain, len(groups)), *places, adversarial.real, adversarial.fake, *penalty, wanted)
+    called: tuple[Tensor, Tensor, list[Tensor]] = ops.mlp_critic_step(
+        groups, layers.weights, layers.biases, layers.slopes, *options
+    )
+    return called

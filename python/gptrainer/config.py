@@ -16,7 +16,7 @@ T = TypeVar("T")
 # What the papers and their public code use; width and steps are sized for two CPU cores.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
-        "steps": 1500,
+        "steps": 2000,
         "batch_size": 48,
         "betas": (0.0, 0.9),
         "penalty_weight": 10.0,
