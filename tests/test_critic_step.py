@@ -400,6 +400,7 @@ ASIDE = {
     "a custom function": lambda: Lambda(Straight.apply),
     "a layer without a rule": lambda: nn.Sequential(nn.Linear(6, 8), nn.Mish(), nn.Linear(8, 1)),
     "a detached activation": lambda: Lambda(lambda h: h.detach() * h),
+    "an argument that no rule knows": lambda: Lambda(lambda h: torch.rsub(h, 1, alpha=2)),
     "a block without gradients": lambda: Lambda(_frozen_block),
 }
 

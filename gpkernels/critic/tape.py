@@ -124,7 +124,10 @@ class Tape(TorchFunctionMode):
         if not torch.is_grad_enabled():
             raise NoRule(f"{name_of(func)} runs without gradients, inside a custom function or no_grad")
         with torch.no_grad():
-            return rule(self, *args, **kwargs)
+            try:
+                return rule(self, *args, **kwargs)
+            except TypeError as error:  # an argument that the rule does not know, such as alpha
+                raise NoRule(f"{name_of(func)}: {error}") from error
 
     def node_of(self, x: Any) -> Node | None:
         """The node that made this tensor, or None for a constant."""
