@@ -146,6 +146,21 @@ GPK_HD A score_slope(ScoreLoss kind, A s) {
   }
 }
 
+// --- normalisation ----------------------------------------------------------------------------------------------
+
+template <typename A>
+struct Curvature {
+  A by_n, by_t, by_d, constant;
+};
+
+// The coefficients of n, t and d in the curvature of a normalisation, from means over a group; r is 1 / deviation.
+template <typename A>
+GPK_HD Curvature<A> normalise_curvature(A nt, A nd, A td, A t, A d, A r, bool centred) {
+  const A scale = r * r, a = centred ? td - t * d : td;
+  const A constant = centred ? scale * (nd * t + nt * d) : A(0);
+  return {scale * (A(3) * nt * nd - a), -scale * nd, -scale * nt, constant};
+}
+
 // --- weights ----------------------------------------------------------------------------------------------------
 
 // NaN stays NaN, as in torch.clamp.

@@ -295,6 +295,14 @@ rmsprop_ = Op(
     lambda *args: None,
 )
 
+# --- normalisation ----------------------------------------------------------------------------------------------------
+
+normalise_curvature = Op(
+    "normalise_curvature(Tensor normal, Tensor inverse, Tensor tangent, Tensor cotangent, bool centred) -> Tensor",
+    lambda normal, *others: reference.normalise_curvature(normal, *others).contiguous(),
+    lambda normal, inverse, tangent, cotangent, centred: normal.new_empty(normal.shape),
+)
+
 # --- a whole critic step of an MLP ------------------------------------------------------------------------------------
 
 

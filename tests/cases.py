@@ -104,6 +104,10 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
         "consistency_backward": [(one, x, y, none, none, c3, c3, False), (one, c2, c2, image, other, c2, c2, True)],
         "score_loss": [([x, c3], [1, 0]), ([image], [2])],
         "score_loss_backward": [(one, [x, c3], [1, 3]), (one, [image], [4])],
+        "normalise_curvature": [
+            (torch.randn(2, 3, 5), torch.rand(2, 3, 1), torch.randn(2, 3, 5), torch.randn(2, 3, 5), True),
+            (image.flatten(2), torch.rand(2, 3, 1), other.flatten(2), other.flatten(2), False),
+        ],
         "mlp_critic_step": [
             ([x, y], [torch.randn(4, 5), torch.randn(1, 4)], [torch.randn(4), torch.empty(0)], [0.2], *options)
             for options in ((1, 0, 1, 1, 0, 10.0, 1.0, False, True), (2, 0, 1, 3, 2, 0.0, 0.0, False, False))

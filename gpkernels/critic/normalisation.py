@@ -1,10 +1,4 @@
-"""LayerNorm, GroupNorm, InstanceNorm, RMSNorm: n = (x - mean) r over a group, then an affine map by channel.
-
-With J the derivative of n, c_u = mean(n u) and means over the group of M elements (r = 1 / sqrt(variance + eps)):
-    J t = r (t - mean(t) - n c_t), symmetric;   <d, J t> = r M (A - c_t c_d),   A = mean(d t) - mean(d) mean(t)
-so the derivative of <d, J t> with respect to x is -r^2 (A - c_t c_d) n - r (c_d J t + c_t J d). Without the mean, as
-in RMSNorm, the terms in mean(.) drop out.
-"""
+"""LayerNorm, GroupNorm, InstanceNorm, RMSNorm: n = (x - mean) r over a group, then an affine map by channel."""
 
 from __future__ import annotations
 
@@ -15,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpkernels import ops
 from gpkernels.critic.tape import Node, NoRule, Tape, cast
 
 aten = torch.ops.aten
@@ -49,17 +44,8 @@ class Normalise(Node):
         (tangent,) = tangents
         if tangent is None:
             return (None,)
-        n, r = self.normal[rows], self.inverse[rows]
         t, d = self._grouped(tangent), self._grouped(cotangent)
-        c_t, c_d = (n * t).mean(-1, keepdim=True), (n * d).mean(-1, keepdim=True)
-        a = (d * t).mean(-1, keepdim=True)
-        if self.centred:
-            mean_t, mean_d = t.mean(-1, keepdim=True), d.mean(-1, keepdim=True)
-            a = a - mean_d * mean_t
-            t, d = t - mean_t, d - mean_d
-        # J t = r (t - n c_t) and J d likewise, put into one expression.
-        along_n = (3 * c_t * c_d - a) * (r * r)
-        bent = along_n * n - (r * r) * (c_d * t + c_t * d)
+        bent = ops.normalise_curvature(self.normal[rows], self.inverse[rows], t, d, self.centred)
         return (bent.reshape(tangent.shape),)
 
     def _grouped(self, u: Tensor) -> Tensor:
@@ -120,8 +106,12 @@ def _record(
     normal = tape.add(node, (input,), normal.reshape(x.shape))
     if weight is None and bias is None:
         return normal
-    output = normal if weight is None else normal * weight.reshape(shape)
-    output = output if bias is None else output + bias.reshape(shape)
+    if weight is None:
+        output = normal + bias.reshape(shape)  # type: ignore[union-attr]  # one of them is there
+    elif bias is None:
+        output = normal * weight.reshape(shape)
+    else:
+        output = torch.addcmul(bias.reshape(shape), normal, weight.reshape(shape))
     return tape.add(Affine(tape.keep(normal), weight, bias, shape), (normal,), output, weight_, bias_)
 
 
