@@ -99,6 +99,7 @@ def test_whole_loss_of_a_residual_critic(norm: str, penalty: str, objective: str
 
 OTHERS = {
     "dcgan": lambda: (dcgan(3, 4, 16), (3, 3, 16, 16)),
+    "an MLP on images": lambda: (nn.Sequential(nn.Flatten(), mlp(12, 8, 8, 1, activation=nn.LeakyReLU)), (3, 3, 2, 2)),
     "max pooling": lambda: (MaxPooled(), (3, 3, 8, 8)),
     "a field with a skip": lambda: (SkipField(8, 4, 3.0), (5, 3)),
     "a map of scores": lambda: (

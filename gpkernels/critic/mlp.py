@@ -1,11 +1,12 @@
 """The native way for an MLP: linear layers with (leaky) ReLU in an ``nn.Sequential``, a whole step in one op.
 
+An ``nn.Flatten`` may come first.
 The layers are read anew in every call. Whatever is not exactly such a critic is left to the tape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +38,14 @@ class Layers(NamedTuple):
 def layers_of(critic: Any, inputs: Sequence[Tensor]) -> Layers | None:
     """The critic's layers if the native op can take it and these inputs, otherwise None."""
     x = inputs[0]
-    if type(critic) is not nn.Sequential or x.dim() != 2 or not _native(x):
+    if type(critic) is not nn.Sequential or x.dim() < 2 or not _native(x):
         return None
     found = Layers([], [], [], [], [])
-    if not _read(critic, x.dtype, found):
+    flattens = _read(critic, x.dtype, found)
+    if flattens is None or (x.dim() > 2 and not flattens):
         return None
     weights, slopes = found.weights, found.slopes
-    fits = weights and len(slopes) == len(weights) - 1 and weights[0].shape[1] == x.shape[1]
+    fits = weights and len(slopes) == len(weights) - 1 and weights[0].shape[1] * len(x) == x.numel()
     return found if fits else None
 
 
@@ -61,35 +63,51 @@ def _native(x: Tensor) -> bool:
     )
 
 
-def _read(module: nn.Module, dtype: torch.dtype, found: Layers) -> bool:
-    """Add a module's layers; False where there is anything but them. Dictionaries, as nn.Module's getattr is slow."""
+def _read(module: nn.Module, dtype: torch.dtype, found: Layers) -> bool | None:
+    """Add a module's layers; None where there is anything but them, otherwise whether the input is flattened.
+
+    Dictionaries, as nn.Module's getattr is slow.
+    """
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return False
+        return None
     kind = type(module)
     if "forward" in own:
-        return False
+        return None
     if kind is nn.Sequential:
-        return all(child is None or _read(child, dtype, found) for child in own["_modules"].values())
+        flattens = False
+        for child in own["_modules"].values():
+            read = None if child is None else _read(child, dtype, found)
+            if read is None:
+                return None
+            flattens |= read
+        return flattens
     if kind is nn.Linear:
-        at = len(found.weights)
-        if len(found.slopes) != at:
-            return False
-        for place, tensor in enumerate(own["_parameters"].values()):
-            if tensor is None:
-                found.biases.append(found.weights[-1].new_empty(0))
-                continue
-            if not tensor.requires_grad or tensor.dtype != dtype or tensor.device.type != "cpu":
-                return False
-            found.trained.append(tensor)
-            found.kept.append(2 * at + place)
-            (found.biases if place else found.weights).append(tensor)
-        return len(found.biases) == len(found.weights)
+        return False if _read_linear(own["_parameters"], dtype, found) else None
     if kind is nn.ReLU or kind is nn.LeakyReLU:
         slope = 0.0 if kind is nn.ReLU else float(own["negative_slope"])
         found.slopes.append(slope)
-        return slope >= 0 and len(found.slopes) == len(found.weights)
-    return kind is nn.Identity
+        return False if slope >= 0 and len(found.slopes) == len(found.weights) else None
+    if kind is nn.Flatten and not found.weights and own["start_dim"] == 1 and own["end_dim"] == -1:
+        return True
+    return False if kind is nn.Identity else None
+
+
+def _read_linear(parameters: Mapping[str, Tensor | None], dtype: torch.dtype, found: Layers) -> bool:
+    """Add a linear layer; False where it does not follow an activation or is not to be trained as a whole."""
+    at = len(found.weights)
+    if len(found.slopes) != at:
+        return False
+    for place, tensor in enumerate(parameters.values()):
+        if tensor is None:
+            found.biases.append(found.weights[-1].new_empty(0))
+            continue
+        if not tensor.requires_grad or tensor.dtype != dtype or tensor.device.type != "cpu":
+            return False
+        found.trained.append(tensor)
+        found.kept.append(2 * at + place)
+        (found.biases if place else found.weights).append(tensor)
+    return len(found.biases) == len(found.weights)
 
 
 def native_penalty(layers: Layers, points: Tensor, penalty: Penalty) -> Tensor:
@@ -97,7 +115,9 @@ def native_penalty(layers: Layers, points: Tensor, penalty: Penalty) -> Tensor:
     wanted = torch.is_grad_enabled()
     with torch.no_grad():
         options = (0, -1, -1, 0, 0, *penalty, wanted)
-        _, value, gradients = ops.mlp_critic_step([points], layers.weights, layers.biases, layers.slopes, *options)
+        _, value, gradients = ops.mlp_critic_step(
+            [points.flatten(1)], layers.weights, layers.biases, layers.slopes, *options
+        )
     return deliver(value, layers.with_gradients(gradients)) if wanted else value
 
 
@@ -148,6 +168,6 @@ def _call(
     places = [next((i for i, group in enumerate(groups) if group is x), -1) for x in (real, fake)]
     options = (min(plain, len(groups)), *places, adversarial.real, adversarial.fake, *penalty, wanted)
     called: tuple[Tensor, Tensor, list[Tensor]] = ops.mlp_critic_step(
-        groups, layers.weights, layers.biases, layers.slopes, *options
+        [group.flatten(1) for group in groups], layers.weights, layers.biases, layers.slopes, *options
     )
     return called
