@@ -409,7 +409,7 @@ def _score_loss(**scores: tuple[Tensor, str]) -> Tensor:
     """The sum of mean phi(s) over one or two named score tensors, each with its kind of phi."""
     tensors = [tensor for tensor, _ in scores.values()]
     for name, tensor in zip(scores, tensors, strict=True):
-        check_batch(name, tensor)
+        ops.check_floating(name, tensor)
         if tensor.numel() == 0:
             raise ValueError(f"{name}: expected at least one score, got shape {tuple(tensor.shape)}")
         check_same_device(next(iter(scores)), tensors[0], name, tensor)

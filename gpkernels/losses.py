@@ -80,6 +80,8 @@ class CriticLoss(nn.Module):
         if real.dtype != fake.dtype:
             dtype = torch.promote_types(real.dtype, fake.dtype)
             real, fake = real.to(dtype), fake.to(dtype)
+        if fake is real:  # told apart by identity from here on
+            fake = fake.view_as(fake)
         if not (traced() or depth()):
             try:
                 return self._recorded(real, fake, eps)

@@ -139,9 +139,10 @@ def input_gradient(
     with torch.enable_grad(), fast_double_backward():
         x = x.detach().requires_grad_()
         scores = scores_of(critic(x, *critic_args, **kwargs))
-    if not scores.requires_grad:
-        raise ValueError("critic: expected scores that depend on the input, got scores that do not")
-    (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=differentiable, allow_unused=True)
+        if not scores.requires_grad:
+            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+        ones = torch.ones_like(scores)
+        (grad,) = torch.autograd.grad(scores, x, ones, create_graph=differentiable, allow_unused=True)
     if grad is None:
         raise ValueError("critic: expected scores that depend on the input, got scores that do not")
     return grad

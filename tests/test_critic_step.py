@@ -60,9 +60,8 @@ def assert_same(ours: list[Tensor], exact: list[Tensor], tolerance: float = 1e-1
 
 @pytest.fixture(params=["one_batch", "group_by_group"])
 def _passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small and large batches go through the critic differently; here both are small."""
+    """Small and large batches go through an MLP differently; here both are small."""
     if request.param == "group_by_group":
-        monkeypatch.setattr(step, "BATCHED_BELOW", 0)
         monkeypatch.setattr(native, "BATCHED_BELOW", 0)
 
 
@@ -216,7 +215,7 @@ def test_consistency_sees_scores_and_features() -> None:
         torch.set_rng_state(state)
         parts = recorded(noisy, penalty=penalty, **options)(real, fake, eps=eps)
         noise = torch.cat(noisy.drawn)
-        rows = {"wgan-gp": ("fake", "real", "again", "points"), "r1": ("fake", "again", "real")}[penalty]
+        rows = {"wgan-gp": ("real", "again", "fake", "points"), "r1": ("fake", "again", "real")}[penalty]
         draws = dict(zip(rows, noise.split(5), strict=True))
         noisy.fixed = [draws["real"], draws["fake"], draws.get("points", draws["real"]), draws["again"]]
         exact = gpk.CriticLoss(noisy, penalty=penalty, **options)._composed(real, fake, eps)
@@ -412,7 +411,7 @@ ASIDE = {
     "a mean over the batch": lambda: Lambda(lambda h: h - h.mean(0)),
     "samples in another order": lambda: Lambda(lambda h: h.flip(0)),
     "samples by index": lambda: Lambda(lambda h: h[torch.arange(len(h) - 1, -1, -1)]),
-    "the batch folded into features": lambda: Lambda(lambda h: h.reshape(8, -1).reshape(-1, 8)),
+    "the batch folded into features": lambda: Lambda(lambda h: h.reshape(4, -1).reshape(-1, 8)),
     "a custom function": lambda: Lambda(Straight.apply),
     "a layer without a rule": lambda: nn.Sequential(nn.Linear(6, 8), nn.Mish(), nn.Linear(8, 1)),
     "a detached activation": lambda: Lambda(lambda h: h.detach() * h),
@@ -428,12 +427,14 @@ def _frozen_block(h: Tensor) -> Tensor:
 
 
 class Lambda(nn.Module):
-    def __init__(self, function: object) -> None:
+    def __init__(self, function: object, squeeze: bool = False) -> None:
         super().__init__()
         self.a, self.function, self.top = nn.Linear(6, 8), function, nn.Linear(8, 1)
+        self.squeeze = squeeze
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.top(self.function(self.a(x)))
+        scores = self.top(self.function(self.a(x)))
+        return scores.squeeze() if self.squeeze else scores
 
 
 @pytest.mark.filterwarnings("ignore:the critic has BatchNorm")
@@ -463,13 +464,162 @@ def test_an_attempt_that_is_refused_gives_its_random_numbers_back() -> None:
     torch.testing.assert_close(gpk.gradient_penalty(critic, real, fake, eps=eps), exact)
 
 
-def test_the_callers_batch_is_never_written() -> None:
-    critic = nn.Sequential(nn.ReLU(True), nn.Linear(6, 1))
-    real = torch.randn(4, 6)
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Flatten()], ids=["itself", "a view of it"])
+def test_the_callers_batch_is_never_written(first: nn.Module) -> None:
+    critic = nn.Sequential(first, nn.ReLU(True), nn.Linear(6, 1))
+    real = torch.randn(4, 3, 2) if isinstance(first, nn.Flatten) else torch.randn(4, 6)
     before = real.clone()
     with pytest.raises(RuntimeError, match="in-place"):  # as in PyTorch
         gpk.r1_penalty(critic, real)
     assert torch.equal(real, before)
+
+
+@pytest.mark.usefixtures("_passes")
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_one_tensor_may_be_both_real_and_fake(activation: str, penalty: str) -> None:
+    critic = mlp(6, 8, 1, activation=ACTIVATIONS[activation]).double()
+    real, _, eps = batch(5, 6)
+    exact = plain_loss(critic, real, real, eps, "gan", penalty)
+    loss = gpk.CriticLoss(critic, objective="gan", penalty=penalty)(real, real, eps=eps).loss
+    torch.testing.assert_close(loss, exact)
+    assert_same(gradients(loss, critic), gradients(exact, critic))
+
+
+@pytest.mark.usefixtures("_passes")
+def test_spectral_norm_in_training_takes_as_many_steps_as_in_pytorch() -> None:
+    layers = [nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 1)]
+    for extra in ([], [nn.Mish()]):
+        critic = nn.Sequential(*layers, *extra).double()
+        twin = copy.deepcopy(critic)
+        real, fake, eps = batch(5, 6)
+        exact = plain_loss(twin, real, fake, eps)
+        loss = gpk.CriticLoss(critic)(real, fake, eps=eps).loss
+        torch.testing.assert_close(loss, exact)
+        assert_same(gradients(loss, critic), gradients(exact, twin))
+
+
+class Shared(nn.Module):
+    """One norm used twice on one sample: its gradients are summed, and share no memory with anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.top = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x))
+        return self.top(torch.tanh(h + self.norm(torch.relu(h))) + h)
+
+
+class ByHand(nn.Module):
+    """Shapes and masks that only one batch size fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.top = nn.Linear(6, 8), nn.Linear(8, 1)
+        self.mask = torch.linspace(0, 1, 5, dtype=torch.float64).reshape(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top((torch.relu(self.a(x)) * self.mask).view(5, 8))
+
+
+def _thrice_biased() -> nn.Sequential:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    critic[0].bias = nn.Parameter(torch.ones(1))
+    return critic
+
+
+def _normed_and_overwritten() -> nn.Sequential:
+    norm = nn.LayerNorm(8, elementwise_affine=False)
+    return nn.Sequential(nn.Linear(6, 8), norm, nn.ReLU(True), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def _weight_norm_removed() -> nn.Sequential:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8))
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 1))
+
+
+def _into_a_constant(h: Tensor) -> Tensor:
+    sums = torch.zeros(len(h), 8, dtype=h.dtype)
+    sums[:, :4].add_(h[:, :4])
+    return torch.relu(sums + h)
+
+
+class Doubling(nn.Parameter):
+    """A weight that is not what it seems."""
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 2 if func is torch.nn.functional.linear else out
+
+
+def _doubling() -> nn.Sequential:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)).double()
+    critic[0].weight = Doubling(critic[0].weight.data)
+    return critic
+
+
+ODD = {
+    "a norm whose output is overwritten": (_normed_and_overwritten, 5),
+    "a leaky ReLU whose output is overwritten": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.ELU(inplace=True), nn.Linear(8, 1)),
+        5,
+    ),
+    "a hardtanh whose output is overwritten": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(), nn.ELU(inplace=True), nn.Linear(8, 1)),
+        5,
+    ),
+    "weight norm removed": (_weight_norm_removed, 5),
+    "a constant written in place": (lambda: Lambda(_into_a_constant), 5),
+    "division by a constant of integers": (lambda: Lambda(lambda h: torch.relu(h) / torch.tensor(3)), 5),
+    "division by its own batch size": (lambda: Lambda(lambda h: torch.relu(h) / len(h)), 5),
+    "a subtraction from a number": (lambda: Lambda(lambda h: torch.rsub(torch.ones(8, dtype=h.dtype), h).tanh()), 5),
+    "a weight of another class": (_doubling, 5),
+    "a norm shared on one sample": (Shared, 1),
+    "a batch size by hand": (ByHand, 5),
+    "a bias of one number": (_thrice_biased, 5),
+    "scores squeezed to a scalar": (lambda: Lambda(torch.relu, squeeze=True), 1),
+    "channel dropout of two axes": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout1d(0.0), nn.Linear(8, 1)), 5),
+}
+
+
+@pytest.mark.usefixtures("_passes")
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("name", ODD)
+def test_same_numbers_for(name: str, penalty: str) -> None:
+    make, n = ODD[name]
+    critic = make().double()
+    real, fake, eps = batch(n, 6)
+    exact = plain_loss(critic, real, fake, eps, "gan", penalty)
+    loss = gpk.CriticLoss(critic, objective="gan", penalty=penalty)(real, fake, eps=eps).loss
+    torch.testing.assert_close(loss, exact)
+    assert_same(gradients(loss, critic), gradients(exact, critic))
+
+
+def test_consistency_of_several_scores_a_sample() -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    noisy = Noisy(critic)
+    real, fake, eps = batch(5, 6)
+    loss = recorded(noisy, penalty="r1", consistency_weight=2.0)
+    parts = loss(real, fake, eps=eps)
+    on_fake, again, on_real = torch.cat(noisy.drawn).split(5)
+    noisy.fixed = [on_real, on_fake, on_real, again]
+    exact = gpk.CriticLoss(noisy, penalty="r1", consistency_weight=2.0)._composed(real, fake, eps)
+    torch.testing.assert_close(parts.loss, exact.loss)
+    assert_same(gradients(parts.loss, noisy), gradients(exact.loss, noisy))
+
+
+@pytest.mark.filterwarnings("ignore:the critic has BatchNorm")
+def test_batch_norm_counts_its_passes_as_in_pytorch() -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.0), nn.BatchNorm1d(8), nn.Linear(8, 1)).double()
+    twin = copy.deepcopy(critic)
+    real, fake, eps = batch(5, 6)
+    gpk.CriticLoss(critic)(real, fake, eps=eps)
+    plain_loss(twin, real, fake, eps)
+    for ours, exact in zip(critic.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, exact)
 
 
 # --- a critic that changes is never seen as it was --------------------------------------------------------------------

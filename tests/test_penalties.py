@@ -435,7 +435,8 @@ def test_consistency_compares_two_dropout_passes_over_the_real_batch(backend: st
     assert parts.consistency > 0
     torch.testing.assert_close(parts.loss, parts.adversarial + 10 * parts.penalty + 2 * parts.consistency)
     critic.eval()
-    assert loss(real, fake).consistency == 0
+    # Both passes are halves of one product, whose rows may round differently.
+    assert loss(real, fake).consistency < 1e-14
 
 
 def test_consistency_sees_the_features_by_their_weight_and_the_margin_cuts_it(backend: str) -> None:

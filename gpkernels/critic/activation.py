@@ -83,6 +83,8 @@ def piecewise(name: str, *constants: float) -> tuple[Elementwise, bool]:
     """The slope of a piecewise-linear activation, and whether it reads the output (else the input)."""
     if name == "relu":
         return (lambda c, y: aten.threshold_backward(c, y, 0)), True
+    if name == "leaky_relu_of_input":
+        return (lambda c, x: aten.leaky_relu_backward(c, x, constants[0], False)), False
     if name == "leaky_relu":
         (negative,) = constants
         from_output = negative > 0  # the sign of y is that of x

@@ -22,7 +22,7 @@ from gpkernels.critic.pooling import DIMS, gathered, pooled, scattered
 
 
 class _Piecewise(Function):
-    """A piecewise-linear activation. In place on a leaf it is left to PyTorch, whose error comes before the write."""
+    """A piecewise-linear activation."""
 
     @staticmethod
     def forward(
@@ -106,24 +106,31 @@ class _Transpose(Function):
         return ctx.function(tangent), None, None
 
 
+def _unwritable(x: Tensor) -> bool:
+    """What a call in place is left to PyTorch for: its error comes before the write."""
+    return x.is_leaf or x._base is not None
+
+
 def _relu(x: Tensor, inplace: bool = False) -> Any:
-    if inplace and x.is_leaf:
+    if inplace and _unwritable(x):
         return F.relu(x, True)
     return _Piecewise.apply(x, torch.relu_ if inplace else torch.relu, *piecewise("relu"))
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     slope, from_output = piecewise("leaky_relu", negative_slope)
-    if inplace and (x.is_leaf or not from_output):
+    if inplace and (_unwritable(x) or not from_output):
         return F.leaky_relu(x, negative_slope, True)
+    if not inplace:  # the input is kept, as in PyTorch: the output may be written later
+        slope, from_output = piecewise("leaky_relu_of_input", negative_slope)
     return _Piecewise.apply(x, lambda x: F.leaky_relu(x, negative_slope, inplace), slope, from_output)
 
 
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    if inplace and x.is_leaf:
+    if inplace and _unwritable(x):
         return F.hardtanh(x, min_val, max_val, True)
-    slope = piecewise("hardtanh", min_val, max_val)
-    return _Piecewise.apply(x, lambda x: F.hardtanh(x, min_val, max_val, inplace), *slope)
+    slope, _ = piecewise("hardtanh", min_val, max_val)  # tells the same from input and output
+    return _Piecewise.apply(x, lambda x: F.hardtanh(x, min_val, max_val, inplace), slope, inplace)
 
 
 def _relu6(x: Tensor, inplace: bool = False) -> Any:

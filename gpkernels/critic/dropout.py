@@ -10,11 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpkernels.critic.structure import scaled
-from gpkernels.critic.tape import Tape
+from gpkernels.critic.tape import NoRule, Tape
 
 
-def _dropout(by_channel: bool) -> Callable[..., Tensor]:
+def _dropout(dims: int | None) -> Callable[..., Tensor]:
+    """A recorder; ``dims`` axes of a channel are dropped together, None for elements."""
+    by_channel = dims is not None
+
     def record(tape: Tape, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if dims is not None and input.dim() != dims + 2:
+            raise NoRule("channel dropout without a batch axis")
         if not training or p == 0:
             return input
         shape = (*input.shape[:2], *[1] * (input.dim() - 2)) if by_channel else input.shape
@@ -26,6 +31,8 @@ def _dropout(by_channel: bool) -> Callable[..., Tensor]:
 
 
 RULES: dict[Any, Callable[..., Tensor]] = {
-    F.dropout: _dropout(False),
-    **dict.fromkeys((F.dropout1d, F.dropout2d, F.dropout3d), _dropout(True)),
+    F.dropout: _dropout(None),
+    F.dropout1d: _dropout(1),
+    F.dropout2d: _dropout(2),
+    F.dropout3d: _dropout(3),
 }

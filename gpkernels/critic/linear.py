@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gpkernels.critic.tape import Node, Tape, cast
+from gpkernels.critic.tape import Node, NoRule, Tape, cast
 
 
 class Linear(Node):
@@ -42,6 +42,8 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def record_linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dim() != 2 or input.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise NoRule("a linear layer of unusual shape")
     weight_, bias_ = tape.weight(weight, "weight"), tape.weight(bias, "bias")
     output = linear(input, weight, bias)
     return tape.add(Linear(tape.keep(input), weight, bias), (input,), output, weight_, bias_)

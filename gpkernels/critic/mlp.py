@@ -98,16 +98,22 @@ def _read_linear(parameters: Mapping[str, Tensor | None], dtype: torch.dtype, fo
     at = len(found.weights)
     if len(found.slopes) != at:
         return False
-    for place, tensor in enumerate(parameters.values()):
+    if parameters.keys() != {"weight", "bias"} or parameters["weight"] is None:
+        return False
+    for place, tensor in enumerate((parameters["weight"], parameters["bias"])):
         if tensor is None:
             found.biases.append(found.weights[-1].new_empty(0))
             continue
-        if not tensor.requires_grad or tensor.dtype != dtype or tensor.device.type != "cpu":
+        if type(tensor) is not nn.Parameter or not tensor.requires_grad:
+            return False
+        if tensor.dtype != dtype or tensor.device.type != "cpu":
+            return False
+        if place and tensor.shape != found.weights[-1].shape[:1]:
             return False
         found.trained.append(tensor)
         found.kept.append(2 * at + place)
         (found.biases if place else found.weights).append(tensor)
-    return len(found.biases) == len(found.weights)
+    return True
 
 
 def native_penalty(layers: Layers, points: Tensor, penalty: Penalty) -> Tensor:

@@ -77,7 +77,8 @@ class Affine(Node):
             tape.gradients.add(self.bias, self._summed(cotangent, self.bias))
 
     def _summed(self, u: Tensor, like: Tensor) -> Tensor:
-        return u.sum_to_size(1, *[1] * (u.dim() - 1 - len(self.shape)), *self.shape).reshape(like.shape)
+        kept = (1,) * (u.dim() - len(self.shape)) + self.shape
+        return u.sum([axis for axis, size in enumerate(kept) if size == 1]).reshape(like.shape)
 
 
 def _record(
@@ -103,7 +104,7 @@ def _record(
         inverse = (grouped.square().mean(-1, keepdim=True) + eps).rsqrt_()
         normal = grouped * inverse
     node = Normalise(grouped, normal, mean, inverse)
-    normal = tape.add(node, (input,), normal.reshape(x.shape))
+    normal = tape.keep(tape.add(node, (input,), normal.reshape(x.shape)))
     if weight is None and bias is None:
         return normal
     if weight is None:
@@ -112,7 +113,8 @@ def _record(
         output = normal * weight.reshape(shape)
     else:
         output = torch.addcmul(bias.reshape(shape), normal, weight.reshape(shape))
-    return tape.add(Affine(tape.keep(normal), weight, bias, shape), (normal,), output, weight_, bias_)
+    output = cast(output, x)
+    return tape.add(Affine(normal, weight, bias, shape), (normal,), output, weight_, bias_)
 
 
 def _trailing(input: Tensor, shape: Sequence[int]) -> int:
@@ -139,6 +141,8 @@ def record_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type) or input.dtype not in (torch.float32, torch.float64):
+        raise NoRule("rms_norm in low precision")
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     return _record(tape, input, _trailing(input, normalized_shape), weight, None, normalized_shape, eps, False)
 

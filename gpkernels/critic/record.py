@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from gpkernels.critic.registry import RULES
 from gpkernels.critic.tape import Gradients, Node, NoRule, Tape, unwrapped
 
-_recordable: WeakSet[Any] = WeakSet()
-_refused: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+_refused: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
 
 
 def record(
@@ -27,28 +26,28 @@ def record(
     """Run the critic on a batch of its own and return the tape and the output; NoRule where that cannot be done.
 
     What was refused once is refused at once as long as the critic consists of the same layers; random numbers that a
-    refused attempt drew are given back. ``onto`` collects the gradients of several tapes.
+    refused attempt drew, and buffers it changed, are given back. ``onto`` collects the gradients of several tapes.
     """
     critic = unwrapped(critic)
     module = isinstance(critic, nn.Module)
     if module and critic in _refused:
-        layers, reason = _refused[critic]
-        if layers == _layers_of(critic):
+        reason = _refused[critic].get(_layers_of(critic))
+        if reason is not None:
             raise NoRule(reason)
-    state = None if module and critic in _recordable else _random_state(x.device)
+    state = _State(critic, x.device)
     try:
         tape = Tape(RULES, x, wants_input, onto)
         with torch.enable_grad(), tape:
             output = critic(x, *args, **(kwargs or {}))
         tape.finish()
     except NoRule as refusal:
-        if state is not None:
-            _restore(state, x.device)
+        state.restore()
         if module:
-            _refused[critic] = _layers_of(critic), str(refusal)
+            _refused.setdefault(critic, {})[_layers_of(critic)] = str(refusal)
         raise
-    if module:
-        _recordable.add(critic)
+    except Exception as error:  # perhaps of a batch that is not the caller's: autograd's way will tell
+        state.restore()
+        raise NoRule(f"the critic raised {type(error).__name__}: {error}") from error
     return tape, output
 
 
@@ -57,14 +56,23 @@ def _layers_of(critic: nn.Module) -> tuple[Any, ...]:
     return tuple((type(module), module.training) for module in critic.modules())
 
 
-def _random_state(device: torch.device) -> Any:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+class _State:
+    """What a forward pass may change: random numbers and buffers."""
 
+    def __init__(self, critic: Any, device: torch.device) -> None:
+        self.device = device
+        self.random = torch.get_rng_state()
+        self.on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        buffers = list(critic.buffers()) if isinstance(critic, nn.Module) else []
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in buffers]
 
-def _restore(state: Any, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+    def restore(self) -> None:
+        torch.set_rng_state(self.random)
+        if self.on_device is not None:
+            torch.cuda.set_rng_state(self.on_device, self.device)
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
 
 
 def scores_of(output: Any) -> Tensor:

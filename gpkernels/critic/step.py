@@ -1,8 +1,7 @@
 """A critic's penalty or whole loss with its weight gradients, computed together in the forward call.
 
-Small batches go through the critic as one, plain rows first and penalised rows last, as then the calls cost more than
-the arithmetic; large ones group by group, so that no more than one group's activations are held at a time. Nothing is
-ever differentiated twice.
+Real, fake and penalised samples go through the critic one after the other: it sees the batches that it would see in
+PyTorch, and no more than one group's activations are held at a time. Nothing is ever differentiated twice.
 """
 
 from __future__ import annotations
@@ -22,10 +21,6 @@ from gpkernels.critic.passes import add_curved_penalty_gradients, add_penalty_gr
 from gpkernels.critic.record import node_of_scores, record, scores_of
 from gpkernels.critic.tape import Gradients, Node, NoRule, Tape, unwrapped
 from gpkernels.reference import REDUCTIONS, accumulation_dtype
-
-BATCHED_BELOW = (
-    1 << 14
-)  # elements of a group: beyond it, one pass for all costs more memory traffic than it saves calls
 
 
 def _passes(device: torch.device) -> Any:
@@ -89,14 +84,14 @@ def critic_step(
     shared = points if points is real or points is fake else None
     if wants and shared is not None:  # its own gradient is not that of the penalty's rows
         points, shared = points.detach(), None  # type: ignore[union-attr]
-    plain = [_Group(name, x) for name, x in (("fake", fake), ("real", real)) if x is not shared]
+    plain = [_Group(name, x) for name, x in (("real", real), ("fake", fake)) if x is not shared]
     if consistency is None and not wants:
         groups = [g.x for g in plain] + ([] if points is None else [points])
         layers = layers_of(unwrapped(critic), groups)
         if layers is not None and (shared is None or adversarial.linear or layers.weights[-1].shape[0] == 1):
             return native_step(layers, groups, len(plain), real, fake, adversarial, penalty)
     if consistency is not None:
-        plain.append(_Group("again", real))
+        plain.insert(1, _Group("again", real))
     penalised = (
         None if points is None else _Group({id(real): "real", id(fake): "fake"}.get(id(shared), "points"), points)
     )
@@ -132,19 +127,14 @@ class _Unit(NamedTuple):
 
 
 def _units(plain: list[_Group], penalised: _Group | None) -> list[_Unit]:
-    """One unit for small batches; for large ones as many as can be. The consistency term's two passes stay together."""
-    first = plain[0].x if plain else penalised.x  # type: ignore[union-attr]
-    if first.numel() < BATCHED_BELOW:
-        return [_Unit(plain, penalised)]
-    names = [group.name for group in plain]
-    tied = [group for group in plain if group.name in ("real", "again")] if "again" in names else []
-    units = [_Unit([group], None) for group in plain if group not in tied]
-    last = _Unit([], penalised)
+    """As many units as can be: the consistency term's two passes stay together."""
+    twice = any(group.name == "again" for group in plain)
+    tied = [group for group in plain if group.name in ("real", "again")] if twice else []
+    units = [_Unit([group], None) for group in plain if not any(group is one for one in tied)]
     if tied and penalised is not None and penalised.name == "real":
-        last = _Unit(tied, penalised)
-    elif tied:
-        units.append(_Unit(tied, None))
-    return units if last.penalised is None else [*units, last]
+        return [*units, _Unit(tied, penalised)]
+    first = [_Unit(tied, None)] if tied else []
+    return [*first, *units, *([] if penalised is None else [_Unit([], penalised)])]
 
 
 def _run(
@@ -168,7 +158,8 @@ def _run(
         if unit.penalised is not None and penalty is not None:
             shared = unit.penalised.name != "points"
             top = node_of_scores(tape, scores_of(output))
-            value, gradient = _penalised(tape, top, seeds, plain, shared, adversarial.linear, penalty)
+            linear = adversarial.linear and consistency is None
+            value, gradient = _penalised(tape, top, seeds, plain, shared, linear, penalty)
             loss = loss + penalty.weight * value
         elif gradients.wanted:
             gradient = record_input_gradient(tape, seeds, plain)

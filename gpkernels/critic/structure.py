@@ -234,6 +234,8 @@ def _record_add(tape: Tape, first: Any, second: Any, alpha: float, in_place: boo
         if not a:
             tape.constant(x, "an added tensor")
     _check_broadcast(tape, first, second)
+    if in_place and not tape.is_active(first):
+        raise NoRule("a constant is changed in place")
     add = tape.writable(first).add_ if in_place else partial(torch.add, first)
     output = add(second, alpha=alpha)
     return tape.add(Add(shapes, output.shape, alpha), (first, second), output)
@@ -273,6 +275,8 @@ def scaled(tape: Tape, input: Tensor, factor: Any, in_place: bool = False) -> Te
     """Record input * factor, a constant."""
     by_row = isinstance(factor, Tensor) and factor.dim() == input.dim() and factor.shape[0] == tape.rows > 1
     shape = input.shape
+    if isinstance(factor, Tensor):
+        tape.keep(factor)
     _check_broadcast(tape, input, factor)
     output = tape.writable(input).mul_(factor) if in_place else input * factor
     return tape.add(Scale(shape, factor, by_row), (input,), output)
@@ -282,6 +286,8 @@ def record_div(tape: Tape, input: Any, other: Any, *, rounding_mode: str | None 
     if rounding_mode is not None or not tape.is_active(input):
         raise NoRule("a division by an activation, or one that rounds")
     divisor = tape.constant(other, "a divisor")
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(torch.promote_types(divisor.dtype, input.dtype))
     return scaled(tape, input, 1 / divisor)
 
 

@@ -183,6 +183,8 @@ class Tape(TorchFunctionMode):
             return None
         if self.is_active(x):
             raise NoRule(f"{what} depends on the batch")
+        if type(x) not in (Tensor, nn.Parameter):
+            raise NoRule(f"{what} is a {type(x).__name__}")
         if x.requires_grad and self.gradients.wanted:
             self.gradients.weights[id(x)] = x
         return x
