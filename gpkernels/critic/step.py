@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkernels import ops
 from gpkernels.critic.deliver import deliver
@@ -82,7 +82,7 @@ def critic_step(
     differentiable = torch.is_grad_enabled()
     wants = differentiable and (real.requires_grad or fake.requires_grad)
     shared = points if points is real or points is fake else None
-    if wants and shared is not None:  # its own gradient is not that of the penalty's rows
+    if shared is not None and (wants or _changes_in_passes(critic)):  # then two passes are not one
         points, shared = points.detach(), None  # type: ignore[union-attr]
     plain = [_Group(name, x) for name, x in (("real", real), ("fake", fake)) if x is not shared]
     if consistency is None and not wants:
@@ -105,6 +105,12 @@ def critic_step(
     if differentiable:
         loss = deliver(loss, [*gradients.all(), *_merged(inputs, real, fake)])
     return Parts(loss, own, value, term)
+
+
+def _changes_in_passes(critic: Any) -> bool:
+    """Whether a pass may leave the critic changed, as spectral norm's does: it has buffers and trains."""
+    critic = unwrapped(critic)
+    return isinstance(critic, nn.Module) and critic.training and any(True for _ in critic.buffers())
 
 
 class _Group(NamedTuple):
