@@ -126,10 +126,8 @@ class _Unit(NamedTuple):
     plain: list[_Group]
     penalised: _Group | None
 
-    def rows(self) -> dict[str, slice]:
-        groups = [*self.plain, *([self.penalised] if self.penalised else [])]
-        n = len(groups[0].x)
-        return {group.name: slice(i * n, (i + 1) * n) for i, group in enumerate(groups)}
+    def groups(self) -> list[_Group]:
+        return self.plain if self.penalised is None else [*self.plain, self.penalised]
 
 
 def _units(plain: list[_Group], penalised: _Group | None) -> list[_Unit]:
@@ -153,9 +151,10 @@ def _run(
     gradients: Gradients,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[tuple[str, Tensor]]]:
     """A unit's share of the parts, with its weight gradients on ``gradients``, and its inputs' if they are wanted."""
-    groups = [*unit.plain, *([unit.penalised] if unit.penalised else [])]
+    groups = unit.groups()
+    n = len(groups[0].x)
     batch = torch.cat([g.x.detach() for g in groups]) if len(groups) > 1 else groups[0].x.detach()
-    rows, plain = unit.rows(), len(groups[0].x) * len(unit.plain)
+    rows, plain = {group.name: slice(i * n, (i + 1) * n) for i, group in enumerate(groups)}, n * len(unit.plain)
     tape, output = record(critic, batch, wants_input=wants, onto=gradients)
     with torch.no_grad(), _passes(batch.device):
         own, term, seeds = _scores_and_seeds(tape, output, rows, adversarial, consistency)
