@@ -24,7 +24,8 @@ from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair,
 from gpkernels.reference import SCORE_LOSSES
 
 
-def _promote(*tensors: Tensor) -> list[Tensor]:
+def promote(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype that PyTorch would compute them in."""
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     return [t.to(dtype) for t in tensors]
 
@@ -137,12 +138,7 @@ def interpolate(
     check_pair("real", real, "fake", fake)
     if eps is not None:
         check_eps(eps, real)
-    real, fake = _promote(real, fake)
-    return mixed_points(real, fake, eps, generator)
-
-
-def mixed_points(real: Tensor, fake: Tensor, eps: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-    """``interpolate`` for arguments that have been checked, of one dtype."""
+    real, fake = promote(real, fake)
     if eps is None:
         draw = ops.interpolate_random if _constant(real, fake) else _InterpolateRandom.apply
         mixed: Tensor = draw(real, fake, draw_key(real.device, generator))[0]
@@ -338,7 +334,7 @@ def consistency_term(
         features1, features2 = (score1.new_empty((score1.shape[0], 0)) for _ in range(2))
     _check_second_pair("features", features1, features2, score1)
     constants = check_nonnegative("margin", margin), check_nonnegative("feature_weight", feature_weight)
-    term: Tensor = _ConsistencyTerm.apply(*_promote(score1, score2, features1, features2), *constants)[0]
+    term: Tensor = _ConsistencyTerm.apply(*promote(score1, score2, features1, features2), *constants)[0]
     return term
 
 
@@ -350,7 +346,7 @@ def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor
     """
     check_pair("score1", score1, "score2", score2)
     _check_second_pair("x", x1, x2, score1)
-    term: Tensor = _LipschitzConsistency.apply(*_promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[
+    term: Tensor = _LipschitzConsistency.apply(*promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[
         0
     ]
     return term
@@ -414,7 +410,7 @@ def _score_loss(**scores: tuple[Tensor, str]) -> Tensor:
             raise ValueError(f"{name}: expected at least one score, got shape {tuple(tensor.shape)}")
         check_same_device(next(iter(scores)), tensors[0], name, tensor)
     kinds = tuple(SCORE_LOSSES[kind] for _, kind in scores.values())
-    first, *rest = _promote(*tensors)
+    first, *rest = promote(*tensors)
     loss: Tensor = _ScoreLoss.apply(first, rest[0] if rest else None, kinds)
     return loss
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gpkernels.critic.double_backward import depth
-from gpkernels.critic.parts import Adversarial, Consistency, Penalty
+from gpkernels.critic.parts import Adversarial, Between, Consistency, Penalty
 from gpkernels.critic.record import scores_of
 from gpkernels.critic.step import critic_step
 from gpkernels.critic.tape import NoRule
-from gpkernels.functional import consistency_term, gan_discriminator_loss, mixed_points, wgan_critic_loss
+from gpkernels.functional import consistency_term, draw_key, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.ops import check_eps, check_nonnegative, check_pair
 from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, traced
 from gpkernels.reference import SCORE_LOSSES
@@ -103,10 +103,10 @@ class CriticLoss(nn.Module):
         parts = critic_step(self.critic, real, fake, points, adversarial, penalty, consistency)
         return CriticLossParts(*parts)
 
-    def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | None:
+    def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | Between | None:
         """Where the gradient is penalised; ``real`` or ``fake`` itself shares its pass with the scores."""
         if self.penalty == "wgan-gp":
-            return mixed_points(real.detach(), fake.detach(), eps)
+            return Between(real, fake, draw_key(real.device) if eps is None else eps)
         if self.penalty == "dragan":
             return dragan_points(real, self.dragan_scale)
         return {"r1": real, "r2": fake, "none": None}[self.penalty]

@@ -307,16 +307,17 @@ normalise_curvature = Op(
 
 
 def _mlp_critic_step_fake(
-    groups: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], *options: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    plain: Sequence[Tensor], points: Sequence[Tensor], weights: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     gradients = [x for w in weights for x in (w.new_empty(w.shape), w.new_empty(w.shape[0]))]
-    return groups[0].new_empty(()), groups[0].new_empty(()), gradients if options[-1] else []
+    scalars = [weights[0].new_empty(()) for _ in range(3)]
+    return scalars[0], scalars[1], scalars[2], gradients if options[-1] else []
 
 
 mlp_critic_step = Op(
-    "mlp_critic_step(Tensor[] groups, Tensor[] weights, Tensor[] biases, float[] slopes, int plain_groups, int real,"
+    "mlp_critic_step(Tensor[] plain, Tensor[] points, Tensor[] weights, Tensor[] biases, float[] slopes, int real,"
     " int fake, int real_kind, int fake_kind, float weight, float target, bool one_sided, bool gradients)"
-    " -> (Tensor, Tensor, Tensor[])",
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
     reference.mlp_critic_step,
     _mlp_critic_step_fake,
 )

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from gpkernels import ops
 from gpkernels.critic.double_backward import depth, fast_double_backward
+from gpkernels.critic.parts import Between
 from gpkernels.critic.record import scores_of
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.tape import NoRule, unwrapped
-from gpkernels.functional import draw_key, gradient_norm_penalty, interpolate
-from gpkernels.ops import check_batch, check_nonnegative, check_pair
+from gpkernels.functional import draw_key, gradient_norm_penalty, promote
+from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair
 
 Critic = Callable[..., Any]
 _seen_with_batch_norm: WeakSet[nn.Module] = WeakSet()
@@ -49,7 +50,10 @@ def gradient_penalty(
     """
     check_pair("real", real, "fake", fake)
     target = check_nonnegative("target", target)
-    points = interpolate(real.detach(), fake.detach(), eps, generator=generator)
+    if eps is not None:
+        check_eps(eps, real)
+    real, fake = promote(real, fake)
+    points = Between(real, fake, draw_key(real.device, generator) if eps is None else eps)
     return _penalty(critic, points, target, bool(one_sided), critic_args, critic_kwargs)
 
 
@@ -104,7 +108,7 @@ def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None 
 
 def _penalty(
     critic: Critic,
-    points: Tensor,
+    points: Tensor | Between,
     target: float,
     one_sided: bool = False,
     args: Sequence[Any] = (),
@@ -119,6 +123,7 @@ def _penalty(
             return penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)
         except NoRule:
             pass
+    points = points.points() if isinstance(points, Between) else points
     grad = input_gradient(critic, points, args, kwargs)
     return gradient_norm_penalty(grad.reshape(-1, grad.shape[-1]) if by_point else grad, target, one_sided=one_sided)
 

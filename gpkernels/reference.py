@@ -333,11 +333,11 @@ def normalise_curvature(normal: Tensor, inverse: Tensor, tangent: Tensor, cotang
 
 
 def mlp_critic_step(
-    groups: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    points: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     slopes: Sequence[float],
-    plain_groups: int,
     real: int,
     fake: int,
     real_kind: int,
@@ -346,15 +346,21 @@ def mlp_critic_step(
     target: float,
     one_sided: bool,
     gradients: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Adversarial loss, penalty, and the gradients of adversarial + weight * penalty for each weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """adversarial + weight * penalty, both of them alone, and the loss's gradients for each weight and bias.
 
-    The critic is linear layers with max(x, slope x) between them; an empty bias is none. Each group is a batch (N, d);
-    ``real`` and ``fake`` say which ones are scored (-1: none is), and the last one is penalised unless all are plain.
-    Where a scored group is penalised, its loss must have one slope a row.
+    The critic is linear layers with max(x, slope x) between them; an empty bias is none. plain: batches (N, d) that are
+    only scored. points: none, the batch that is penalised, or (real, fake, eps) to interpolate, with a Philox key in
+    eps' place to draw it. ``real`` and ``fake`` say which group is scored as what (-1: none is), counting plain ones,
+    then the points. Where the points are scored, their loss must have one slope a row.
     """
-    batch, n = torch.cat(list(groups)), groups[0].shape[0]
-    plain = n * plain_groups
+    if len(points) == 3:
+        between, last = points[:2], points[2]
+        random = last.dtype == torch.int64
+        points = [interpolate_random(*between, last)[0] if random else interpolate(*between, last)]
+    groups = [*plain, *points]
+    batch, n = torch.cat(groups), groups[0].shape[0]
+    rows_plain = n * len(plain)
     acts = [batch]
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         y = acts[-1] @ w.t() + (b if b.numel() else 0)
@@ -367,7 +373,7 @@ def mlp_critic_step(
         rows = slice(group * n, (group + 1) * n)
         loss = loss + score_loss([scores[rows]], [kind])
         (slope,) = score_loss_backward(batch.new_ones(()), [scores[rows]], [kind])
-        if group < plain_groups:
+        if group < len(plain):
             delta[rows] = slope
         else:
             scale = slope[:, :1]
@@ -376,19 +382,19 @@ def mlp_critic_step(
         pulled = deltas[0] @ w
         deltas.insert(0, torch.where(a > 0, pulled, s * pulled))
     penalty, tangent = batch.new_zeros(()), None
-    if plain_groups < len(groups):
-        gradient = deltas[0][plain:] @ weights[0]
+    if points:
+        gradient = deltas[0][rows_plain:] @ weights[0]
         penalty, coefficient = gradient_norm_penalty(gradient, target, one_sided, REDUCTIONS["mean"])
         tangent = gradient_norm_penalty_backward(batch.new_full((), weight), gradient, coefficient)
     found: list[Tensor] = []
     for i, w in enumerate(weights if gradients else ()):
-        operand, to_bias = acts[i][:plain], deltas[i][:plain].sum(0)
+        operand, to_bias = acts[i][:rows_plain], deltas[i][:rows_plain].sum(0)
         if tangent is not None:
-            own = tangent if scale is None else tangent + scale * acts[i][plain:]
+            own = tangent if scale is None else tangent + scale * acts[i][rows_plain:]
             operand = torch.cat([operand, own])
-            to_bias = to_bias if scale is None else to_bias + (scale * deltas[i][plain:]).sum(0)
+            to_bias = to_bias if scale is None else to_bias + (scale * deltas[i][rows_plain:]).sum(0)
             pushed = tangent @ w.t()
             if i < len(slopes):
-                tangent = torch.where(acts[i + 1][plain:] > 0, pushed, slopes[i] * pushed)
+                tangent = torch.where(acts[i + 1][rows_plain:] > 0, pushed, slopes[i] * pushed)
         found += [deltas[i].t() @ operand, to_bias]
-    return loss, penalty, found
+    return loss + weight * penalty, loss, penalty, found

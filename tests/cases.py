@@ -109,8 +109,13 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (image.flatten(2), torch.rand(2, 3, 1), other.flatten(2), other.flatten(2), False),
         ],
         "mlp_critic_step": [
-            ([x, y], [torch.randn(4, 5), torch.randn(1, 4)], [torch.randn(4), torch.empty(0)], [0.2], *options)
-            for options in ((1, 0, 1, 1, 0, 10.0, 1.0, False, True), (2, 0, 1, 3, 2, 0.0, 0.0, False, False))
+            (plain, points, [torch.randn(4, 5), torch.randn(1, 4)], [torch.randn(4), torch.empty(0)], [0.2], *options)
+            for plain, points, *options in (
+                ([x], [y], 0, 1, 1, 0, 10.0, 1.0, False, True),
+                ([x, y], [], 0, 1, 3, 2, 0.0, 0.0, False, False),
+                ([x, y], [x, y, c3], 0, 1, 3, 2, 1.0, 1.0, True, True),
+                ([], [x, y, key], -1, -1, 0, 0, 1.0, 1.0, False, True),
+            )
         ],
         "clip_weights_": [(weights, 0.1)],
         "rmsprop_": [

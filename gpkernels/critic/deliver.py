@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as _kept
+from torch._C._functorch import is_batchedtensor
 from torch.autograd import Function
 
 
 class _Deliver(Function):
-    """A value whose gradients are known: backward multiplies them by the cotangent."""
+    """A value whose gradients are known: backward multiplies them by the cotangent, in place if they are done with."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Any:
@@ -25,7 +27,20 @@ class _Deliver(Function):
                 "this penalty holds its weight gradients and cannot be differentiated twice; call it inside "
                 "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
             )
-        return None, None, *torch._foreach_mul(ctx.gradients, cotangent)
+        gradients = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("backward through this penalty a second time: the first needs retain_graph=True")
+        if _kept() or is_batchedtensor(cotangent):
+            return None, None, *torch._foreach_mul(gradients, cotangent)
+        ctx.gradients = None
+        if not _is_one(cotangent):
+            torch._foreach_mul_(gradients, cotangent)
+        return None, None, *gradients
+
+
+def _is_one(cotangent: Tensor) -> bool:
+    """Whether there is nothing to scale, where looking costs nothing."""
+    return type(cotangent) is Tensor and cotangent.device.type == "cpu" and cotangent.item() == 1.0
 
 
 def deliver(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gpkernels.critic.mlp import layers_of
+from gpkernels.critic.mlp import native_layers
 from gpkernels.critic.record import scores_of
 from gpkernels.critic.registry import RULES
 from gpkernels.critic.tape import HARMLESS, NoRule, Tape, name_of, unwrapped
@@ -132,7 +132,7 @@ def _explained(critic: Callable[..., Any], example: Tensor) -> Explanation:
     finally:
         for hook in hooks:
             hook.remove()
-    native = layers_of(critic, [example]) is not None
+    native = native_layers(critic, example) is not None
     eager, ours = _penalty_flops(critic, example)
     return Explanation(tape.calls, _way(tape.calls, native), eager, ours)
 

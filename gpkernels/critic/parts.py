@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from gpkernels import ops
 
 
 class Adversarial(NamedTuple):
@@ -29,6 +32,23 @@ class Penalty(NamedTuple):
     weight: float
     target: float
     one_sided: bool
+
+
+class Between(NamedTuple):
+    """Points between real and fake samples, not computed yet: eps per sample, or the Philox key that draws it."""
+
+    real: Tensor
+    fake: Tensor
+    eps_or_key: Tensor
+
+    def points(self) -> Tensor:
+        real, fake, eps = (x.detach() for x in self)
+        mixed: Tensor = (
+            ops.interpolate_random(real, fake, eps)[0]
+            if eps.dtype == torch.int64
+            else ops.interpolate(real, fake, eps)
+        )
+        return mixed
 
 
 class Parts(NamedTuple):

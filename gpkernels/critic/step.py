@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gpkernels import ops
 from gpkernels.critic.deliver import deliver
-from gpkernels.critic.mlp import layers_of, native_penalty, native_step
-from gpkernels.critic.parts import Adversarial, Consistency, Parts, Penalty
+from gpkernels.critic.mlp import native_layers, native_penalty, native_step
+from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty
 from gpkernels.critic.passes import add_curved_penalty_gradients, add_penalty_gradients, record_input_gradient
 from gpkernels.critic.record import node_of_scores, record, scores_of
 from gpkernels.critic.tape import Gradients, Node, NoRule, Tape, unwrapped
@@ -31,7 +31,7 @@ def _passes(device: torch.device) -> Any:
 
 def penalty_on_gradient(
     critic: Any,
-    points: Tensor,
+    points: Tensor | Between,
     target: float,
     one_sided: bool,
     args: Sequence[Any] = (),
@@ -43,10 +43,11 @@ def penalty_on_gradient(
     by_point: the norm is over the last axis alone.
     """
     if not (args or kwargs or by_point):
-        layers = layers_of(unwrapped(critic), [points])
+        layers = native_layers(unwrapped(critic), points[0] if isinstance(points, Between) else points)
         if layers is not None:
-            return native_penalty(layers, points.detach(), Penalty(1.0, target, one_sided))
-    tape, output = record(critic, points.detach(), args, kwargs)
+            return native_penalty(layers, points, Penalty(1.0, target, one_sided))
+    points = points.points() if isinstance(points, Between) else points.detach()
+    tape, output = record(critic, points, args, kwargs)
     wanted = torch.is_grad_enabled() and tape.gradients.weights
     with torch.no_grad(), _passes(points.device):
         scores = scores_of(output)
@@ -70,7 +71,7 @@ def critic_step(
     critic: Any,
     real: Tensor,
     fake: Tensor,
-    points: Tensor | None,
+    points: Tensor | Between | None,
     adversarial: Adversarial,
     penalty: Penalty | None,
     consistency: Consistency | None,
@@ -84,12 +85,12 @@ def critic_step(
     shared = points if points is real or points is fake else None
     if shared is not None and (wants or _changes_in_passes(critic)):  # then two passes are not one
         points, shared = points.detach(), None  # type: ignore[union-attr]
-    plain = [_Group(name, x) for name, x in (("real", real), ("fake", fake)) if x is not shared]
     if consistency is None and not wants:
-        groups = [g.x for g in plain] + ([] if points is None else [points])
-        layers = layers_of(unwrapped(critic), groups)
+        layers = native_layers(unwrapped(critic), real)
         if layers is not None and (shared is None or adversarial.linear or layers.weights[-1].shape[0] == 1):
-            return native_step(layers, groups, len(plain), real, fake, adversarial, penalty)
+            return native_step(layers, real, fake, points, adversarial, penalty)
+    points = points.points() if isinstance(points, Between) else points
+    plain = [_Group(name, x) for name, x in (("real", real), ("fake", fake)) if x is not shared]
     if consistency is not None:
         plain.insert(1, _Group("again", real))
     penalised = (
