@@ -26,6 +26,8 @@ from gpkernels.reference import SCORE_LOSSES
 
 def promote(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the dtype that PyTorch would compute them in."""
+    if len({t.dtype for t in tensors}) == 1:
+        return list(tensors)
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     return [t.to(dtype) for t in tensors]
 

@@ -303,6 +303,19 @@ normalise_curvature = Op(
     lambda normal, inverse, tangent, cotangent, centred: normal.new_empty(normal.shape),
 )
 
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+mean_pool = Op(
+    "mean_pool(Tensor x, int h, int w) -> Tensor",
+    reference.mean_pool,
+    lambda x, h, w: x.new_empty((*x.shape[:-2], x.shape[-2] // h, x.shape[-1] // w)),
+)
+mean_pool_backward = Op(
+    "mean_pool_backward(Tensor cotangent, int h, int w) -> Tensor",
+    reference.mean_pool_backward,
+    lambda cotangent, h, w: cotangent.new_empty((*cotangent.shape[:-2], cotangent.shape[-2] * h, cotangent.shape[-1] * w)),
+)
+
 # --- a whole critic step of an MLP ------------------------------------------------------------------------------------
 
 

@@ -329,6 +329,20 @@ def normalise_curvature(normal: Tensor, inverse: Tensor, tangent: Tensor, cotang
     return (r * r * bent).to(normal.dtype)
 
 
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def mean_pool(x: Tensor, h: int, w: int) -> Tensor:
+    """Means over h x w windows that tile the last two axes."""
+    planes = x.reshape(-1, 1, *x.shape[-2:])
+    return F.avg_pool2d(planes, (h, w)).reshape(*x.shape[:-2], x.shape[-2] // h, x.shape[-1] // w)
+
+
+def mean_pool_backward(cotangent: Tensor, h: int, w: int) -> Tensor:
+    """Each window's cotangent, divided by h w, at all of its places."""
+    return (cotangent / (h * w)).repeat_interleave(h, -2).repeat_interleave(w, -1)
+
+
 # --- a whole critic step of an MLP ------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,8 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (torch.randn(2, 3, 5), torch.rand(2, 3, 1), torch.randn(2, 3, 5), torch.randn(2, 3, 5), True),
             (image.flatten(2), torch.rand(2, 3, 1), other.flatten(2), other.flatten(2), False),
         ],
+        "mean_pool": [(torch.randn(2, 3, 6, 8), 2, 2), (torch.randn(5, 6, 9), 3, 1), (torch.randn(1, 4, 9).half(), 1, 3)],
+        "mean_pool_backward": [(torch.randn(2, 3, 3, 4), 2, 2), (torch.randn(5, 2, 3).bfloat16(), 3, 1)],
         "mlp_critic_step": [
             (plain, points, [torch.randn(4, 5), torch.randn(1, 4)], [torch.randn(4), torch.empty(0)], [0.2], *options)
             for plain, points, *options in (

@@ -49,6 +49,16 @@ class Convolution(Node):
         if self.bias is not None and self.bias.requires_grad:
             tape.gradients.add(self.bias, cotangent.sum((0, *range(2, cotangent.dim()))))
 
+    def add_gradients(self, tape: Tape, cotangent: Tensor, rows: slice) -> None:
+        if self.bias is None or not (self.weight.requires_grad and self.bias.requires_grad):
+            super().add_gradients(tape, cotangent, rows)
+            return
+        x = self.x[rows].to(cotangent.dtype)
+        sizes, mask = list(self.bias.shape), [False, True, True]
+        _, weight, bias = _backward(cotangent, x, self.weight.to(x.dtype), sizes, *self.geometry, mask)
+        tape.gradients.add(self.weight, weight)
+        tape.gradients.add(self.bias, bias)
+
 
 def input_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of the input; x gives its shape alone."""

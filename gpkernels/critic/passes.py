@@ -29,8 +29,7 @@ def record_input_gradient(tape: Tape, seeds: Mapping[Node, Tensor], plain: int) 
         every = cotangent.shape[0] == tape.rows
         if node.trainable and plain:
             part = slice(0, plain)
-            node.add_weight_gradient(tape, cotangent[part], node.x[part], part)
-            node.add_bias_gradient(tape, cotangent[part])
+            node.add_gradients(tape, cotangent[part], part)
         if plain < tape.rows and (node.trainable or node.curved):
             node.delta = cotangent[penalised] if every and plain else cotangent
         if node.free:
@@ -74,8 +73,7 @@ def add_curved_penalty_gradients(tape: Tape, direction: Tensor, plain: int, seed
         delta, tangents, node.delta, node.tangents = node.delta, tuple(node.tangents), None, ()
         if node.trainable:
             if adjoint is not None:
-                node.add_weight_gradient(tape, adjoint, node.x[rows], rows)
-                node.add_bias_gradient(tape, adjoint)
+                node.add_gradients(tape, adjoint, rows)
             if delta is not None and tangents and tangents[0] is not None:
                 node.add_weight_gradient(tape, delta, tangents[0], rows)
         if node.free:

@@ -315,7 +315,7 @@ RULES: dict[Any, Callable[..., Tensor]] = {
     **{f: linear_map(f, _check_permutation) for f in (torch.permute, _T.permute)},
     _T.__getitem__: linear_map(_T.__getitem__, _check_slices),
     **{f: linear_map(f) for f in (F.interpolate, F.pixel_shuffle, F.pixel_unshuffle)},
-    **{f: linear_map(f) for f in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)},
+    **{f: linear_map(f) for f in (F.avg_pool1d, F.avg_pool3d)},
     **{f: linear_map(f) for f in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)},
     **{f: linear_map(f) for f in (_T.float, _T.double, _T.half, _T.bfloat16, _T.to)},
     _T.contiguous: record_identity,

@@ -65,6 +65,11 @@ class Node:
     def add_bias_gradient(self, tape: Tape, cotangent: Tensor) -> None:
         """Add the cotangent to the bias's gradient."""
 
+    def add_gradients(self, tape: Tape, cotangent: Tensor, rows: slice) -> None:
+        """Add the cotangent's share to both, with the input itself as the operand."""
+        self.add_weight_gradient(tape, cotangent, self.x[rows], rows)
+        self.add_bias_gradient(tape, cotangent)
+
 
 class Input(Node):
     """The batch that the critic is called with."""
