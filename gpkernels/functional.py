@@ -348,9 +348,7 @@ def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor
     """
     check_pair("score1", score1, "score2", score2)
     _check_second_pair("x", x1, x2, score1)
-    term: Tensor = _LipschitzConsistency.apply(*promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[
-        0
-    ]
+    term: Tensor = _LipschitzConsistency.apply(*promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[0]
     return term
 
 

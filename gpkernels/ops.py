@@ -303,17 +303,29 @@ normalise_curvature = Op(
     lambda normal, inverse, tangent, cotangent, centred: normal.new_empty(normal.shape),
 )
 
+affine_gradients = Op(
+    "affine_gradients(Tensor cotangent, Tensor operand) -> (Tensor, Tensor)",
+    reference.affine_gradients,
+    lambda cotangent, operand: (_wide(cotangent, cotangent.shape[1]), _wide(cotangent, cotangent.shape[1])),
+)
+
 # --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def _resized(x: Tensor, rows: int, cols: int) -> Tensor:
+    layout = memory_format(x) if x.dim() == 4 else torch.contiguous_format
+    return x.new_empty((*x.shape[:-2], rows, cols)).contiguous(memory_format=layout)
+
 
 mean_pool = Op(
     "mean_pool(Tensor x, int h, int w) -> Tensor",
-    reference.mean_pool,
-    lambda x, h, w: x.new_empty((*x.shape[:-2], x.shape[-2] // h, x.shape[-1] // w)),
+    lambda x, h, w: reference.mean_pool(x, h, w).contiguous(memory_format=memory_format(x)),
+    lambda x, h, w: _resized(x, x.shape[-2] // h, x.shape[-1] // w),
 )
 mean_pool_backward = Op(
     "mean_pool_backward(Tensor cotangent, int h, int w) -> Tensor",
-    reference.mean_pool_backward,
-    lambda cotangent, h, w: cotangent.new_empty((*cotangent.shape[:-2], cotangent.shape[-2] * h, cotangent.shape[-1] * w)),
+    lambda c, h, w: reference.mean_pool_backward(c, h, w).contiguous(memory_format=memory_format(c)),
+    lambda cotangent, h, w: _resized(cotangent, cotangent.shape[-2] * h, cotangent.shape[-1] * w),
 )
 
 # --- a whole critic step of an MLP ------------------------------------------------------------------------------------

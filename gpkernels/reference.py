@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import avg_pool2d, logsigmoid
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 SCORE_LOSSES = {"identity": 0, "negative": 1, "softplus": 2, "softplus_negative": 3, "negative_softplus": 4}
@@ -329,13 +329,20 @@ def normalise_curvature(normal: Tensor, inverse: Tensor, tangent: Tensor, cotang
     return (r * r * bent).to(normal.dtype)
 
 
+def affine_gradients(cotangent: Tensor, operand: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of w and b in y = x w + b: sums over R and I of cotangent * operand and of cotangent, (R, K, I)."""
+    wide = accumulation_dtype(cotangent.dtype)
+    c = cotangent.to(wide)
+    return (c * operand.to(wide)).sum((0, 2)), c.sum((0, 2))
+
+
 # --- pooling ----------------------------------------------------------------------------------------------------------
 
 
 def mean_pool(x: Tensor, h: int, w: int) -> Tensor:
     """Means over h x w windows that tile the last two axes."""
     planes = x.reshape(-1, 1, *x.shape[-2:])
-    return F.avg_pool2d(planes, (h, w)).reshape(*x.shape[:-2], x.shape[-2] // h, x.shape[-1] // w)
+    return avg_pool2d(planes, (h, w)).reshape(*x.shape[:-2], x.shape[-2] // h, x.shape[-1] // w)
 
 
 def mean_pool_backward(cotangent: Tensor, h: int, w: int) -> Tensor:
@@ -369,9 +376,9 @@ def mlp_critic_step(
     then the points. Where the points are scored, their loss must have one slope a row.
     """
     if len(points) == 3:
-        between, last = points[:2], points[2]
-        random = last.dtype == torch.int64
-        points = [interpolate_random(*between, last)[0] if random else interpolate(*between, last)]
+        first, second, eps = points
+        random = eps.dtype == torch.int64
+        points = [interpolate_random(first, second, eps)[0] if random else interpolate(first, second, eps)]
     groups = [*plain, *points]
     batch, n = torch.cat(groups), groups[0].shape[0]
     rows_plain = n * len(plain)

@@ -92,6 +92,10 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
     weights = [torch.randn(4, 3), torch.randn(7)]
     like = [torch.rand_like(w) for w in weights]
     hyper = (1e-2, 0.9, 1e-8, 0.1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(torch.randn(shape), shape[-1:], eps=0.0)
+
     return {
         "interpolate": [(x, y, c3), (image, image.clone(), c2), (image, other, c2)],
         "interpolate_random": [(x, y, key), (image, image.clone(), key)],
@@ -105,10 +109,19 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
         "score_loss": [([x, c3], [1, 0]), ([image], [2])],
         "score_loss_backward": [(one, [x, c3], [1, 3]), (one, [image], [4])],
         "normalise_curvature": [
-            (torch.randn(2, 3, 5), torch.rand(2, 3, 1), torch.randn(2, 3, 5), torch.randn(2, 3, 5), True),
-            (image.flatten(2), torch.rand(2, 3, 1), other.flatten(2), other.flatten(2), False),
+            (normal(2, 3, 5), torch.rand(2, 3, 1), torch.randn(2, 3, 5), torch.randn(2, 3, 5), True),
+            (normal(2, 3, 16), torch.rand(2, 3, 1), other.flatten(2), other.flatten(2), False),
         ],
-        "mean_pool": [(torch.randn(2, 3, 6, 8), 2, 2), (torch.randn(5, 6, 9), 3, 1), (torch.randn(1, 4, 9).half(), 1, 3)],
+        "affine_gradients": [
+            (torch.randn(70, 300, 1), torch.randn(70, 300, 1)),
+            (torch.randn(2, 3, 5).half(), torch.randn(2, 3, 5).half()),
+        ],
+        "mean_pool": [
+            (torch.randn(2, 3, 6, 8), 2, 2),
+            (image, 1, 2),
+            (torch.randn(5, 6, 9), 3, 1),
+            (torch.randn(1, 4, 9).half(), 1, 3),
+        ],
         "mean_pool_backward": [(torch.randn(2, 3, 3, 4), 2, 2), (torch.randn(5, 2, 3).bfloat16(), 3, 1)],
         "mlp_critic_step": [
             (plain, points, [torch.randn(4, 5), torch.randn(1, 4)], [torch.randn(4), torch.empty(0)], [0.2], *options)

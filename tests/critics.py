@@ -135,6 +135,19 @@ class Featured(nn.Module):
         return self.top(features), features
 
 
+class Noisy(nn.Module):
+    """A critic whose passes differ by noise that a test can fix."""
+
+    def __init__(self, critic: nn.Module) -> None:
+        super().__init__()
+        self.critic, self.drawn, self.fixed = critic, [], []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        noise = self.fixed.pop(0) if self.fixed else 0.3 * torch.randn_like(x)
+        self.drawn.append(noise)
+        return self.critic(x + noise)
+
+
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------
 
 

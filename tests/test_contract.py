@@ -101,6 +101,13 @@ def test_raw_op_passes_opcheck(name: str) -> None:
         torch.library.opcheck(ops.ALL[name].overload, arguments)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in ops.ALL if not ops.ALL[name].overload._schema.is_mutable))
+def test_raw_op_gives_the_references_numbers(name: str) -> None:
+    for arguments in raw_arguments()[name]:
+        ours, exact = ops.ALL[name](*arguments), ops.ALL[name].implementation(*arguments)
+        torch.testing.assert_close(ours, exact, check_stride=True)
+
+
 def test_every_raw_op_has_arguments_to_check() -> None:
     assert set(raw_arguments()) == set(ops.ALL)
 

@@ -36,9 +36,8 @@ template <typename T>
 void multiply(const Matrix<T>& out, const Matrix<T>& a, bool a_transposed, const Matrix<T>& b, bool b_transposed,
               bool add = false) {
   const Tensor to = borrowed(out, false), left = borrowed(a, a_transposed), right = borrowed(b, b_transposed);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1, 1)
-          : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+  STABLE_TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1, 1)
+                                    : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
 
 template <typename T>

@@ -79,13 +79,13 @@ inline MemoryFormat channels_last_of(const Tensor& x) {
 }
 
 // Dense strides of a shape, in contiguous or channels-last order.
-inline std::vector<int64_t> dense_strides(const Tensor& x, MemoryFormat format) {
-  const int64_t dims = x.dim();
+inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, MemoryFormat format) {
+  const int64_t dims = int64_t(sizes.size());
   std::vector<int64_t> strides(dims);
   int64_t step = 1;
   auto place = [&](int64_t dim) {
     strides[dim] = step;
-    step *= std::max<int64_t>(x.size(dim), 1);
+    step *= std::max<int64_t>(sizes[dim], 1);
   };
   if (format == MemoryFormat::Contiguous) {
     for (int64_t dim = dims - 1; dim >= 0; --dim) place(dim);
@@ -97,10 +97,15 @@ inline std::vector<int64_t> dense_strides(const Tensor& x, MemoryFormat format) 
   return strides;
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 inline bool laid_out(const Tensor& x, MemoryFormat format) {
   if (format == MemoryFormat::Contiguous) return x.is_contiguous();
   if (x.numel() == 0) return false;
-  const std::vector<int64_t> strides = dense_strides(x, format);
+  const std::vector<int64_t> strides = dense_strides(sizes_of(x), format);
   for (int64_t dim = 0; dim < x.dim(); ++dim)
     if (x.size(dim) != 1 && x.stride(dim) != strides[dim]) return false;
   return true;
@@ -135,8 +140,8 @@ inline int32_t dtype_code(const Tensor& x) {
 }
 
 inline Tensor empty_like(const Tensor& x, MemoryFormat format) {
-  const auto sizes = x.sizes();
-  return empty_strided({sizes.begin(), sizes.end()}, dense_strides(x, format), dtype_code(x));
+  const std::vector<int64_t> sizes = sizes_of(x);
+  return empty_strided(sizes, dense_strides(sizes, format), dtype_code(x));
 }
 
 inline Tensor nothing_like(const Tensor& x) { return empty_strided({0}, {1}, dtype_code(x)); }

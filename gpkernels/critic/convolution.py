@@ -1,5 +1,8 @@
 """Convolutions of one to three dimensions, plain and transposed, with any stride, padding, dilation and groups.
 
+Images go through oneDNN's kernels of stride 1 in channels-last order, which saves a reordering in every call; those of
+other strides gain nothing. What lies between convolutions keeps the order.
+
 All four products are one ATen primitive or its backward with a mask, which computes what is asked for and no more;
 PyTorch's double backward of a convolution builds the weight's gradient from a convolution with swapped roles instead.
 """
@@ -7,12 +10,13 @@ PyTorch's double backward of a convolution builds the weight's gradient from a c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpkernels.critic.tape import Node, NoRule, Tape
+from gpkernels.critic.tape import Node, NoRule, Tape, cast
 
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -29,21 +33,23 @@ class Geometry(NamedTuple):
 
 
 class Convolution(Node):
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-        self.x, self.weight, self.bias, self.geometry = x, weight, bias, geometry
+    """``used``: the weight in the dtype and order of the forward call."""
+
+    def __init__(self, x: Tensor, weight: Tensor, used: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+        self.x, self.weight, self.used, self.bias, self.geometry = x, weight, used, bias, geometry
 
     def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
-        weight = self.weight.to(cotangent.dtype)
-        return (input_gradient(cotangent, self.x[rows], weight, self.geometry),)
+        return (input_gradient(cotangent, self.x[rows], cast(self.used, cotangent), self.geometry),)
 
     def push(self, tangents: Sequence[Tensor | None], rows: slice) -> Tensor | None:
         (t,) = tangents
-        return None if t is None else torch.convolution(t, self.weight.to(t.dtype), None, *self.geometry)
+        return None if t is None else torch.convolution(t, cast(self.used, t), None, *self.geometry)
 
     def add_weight_gradient(self, tape: Tape, cotangent: Tensor, operand: Tensor, rows: slice) -> None:
         if self.weight.requires_grad:
-            operand = operand.to(cotangent.dtype)
-            tape.gradients.add(self.weight, weight_gradient(cotangent, operand, self.weight, self.geometry))
+            operand = cast(operand, cotangent)
+            gradient = weight_gradient(cotangent, operand, cast(self.used, cotangent), self.geometry)
+            self._add(tape, gradient)
 
     def add_bias_gradient(self, tape: Tape, cotangent: Tensor) -> None:
         if self.bias is not None and self.bias.requires_grad:
@@ -53,11 +59,17 @@ class Convolution(Node):
         if self.bias is None or not (self.weight.requires_grad and self.bias.requires_grad):
             super().add_gradients(tape, cotangent, rows)
             return
-        x = self.x[rows].to(cotangent.dtype)
+        x, used = cast(self.x[rows], cotangent), cast(self.used, cotangent)
         sizes, mask = list(self.bias.shape), [False, True, True]
-        _, weight, bias = _backward(cotangent, x, self.weight.to(x.dtype), sizes, *self.geometry, mask)
-        tape.gradients.add(self.weight, weight)
+        _, weight, bias = _backward(cotangent, x, used, sizes, *self.geometry, mask)
+        self._add(tape, weight)
         tape.gradients.add(self.bias, bias)
+
+    def _add(self, tape: Tape, gradient: Tensor) -> None:
+        """A weight's gradient, in the weight's own order."""
+        strides = self.weight.stride()
+        own = gradient if gradient.stride() == strides else torch.empty_like(self.weight).copy_(gradient)
+        tape.gradients.add(self.weight, own)
 
 
 def input_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -68,7 +80,7 @@ def input_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geome
 
 def weight_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of the weight, which gives its shape alone."""
-    gradient: Tensor = _backward(cotangent, x, weight.to(x.dtype), None, *geometry, [False, True, False])[1]
+    gradient: Tensor = _backward(cotangent, x, weight, None, *geometry, [False, True, False])[1]
     return gradient
 
 
@@ -96,14 +108,22 @@ def _record(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None, geom
     weight_, bias_ = tape.weight(weight, "weight"), tape.weight(bias, "bias")
     if input.dim() != weight.dim():
         raise NoRule("a convolution without a batch axis")
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        with torch.autocast(input.device.type, enabled=False):
-            narrow = None if bias is None else bias.to(dtype)
-            output = torch.convolution(input.to(dtype), weight.to(dtype), narrow, *geometry)
-    else:
-        output = torch.convolution(input, weight, bias, *geometry)
-    return tape.add(Convolution(tape.keep(input), weight, bias, geometry), (input,), output, weight_, bias_)
+    x, used, narrow = input.detach(), weight.detach(), None if bias is None else bias.detach()
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        dtype = torch.get_autocast_dtype(device)
+        x, used, narrow = x.to(dtype), used.to(dtype), None if narrow is None else narrow.to(dtype)
+    if _goes_channels_last(x, geometry):
+        x, used = (t.contiguous(memory_format=torch.channels_last) for t in (x, used))
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        output = torch.convolution(x, used, narrow, *geometry)
+    return tape.add(Convolution(tape.keep(x), weight, used, bias, geometry), (input,), output, weight_, bias_)
+
+
+def _goes_channels_last(x: Tensor, geometry: Geometry) -> bool:
+    plain = x.dim() == 4 and geometry.groups == 1 and not geometry.transposed and max(geometry.stride) == 1
+    return plain and x.device.type == "cpu" and x.dtype != torch.float64 and torch.backends.mkldnn.is_available()
 
 
 def record_convolution(

@@ -76,7 +76,7 @@ class Layers:
             return self.slopes[-1] >= 0 and len(self.slopes) == len(self.weights)
         if kind is nn.Flatten:
             self.flattens = True
-            return not self.weights and (module.start_dim, module.end_dim) == (1, -1)
+            return bool(not self.weights and module.start_dim == 1 and module.end_dim == -1)
         return kind is nn.Identity
 
     def _read_linear(self, parameters: dict[str, Any]) -> bool:

@@ -44,9 +44,7 @@ class Between(NamedTuple):
     def points(self) -> Tensor:
         real, fake, eps = (x.detach() for x in self)
         mixed: Tensor = (
-            ops.interpolate_random(real, fake, eps)[0]
-            if eps.dtype == torch.int64
-            else ops.interpolate(real, fake, eps)
+            ops.interpolate_random(real, fake, eps)[0] if eps.dtype == torch.int64 else ops.interpolate(real, fake, eps)
         )
         return mixed
 

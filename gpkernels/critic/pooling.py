@@ -89,7 +89,7 @@ def record_mean_pool(
     h, w = kernel_size if isinstance(kernel_size, (tuple, list)) and len(kernel_size) == 2 else (kernel_size,) * 2
     tiles = stride in (None, [], kernel_size, (h, w)) and padding in (0, (0, 0)) and divisor_override is None
     tiles &= type(h) is int and type(w) is int and input.dim() == 4
-    if tiles and input.is_contiguous() and input.shape[2] % h == 0 and input.shape[3] % w == 0:
+    if tiles and input.shape[2] % h == 0 and input.shape[3] % w == 0:
         return tape.add(MeanPool(h, w), (input,), ops.mean_pool(input, h, w))
     rest = (stride, padding, ceil_mode, count_include_pad, divisor_override)
     return _any_mean(tape, input, kernel_size, *rest)

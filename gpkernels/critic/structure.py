@@ -16,12 +16,18 @@ from torch import Tensor
 from gpkernels.critic.tape import Node, NoRule, Tape, name_of
 
 
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The order of an image's axes in memory, contiguous for anything else."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class Reshape(Node):
-    def __init__(self, before: torch.Size, after: torch.Size) -> None:
-        self.before, self.after = before[1:], after[1:]
+    def __init__(self, before: Tensor, after: torch.Size) -> None:
+        self.before, self.after, self.layout = before.shape[1:], after[1:], layout_of(before)
 
     def pull(self, cotangent: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
-        return (cotangent.reshape(cotangent.shape[0], *self.before),)
+        return (cotangent.reshape(cotangent.shape[0], *self.before).contiguous(memory_format=self.layout),)
 
     def push(self, tangents: Sequence[Tensor | None], rows: slice) -> Tensor | None:
         (t,) = tangents
@@ -154,9 +160,16 @@ def reshaping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         output = function(input, *args, **kwargs)
         if output is input:
             return input
-        return tape.add(Reshape(input.shape, output.shape), (input,), output)
+        return tape.add(Reshape(input, output.shape), (input,), output)
 
     return record
+
+
+def _viewed(x: Tensor, *shape: Any) -> Tensor:
+    """As ``Tensor.view``, of what the recorded way may have laid out otherwise."""
+    if isinstance(shape[0], torch.dtype):
+        raise NoRule("a view as another dtype")
+    return x.reshape(*shape)
 
 
 def linear_map(function: Callable[..., Tensor], check: Callable[..., Any] | None = None) -> Callable[..., Tensor]:
@@ -303,12 +316,13 @@ def record_pad(tape: Tape, input: Tensor, pad: Any, mode: str = "constant", valu
 
 def record_identity(tape: Tape, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     output: Tensor = torch.Tensor.contiguous(input, *args, **kwargs)
-    return input if output is input else tape.add(Reshape(input.shape, output.shape), (input,), output)
+    return input if output is input else tape.add(Reshape(input, output.shape), (input,), output)
 
 
 _T = torch.Tensor
 RULES: dict[Any, Callable[..., Tensor]] = {
-    **{f: reshaping(f) for f in (_T.view, _T.reshape, _T.flatten, _T.squeeze, _T.unsqueeze, _T.unflatten)},
+    **{f: reshaping(f) for f in (_T.reshape, _T.flatten, _T.squeeze, _T.unsqueeze, _T.unflatten)},
+    _T.view: reshaping(_viewed),
     **{f: reshaping(f) for f in (torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.unflatten)},
     **{f: linear_map(f, _check_reduction) for f in (torch.mean, torch.sum, _T.mean, _T.sum)},
     **{f: linear_map(f, _check_swap) for f in (torch.transpose, _T.transpose, torch.swapaxes, _T.swapaxes)},
