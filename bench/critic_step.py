@@ -1,6 +1,6 @@
-"""The critic step beside eager PyTorch, one thread, CPU time, interleaved, minimum of N in one process.
+"""The critic step beside eager PyTorch, interleaved, minimum of N in one process; one thread and its CPU time.
 
-    .venv/bin/python bench/critic_step.py [name ...] [--rounds N]
+    .venv/bin/python bench/critic_step.py [name ...] [--rounds N] [--threads T]
 
 ``limit`` is eager's time over that of the bare products and convolutions that a penalty or a step cannot do without,
 called one by one in the same run. Peak memory is what the step allocates beyond what was there, by the profiler's
@@ -56,15 +56,16 @@ class Products(TorchDispatchMode):
 
 
 def fastest(calls: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Least CPU time of each call in this thread, in milliseconds, taken turn by turn."""
+    """Least time of each call in milliseconds, taken turn by turn: CPU time of one thread, wall time of several."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best = [float("inf")] * len(calls)
     for call in calls:
         call()
     for _ in range(rounds):
         for i, call in enumerate(calls):
-            start = time.thread_time()
+            start = clock()
             call()
-            best[i] = min(best[i], time.thread_time() - start)
+            best[i] = min(best[i], clock() - start)
     return [1e3 * seconds for seconds in best]
 
 
@@ -143,9 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of case names")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread; eager over ours (limit), penalty | step")
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.threads} threads; eager over ours (limit), penalty | step")
     for name in CASES:
         if not options.names or any(part.lower() in name.lower() for part in options.names):
             print(measure(name, options.rounds), flush=True)
