@@ -1,6 +1,6 @@
 // affine_gradients: the gradients of w and b in y = x w + b, for a cotangent and an operand (R, K, I), w and b having K
 // elements: sums of cotangent * operand, and of cotangent, over R and I.
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {

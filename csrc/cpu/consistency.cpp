@@ -1,6 +1,6 @@
 // consistency_term and lipschitz_consistency: squared distances per row, then a formula; they share one backward.
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {

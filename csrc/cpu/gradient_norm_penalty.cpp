@@ -1,6 +1,6 @@
 // gradient norm penalty: one pass over the rows gives norms, penalty and the coefficient that backward scales by.
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {

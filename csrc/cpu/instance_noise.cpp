@@ -1,6 +1,6 @@
 // instance noise: x + sigma * scale * xi, four random numbers to a Philox call.
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // interpolate: eps * real + (1 - eps) * fake, one eps per sample.
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {

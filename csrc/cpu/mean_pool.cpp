@@ -1,5 +1,5 @@
 // mean_pool: means of h x w windows that tile each image, and the backward, which spreads a window's cotangent.
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {
@@ -55,7 +55,7 @@ Tensor resized(const Tensor& x, MemoryFormat format, int64_t h, int64_t w, const
   std::vector<int64_t> sizes = sizes_of(x);
   f(sizes[sizes.size() - 2], h);
   f(sizes.back(), w);
-  return empty_strided(sizes, dense_strides(sizes, format), dtype_code(x));
+  return empty_strided(x, sizes, dense_strides(sizes, format), dtype_code(x));
 }
 
 MemoryFormat format_of(const Tensor& x, int64_t h, int64_t w) {

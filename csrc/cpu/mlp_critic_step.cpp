@@ -3,7 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {
@@ -97,7 +97,8 @@ struct Options {
 // The layers, and their gradients so far.
 template <typename T>
 struct Critic {
-  Critic(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const std::vector<double>& slopes) {
+  Critic(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const std::vector<double>& slopes)
+      : like(weights[0]) {
     for (size_t i = 0; i < weights.size(); ++i) {
       this->weights.push_back({const_cast<T*>(data<T>(weights[i])), weights[i].size(0), weights[i].size(1)});
       this->biases.push_back(biases[i].numel() ? data<T>(biases[i]) : nullptr);
@@ -121,12 +122,13 @@ struct Critic {
   void allocate_gradients() {
     added.assign(depth(), false);
     for (const Matrix<T>& w : weights) {
-      gradients.push_back(empty_strided({w.rows, w.cols}, {w.cols, 1}, dtype_of<T>()));
-      gradients.push_back(empty_strided({w.rows}, {1}, dtype_of<T>()));
+      gradients.push_back(empty_strided(like, {w.rows, w.cols}, {w.cols, 1}, dtype_of<T>()));
+      gradients.push_back(empty_strided(like, {w.rows}, {1}, dtype_of<T>()));
       std::fill_n(mutable_data<T>(gradients.back()), w.rows, T(0));
     }
   }
 
+  Tensor like;
   std::vector<Matrix<T>> weights;
   std::vector<const T*> biases;
   std::vector<T> slopes;
@@ -196,7 +198,7 @@ class Pass {
     for (int i = 0; i < 2; ++i) sizes.push_back(i < spares ? penalised() * c_.widest : 0);
     int64_t total = 0;
     for (int64_t& size : sizes) total += size = (size + 15) / 16 * 16;
-    memory_ = empty_strided({total}, {1}, dtype_of<T>());
+    memory_ = empty_strided(c_.like, {total}, {1}, dtype_of<T>());
     T* at = mutable_data<T>(memory_);
     size_t next = 0;
     auto take = [&] { return std::exchange(at, at + sizes[next++]); };

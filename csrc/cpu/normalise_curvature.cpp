@@ -1,7 +1,7 @@
 // How the derivative of a normalisation changes with its input, for a tangent t and a cotangent d, group by group:
 // r^2 ((3 c_t c_d - a) n - c_d t - c_t d), with t and d centred where the normalisation centres.
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {

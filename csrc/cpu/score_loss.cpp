@@ -1,6 +1,6 @@
 // score losses: the sum over tensors of mean phi(scores), and its derivative.
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {

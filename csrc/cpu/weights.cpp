@@ -2,7 +2,7 @@
 #include <limits>
 
 #include "../formulas.h"
-#include "tensors.h"
+#include "loops.h"
 
 namespace gpk::cpu {
 namespace {
