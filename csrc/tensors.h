@@ -100,6 +100,22 @@ inline Tensor in_format(const Tensor& x, MemoryFormat format) {
   return laid_out(x, format) ? x : torch::stable::contiguous(x, format);
 }
 
+// True where a tensor fills its span of memory with no gap and no overlap, in any order of its axes.
+inline bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> axes;
+  for (int64_t dim = 0; dim < x.dim(); ++dim)
+    if (x.size(dim) != 1) axes.emplace_back(x.stride(dim), x.size(dim));
+  std::sort(axes.begin(), axes.end());
+  int64_t step = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != step) return false;
+    step *= size;
+  }
+  return true;
+}
+
+inline bool same_layout(const Tensor& a, const Tensor& b) { return a.strides().equals(b.strides()); }
+
 // --- allocation -------------------------------------------------------------------------------------------------
 
 inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
@@ -140,6 +156,13 @@ inline Shape rows_of(const char* name, const Tensor& x) {
 inline void check_same(const char* name, const Tensor& x, const Tensor& like) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, ": dtypes differ");
   STD_TORCH_CHECK(x.sizes().equals(like.sizes()), name, ": shapes differ");
+}
+
+inline void check_list(const char* name, const std::vector<Tensor>& tensors, const std::vector<Tensor>& params,
+                       bool optional) {
+  if (optional && tensors.empty()) return;
+  STD_TORCH_CHECK(tensors.size() == params.size(), name, ": expected one for each parameter");
+  for (size_t i = 0; i < params.size(); ++i) check_same(name, tensors[i], params[i]);
 }
 
 inline void check_per_row(const char* name, const Tensor& x, Shape shape) {

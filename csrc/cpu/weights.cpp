@@ -27,29 +27,6 @@ void for_chunks(const std::vector<Tensor>& tensors, const F& f) {
   });
 }
 
-// True where a tensor fills its span of memory with no gap and no overlap, in any order of its axes.
-bool is_dense(const Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> axes;
-  for (int64_t dim = 0; dim < x.dim(); ++dim)
-    if (x.size(dim) != 1) axes.emplace_back(x.stride(dim), x.size(dim));
-  std::sort(axes.begin(), axes.end());
-  int64_t step = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride != step) return false;
-    step *= size;
-  }
-  return true;
-}
-
-bool same_layout(const Tensor& a, const Tensor& b) { return a.strides().equals(b.strides()); }
-
-void check_list(const char* name, const std::vector<Tensor>& tensors, const std::vector<Tensor>& params,
-                bool optional) {
-  if (optional && tensors.empty()) return;
-  STD_TORCH_CHECK(tensors.size() == params.size(), name, ": expected one for each parameter");
-  for (size_t i = 0; i < params.size(); ++i) check_same(name, tensors[i], params[i]);
-}
-
 // Tensors that kernels may write through flat pointers: themselves, or copies that `store` brings back.
 class Flat {
  public:

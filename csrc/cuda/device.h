@@ -1,0 +1,183 @@
+// What the CUDA ops share. Host: streams, grids, workspace. Device: wide accesses, sums over warps and blocks, tickets.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../formulas.h"
+#include "../tensors.h"
+#include "portable.h"
+
+#ifdef GPK_HOST_EMULATION
+#define GPK_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(gpkernels_emulated, CPU, m)
+#else
+#define GPK_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(gpkernels, CUDA, m)
+#endif
+
+namespace gpk::cuda {
+
+constexpr int kThreads = 256, kWarp = 32;
+
+// --- host: where and how to launch --------------------------------------------------------------------------------
+
+// Launches go to the tensor's device, on the stream that PyTorch uses there.
+class Stream {
+ public:
+#ifdef GPK_HOST_EMULATION
+  explicit Stream(const Tensor&) {}
+  operator cudaStream_t() const { return nullptr; }
+#else
+  explicit Stream(const Tensor& x) : guard_(x.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+  }
+  operator cudaStream_t() const { return static_cast<cudaStream_t>(stream_); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+#endif
+};
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "a kernel could not be launched: ", cudaGetErrorString(error));
+}
+
+template <typename A>
+constexpr ScalarType scalar_type_of() {
+  return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+}
+
+// An eps, coefficient or cotangent in the accumulation dtype; nothing is done to one that is so already.
+template <typename A>
+Tensor in_accumulation(const Tensor& x) {
+  const Tensor dense = torch::stable::contiguous(x);
+  return dense.scalar_type() == scalar_type_of<A>() ? dense : torch::stable::to(dense, scalar_type_of<A>());
+}
+
+inline Tensor empty(const Tensor& like, int64_t count, ScalarType dtype) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{count}, dtype);
+}
+
+template <typename A>
+Tensor empty_scalar(const Tensor& like) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{}, scalar_type_of<A>());
+}
+
+inline void check_key(const Tensor& key) {
+  STD_TORCH_CHECK(key.scalar_type() == ScalarType::Long && key.numel() == 1, "key: expected one int64");
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One thread for each of `count` things, and again from the start where a grid cannot have so many.
+inline dim3 flat_grid(int64_t count) {
+  return dim3(unsigned(std::clamp<int64_t>(ceil_div(count, kThreads), 1, 1 << 20)));
+}
+
+// Threads over rows of `width` accesses each: several rows a block where rows are short, several blocks where long.
+struct RowGrid {
+  dim3 grid, block;
+};
+
+inline RowGrid row_grid(int64_t rows, int64_t width) {
+  unsigned x = 1;
+  while (x < kThreads && x < width) x *= 2;
+  const unsigned y = kThreads / x;
+  const int64_t across = std::clamp<int64_t>(ceil_div(width, x), 1, 1 << 16);
+  return {dim3(unsigned(across), unsigned(std::clamp<int64_t>(ceil_div(rows, y), 1, 65535))), dim3(x, y)};
+}
+
+template <typename T>
+constexpr int kWide = int(16 / sizeof(T));
+
+inline bool aligned(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return uintptr_t(p) % 16 == 0; });
+}
+
+// Calls launch(width as a constant, accesses per row), wide where every row starts on 16 bytes.
+template <typename T, typename F>
+void with_width(int64_t cols, std::initializer_list<const void*> pointers, const F& launch) {
+  if (cols % kWide<T> == 0 && aligned(pointers))
+    launch(std::integral_constant<int, kWide<T>>{}, cols / kWide<T>);
+  else
+    launch(std::integral_constant<int, 1>{}, cols);
+}
+
+// --- device: wide accesses ----------------------------------------------------------------------------------------
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T at[kWidth];
+};
+
+// What row_grid has threads for: calls f(row), in which for_packs calls f(i) for each pack of the row.
+template <typename F>
+__device__ __forceinline__ void for_rows(int64_t rows, const F& f) {
+  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.y) * blockDim.y)
+    f(row);
+}
+
+template <typename F>
+__device__ __forceinline__ void for_packs(int64_t packs, const F& f) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < packs; i += int64_t(gridDim.x) * blockDim.x)
+    f(i);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ Pack<T, kWidth> load(const T* x, int64_t i) {
+  return reinterpret_cast<const Pack<T, kWidth>*>(x)[i];
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store(T* x, int64_t i, const Pack<T, kWidth>& pack) {
+  reinterpret_cast<Pack<T, kWidth>*>(x)[i] = pack;
+}
+
+__device__ __forceinline__ int64_t flat_thread() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t flat_threads() { return int64_t(gridDim.x) * blockDim.x; }
+
+// --- device: sums -------------------------------------------------------------------------------------------------
+
+template <typename A>
+__device__ __forceinline__ A warp_sum(A value) {
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, bits);
+  return value;
+}
+
+// The sum over a block of kThreads, known to every thread. May be called again.
+template <typename A>
+__device__ __forceinline__ A block_sum(A value) {
+  GPK_SHARED(A, sums, kThreads / kWarp);
+  value = warp_sum(value);
+  __syncthreads();  // the last call's sums have been read
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = A(0);
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) value += sums[warp];
+  return value;
+}
+
+// Whether this block is the last of `blocks` to come here; what the others wrote before is then visible.
+__device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
+  GPK_SHARED(bool, last, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last[0] = atomicAdd(ticket, 1u) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last[0];
+}
+
+// Tickets that start at zero.
+inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
+  const Tensor made = empty(like, count, ScalarType::Int);
+  const cudaError_t error = cudaMemsetAsync(made.mutable_data_ptr(), 0, size_t(count) * sizeof(int), stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "workspace: ", cudaGetErrorString(error));
+  return made;
+}
+
+inline unsigned* ticket_of(const Tensor& x) { return static_cast<unsigned*>(x.mutable_data_ptr()); }
+
+}  // namespace gpk::cuda

@@ -1,0 +1,94 @@
+// mean_pool: means of h x w windows that tile each image, and the backward, which spreads a window's cotangent.
+#include "device.h"
+
+namespace gpk::cuda {
+namespace {
+
+// Images in memory: rows of windows; each element is a vector of `lanes`, the channels if they come last.
+struct Windows {
+  int64_t rows, cols, lanes, h, w;
+};
+
+template <typename T, typename A>
+__global__ void __launch_bounds__(kThreads) pool_kernel(const T* x, T* y, Windows v) {
+  const int64_t count = v.rows * v.cols * v.lanes, stride = v.cols * v.w * v.lanes;
+  for (int64_t i = flat_thread(); i < count; i += flat_threads()) {
+    const int64_t lane = i % v.lanes, j = i / v.lanes % v.cols, row = i / (v.lanes * v.cols);
+    const T* from = x + row * v.h * stride + j * v.w * v.lanes + lane;
+    A sum = 0;
+    for (int64_t r = 0; r < v.h; ++r)
+      for (int64_t k = 0; k < v.w; ++k) sum += A(from[r * stride + k * v.lanes]);
+    y[i] = T(sum * (A(1) / A(v.h * v.w)));
+  }
+}
+
+template <typename T, typename A>
+__global__ void __launch_bounds__(kThreads) spread_kernel(const T* c, T* x, Windows v) {
+  const int64_t width = v.cols * v.w, count = v.rows * v.h * width * v.lanes;
+  for (int64_t i = flat_thread(); i < count; i += flat_threads()) {
+    const int64_t lane = i % v.lanes, col = i / v.lanes % width, row = i / (v.lanes * width);
+    x[i] = T(A(c[(row / v.h * v.cols + col / v.w) * v.lanes + lane]) * (A(1) / A(v.h * v.w)));
+  }
+}
+
+MemoryFormat format_of(const Tensor& x, int64_t h, int64_t w) {
+  STD_TORCH_CHECK(x.dim() >= 2 && h > 0 && w > 0, "x: expected images, and windows that are not empty");
+  return x.dim() == 4 ? common_format({&x}) : MemoryFormat::Contiguous;
+}
+
+template <typename F>
+Tensor resized(const Tensor& x, MemoryFormat format, int64_t h, int64_t w, const F& f) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  f(sizes[sizes.size() - 2], h);
+  f(sizes.back(), w);
+  return empty_strided(x, sizes, dense_strides(sizes, format), dtype_code(x));
+}
+
+Windows windows_of(const Tensor& small, MemoryFormat format, int64_t h, int64_t w) {
+  const int64_t lanes = format == MemoryFormat::Contiguous ? 1 : small.size(1), cols = small.size(small.dim() - 1);
+  return {small.numel() / std::max<int64_t>(1, cols * lanes), cols, lanes, h, w};
+}
+
+Tensor mean_pool_cuda(Tensor x, int64_t h, int64_t w) {
+  const MemoryFormat format = format_of(x, h, w);
+  const Tensor from = in_format(x, format),
+               out = resized(x, format, h, w, [](int64_t& size, int64_t window) {
+                 STD_TORCH_CHECK(size % window == 0, "x: expected windows that tile the images");
+                 size /= window;
+               });
+  if (out.numel() == 0) return out;
+  const Stream stream(x);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    auto kernel = pool_kernel<T, Accumulate<T>>;
+    GPK_LAUNCH(kernel, flat_grid(out.numel()), dim3(kThreads), stream, data<T>(from), mutable_data<T>(out),
+               windows_of(out, format, h, w));
+  });
+  check_launch();
+  return out;
+}
+
+Tensor mean_pool_backward_cuda(Tensor cotangent, int64_t h, int64_t w) {
+  const MemoryFormat format = format_of(cotangent, h, w);
+  const Tensor from = in_format(cotangent, format);
+  const Tensor out = resized(cotangent, format, h, w, [](int64_t& size, int64_t window) { size *= window; });
+  if (out.numel() == 0) return out;
+  const Stream stream(cotangent);
+  dispatch(from, [&](auto zero) {
+    using T = decltype(zero);
+    auto kernel = spread_kernel<T, Accumulate<T>>;
+    GPK_LAUNCH(kernel, flat_grid(out.numel()), dim3(kThreads), stream, data<T>(from), mutable_data<T>(out),
+               windows_of(from, format, h, w));
+  });
+  check_launch();
+  return out;
+}
+
+}  // namespace
+
+GPK_REGISTER(m) {
+  m.impl("mean_pool", TORCH_BOX(&mean_pool_cuda));
+  m.impl("mean_pool_backward", TORCH_BOX(&mean_pool_backward_cuda));
+}
+
+}  // namespace gpk::cuda

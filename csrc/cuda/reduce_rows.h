@@ -1,0 +1,95 @@
+// Sums over rows of any length in one launch: a warp a row where rows are short, one or several blocks a row where they
+// are long. The last block to finish adds up what is left, in an order that depends on the shape alone.
+#pragma once
+
+#include "device.h"
+
+namespace gpk::cuda {
+
+struct RowPlan {
+  bool warps;     // a warp a row
+  int64_t tiles;  // blocks a row, otherwise
+  dim3 grid;
+  int64_t partials;  // numbers of workspace, for each sum
+};
+
+constexpr int64_t kShortRow = 128, kTileOfRow = 16 * kThreads;  // accesses
+
+inline RowPlan plan_rows(int64_t rows, int64_t accesses) {
+  if (accesses <= kShortRow) {
+    const int64_t blocks = std::clamp<int64_t>(ceil_div(rows, kThreads / kWarp), 1, 2048);
+    return {true, 1, dim3(unsigned(blocks)), blocks};
+  }
+  const int64_t tiles = rows >= 1024 ? 1 : std::clamp<int64_t>(ceil_div(accesses, kTileOfRow), 1, 4096 / rows + 1);
+  return {false, tiles, dim3(unsigned(tiles), unsigned(std::min<int64_t>(rows, 65535))), rows * tiles};
+}
+
+// Row::sum(row, first, step, sums) adds one thread's share of a row; Row::finish(row, sums) writes what the row gives
+// and returns its value. out, if it is there, becomes the values' sum times share.
+template <typename Row, typename A>
+__global__ void __launch_bounds__(kThreads)
+    reduce_short_rows(Row row_of, A* out, double share, double* totals, unsigned* ticket, int64_t rows) {
+  const int64_t warp = flat_thread() / kWarp, warps = flat_threads() / kWarp;
+  const int lane = int(threadIdx.x) % kWarp;
+  double total = 0;
+  for (int64_t row = warp; row < rows; row += warps) {
+    A sums[Row::kSums] = {};
+    row_of.sum(row, lane, kWarp, sums);
+    for (A& sum : sums) sum = warp_sum(sum);
+    if (lane == 0) total += row_of.finish(row, sums);
+  }
+  if (out == nullptr) return;
+  total = block_sum(total);
+  if (threadIdx.x == 0) totals[blockIdx.x] = total;
+  if (!last_block(ticket, gridDim.x)) return;
+  total = 0;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) total += totals[block];
+  total = block_sum(total);
+  if (threadIdx.x == 0) *out = A(total * share);
+}
+
+template <typename Row, typename A>
+__global__ void __launch_bounds__(kThreads)
+    reduce_long_rows(Row row_of, A* out, double share, A* partials, unsigned* ticket, int64_t rows) {
+  const int64_t tiles = gridDim.x;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    A sums[Row::kSums] = {};
+    row_of.sum(row, int64_t(blockIdx.x) * kThreads + threadIdx.x, tiles * kThreads, sums);
+    for (int k = 0; k < Row::kSums; ++k) {
+      const A sum = block_sum(sums[k]);
+      if (threadIdx.x == 0) partials[(row * tiles + blockIdx.x) * Row::kSums + k] = sum;
+    }
+  }
+  if (!last_block(ticket, gridDim.x * gridDim.y)) return;
+  double total = 0;
+  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
+    A sums[Row::kSums] = {};
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int k = 0; k < Row::kSums; ++k) sums[k] += partials[(row * tiles + tile) * Row::kSums + k];
+    total += row_of.finish(row, sums);
+  }
+  total = block_sum(total);
+  if (out != nullptr && threadIdx.x == 0) *out = A(total * share);
+}
+
+// accesses: how many loads the longest row takes.
+template <typename A, typename Row>
+void reduce_rows(const Tensor& like, const Row& row, A* out, double share, int64_t rows, int64_t accesses) {
+  const RowPlan plan = plan_rows(rows, accesses);
+  const Stream stream(like);
+  const Tensor ticket = tickets(like, 1, stream);
+  if (plan.warps) {
+    const Tensor totals = empty(like, plan.partials, ScalarType::Double);
+    auto kernel = reduce_short_rows<Row, A>;
+    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, mutable_data<double>(totals),
+               ticket_of(ticket), rows);
+  } else {
+    const Tensor partials = empty(like, plan.partials * Row::kSums, scalar_type_of<A>());
+    auto kernel = reduce_long_rows<Row, A>;
+    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, mutable_data<A>(partials), ticket_of(ticket),
+               rows);
+  }
+  check_launch();
+}
+
+}  // namespace gpk::cuda
