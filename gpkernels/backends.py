@@ -1,15 +1,19 @@
 """Which implementation of an op runs, and why.
 
-"auto" leaves the choice to PyTorch's dispatcher: an extension's kernel for the tensors' device type where one is
-registered, otherwise the reference. A forced backend that cannot run raises on the first call, with the cure; importing
-never fails because of a backend.
+"auto" leaves the choice to PyTorch's dispatcher: a native kernel for the tensors' device type where one is registered,
+on GPUs otherwise a Triton kernel where Triton is installed, otherwise the reference. A forced backend that cannot run
+raises on the first call, with the cure; importing never fails because of a backend, and imports no Triton.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +23,21 @@ if TYPE_CHECKING:
     from gpkernels.ops import Op
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
 _forced: str | None = None
+_tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
 extension: Any = None
 extension_error: str | None = None
+cuda_error: str | None = "the package was built without them"  # None once they are loaded
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_extension() -> None:
     """Load the native kernels; a failure is kept for ``info`` and for a forced backend's message."""
-    global extension, extension_error
+    global extension, extension_error, cuda_error
     try:
         from gpkernels import _C  # type: ignore[attr-defined]
     except (ImportError, OSError, RuntimeError) as error:
@@ -35,6 +46,47 @@ def load_extension() -> None:
         extension_error = "the package was built without it" if missing else reason
     else:
         extension = _C
+    if CUDA_LIBRARY.exists():
+        try:
+            torch.ops.load_library(str(CUDA_LIBRARY))
+            cuda_error = None
+        except (OSError, RuntimeError) as error:
+            cuda_error = " ".join(str(error).split())
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_kernels() -> Mapping[str, Callable[..., Any]]:
+    """Raw op names to Triton launchers; imports Triton."""
+    from gpkernels.triton import KERNELS
+
+    return KERNELS
+
+
+def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op]) -> None:
+    """Triton kernels for the GPUs that this PyTorch was built for, where there are no native ones. Asks no device."""
+    built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": torch.xpu._is_compiled()}
+    if not has_triton():
+        return
+    for device in GPUS:
+        for name in ops if built[device] else ():
+            if name not in ("mlp_critic_step",):  # composed of the others and of PyTorch's products
+                library.impl(name, _later(name), device.upper())
+
+
+def _later(name: str) -> Callable[..., Any]:
+    return lambda *args: triton_kernels()[name](*args)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
 
 
 def set_backend(name: str) -> None:
@@ -43,7 +95,7 @@ def set_backend(name: str) -> None:
     Raises ValueError for another name. The environment variable GPKERNELS_BACKEND sets the first choice.
     """
     global _forced
-    if name not in NAMES:
+    if name not in NAMES and name not in _tables:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
     _forced = None if name == "auto" else name
 
@@ -59,6 +111,11 @@ def backend(name: str) -> Iterator[None]:
         set_backend(before or "auto")
 
 
+def add_kernels(name: str, kernels: Mapping[str, Callable[..., Any]]) -> None:
+    """Kernels under a name that ``set_backend`` takes from then on, as tests do with kernels of an emulated device."""
+    _tables[name] = kernels
+
+
 def forced() -> str | None:
     """The forced backend's name, or None under "auto"."""
     return _forced
@@ -71,27 +128,44 @@ def unavailable(name: str) -> str | None:
             f"the C++ kernels are not loaded ({extension_error}); build them with a C++20 compiler: "
             "pip install --no-build-isolation -e ."
         )
-    if name in ("cuda", "triton"):
-        return f"this version has no {name} kernels; use backend 'auto'"
+    if name == "cuda" and cuda_error is not None:
+        return (
+            f"the CUDA kernels are not loaded ({cuda_error}); build them with nvcc and a PyTorch for CUDA: "
+            "GPKERNELS_BUILD=cuda pip install --no-build-isolation -e ."
+        )
+    if name == "triton" and not has_triton():
+        return "Triton is not installed; pip install triton, or use backend 'auto'"
     return None
 
 
 def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The forced backend's implementation of an op for these arguments; RuntimeError where it cannot run."""
-    if _forced == "reference":
+    name = _forced or "auto"
+    if name == "reference":
         return op.implementation
-    reason = unavailable(_forced or "auto")
-    device = _device(args)
-    if reason is None and device.type != _forced:
-        reason = f"it runs on {_forced} tensors, got {device.type} tensors; use backend 'auto'"
+    if name in _tables:
+        return _tables[name][op.name]
+    reason, device = unavailable(name), _device(args).type
+    if name == "triton":
+        if reason is None and device not in GPUS and not interprets_triton():
+            reason = f"it runs on GPU tensors, got {device} tensors; use backend 'auto'"
+        if reason is None and op.name in triton_kernels():
+            return triton_kernels()[op.name]
+        reason = reason or "it has no Triton kernel"
+    elif reason is None and device != name:
+        reason = f"it runs on {name} tensors, got {device} tensors; use backend 'auto'"
     if reason is not None:
-        raise RuntimeError(f"backend {_forced!r} was forced, but {op.name} cannot run on it: {reason}")
+        raise RuntimeError(f"backend {name!r} was forced, but {op.name} cannot run on it: {reason}")
     return op.overload
 
 
 def running(device_type: str) -> str:
     """The backend that "auto" takes for a device type."""
-    return "cpu" if device_type == "cpu" and extension is not None else "reference"
+    if device_type == "cpu":
+        return "reference" if extension is None else "cpu"
+    if device_type == "cuda" and cuda_error is None:
+        return "cuda"
+    return "triton" if has_triton() and device_type in GPUS else "reference"
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
@@ -108,8 +182,6 @@ def _from_environment() -> None:
     if name in NAMES:
         set_backend(name)
     else:
-        import warnings
-
         warnings.warn(
             f"GPKERNELS_BACKEND: expected one of {', '.join(NAMES)}, got {name!r}; using 'auto'", stacklevel=2
         )

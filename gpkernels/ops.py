@@ -28,14 +28,19 @@ class Op:
 
     def __init__(self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.name = schema.partition("(")[0]
-        self.implementation = implementation
-        qualified = f"gpkernels::{self.name}"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.schema, self.implementation, self.fake = schema, implementation, fake
+        self.overload = self.define_in(_LIBRARY)
         _LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-        self.overload = getattr(torch.ops.gpkernels, self.name).default
-        if not self.overload._schema.is_mutable:
-            torch.library.register_vmap(qualified, self._vmap, lib=_LIBRARY)
+
+    def define_in(self, library: torch.library.Library) -> torch._ops.OpOverload:
+        """Give a library this schema, with what tracing and vmap need; kernels are left to others."""
+        qualified = f"{library.ns}::{self.name}"
+        library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, self.fake, lib=library)
+        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, library.ns), self.name).default
+        if not overload._schema.is_mutable:
+            torch.library.register_vmap(qualified, self._vmap, lib=library)
+        return overload
 
     def __call__(self, *args: Any) -> Any:
         if backends.forced() is None:
@@ -347,4 +352,5 @@ mlp_critic_step = Op(
     _mlp_critic_step_fake,
 )
 
-ALL = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}
+ALL: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}
+backends.register_device_kernels(_LIBRARY, ALL)

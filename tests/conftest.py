@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import emulated
 import gpkernels
 from gpkernels import backends
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda-emulated")
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,10 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "cuda-emulated":
+        if emulated.compiler() is None:
+            pytest.skip("there is no C++ compiler to build the emulated kernels with")
+        backends.add_kernels(request.param, emulated.kernels(emulated.build()))
     reason = backends.unavailable(request.param)
     if reason is not None:
         pytest.skip(reason)

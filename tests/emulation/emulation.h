@@ -23,6 +23,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -113,12 +114,21 @@ class Block {
         mmap(nullptr, count_ * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (stacks_ == MAP_FAILED) throw Error("no memory for the stacks");
   }
-  ~Block() { munmap(stacks_, count_ * kStack); }
+  ~Block() {
+    forget_frames();
+    munmap(stacks_, count_ * kStack);
+  }
 
   void run(uint3 block_id, const std::vector<unsigned>& order);
   void to_scheduler();
 
  private:
+  // Fibers end without leaving their frames, whose ends a sanitizer has marked.
+  void forget_frames() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stacks_, count_ * kStack);
+#endif
+  }
   void prepare();
   void resume(Fiber& fiber);
 
@@ -200,6 +210,7 @@ inline void entry() {
 }
 
 inline void Block::prepare() {
+  forget_frames();
   fibers.assign(count_, Fiber{});
   warps.assign((count_ + kLanes - 1) / kLanes, Warp{});
   if (count_ % kLanes) warps.back().gone = ~0u << count_ % kLanes;

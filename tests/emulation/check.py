@@ -1,0 +1,78 @@
+"""Run emulated kernels on many arguments and compare with the reference: `python check.py LIBRARY [op ...]`.
+
+A process of its own, for sanitizers and for kernels with bugs. Its last line says what was found: "ok", "wrong value" or
+the emulation's complaint; a sanitizer ends the process itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+import emulated
+from cases import raw_arguments
+from gpkernels import ops
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def penalty_arguments() -> list[tuple[Any, ...]]:
+    """Rows of every length and alignment that the kernels tell apart."""
+    offset = rows(3 * 16 + 1)[1:].view(3, 16)  # contiguous, but not on 16 bytes
+    half = rows(5 * 24 + 1, dtype=torch.float16)[1:].view(5, 24)
+    shapes = ((1, 1), (3, 7), (5, 8), (40, 4), (300, 2), (2, 1001), (2, 20000), (1, 70001))
+    return [(x, 1.0, False, 1) for x in (offset, half, *(rows(*shape) for shape in shapes))]
+
+
+def arguments(name: str) -> list[tuple[Any, ...]]:
+    found = raw_arguments()[name]
+    if name == "gradient_norm_penalty":
+        found = [*found, *penalty_arguments()]
+    if name == "gradient_norm_penalty_backward":
+        found = [*found, *((torch.tensor(0.7), a[0], torch.rand(len(a[0]))) for a in penalty_arguments())]
+    return found
+
+
+def check(name: str, kernel: Any) -> None:
+    for given in arguments(name):
+        op = ops.ALL[name]
+        if op.overload._schema.is_mutable:
+            other = copy.deepcopy(given)
+            kernel(*given)
+            op.implementation(*other)
+            torch.testing.assert_close(given, other)
+        else:
+            exact = op.implementation(*given)
+            torch.testing.assert_close(kernel(*given), exact, rtol=2e-3 if _is_half(given) else 2e-5, atol=1e-5)
+
+
+def _is_half(given: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in given)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    kernels = emulated.kernels(Path(sys.argv[1]))
+    try:
+        for name in sys.argv[2:] or kernels:
+            check(name, kernels[name])
+    except AssertionError:
+        print("wrong value")
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+    else:
+        print("ok")
+
+
+if __name__ == "__main__":
+    main()

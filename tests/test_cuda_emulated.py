@@ -1,0 +1,111 @@
+"""The CUDA kernels under sanitizers and in other thread orders, and proof that these checks see bugs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import emulated
+
+pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
+
+CHECK = Path(__file__).parent / "emulation" / "check.py"
+ORDERS = ("forward", "reverse", "random:1")
+PENALTY = ("gradient_norm_penalty", "gradient_norm_penalty_backward")
+
+
+def verdict(library: Path, flavour: str, order: str, *names: str) -> str:
+    """What checking a library says: its last line, or the sanitizer's finding."""
+    environment = {**os.environ, "GPK_EMULATION_ORDER": order, "OMP_NUM_THREADS": "1"}
+    if flavour == "sanitized":
+        places = [
+            subprocess.run([str(emulated.compiler()), f"-print-file-name={name}"], capture_output=True, text=True)
+            for name in ("libasan.so", "libubsan.so")
+        ]
+        environment["LD_PRELOAD"] = " ".join(place.stdout.strip() for place in places)
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:halt_on_error=1"
+    done = subprocess.run(
+        [sys.executable, str(CHECK), str(library), *names],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    for line in done.stderr.splitlines():
+        if "runtime error:" in line or "ERROR: AddressSanitizer:" in line:
+            return line
+    return done.stdout.splitlines()[-1] if done.stdout else f"exit code {done.returncode}: {done.stderr[-500:]}"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_kernel_is_right_in_any_order_of_threads_and_blocks(order: str) -> None:
+    assert verdict(emulated.build(), "plain", order) == "ok"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers(order: str) -> None:
+    assert verdict(emulated.build("sanitized"), "sanitized", order) == "ok"
+
+
+def _replace(file: str, old: str, new: str) -> Callable[[str, str], str]:
+    def patch(name: str, text: str) -> str:
+        if name != file:
+            return text
+        assert old in text, f"{file} has changed: {old!r} is not in it"
+        return text.replace(old, new)
+
+    return patch
+
+
+# Each bug, which build sees it, and what that says: a plain one in every order, or a sanitized one.
+BUGS = {
+    "a missing barrier": (
+        _replace("device.h", " = value;\n  __syncthreads();\n  value = A(0);", " = value;\n  value = A(0);"),
+        "plain",
+        "wrong value",
+    ),
+    "a wrong stride": (
+        _replace("gradient_norm_penalty.cu", "load<T, kWidth>(x, row * packs + i)", "load<T, kWidth>(x, row + i)"),
+        "plain",
+        "wrong value",
+    ),
+    "an early exit before a barrier": (
+        _replace("reduce_rows.h", "  double total = 0;\n", "  if (threadIdx.x > 40) return;\n  double total = 0;\n"),
+        "plain",
+        "a shuffle reads a lane that does not take part",
+    ),
+    "a shuffle in part of a warp": (
+        _replace("reduce_rows.h", "for (A& sum : sums) sum = warp", "for (A& sum : sums) if (lane < 16) sum = warp"),
+        "plain",
+        "deadlock",
+    ),
+    "a tail that is not masked": (
+        _replace("gradient_norm_penalty.cu", "i < packs; i += step", "i <= packs; i += step"),
+        "sanitized",
+        "heap-buffer-overflow",
+    ),
+    "a wide load that is misaligned": (
+        _replace("device.h", "cols % kWide<T> == 0 && aligned(pointers)", "cols % kWide<T> == 0"),
+        "sanitized",
+        "misaligned address",
+    ),
+    "shared memory that is too small": (
+        _replace("device.h", "GPK_SHARED(A, sums, kThreads / kWarp)", "GPK_SHARED(A, sums, kThreads / kWarp - 1)"),
+        "sanitized",
+        "out of bounds",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_checks_see(bug: str) -> None:
+    patch, flavour, expected = BUGS[bug]
+    library = emulated.build(flavour, patch, only="gradient_norm_penalty")
+    for order in ORDERS if flavour == "plain" else ORDERS[:1]:
+        assert expected in verdict(library, flavour, order, *PENALTY), order

@@ -1,0 +1,236 @@
+"""Cases for the Triton kernels in Triton's interpreter: each raw op over shapes, memory layouts and dtypes.
+
+Run as a program, under TRITON_INTERPRET=1, it runs every case and prints how far each is from the reference, as JSON;
+with ``guarded-start`` or ``guarded-end``, on tensors beside forbidden pages. ``names`` needs no triton.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = {"one": (1, 1), "odd": (3, 7), "pairs": (257, 2), "aligned": (5, 48), "image": (4, 3, 5, 9), "long": (2, 9001)}
+LAYOUTS = ("channels_last", "transposed", "strided", "expanded")
+PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS]
+KEY = 12345678901234567
+Arguments = tuple[Any, ...]
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        return torch.stack([x, x], dim=-1)[..., 0]
+    return x[:1].expand_as(x) if layout == "expanded" else x
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _of_rows(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> dict[str, list[Arguments]]:
+    """Arguments of the ops that take batches of any shape."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, y = (laid_out(torch.randn(shape).to(dtype), layout) for _ in range(2))
+    s, t = (laid_out(torch.randn(shape[0], 1).to(dtype), "transposed") for _ in range(2))
+    none, key, one = x.new_empty(shape[0], 0), torch.tensor([KEY]), torch.tensor(0.7, dtype=wide)
+    per_row, strided = torch.rand(shape[0], dtype=wide), torch.rand(shape[0], 2, dtype=wide)[:, 0]
+    column = per_row.reshape(-1, *[1] * (len(shape) - 1))
+    return {
+        "interpolate": [(x, y, per_row), (x, y, column), (x, y, strided)],
+        "interpolate_random": [(x, y, key)],
+        "interpolate_backward": [(x, strided, True, True), (x, per_row, True, False), (x, per_row, False, True)],
+        "instance_noise": [(x, 0.5, None, key, True), (x, 0.3, one, key, False)],
+        "gradient_norm_penalty": [(x, 1.0, False, 1), (x, 0.0, True, 2), (x, 2.5, True, 0)],
+        "gradient_norm_penalty_backward": [(one, x, per_row), (strided, x, strided), (one.expand(len(x)), x, per_row)],
+        "consistency_term": [(s, t, none, none, 0.1, 0.1), (s, t, x, y, 0.1, 0.3), (x, y, s, t, 0.0, 0.3)],
+        "lipschitz_consistency": [(s, t, x, y, 0.01), (s.flatten(), t.flatten(), x, y, 0.0)],
+        "consistency_backward": [
+            (one, s, t, none, none, per_row, per_row, False),
+            (one, s, t, x, y, per_row, strided, True),
+            (one, x, y, s, t, per_row, strided, True),
+        ],
+        "score_loss": [([x, s], [1, 0]), ([s, x, y], [2, 3, 4])],
+        "score_loss_backward": [(one, [x, s], [0, 1]), (one, [20 * s, 5 * x, y], [2, 3, 4])],
+    }
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.nn.functional.layer_norm(torch.randn(shape, dtype=torch.float64), shape[-1:], eps=0.0)
+
+
+def _of_groups(dtype: torch.dtype) -> dict[str, list[Arguments]]:
+    """Arguments of the ops of normalisation, affine layers and pooling, by shape."""
+    curvature, affine, pool, spread = [], [], [], []
+    for shape in ((1, 1, 3), (2, 3, 5), (3, 2, 48), (2, 2, 1040), (1, 2, 20011)):
+        n, t, d = _normal(*shape), torch.randn(shape) + 3, torch.randn(shape)
+        r = torch.rand(*shape[:2], 1).to(dtype)
+        curvature += [(n.to(dtype), r, t.to(dtype), d.to(dtype), centred) for centred in (True, False)]
+    for shape in ((1, 1, 1), (70, 300, 1), (700, 5, 1), (2, 3, 5), (9, 4, 16), (3, 2, 1100), (0, 3, 2)):
+        affine.append(tuple(torch.randn(shape).to(dtype) for _ in range(2)))
+    affine.append(tuple(torch.randn(5, 7, 4).to(dtype).transpose(1, 2) for _ in range(2)))
+    for h, w, layout in ((2, 2, "contiguous"), (2, 2, "channels_last"), (3, 1, "channels_last"), (1, 3, "transposed")):
+        pool.append((laid_out(torch.randn(3, 5, 2 * h, 3 * w).to(dtype), layout), h, w))
+        spread.append((laid_out(torch.randn(3, 5, 2, 3).to(dtype), layout), h, w))
+    pool += [(torch.randn(5, 6, 9).to(dtype), 3, 3), (torch.randn(2, 16, 7, 5).to(dtype), 7, 5)]
+    pool.append((torch.randn(2, 16, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last), 4, 4))
+    spread += [(torch.randn(2, 3, 1, 1).to(dtype), 5, 3), (torch.randn(70, 33).to(dtype), 2, 2)]
+    return {"normalise_curvature": curvature, "affine_gradients": affine, "mean_pool": pool, "mean_pool_backward": spread}
+
+
+def _of_weights(dtype: torch.dtype) -> dict[str, list[Arguments]]:
+    """Arguments of the ops that write in place: many parameters, of which some have gaps or another order."""
+
+    def tensors(low: float = -1.0) -> list[Tensor]:
+        made = [torch.rand(shape) * (1 - low) + low for shape in ((3, 4), (7,), (), (0,), (40, 60), (2, 3, 5, 4))]
+        made = [x.to(dtype) for x in made]
+        return [*made[:4], made[4].t(), laid_out(made[5], "channels_last"), laid_out(made[0], "strided")]
+
+    def rmsprop(centred: bool, with_momentum: bool, *options: Any) -> Arguments:
+        averages, buffers = [t / 10 for t in tensors()], tensors()
+        return (tensors(), tensors(), tensors(0.5), averages if centred else [], buffers if with_momentum else [], *options)
+
+    nan = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0]).to(dtype)
+    return {
+        "clip_weights_": [(tensors(), 0.3), ([nan, *(torch.randn(17).to(dtype) for _ in range(40))], 0.5), ([], 0.1)],
+        "rmsprop_": [
+            rmsprop(False, False, 1e-2, 0.9, 1e-8, 0.0, 0.0, False, None),
+            rmsprop(True, True, 1e-2, 0.99, 1e-8, 0.1, 0.9, True, 0.5),
+            rmsprop(True, False, 1e-3, 0.3, 1e-5, 0.0, 0.0, False, 0.05),
+        ],
+    }
+
+
+def _special(dtype: torch.dtype) -> dict[str, list[Arguments]]:
+    """Zero, infinite and NaN rows, and rows of no elements."""
+    x, y, s, t = (torch.randn(5, 6).to(dtype) for _ in range(4))
+    for i, value in enumerate((0.0, float("inf"), float("nan"))):
+        x[i], y[i], s[i] = value, value, value
+    y[3], t[4] = x[3], s[4]
+    c = torch.rand(5)
+    scores = torch.tensor([-800.0, -90.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 800.0, float("inf"), -float("inf")]).to(dtype)
+    one, empty, key = torch.tensor(0.7), torch.empty(3, 0, dtype=dtype), torch.tensor([KEY])
+    return {
+        "interpolate": [(x, t, c), (empty, empty, torch.rand(3))],
+        "interpolate_random": [(empty, empty, key)],
+        "interpolate_backward": [(x, c, False, False), (empty, torch.rand(3), True, True)],
+        "instance_noise": [(x, 0.5, None, key, True), (empty, 0.5, None, key, False)],
+        "gradient_norm_penalty": [(x, 1.0, one_sided, 0) for one_sided in (True, False)] + [(empty, 1.0, False, 1)],
+        "gradient_norm_penalty_backward": [(one, x, c), (one, empty, torch.rand(3))],
+        "consistency_term": [(s[3:], t[3:], x[3:], y[3:], 0.0, 0.1), (s[1:], t[1:], x[1:], y[1:], 0.0, 0.1)],
+        "lipschitz_consistency": [(s[3:], t[3:], x[3:], y[3:], 0.0), (s[:1], t[:1], x[:1], y[:1], 0.0)],
+        "score_loss": [([scores[1:8]], [kind]) for kind in range(5)] + [([scores], [2]), ([x], [3])],
+        "score_loss_backward": [(one, [scores, x], [kind, kind]) for kind in range(5)],
+    }
+
+
+def _named(name: str, table: dict[str, list[Arguments]]) -> Iterator[tuple[str, str, Arguments]]:
+    for op, several in table.items():
+        for i, arguments in enumerate(several):
+            yield f"{op} {i + 1} of {name}", op, arguments
+
+
+def cases() -> Iterator[tuple[str, str, Arguments]]:
+    """(name, raw op, arguments); the same at every call."""
+    for kind, dtype in DTYPES.items():
+        torch.manual_seed(0)
+        for shape, layout in PLACES:
+            yield from _named(f"{kind}, {shape}, {layout}", _of_rows(SHAPES[shape], layout, dtype))
+        yield from _named(f"{kind} groups", _of_groups(dtype))
+        yield from _named(f"{kind} weights", _of_weights(dtype))
+        yield from _named(f"{kind} special values", _special(dtype))
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def mapped(f: Any, value: Any) -> Any:
+    """``f`` of every tensor in nested lists and tuples."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(f, v) for v in value)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(lambda x: found.append(x) or x, value)
+    return found
+
+
+def copy(x: Tensor) -> Tensor:
+    """The same values and strides, gaps and all, in memory of its own."""
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return torch.as_strided(x, (span,), (1,)).clone().as_strided(x.shape, x.stride())
+
+
+def double(x: Tensor) -> Tensor:
+    return copy(x).double() if x.is_floating_point() else x
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    """The relative 2-norm error where numbers are finite; infinite where others differ."""
+    got, exact = got.detach().double(), exact.detach().double()
+    finite = torch.isfinite(exact)
+    if not torch.equal(torch.nan_to_num(got[~finite], nan=7.0), torch.nan_to_num(exact[~finite], nan=7.0)):
+        return float("inf")
+    got, exact = got[finite], exact[finite]
+    if got.numel() == 0:
+        return 0.0
+    error = (got - exact).norm() / exact.norm().clamp_min(1.0 if got.numel() == 1 else 1e-30)
+    return float(torch.nan_to_num(error, nan=float("inf")))
+
+
+def excess(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
+    """The worst error, and the worst as a share of what it may be: twice the reference's, and some last places."""
+    worst, share = 0.0, 0.0
+    for a, b, e in zip(ours, plain, exact, strict=True):
+        if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+            return float("inf"), float("inf")
+        if a.is_floating_point():
+            error = relative(a, e.to(a.dtype) if a.dtype == torch.float16 else e)
+            # The interpreter truncates to bfloat16; in float64 the reference is its own yardstick.
+            places = {torch.bfloat16: 2, torch.float64: 8}.get(a.dtype, 4)
+            worst = max(worst, error)
+            share = max(share, error / (2 * min(1.0, relative(b, e)) + places * torch.finfo(a.dtype).eps))
+    return worst, share
+
+
+def run(op: str, arguments: Arguments, guard: str) -> tuple[float, float]:
+    from gpkernels import ops
+    from gpkernels.triton import KERNELS
+    from guarded import guarded, guarded_allocations
+
+    implementation = ops.ALL[op].implementation
+    plain, exact = mapped(copy, arguments), mapped(double, arguments)
+    results = [tensors_in([implementation(*given), given]) for given in (plain, exact)]
+    if not guard:
+        ours = mapped(copy, arguments)
+        return excess(tensors_in([KERNELS[op](*ours), ours]), *results)
+    at_end = guard == "guarded-end"
+    ours = mapped(lambda x: guarded(x, at_end), arguments)
+    with guarded_allocations(at_end):
+        found = KERNELS[op](*ours)
+    return excess(tensors_in([found, ours]), *results)
+
+
+def main(guard: str = "") -> None:
+    found = {}
+    for name, op, arguments in cases():
+        if guard and not name.partition(" of ")[2].startswith(("float32", "bfloat16")):
+            continue
+        print(name, file=sys.stderr, flush=True)  # the last line says which case a forbidden access killed
+        found[name] = [str(x) for x in run(op, arguments, guard)]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
