@@ -24,12 +24,18 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler that CMake will take."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which(f"{home}/bin/nvcc")
+
+
 def wants_extension() -> bool:
     """Whether to build; ends with a message where the build was asked for and cannot be done."""
     if WANTED not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"GPKERNELS_BUILD: expected auto, cpu, cuda or none, got {WANTED!r}")
-    if WANTED == "cuda":
-        sys.exit("GPKERNELS_BUILD=cuda: this version has no CUDA kernels; use auto, cpu or none")
+    if WANTED == "cuda" and nvcc() is None:
+        sys.exit("GPKERNELS_BUILD=cuda: the build needs nvcc, the CUDA compiler; set CUDACXX if it is not on PATH")
     if WANTED == "none":
         return False
     if importlib.util.find_spec("torch") is None:
@@ -42,8 +48,8 @@ def wants_extension() -> bool:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None and shutil.which(name) is None]
     if missing or compiler() is None:
         lack = [*missing, *([] if compiler() else ["a C++ compiler"])]
-        if WANTED == "cpu":
-            sys.exit(f"GPKERNELS_BUILD=cpu: the build needs {', '.join(lack)}")
+        if WANTED in ("cpu", "cuda"):
+            sys.exit(f"GPKERNELS_BUILD={WANTED}: the build needs {', '.join(lack)}")
         print(f"gpkernels: building without native kernels; missing: {', '.join(lack)}", file=sys.stderr)
         return False
     return True
@@ -60,11 +66,15 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake", path=path) or "cmake"
         environment = {**os.environ, "PATH": path}
         configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        if WANTED == "cuda":
+            configure += ["-DGPK_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
         subprocess.run(configure, check=True, env=environment)
         subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
+        if WANTED == "cuda":
+            shutil.copy2(build / "_cuda.so", target.with_name("_cuda.so"))
 
 
 setup(

@@ -71,14 +71,17 @@ def triton_kernels() -> Mapping[str, Callable[..., Any]]:
     return KERNELS
 
 
-def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op]) -> None:
-    """Triton kernels for the GPUs that this PyTorch was built for, where there are no native ones. Asks no device."""
+def takes_triton(device_type: str) -> bool:
+    """Whether "auto" gives this device's tensors Triton kernels. Asks no device, only what PyTorch was built for."""
     built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": torch.xpu._is_compiled()}
-    if not has_triton():
-        return
-    for device in GPUS:
-        for name in ops if built[device] else ():
-            if name not in ("mlp_critic_step",):  # composed of the others and of PyTorch's products
+    return built.get(device_type, False) and has_triton()
+
+
+def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op]) -> None:
+    """Triton kernels where "auto" takes them; each is imported when it is first called."""
+    for device in filter(takes_triton, GPUS):
+        for name in ops:
+            if name != "mlp_critic_step":  # composed of PyTorch's products
                 library.impl(name, _later(name), device.upper())
 
 
@@ -165,7 +168,7 @@ def running(device_type: str) -> str:
         return "reference" if extension is None else "cpu"
     if device_type == "cuda" and cuda_error is None:
         return "cuda"
-    return "triton" if has_triton() and device_type in GPUS else "reference"
+    return "triton" if takes_triton(device_type) else "reference"
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     describe = commands.add_parser("info", help="which backend runs, why, and how it was built")
     describe.add_argument("--json", action="store_true", help="print the facts as JSON")
+    describe.add_argument("--kernels", action="store_true", help="print what each GPU kernel needs of each target")
     layers = commands.add_parser("explain", help="which way each layer of a critic takes, and why")
     layers.add_argument("critic", metavar="module:Class", help="a critic that can be made without arguments")
     layers.add_argument("--input", required=True, metavar="NxCxHxW", help="the shape of a batch, such as 64x3x32x32")
@@ -44,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    print(json.dumps(info.facts(), indent=2) if options.json else info.render())
+    if options.kernels:
+        print(info.kernels())
+    else:
+        print(json.dumps(info.facts(), indent=2) if options.json else info.render())
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +25,29 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "backend": backends.forced() or "auto",
-        "running": {device: backends.running(device) for device in ("cpu", "cuda")},
+        "running": {device: backends.running(device) for device in ("cpu", *backends.GPUS)},
         "backends": {"reference": "available", **usable},
         "build": extension.build_info() if extension is not None else None,
         "build_error": backends.extension_error,
         "instruction_set": extension.instruction_set() if extension is not None else None,
         "ops": sorted(ops.ALL),
-        "hardware": "CPU kernels run on this machine's CPU; no kernel has run on a GPU",
+        "hardware": (
+            "CPU kernels run on this machine's CPU; CUDA kernels have run in a host's emulation and Triton kernels in "
+            "Triton's interpreter; no kernel has run on a GPU"
+        ),
     }
+
+
+def kernels() -> str:
+    """What each GPU kernel needs on each target, as it was last compiled: the tables that tests hold kernels to."""
+    parts = []
+    for path in sorted(Path(__file__).parent.glob("*_kernels.csv")):
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        parts.append("\n".join([path.stem.replace("_", " "), *lines]))
+    return "\n\n".join(parts)
 
 
 def render() -> str:

@@ -32,7 +32,8 @@ def _facts(path: Path, **environment: str) -> dict:
 
 def test_without_the_extension_everything_runs_on_the_reference_and_info_says_why(tmp_path: Path) -> None:
     facts = _facts(copy_package(tmp_path))
-    assert facts["running"] == {"cpu": "reference", "cuda": "reference"}
+    assert set(facts["running"]) == {"cpu", "cuda", "xpu"}
+    assert facts["running"]["cpu"] == "reference"
     assert facts["build"] is None
     assert facts["build_error"] == "the package was built without it"
     assert "built without it" in facts["backends"]["cpu"]
@@ -94,10 +95,10 @@ def test_the_environment_forces_the_cpu_kernels() -> None:
     assert "0.1" in output(FORCED, GPKERNELS_BACKEND="cpu")
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_forced_gpu_backend_raises_with_the_reason(name: str) -> None:
+@pytest.mark.parametrize(("name", "cure"), [("triton", "'auto'"), ("cuda", "GPKERNELS_BUILD=cuda|'auto'")])
+def test_a_forced_gpu_backend_raises_with_the_reason_and_the_cure(name: str, cure: str) -> None:
     x = torch.ones(3)
-    with gpk.backend(name), pytest.raises(RuntimeError, match=rf"'{name}' was forced.*clip_weights_.*'auto'"):
+    with gpk.backend(name), pytest.raises(RuntimeError, match=rf"'{name}' was forced.*clip_weights_.*({cure})"):
         gpk.clip_weights_(x, 0.1)
     assert x.tolist() == [1.0] * 3
 
@@ -199,3 +200,19 @@ def test_the_train_extra_lists_what_training_needs() -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     line = next(line for line in text.splitlines() if line.startswith("train = "))
     assert {name.replace("sklearn", "scikit-learn") for name in cli.EXTRA} == set(json.loads(line.partition("=")[2]))
+
+
+@pytest.mark.skipif(backends.has_triton(), reason="Triton is installed")
+def test_the_cure_for_triton_that_is_missing_is_to_install_it() -> None:
+    assert "pip install triton" in str(backends.unavailable("triton"))
+
+
+def test_importing_imports_no_triton() -> None:
+    assert output("import sys, gpkernels; print('triton' in sys.modules)").strip() == "False"
+
+
+def test_info_prints_what_each_gpu_kernel_needs() -> None:
+    page = run("-m", "gpkernels.cli", "info", "--kernels")
+    assert page.returncode == 0
+    assert "gradient_norm_penalty: reduce_long_rows" in page.stdout
+    assert "sm_90" in page.stdout

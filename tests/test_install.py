@@ -34,10 +34,10 @@ def _wheel(tree: Path, **environment: str) -> Path:
 
 @pytest.mark.parametrize(
     ("wanted", "said"),
-    [("nonsense", "GPKERNELS_BUILD: expected auto, cpu, cuda or none, got 'nonsense'"), ("cuda", "no CUDA kernels")],
+    [("nonsense", "GPKERNELS_BUILD: expected auto, cpu, cuda or none, got 'nonsense'"), ("cuda", "needs nvcc")],
 )
 def test_a_build_that_cannot_be_had_ends_with_a_clear_message(wanted: str, said: str) -> None:
-    done = _setup(GPKERNELS_BUILD=wanted)
+    done = _setup(GPKERNELS_BUILD=wanted, CUDACXX="no-such-nvcc", CUDA_HOME="/nowhere")
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -14,8 +14,8 @@ struct Extent {
 // A block takes kColumns columns and a share of the rows; the last one to finish those columns adds the shares up. With
 // I > 1 a column's elements lie together, and a warp goes along them.
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads)
-    affine_kernel(const T* cotangent, const T* operand, A* products, A* sums, A* partials, unsigned* ticket, Extent e) {
+__global__ void GPK_BOUNDS affine_kernel(const T* cotangent, const T* operand, A* products, A* sums, A* partials,
+                                         unsigned* ticket, Extent e) {
   GPK_SHARED(A, shared, 2 * kThreads);
   const int across = int(threadIdx.x) % kColumns, down = int(threadIdx.x) / kColumns;
   const bool along = e.inner > 1;

@@ -12,6 +12,7 @@ struct Pair {
 
   __device__ A distance(int64_t row, int64_t begin, int64_t step) const {
     A sum = 0;
+#pragma unroll 2
     for (int64_t i = begin; i < packs; i += step) {
       const auto x = load<T, kWidth>(first, row * packs + i), y = load<T, kWidth>(second, row * packs + i);
       for (int k = 0; k < kWidth; ++k) {
@@ -45,9 +46,8 @@ struct ConsistencyOfRow {
 };
 
 template <typename T, typename A, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-    difference_kernel(const A* cotangent, const T* a, const T* b, const A* coefficients, T* plus, T* minus,
-                      int64_t rows, int64_t packs) {
+__global__ void GPK_BOUNDS difference_kernel(const A* cotangent, const T* a, const T* b, const A* coefficients, T* plus,
+                                             T* minus, int64_t rows, int64_t packs) {
   for_rows(rows, [&](int64_t row) {
     const A factor = *cotangent * coefficients[row];
     for_packs(packs, [&](int64_t i) {
@@ -88,19 +88,18 @@ std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor
     value = empty_scalar<A>(a1);
     to_a = empty(a1, rows, scalar_type_of<A>());
     to_b = empty(a1, rows, scalar_type_of<A>());
-    with_width<T>(a.shape.cols, {data<T>(a.first), data<T>(a.second)}, [&](auto wa, int64_t a_packs) {
-      with_width<T>(b.shape.cols, {data<T>(b.first), data<T>(b.second)}, [&](auto wb, int64_t b_packs) {
-        using PairA = Pair<T, A, decltype(wa)::value>;
-        using PairB = Pair<T, A, decltype(wb)::value>;
-        const ConsistencyOfRow<PairA, PairB, A, kLipschitz> row{{data<T>(a.first), data<T>(a.second), a_packs},
-                                                                {data<T>(b.first), data<T>(b.second), b_packs},
-                                                                mutable_data<A>(to_a),
-                                                                mutable_data<A>(to_b),
-                                                                A(margin),
-                                                                A(weight),
-                                                                A(share)};
-        reduce_rows<A>(a1, row, mutable_data<A>(value), share, rows, std::max(a_packs, b_packs));
-      });
+    using PairA = Pair<T, A, 1>;  // a score or a few to a row
+    const int64_t a_packs = a.shape.cols;
+    with_width<T>(b.shape.cols, {data<T>(b.first), data<T>(b.second)}, [&](auto width, int64_t b_packs) {
+      using PairB = Pair<T, A, decltype(width)::value>;
+      const ConsistencyOfRow<PairA, PairB, A, kLipschitz> row{{data<T>(a.first), data<T>(a.second), a_packs},
+                                                              {data<T>(b.first), data<T>(b.second), b_packs},
+                                                              mutable_data<A>(to_a),
+                                                              mutable_data<A>(to_b),
+                                                              A(margin),
+                                                              A(weight),
+                                                              A(share)};
+      reduce_rows<A>(a1, row, mutable_data<A>(value), share, rows, std::max(a_packs, b_packs));
     });
   });
   return {value, to_a, to_b};

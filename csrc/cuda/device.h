@@ -17,6 +17,9 @@ namespace gpk::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
 
+// Every kernel's: with more blocks on a processor in mind the compiler spills registers for divisions.
+#define GPK_BOUNDS __launch_bounds__(gpk::cuda::kThreads, 3)
+
 // --- host: where and how to launch --------------------------------------------------------------------------------
 
 // Launches go to the tensor's device, on the stream that PyTorch uses there.

@@ -16,6 +16,7 @@ struct PenaltyOfRow {
   bool one_sided;
 
   __device__ void sum(int64_t row, int64_t first, int64_t step, A* sums) const {
+#pragma unroll 2
     for (int64_t i = first; i < packs; i += step) {
       const auto pack = load<T, kWidth>(x, row * packs + i);
       for (int k = 0; k < kWidth; ++k) sums[0] += A(pack.at[k]) * A(pack.at[k]);
@@ -30,8 +31,8 @@ struct PenaltyOfRow {
 };
 
 template <typename T, typename A, int kWidth>
-__global__ void __launch_bounds__(kThreads) scale_kernel(const A* cotangent, bool by_row, const T* x,
-                                                         const A* coefficients, T* out, int64_t rows, int64_t packs) {
+__global__ void GPK_BOUNDS scale_kernel(const A* cotangent, bool by_row, const T* x, const A* coefficients, T* out,
+                                        int64_t rows, int64_t packs) {
   for_rows(rows, [&](int64_t row) {
     const A factor = cotangent[by_row ? row : 0] * coefficients[row];
     for_packs(packs, [&](int64_t i) {

@@ -5,8 +5,8 @@ namespace gpk::cuda {
 namespace {
 
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads) noise_kernel(const T* x, T* out, A sigma, const A* scale,
-                                                         const int64_t* key, bool gaussian, bool wide, int64_t count) {
+__global__ void GPK_BOUNDS noise_kernel(const T* x, T* out, A sigma, const A* scale, const int64_t* key, bool gaussian,
+                                        bool wide, int64_t count) {
   const A amplitude = scale ? sigma * *scale : sigma;
   const uint64_t seed = uint64_t(*key);
   for (int64_t group = flat_thread(); group * 4 < count; group += flat_threads()) {

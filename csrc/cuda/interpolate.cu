@@ -5,9 +5,8 @@ namespace gpk::cuda {
 namespace {
 
 template <typename T, typename A, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-    interpolate_kernel(const T* real, const T* fake, const A* eps, const int64_t* key, T* out, A* drawn, int64_t rows,
-                       int64_t packs) {
+__global__ void GPK_BOUNDS interpolate_kernel(const T* real, const T* fake, const A* eps, const int64_t* key, T* out,
+                                              A* drawn, int64_t rows, int64_t packs) {
   for_rows(rows, [&](int64_t row) {
     const A weight = key ? unit_interval<A>(philox(uint64_t(*key), uint64_t(row)).word[0]) : eps[row];
     if (drawn && blockIdx.x == 0 && threadIdx.x == 0) drawn[row] = weight;
@@ -21,8 +20,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, typename A, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-    split_kernel(const T* cotangent, const A* eps, T* to_real, T* to_fake, int64_t rows, int64_t packs) {
+__global__ void GPK_BOUNDS split_kernel(const T* cotangent, const A* eps, T* to_real, T* to_fake, int64_t rows,
+                                        int64_t packs) {
   for_rows(rows, [&](int64_t row) {
     const A weight = eps[row], rest = A(1) - weight;
     for_packs(packs, [&](int64_t i) {

@@ -10,7 +10,7 @@ struct Windows {
 };
 
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads) pool_kernel(const T* x, T* y, Windows v) {
+__global__ void GPK_BOUNDS pool_kernel(const T* x, T* y, Windows v) {
   const int64_t count = v.rows * v.cols * v.lanes, stride = v.cols * v.w * v.lanes;
   for (int64_t i = flat_thread(); i < count; i += flat_threads()) {
     const int64_t lane = i % v.lanes, j = i / v.lanes % v.cols, row = i / (v.lanes * v.cols);
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const T* x, T* y, Window
 }
 
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads) spread_kernel(const T* c, T* x, Windows v) {
+__global__ void GPK_BOUNDS spread_kernel(const T* c, T* x, Windows v) {
   const int64_t width = v.cols * v.w, count = v.rows * v.h * width * v.lanes;
   for (int64_t i = flat_thread(); i < count; i += flat_threads()) {
     const int64_t lane = i % v.lanes, col = i / v.lanes % width, row = i / (v.lanes * width);

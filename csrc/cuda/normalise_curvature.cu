@@ -6,9 +6,8 @@ namespace gpk::cuda {
 namespace {
 
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads)
-    curvature_kernel(const T* normal, const A* inverse, const T* tangent, const T* cotangent, T* out, int64_t groups,
-                     int64_t count, bool centred) {
+__global__ void GPK_BOUNDS curvature_kernel(const T* normal, const A* inverse, const T* tangent, const T* cotangent,
+                                            T* out, int64_t groups, int64_t count, bool centred) {
   for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
     const T *n = normal + group * count, *t = tangent + group * count, *d = cotangent + group * count;
     A nt = 0, nd = 0, td = 0, sum_t = 0, sum_d = 0;

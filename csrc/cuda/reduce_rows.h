@@ -27,8 +27,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t accesses) {
 // Row::sum(row, first, step, sums) adds one thread's share of a row; Row::finish(row, sums) writes what the row gives
 // and returns its value. out, if it is there, becomes the values' sum times share.
 template <typename Row, typename A>
-__global__ void __launch_bounds__(kThreads)
-    reduce_short_rows(Row row_of, A* out, double share, double* totals, unsigned* ticket, int64_t rows) {
+__global__ void GPK_BOUNDS reduce_short_rows(Row row_of, A* out, double share, double* totals, unsigned* ticket,
+                                             int64_t rows) {
   const int64_t warp = flat_thread() / kWarp, warps = flat_threads() / kWarp;
   const int lane = int(threadIdx.x) % kWarp;
   double total = 0;
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Row, typename A>
-__global__ void __launch_bounds__(kThreads)
-    reduce_long_rows(Row row_of, A* out, double share, A* partials, unsigned* ticket, int64_t rows) {
+__global__ void GPK_BOUNDS reduce_long_rows(Row row_of, A* out, double share, A* partials, unsigned* ticket,
+                                            int64_t rows) {
   const int64_t tiles = gridDim.x;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
     A sums[Row::kSums] = {};

@@ -21,8 +21,7 @@ struct ScoresOfTensor {
 };
 
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads)
-    slope_kernel(const A* cotangent, const T* scores, ScoreLoss kind, T* out, int64_t count) {
+__global__ void GPK_BOUNDS slope_kernel(const A* cotangent, const T* scores, ScoreLoss kind, T* out, int64_t count) {
   const A scale = *cotangent / A(count);
   for (int64_t i = flat_thread(); i < count; i += flat_threads()) out[i] = T(scale * score_slope(kind, A(scores[i])));
 }

@@ -38,7 +38,7 @@ __device__ __forceinline__ void for_elements(const Table& table, const F& f) {
 }
 
 template <typename T, typename A, typename Table>
-__global__ void __launch_bounds__(kThreads) clip_kernel(const Table table, A c) {
+__global__ void GPK_BOUNDS clip_kernel(const Table table, A c) {
   for_elements(table, [&](int tensor, int64_t i) {
     T* p = static_cast<T*>(table.data[0][tensor]);
     p[i] = T(clip(A(p[i]), c));
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) clip_kernel(const Table table, A c) 
 }
 
 template <typename T, typename A, bool kCentered, bool kMomentum, bool kWeightDecay, typename Table>
-__global__ void __launch_bounds__(kThreads) rmsprop_kernel(const Table table, RmspropOptions<A> options) {
+__global__ void GPK_BOUNDS rmsprop_kernel(const Table table, RmspropOptions<A> options) {
   for_elements(table, [&](int tensor, int64_t i) {
     auto at = [&](int list) { return static_cast<T*>(table.data[list][tensor]) + i; };
     A p = A(*at(0)), square = A(*at(2)), average = kCentered ? A(*at(3)) : A(0), buffer = kMomentum ? A(*at(4)) : A(0);

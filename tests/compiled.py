@@ -1,0 +1,106 @@
+"""The CUDA kernels compiled for the architectures that are named, and what each needs.
+
+`python tests/compiled.py` writes the table of that, by nvcc 13.0.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+TABLE = ROOT / "gpkernels" / "cuda_kernels.csv"
+ARCHITECTURES = (80, 90, 100, 120)
+COLUMNS = ("kernel", "target", "variants", "registers", "spilled_bytes", "shared_bytes")
+OBJECTS = ROOT / "build" / "compiled"
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<target>\S+)'.*?(?P<spilled>\d+) bytes spill stores"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def release() -> str:
+    """nvcc's release: another one's kernels need other registers."""
+    text = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found[1] if found else "unknown"
+
+
+def compile_one(source: Path) -> list[dict[str, Any]]:
+    """Every variant of every kernel of a source, for every architecture."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    include = Path(torch.__file__).parent / "include"
+    command = [str(nvcc()), "-std=c++20", "-O3", *targets, "-Xptxas", "-v", "-DUSE_CUDA", "-isystem", str(include)]
+    done = subprocess.run(
+        [*command, "-Xcompiler=-fPIC", "-c", str(source), "-o", str(OBJECTS / f"{source.stem}.o")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return [_row(source.stem, match) for match in _ENTRY.finditer(done.stderr)]
+
+
+def _row(stem: str, match: re.Match[str]) -> dict[str, Any]:
+    kernel = re.search(r"(?<=\d)([a-z]+(?:_[a-z]+)*_kernel|reduce_[a-z]+_rows)(?=I)", match["name"])
+    shared = re.search(r"(\d+) bytes smem", match["rest"])
+    return {
+        "kernel": f"{stem}: {kernel[1] if kernel else match['name']}",
+        "target": match["target"],
+        "variants": 1,
+        "registers": int(match["registers"]),
+        "spilled_bytes": int(match["spilled"]),
+        "shared_bytes": int(shared[1]) if shared else 0,
+    }
+
+
+@cache
+def resources() -> list[dict[str, Any]]:
+    """A row for each kernel and architecture: how many variants, and the most that one of them needs."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [row for rows in pool.map(compile_one, SOURCES) for row in rows]
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in found:
+        known = table.setdefault((row["kernel"], row["target"]), {**row, "variants": 0})
+        known["variants"] += 1
+        for column in COLUMNS[3:]:
+            known[column] = max(known[column], row[column])
+    return [table[key] for key in sorted(table)]
+
+
+def tracked() -> dict[tuple[str, str], dict[str, int]]:
+    """The table as it was last written."""
+    with TABLE.open(newline="") as file:
+        return {
+            (row["kernel"], row["target"]): {column: int(row[column]) for column in COLUMNS[2:]}
+            for row in csv.DictReader(file)
+        }
+
+
+def main() -> None:
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(resources())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
