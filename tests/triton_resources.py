@@ -10,14 +10,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import gpkernels.triton
 from gpkernels.reference import REDUCTIONS
@@ -29,8 +27,17 @@ TARGETS = {
     "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-TYPES |= {torch.int64: "i64", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+VARIANTS = (
+    "interpolate of short rows",
+    "interpolate_random of short rows",
+    "instance_noise, uniform",
+    "gradient_norm_penalty of short rows",
+    "score_loss of one score",
+    "rmsprop_",
+    "mean_pool, channels last",
+    "mean_pool_backward, channels last",
+)
 
 
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
@@ -69,6 +76,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "consistency_backward": lambda: kernels["consistency_backward"](
             one, scores, scores, x, y, per_row, per_row, True
         ),
+        "score_loss of one score": lambda: kernels["score_loss"]([scores[:1]], [1]),
         "score_loss": lambda: kernels["score_loss"]([scores, scores], [3, 2]),
         "score_loss_backward": lambda: kernels["score_loss_backward"](one, [scores, scores], [3, 2]),
         "clip_weights_": lambda: kernels["clip_weights_"]([torch.zeros(64, 64, dtype=dtype)], 0.01),
@@ -91,59 +99,46 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     }
 
 
-# --- from a call to a source ------------------------------------------------------------------------------------------
+# --- compiling without a device --------------------------------------------------------------------------------------
 
 
-def launches(call: Callable[[], Any]) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """(kernel, arguments by name, compiler options) of what a launcher would launch."""
-    found: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
+class _Driver:
+    """Stands for a device, so that a launch compiles for it as it would there, argument by argument."""
 
-    def record(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-        names = [p.name for p in kernel.params]
-        arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
-        others = {"enable_fp_fusion": True} | {k: v for k, v in options.items() if k not in names}
-        found.append((kernel, arguments, others))
+    def __init__(self, target: str) -> None:
+        self.target = TARGETS[target]
+        self.index = list(TARGETS).index(target)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_for(target: str, call: Callable[[], Any]) -> list[tuple[str, Any]]:
+    """(name, compiled kernel) of each kernel that a call of a launcher would launch."""
+    found: list[tuple[str, Any]] = []
+
+    def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+        named = dict(zip((p.name for p in kernel.params), args, strict=False))
+        options = {"enable_fp_fusion": True, **options, **named}
+        found.append((kernel.__name__, kernel.warmup(grid=(programs,), **options)))
 
     modules = [m for name, m in sys.modules.items() if name.startswith("gpkernels.triton.") and hasattr(m, "launch")]
     kept = [m.launch for m in modules]
+    triton.runtime.driver.set_active(_Driver(target))
     for m in modules:
-        m.launch = record
+        m.launch = compile_only
     try:
         call()
     finally:
         for m, launch in zip(modules, kept, strict=True):
             m.launch = launch
     return found
-
-
-def _type(value: Any, annotated: str) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_type(v, annotated) for v in value)
-    if isinstance(value, Tensor):
-        return f"*{TYPES[value.dtype]}"
-    return annotated or "i32"
-
-
-def _tensors(value: Any, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    if isinstance(value, Tensor):
-        yield path
-    elif isinstance(value, tuple):
-        for i, v in enumerate(value):
-            yield from _tensors(v, (*path, i))
-
-
-def source(kernel: Any, arguments: dict[str, Any], vectors: bool = True) -> ASTSource:
-    """As the launcher would have it compiled: tensors begin where vector accesses may."""
-    signature, constants, aligned = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        value = arguments[p.name]
-        if p.is_constexpr:
-            signature[p.name], constants[p.name] = "constexpr", value
-        else:
-            signature[p.name] = _type(value, p.annotation_type)
-            if vectors:
-                aligned |= {path: [["tt.divisibility", 16]] for path in _tensors(value, (i,))}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
 
 
 # --- what the compilers say -------------------------------------------------------------------------------------------
@@ -165,21 +160,21 @@ def _amd(compiled: Any) -> dict[str, int]:
     return {"registers": usage["vgpr_count"], "spills": spills}
 
 
-def resources(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = ("fp32", "bf16")) -> list[dict]:
-    """One row for each kernel, dtype and target: registers, spilled bytes, shared memory, widest load, its source."""
+def resources(targets: Sequence[str] = tuple(TARGETS)) -> list[dict[str, Any]]:
+    """One row for each call, kernel, dtype and target: registers, spilled bytes, shared memory, widest load.
+
+    Every kernel for every target; the variants of a kernel and bfloat16 for one target of each vendor, or one.
+    """
     rows = []
-    for dtype, kind in TYPES.items():
-        if kind not in dtypes:
-            continue
-        for name, call in calls(dtype).items():
-            for kernel, arguments, options in launches(call):
-                for target in targets:
-                    compiled = triton.compile(source(kernel, arguments), target=TARGETS[target], options=options)
+    for target in targets:
+        for dtype in (torch.float32, torch.bfloat16) if target == "sm_90" else (torch.float32,):
+            for name, call in calls(dtype).items():
+                if target not in ("sm_90", "gfx942") and name in VARIANTS:
+                    continue
+                for kernel, compiled in compiled_for(target, call):
                     usage = _nvidia(compiled) if "cubin" in compiled.asm else _amd(compiled)
-                    rows.append(
-                        {"call": name, "kernel": kernel.__name__, "dtype": kind, "target": target, **usage}
-                        | {"shared": compiled.metadata.shared, **_accesses(compiled)}
-                    )
+                    about = {"call": name, "kernel": kernel, "dtype": TYPES[dtype], "target": target}
+                    rows.append({**about, **usage, "shared": compiled.metadata.shared, **_accesses(compiled)})
     return rows
 
 
@@ -197,4 +192,4 @@ def _accesses(compiled: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(resources(*(tuple(a.split(",")) for a in sys.argv[1:]))))
+    print(json.dumps(resources(sys.argv[1:] or tuple(TARGETS))))

@@ -1,0 +1,97 @@
+"""The Triton kernels compiled ahead of time for every named target: what they take of it, beside the tracked table."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "gpkernels" / "triton_kernels.csv"
+COLUMNS = ("call", "kernel", "dtype", "target", "registers", "spills", "shared", "widest_load")
+VERSION = "3.9.0"  # of the Triton that the table was made with
+HALVES = (("sm_80", "sm_90"), ("sm_100", "gfx90a", "gfx942"))  # two processes at once
+# Loads of less than 16 bytes: rows or windows of two elements, a reduction of one.
+NARROW = ("gradient_norm_penalty of short rows", "score_loss of one score", "mean_pool", "mean_pool_backward")
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def _start(targets: tuple[str, ...]) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    environment["PYTHONWARNINGS"] = "ignore"
+    command = [sys.executable, str(ROOT / "tests" / "triton_resources.py"), *targets]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def measure() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for process in [_start(targets) for targets in HALVES]:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        rows += json.loads(out)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[tuple[str, ...], dict[str, Any]]:
+    return {tuple(row[c] for c in COLUMNS[:4]): row for row in measure()}
+
+
+def tracked() -> dict[tuple[str, ...], dict[str, int]]:
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {tuple(row[c] for c in COLUMNS[:4]): {c: int(row[c]) for c in COLUMNS[4:]} for row in rows}
+
+
+@pytest.mark.parametrize("row", tracked(), ids=lambda row: f"{row[0]} in {row[2]} on {row[3]}, {row[1]}")
+def test_kernel_keeps_to_its_registers_and_shared_memory(row: tuple[str, ...], resources: dict) -> None:
+    import triton
+
+    now, before = resources[row], tracked()[row]
+    assert now["spills"] == 0
+    assert now["registers"] <= 128
+    assert now["shared"] <= 16384
+    if triton.__version__ == VERSION:
+        assert now["registers"] <= before["registers"]
+        assert now["shared"] <= before["shared"]
+        assert now["widest_load"] >= before["widest_load"]
+
+
+def test_table_lists_every_kernel_and_target(resources: dict) -> None:
+    assert set(resources) == set(tracked())
+
+
+def test_kernels_that_stream_read_16_bytes_at_a_time(resources: dict) -> None:
+    narrow = {row["call"] for row in resources.values() if row["widest_load"] < 16}
+    assert narrow <= set(NARROW)
+
+
+def test_kernels_ask_for_nothing_that_one_vendor_alone_has(resources: dict) -> None:
+    assert not [row for row in resources.values() if row["foreign"]]
+    for file in (ROOT / "gpkernels" / "triton").glob("*.py"):
+        assert not re.search(r"libdevice|inline_asm|language\.extra|tensor_descriptor|num_ctas", file.read_text()), file
+
+
+def write_table() -> None:
+    """After a change that is meant: ``python tests/test_triton_compiles.py`` writes the table anew."""
+    TABLE.parent.mkdir(exist_ok=True)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(measure())
+
+
+if __name__ == "__main__":
+    write_table()

@@ -1,0 +1,112 @@
+"""The Triton kernels in Triton's interpreter: against the reference, and beside pages that nobody may touch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import triton_cases
+from gpkernels import ops
+
+TESTS = Path(__file__).parent
+RUNS: dict[str, Any] = {}
+NAMES = [(op, name) for name, op, _ in triton_cases.cases()]
+GUARDS = ("guarded-start", "guarded-end")
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+UNMASKED = """
+import sys
+import torch, triton, triton.language as tl
+from guarded import guarded
+
+@triton.jit
+def copy(x, y, count, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < count) if MASKED else tl.load(x + at)
+    tl.store(y + at, value, mask=at < count)
+
+x, y = guarded(torch.randn(10), at_end=True), guarded(torch.zeros(10), at_end=True)
+copy[(1,)](x, y, 10, BLOCK=16, MASKED=sys.argv[1] == "masked")
+assert torch.equal(x, y)
+"""
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    environment.pop("GPKERNELS_BACKEND", None)
+    environment["OMP_NUM_THREADS"] = "1"  # small tensors, and several processes at once
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], env=environment, **pipes)
+
+
+def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def interpret(*command: str) -> subprocess.CompletedProcess[str]:
+    return finished(start(*command))
+
+
+def cases(guard: str = "") -> dict[str, list[str]]:
+    """(worst error, share of what it may be) of each case; a process runs them all, once, guarded ones beside it."""
+    if not RUNS:
+        programs = {g: start(str(TESTS / "triton_cases.py"), *([g] if g else [])) for g in ("", *GUARDS)}
+        RUNS.update({g: finished(program) for g, program in programs.items()})
+    done = RUNS[guard]
+    # After a crash the last line of stderr names the case.
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("op", sorted({op for op, _ in NAMES}))
+@pytest.mark.parametrize("dtype", triton_cases.DTYPES)
+def test_kernel_gives_the_references_numbers_shapes_and_strides(op: str, dtype: str) -> None:
+    found = cases()
+    names = [name for own, name in NAMES if own == op and name.partition(" of ")[2].startswith(dtype)]
+    assert names
+    wrong = {name: found[name] for name in names if not float(found[name][1]) <= 1.0}
+    assert not wrong
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_kernels_touch_no_memory_but_their_tensors(guard: str) -> None:
+    found = cases(guard)
+    assert {name.partition(" ")[0] for name in found} == {op for op, _ in NAMES}
+    assert all(float(share) <= 1.0 for _, share in found.values())
+
+
+@pytest.mark.parametrize(("mask", "dies"), [("masked", False), ("unmasked", True)])
+def test_a_forbidden_page_kills_an_unmasked_kernel_and_no_other(mask: str, dies: bool, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(UNMASKED)
+    done = interpret(str(program), mask)
+    assert (done.returncode < 0) == dies, done.stderr
+    assert dies or done.returncode == 0, done.stderr
+
+
+def test_uniform_numbers_are_the_references_to_the_last_bit() -> None:
+    assert all(float(v[0]) == 0.0 for name, v in cases().items() if name.startswith("interpolate_random 1 of float64"))
+    assert all(float(v[0]) <= 1e-16 for name, v in cases().items() if name.startswith("instance_noise 2 of float64"))
+
+
+def test_launchers_have_cases_and_refuse_shapes_that_would_read_out_of_bounds() -> None:
+    done = interpret(str(TESTS / "triton_cases.py"), "refusals")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert set(found["kernels"]) == {op for op, _ in NAMES} == set(ops.ALL) - {"mlp_critic_step"}
+    assert found["raised"] == dict.fromkeys(found["raised"], "RuntimeError")
+
+
+def test_importing_the_library_imports_no_triton() -> None:
+    script = "import sys, gpkernels; assert not [m for m in sys.modules if m.startswith('gpkernels.triton')]"
+    assert interpret("-c", script).returncode == 0
