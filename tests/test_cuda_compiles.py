@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every architecture, without spills and within a tracked budget, and register their ops."""
+"""The CUDA kernels compile for every architecture, without spills, within a tracked budget, and register their ops."""
 
 from __future__ import annotations
 

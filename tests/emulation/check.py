@@ -1,6 +1,6 @@
 """Run emulated kernels on many arguments and compare with the reference: `python check.py LIBRARY [op ...]`.
 
-A process of its own, for sanitizers and for kernels with bugs. Its last line says what was found: "ok", "wrong value" or
+A process of its own, for sanitizers and kernels with bugs. Its last line says what was found: "ok", "wrong value" or
 the emulation's complaint; a sanitizer ends the process itself.
 """
 
