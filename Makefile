@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test lint format install clean
+.PHONY: train test test-gpu lint format install clean
 
 train: install  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer where that is there
+	$(BIN)/python -m pytest tests/test_gpu.py
+	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k raw_op; fi
 
 lint: install  ## style, types and C++ format
 	$(BIN)/ruff check .

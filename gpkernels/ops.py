@@ -319,7 +319,7 @@ affine_gradients = Op(
 
 def _resized(x: Tensor, rows: int, cols: int) -> Tensor:
     layout = memory_format(x) if x.dim() == 4 else torch.contiguous_format
-    return x.new_empty((*x.shape[:-2], rows, cols)).contiguous(memory_format=layout)
+    return torch.empty((*x.shape[:-2], rows, cols), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 mean_pool = Op(

@@ -7,7 +7,9 @@ import inspect
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gpkernels as gpk
 from cases import CASES, Case, raw_arguments
@@ -106,6 +108,33 @@ def test_raw_op_gives_the_references_numbers(name: str) -> None:
     for arguments in raw_arguments()[name]:
         ours, exact = ops.ALL[name](*arguments), ops.ALL[name].implementation(*arguments)
         torch.testing.assert_close(ours, exact, check_stride=True)
+
+
+@pytest.mark.parametrize("name", ops.ALL)
+def test_raw_op_is_traced_for_cuda_tensors_where_there_is_no_gpu(name: str) -> None:
+    def fake(x: object) -> object:
+        is_tensor = isinstance(x, Tensor)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if is_tensor else x
+
+    for arguments in raw_arguments()[name]:
+        with FakeTensorMode():
+            found = ops.ALL[name].overload(*tree_map(fake, arguments))
+        tensors = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+        assert all(x.device.type == "cuda" for x in tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exports_with_the_same_numbers(name: str) -> None:
+    case = CASES[name]
+    inputs = [x.detach() for x in case.inputs((3, 4), torch.float32)]
+
+    class Called(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return case.function(*tensors)
+
+    exported = torch.export.export(Called(), tuple(inputs))
+    assert "gpkernels" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(*inputs), case.function(*inputs))
 
 
 def test_every_raw_op_has_arguments_to_check() -> None:

@@ -1,0 +1,124 @@
+"""The GPU kernels on a GPU: `make test-gpu`. Everything here skips where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import gpkernels as gpk
+from cases import CASES, raw_arguments
+from critics import ResidualCritic, mlp
+from gpkernels import backends, ops
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = backends.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    with gpk.backend(request.param):
+        yield request.param
+
+
+def moved(value: object, device: torch.device) -> object:
+    """Tensors on a device, in their own strides; everything else as it is."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value)
+
+
+def tolerance(value: object) -> dict[str, float]:
+    found: list[Tensor] = []
+    tree_map(lambda x: found.append(x) if isinstance(x, Tensor) else None, value)
+    half = any(x.dtype in (torch.float16, torch.bfloat16) for x in found)
+    return {"rtol": 2e-2, "atol": 2e-3} if half else {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("name", [name for name in ops.ALL if name != "mlp_critic_step"])
+def test_raw_op_gives_the_references_numbers(name: str, gpu_backend: str) -> None:
+    op = ops.ALL[name]
+    for given in raw_arguments()[name]:
+        on_device = moved(given, DEVICE)
+        ours, exact = op(*on_device), op.implementation(*given)
+        if op.overload._schema.is_mutable:
+            ours, exact = on_device, given
+        torch.testing.assert_close(moved(ours, torch.device("cpu")), exact, **tolerance(given))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (257, 2), (64, 3072), (4096, 105), (3, 1_000_003)])
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients_agree_with_float64(name: str, shape: tuple[int, ...], gpu_backend: str) -> None:
+    case = CASES[name]
+    exact_inputs = case.inputs(shape, torch.float64)
+    inputs = [x.float().to(DEVICE) for x in exact_inputs]
+    results = []
+    for function, some in ((case.function, inputs), (case.specification, exact_inputs)):
+        leaves = case.differentiable(some)
+        value = function(*some)
+        results.append([value, *torch.autograd.grad(value.sum(), leaves, allow_unused=True)])
+    for ours, exact in zip(*results, strict=True):
+        scale = float(exact.detach().norm().clamp_min(1.0))
+        assert float((ours.detach().double().cpu() - exact.detach()).norm()) <= 2e-5 * scale
+
+
+def test_a_graph_can_be_captured_and_replayed(gpu_backend: str) -> None:
+    real, fake, eps = (
+        torch.randn(64, 3072, device=DEVICE),
+        torch.randn(64, 3072, device=DEVICE),
+        torch.rand(64).to(DEVICE),
+    )
+
+    def penalty() -> Tensor:
+        mixed = ops.interpolate(real, fake, eps)
+        value: Tensor = ops.gradient_norm_penalty(mixed, 1.0, False, 1)[0]
+        return value
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        penalty()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = penalty()
+    for _ in range(3):
+        real.normal_()
+        graph.replay()
+        torch.testing.assert_close(captured, penalty())
+
+
+def test_two_streams_do_not_disturb_each_other(gpu_backend: str) -> None:
+    inputs = [torch.randn(256, 4099, device=DEVICE) for _ in range(2)]
+    expected = [ops.gradient_norm_penalty(x, 1.0, False, 1)[0] for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    found: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for stream, x, values in zip(streams, inputs, found, strict=True):
+            with torch.cuda.stream(stream):
+                values.append(ops.gradient_norm_penalty(x, 1.0, False, 1)[0])
+    torch.cuda.synchronize()
+    for values, value in zip(found, expected, strict=True):
+        assert all(torch.equal(v, value) for v in values)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "residual"])
+def test_a_critic_step_is_that_of_the_cpu(kind: str, gpu_backend: str) -> None:
+    critic, shape = (
+        (mlp(6, 32, 32, 1), (64, 6)) if kind == "mlp" else (ResidualCritic(8, 16, "layer_norm"), (4, 3, 16, 16))
+    )
+    real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
+    with gpk.backend("reference"):
+        exact = torch.autograd.grad(gpk.CriticLoss(critic)(real, fake, eps=eps).loss, list(critic.parameters()))
+    critic = critic.to(DEVICE)
+    on_device = [x.to(DEVICE) for x in (real, fake)]
+    ours = torch.autograd.grad(gpk.CriticLoss(critic)(*on_device, eps=eps.to(DEVICE)).loss, list(critic.parameters()))
+    scale = max(float(g.norm()) for g in exact)
+    for a, b in zip(ours, exact, strict=True):
+        assert float((a.cpu() - b).norm()) <= 1e-3 * scale
