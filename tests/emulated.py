@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TORCH = Path(torch.__file__).parent
 NAMESPACE = "gpkernels_emulated"
+COUNTER = ROOT / "tests" / "emulation" / "launches.cpp"
 FLAGS = {
     "plain": ["-O1"],
     "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -41,7 +43,7 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = lambda name
         *(ROOT / "csrc" / "cuda").glob("*.h"),
         *(ROOT / "tests/emulation").glob("*.h"),
     ]
-    texts = {str(path.relative_to(ROOT)): patch(path.name, path.read_text()) for path in [*SOURCES, *headers]}
+    texts = {str(path.relative_to(ROOT)): patch(path.name, path.read_text()) for path in [*SOURCES, COUNTER, *headers]}
     key = hashlib.sha256(repr((torch.__version__, FLAGS[flavour], only, sorted(texts.items()))).encode()).hexdigest()[
         :16
     ]
@@ -62,7 +64,7 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = lambda name
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_one, [*sources, COUNTER]))
     link = [str(compiler()), "-shared", *FLAGS[flavour], "-o", str(library), *map(str, objects)]
     run([*link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"])
     return library
@@ -83,3 +85,8 @@ def kernels(library: Path) -> dict[str, Any]:
     defined = {name: op.define_in(_library) for name, op in ops.ALL.items() if name != "mlp_critic_step"}
     torch.ops.load_library(str(library))
     return defined
+
+
+def launches(library: Path) -> int:
+    """How many kernels this process has launched."""
+    return int(ctypes.CDLL(str(library)).emulated_launches())

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import emulated
+from cases import raw_arguments
+from gpkernels import ops
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
 
@@ -51,6 +54,31 @@ def test_every_kernel_is_right_in_any_order_of_threads_and_blocks(order: str) ->
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers(order: str) -> None:
     assert verdict(emulated.build("sanitized"), "sanitized", order) == "ok"
+
+
+# Launches of each op, for a pair of tensors where it takes several.
+LAUNCHES = {"consistency_backward": 2, "score_loss_backward": 2}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ops.ALL if name != "mlp_critic_step"))
+def test_an_op_is_one_launch(name: str) -> None:
+    library = emulated.build()
+    kernel = emulated.kernels(library)[name]
+    for arguments in raw_arguments()[name]:
+        before = emulated.launches(library)
+        kernel(*arguments)
+        assert 1 <= emulated.launches(library) - before <= LAUNCHES.get(name, 1)
+
+
+def test_hundreds_of_weights_are_one_launch() -> None:
+    library = emulated.build()
+    kernels = emulated.kernels(library)
+    weights, gradients, squares = ([torch.rand(1 + i % 7) for i in range(500)] for _ in range(3))
+    before = emulated.launches(library)
+    kernels["clip_weights_"](weights, 0.1)
+    kernels["rmsprop_"](weights, gradients, squares, [], [], 1e-2, 0.9, 1e-8, 0.0, 0.0, False, 0.05)
+    assert emulated.launches(library) - before == 2
+    assert max(float(w.abs().max()) for w in weights) <= 0.05
 
 
 def _replace(file: str, old: str, new: str) -> Callable[[str, str], str]:

@@ -1,20 +1,14 @@
 // mean_pool: means of h x w windows that tile each image, and the backward, which spreads a window's cotangent.
+#include "../windows.h"
 #include "loops.h"
 
 namespace gpk::cpu {
 namespace {
 
-// Images in memory: rows of windows; each element is a vector of `lanes`, the channels if they come last.
-struct Windows {
-  int64_t rows, cols, lanes, h, w;
-  int64_t out_row() const { return cols * lanes; }
-  int64_t in_row() const { return cols * w * lanes; }
-};
-
 // One row of windows: the sum goes through a window row by row, as PyTorch's does.
 template <int64_t kWidth, typename T, typename A>
 GPK_SIMD void pool_row(const T* x, T* y, Windows v, A share) {
-  const int64_t width = kWidth ? kWidth : v.w, stride = v.in_row();
+  const int64_t width = kWidth ? kWidth : v.w, stride = in_row(v);
   for (int64_t j = 0; j < v.cols; ++j) {
     A sum = 0;
     for (int64_t r = 0; r < v.h; ++r)
@@ -32,7 +26,7 @@ GPK_SIMD void pool_lanes(const T* x, T* y, Windows v, A share) {
       A sums[kBlock] = {};
       for (int64_t r = 0; r < v.h; ++r)
         for (int64_t k = 0; k < v.w; ++k) {
-          const T* from = x + r * v.in_row() + (j * v.w + k) * v.lanes + begin;
+          const T* from = x + r * in_row(v) + (j * v.w + k) * v.lanes + begin;
           for (int64_t lane = 0; lane < count; ++lane) sums[lane] += A(from[lane]);
         }
       for (int64_t lane = 0; lane < count; ++lane) y[j * v.lanes + begin + lane] = T(sums[lane] * share);
@@ -41,7 +35,7 @@ GPK_SIMD void pool_lanes(const T* x, T* y, Windows v, A share) {
 
 template <int64_t kWidth, int64_t kLanes, typename T, typename A>  // known ones, or 0
 GPK_SIMD void spread_row(const T* c, T* x, Windows v, A share) {
-  const int64_t width = kWidth ? kWidth : v.w, lanes = kLanes ? kLanes : v.lanes, stride = v.in_row();
+  const int64_t width = kWidth ? kWidth : v.w, lanes = kLanes ? kLanes : v.lanes, stride = in_row(v);
   for (int64_t j = 0; j < v.cols; ++j)
     for (int64_t k = 0; k < width; ++k)
       for (int64_t lane = 0; lane < lanes; ++lane)
@@ -49,32 +43,11 @@ GPK_SIMD void spread_row(const T* c, T* x, Windows v, A share) {
   for (int64_t r = 1; r < v.h; ++r) std::copy_n(x, stride, x + r * stride);
 }
 
-// Images like x with their last two axes changed by f, in x's order.
-template <typename F>
-Tensor resized(const Tensor& x, MemoryFormat format, int64_t h, int64_t w, const F& f) {
-  std::vector<int64_t> sizes = sizes_of(x);
-  f(sizes[sizes.size() - 2], h);
-  f(sizes.back(), w);
-  return empty_strided(x, sizes, dense_strides(sizes, format), dtype_code(x));
-}
-
-MemoryFormat format_of(const Tensor& x, int64_t h, int64_t w) {
-  STD_TORCH_CHECK(x.dim() >= 2 && h > 0 && w > 0, "x: expected images, and windows that are not empty");
-  return x.dim() == 4 ? common_format({&x}) : MemoryFormat::Contiguous;
-}
-
-// The small side of the two, in memory.
-Windows windows_of(const Tensor& small, MemoryFormat format, int64_t h, int64_t w) {
-  const int64_t dims = small.dim(), lanes = format == MemoryFormat::Contiguous ? 1 : small.size(1);
-  const int64_t cols = small.size(dims - 1);
-  return {small.numel() / std::max<int64_t>(1, cols * lanes), cols, lanes, h, w};
-}
-
 // Calls f(kernel variant, row of windows).
 template <typename T, typename A, typename Kernel, typename F>
 void for_rows(const Windows& v, Kernel* any, Kernel* pairs, Kernel* pixels, const F& f) {
   Kernel* kernel = v.lanes > 1 ? any : v.w == 2 ? pairs : pixels;
-  const int64_t grain = std::max<int64_t>(1, kTile / std::max<int64_t>(1, v.h * v.in_row()));
+  const int64_t grain = std::max<int64_t>(1, kTile / std::max<int64_t>(1, v.h * in_row(v)));
   parallel(v.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) f(kernel, row);
   });
@@ -92,7 +65,7 @@ Tensor mean_pool_cpu(Tensor x, int64_t h, int64_t w) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     for_rows<T, A>(v, &pool_lanes<T, A>, &pool_row<2, T, A>, &pool_row<0, T, A>, [&](auto* pool, int64_t row) {
-      pool(data<T>(from) + row * h * v.in_row(), mutable_data<T>(out) + row * v.out_row(), v, A(1) / A(h * w));
+      pool(data<T>(from) + row * h * in_row(v), mutable_data<T>(out) + row * out_row(v), v, A(1) / A(h * w));
     });
   });
   return out;
@@ -108,7 +81,7 @@ Tensor mean_pool_backward_cpu(Tensor cotangent, int64_t h, int64_t w) {
     using A = Accumulate<T>;
     for_rows<T, A>(
         v, &spread_row<0, 0, T, A>, &spread_row<2, 1, T, A>, &spread_row<0, 1, T, A>, [&](auto* spread, int64_t row) {
-          spread(data<T>(from) + row * v.out_row(), mutable_data<T>(out) + row * h * v.in_row(), v, A(1) / A(h * w));
+          spread(data<T>(from) + row * out_row(v), mutable_data<T>(out) + row * h * in_row(v), v, A(1) / A(h * w));
         });
   });
   return out;

@@ -1,13 +1,9 @@
 // mean_pool: means of h x w windows that tile each image, and the backward, which spreads a window's cotangent.
+#include "../windows.h"
 #include "device.h"
 
 namespace gpk::cuda {
 namespace {
-
-// Images in memory: rows of windows; each element is a vector of `lanes`, the channels if they come last.
-struct Windows {
-  int64_t rows, cols, lanes, h, w;
-};
 
 template <typename T, typename A>
 __global__ void GPK_BOUNDS pool_kernel(const T* x, T* y, Windows v) {
@@ -29,24 +25,6 @@ __global__ void GPK_BOUNDS spread_kernel(const T* c, T* x, Windows v) {
     const int64_t lane = i % v.lanes, col = i / v.lanes % width, row = i / (v.lanes * width);
     x[i] = T(A(c[(row / v.h * v.cols + col / v.w) * v.lanes + lane]) * (A(1) / A(v.h * v.w)));
   }
-}
-
-MemoryFormat format_of(const Tensor& x, int64_t h, int64_t w) {
-  STD_TORCH_CHECK(x.dim() >= 2 && h > 0 && w > 0, "x: expected images, and windows that are not empty");
-  return x.dim() == 4 ? common_format({&x}) : MemoryFormat::Contiguous;
-}
-
-template <typename F>
-Tensor resized(const Tensor& x, MemoryFormat format, int64_t h, int64_t w, const F& f) {
-  std::vector<int64_t> sizes = sizes_of(x);
-  f(sizes[sizes.size() - 2], h);
-  f(sizes.back(), w);
-  return empty_strided(x, sizes, dense_strides(sizes, format), dtype_code(x));
-}
-
-Windows windows_of(const Tensor& small, MemoryFormat format, int64_t h, int64_t w) {
-  const int64_t lanes = format == MemoryFormat::Contiguous ? 1 : small.size(1), cols = small.size(small.dim() - 1);
-  return {small.numel() / std::max<int64_t>(1, cols * lanes), cols, lanes, h, w};
 }
 
 Tensor mean_pool_cuda(Tensor x, int64_t h, int64_t w) {

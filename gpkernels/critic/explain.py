@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from gpkernels.critic.mlp import native_layers
 from gpkernels.critic.record import scores_of
@@ -54,12 +53,14 @@ class _Flops(TorchDispatchMode):
     """FLOPs of products and convolutions, by PyTorch's own registry."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # it imports Triton, which importing this must not
+
         super().__init__()
-        self.total = 0
+        self.total, self.registry = 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = self.registry.get(func._overloadpacket)
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out
