@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpkernels import ops
 from gpkernels.critic.double_backward import depth, fast_double_backward
-from gpkernels.critic.parts import Between
+from gpkernels.critic.parts import Between, points_of
 from gpkernels.critic.record import scores_of
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.tape import NoRule, unwrapped
@@ -123,8 +123,7 @@ def _penalty(
             return penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)
         except NoRule:
             pass
-    points = points.points() if isinstance(points, Between) else points
-    grad = input_gradient(critic, points, args, kwargs)
+    grad = input_gradient(critic, points_of(points), args, kwargs)
     return gradient_norm_penalty(grad.reshape(-1, grad.shape[-1]) if by_point else grad, target, one_sided=one_sided)
 
 

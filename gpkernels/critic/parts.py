@@ -49,6 +49,11 @@ class Between(NamedTuple):
         return mixed
 
 
+def points_of(points: Tensor | Between) -> Tensor:
+    """Points as a tensor, computed now if they were not."""
+    return points.points() if isinstance(points, Between) else points
+
+
 class Parts(NamedTuple):
     loss: Tensor
     adversarial: Tensor

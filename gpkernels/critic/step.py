@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpkernels import ops
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.mlp import native_layers, native_penalty, native_step
-from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty
+from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty, points_of
 from gpkernels.critic.passes import add_curved_penalty_gradients, add_penalty_gradients, record_input_gradient
 from gpkernels.critic.record import node_of_scores, record, scores_of
 from gpkernels.critic.tape import Gradients, Node, NoRule, Tape, unwrapped
@@ -46,7 +46,7 @@ def penalty_on_gradient(
         layers = native_layers(unwrapped(critic), points[0] if isinstance(points, Between) else points)
         if layers is not None:
             return native_penalty(layers, points, Penalty(1.0, target, one_sided))
-    points = points.points() if isinstance(points, Between) else points.detach()
+    points = points_of(points).detach()
     tape, output = record(critic, points, args, kwargs)
     wanted = torch.is_grad_enabled() and tape.gradients.weights
     with torch.no_grad(), _passes(points.device):
@@ -89,7 +89,7 @@ def critic_step(
         layers = native_layers(unwrapped(critic), real)
         if layers is not None and (shared is None or adversarial.linear or layers.weights[-1].shape[0] == 1):
             return native_step(layers, real, fake, points, adversarial, penalty)
-    points = points.points() if isinstance(points, Between) else points
+    points = None if points is None else points_of(points)
     plain = [_Group(name, x) for name, x in (("real", real), ("fake", fake)) if x is not shared]
     if consistency is not None:
         plain.insert(1, _Group("again", real))
