@@ -78,15 +78,24 @@ def takes_triton(device_type: str) -> bool:
 
 
 def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op]) -> None:
-    """Triton kernels where "auto" takes them; each is imported when it is first called."""
-    for device in filter(takes_triton, GPUS):
-        for name in ops:
-            if name != "mlp_critic_step":  # composed of PyTorch's products
+    """What is not in the CUDA library: Triton kernels where "auto" takes them, imported when one is first called."""
+    for device in GPUS:
+        if takes_triton(device):
+            for name in ops:
                 library.impl(name, _later(name), device.upper())
+        elif running(device) != "reference":
+            library.impl("mlp_critic_step", composed_step, device.upper())
 
 
 def _later(name: str) -> Callable[..., Any]:
     return lambda *args: triton_kernels()[name](*args)
+
+
+def composed_step(*args: Any) -> Any:
+    """``mlp_critic_step`` of a backend that has its pieces alone."""
+    from gpkernels.composed import mlp_critic_step  # which calls the ops that this module serves
+
+    return mlp_critic_step(*args)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -162,6 +171,16 @@ def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
     return op.overload
 
 
+def fuses_mlps(device_type: str) -> bool:
+    """Whether ``mlp_critic_step`` on this device type runs as more than the reference."""
+    if _forced in _tables:
+        return True
+    if _forced == "triton" and device_type == "cpu":
+        return interprets_triton()
+    known = running(device_type)
+    return known != "reference" and _forced in (None, known, "triton" if device_type in GPUS else known)
+
+
 def running(device_type: str) -> str:
     """The backend that "auto" takes for a device type."""
     if device_type == "cpu":
@@ -169,6 +188,12 @@ def running(device_type: str) -> str:
     if device_type == "cuda" and cuda_error is None:
         return "cuda"
     return "triton" if takes_triton(device_type) else "reference"
+
+
+def running_op(name: str, device_type: str) -> str:
+    """The backend that "auto" takes for one op's tensors on a device type."""
+    known = torch._C._dispatch_has_kernel_for_dispatch_key(f"gpkernels::{name}", device_type.upper())
+    return running(device_type) if known else "reference"
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

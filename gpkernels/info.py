@@ -30,7 +30,10 @@ def facts() -> dict[str, Any]:
         "build": extension.build_info() if extension is not None else None,
         "build_error": backends.extension_error,
         "instruction_set": extension.instruction_set() if extension is not None else None,
-        "ops": sorted(ops.ALL),
+        "ops": {
+            name: {device: backends.running_op(name, device) for device in ("cpu", *backends.GPUS)}
+            for name in sorted(ops.ALL)
+        },
         "hardware": (
             "CPU kernels run on this machine's CPU; CUDA kernels have run in a host's emulation and Triton kernels in "
             "Triton's interpreter; no kernel has run on a GPU"
@@ -67,5 +70,9 @@ def render() -> str:
         ]
     else:
         lines.append(f"extension: not loaded: {known['build_error']}")
-    lines += ["ops: " + ", ".join(known["ops"]), known["hardware"]]
+    devices = ("cpu", *backends.GPUS)
+    lines.append(f"{'op':<34}" + "".join(f"{f'on {device}':<12}" for device in devices).rstrip())
+    for name, runs in known["ops"].items():
+        lines.append(f"  {name:<32}" + "".join(f"{runs[device]:<12}" for device in devices).rstrip())
+    lines += [known["hardware"]]
     return "\n".join(lines)

@@ -338,18 +338,54 @@ mean_pool_backward = Op(
 
 def _mlp_critic_step_fake(
     plain: Sequence[Tensor], points: Sequence[Tensor], weights: Sequence[Tensor], *options: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
     gradients = [x for w in weights for x in (w.new_empty(w.shape), w.new_empty(w.shape[0]))]
-    scalars = [weights[0].new_empty(()) for _ in range(3)]
-    return scalars[0], scalars[1], scalars[2], gradients if options[-1] else []
+    return weights[0].new_empty(4), gradients if options[-1] else []
 
 
 mlp_critic_step = Op(
     "mlp_critic_step(Tensor[] plain, Tensor[] points, Tensor[] weights, Tensor[] biases, float[] slopes, int real,"
     " int fake, int real_kind, int fake_kind, float weight, float target, bool one_sided, bool gradients)"
-    " -> (Tensor, Tensor, Tensor, Tensor[])",
+    " -> (Tensor, Tensor[])",
     reference.mlp_critic_step,
     _mlp_critic_step_fake,
+)
+
+# What lies between the products of that step. It is one op on CPUs; on GPUs ``composed`` makes it of these.
+critic_batch = Op(
+    "critic_batch(Tensor[] plain, Tensor[] points) -> Tensor",
+    reference.critic_batch,
+    lambda plain, points: (x := [*plain, *points][0]).new_empty((len(plain) + bool(points)) * x.shape[0], x.shape[1]),
+)
+bias_activation_ = Op(
+    "bias_activation_(Tensor(a!) y, Tensor bias, float slope) -> ()",
+    reference.bias_activation_,
+    lambda y, bias, slope: None,
+)
+score_seeds = Op(
+    "score_seeds(Tensor scores, Tensor bias, int n, int real, int fake, int real_kind, int fake_kind, int plain)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.score_seeds,
+    lambda scores, bias, n, real, fake, real_kind, fake_kind, plain: (
+        scores.new_empty(4),
+        scores.new_empty(scores.shape),
+        scores.new_empty(n if n * max(real, fake) >= plain else 0),
+    ),
+)
+masked_outer = Op(
+    "masked_outer(Tensor seeds, Tensor w, Tensor y, float slope) -> Tensor",
+    reference.masked_outer,
+    lambda seeds, w, y, slope: y.new_empty(y.shape),
+)
+penalty_direction_ = Op(
+    "penalty_direction_(Tensor(a!) gradient, Tensor(b!) parts, float weight, float target, bool one_sided) -> ()",
+    reference.penalty_direction_,
+    lambda gradient, parts, weight, target, one_sided: None,
+)
+column_sums = Op(
+    "column_sums(Tensor[] matrices, int plain, Tensor scale) -> Tensor[]",
+    reference.column_sums,
+    lambda matrices, plain, scale: [x.new_empty(x.shape[1]) for x in matrices],
 )
 
 ALL: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}

@@ -367,20 +367,17 @@ def mlp_critic_step(
     target: float,
     one_sided: bool,
     gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """adversarial + weight * penalty, both of them alone, and the loss's gradients for each weight and bias.
+) -> tuple[Tensor, list[Tensor]]:
+    """The parts (adversarial + weight * penalty, adversarial, penalty, 0), and the first's gradients for each weight
+    and bias.
 
-    The critic is linear layers with max(x, slope x) between them; an empty bias is none. plain: batches (N, d) that are
-    only scored. points: none, the batch that is penalised, or (real, fake, eps) to interpolate, with a Philox key in
-    eps' place to draw it. ``real`` and ``fake`` say which group is scored as what (-1: none is), counting plain ones,
-    then the points. Where the points are scored, their loss must have one slope a row.
+    The critic is linear layers between which x stays where x > 0 and becomes slope x elsewhere; an empty bias is none.
+    plain: batches (N, d) that are only scored, each of them as real or as fake. points: none, the batch that is
+    penalised, or (real, fake, eps) to interpolate, with a Philox key in eps' place to draw it. ``real`` and ``fake``
+    say which group is scored as what (-1: none is), counting plain ones, then the points. Where the points are scored,
+    their loss must have one slope a row.
     """
-    if len(points) == 3:
-        first, second, eps = points
-        random = eps.dtype == torch.int64
-        points = [interpolate_random(first, second, eps)[0] if random else interpolate(first, second, eps)]
-    groups = [*plain, *points]
-    batch, n = torch.cat(groups), groups[0].shape[0]
+    batch, n = critic_batch(plain, points), (plain or points)[0].shape[0]
     rows_plain = n * len(plain)
     acts = [batch]
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
@@ -418,4 +415,82 @@ def mlp_critic_step(
             if i < len(slopes):
                 tangent = torch.where(acts[i + 1][rows_plain:] > 0, pushed, slopes[i] * pushed)
         found += [deltas[i].t() @ operand, to_bias]
-    return loss + weight * penalty, loss, penalty, found
+    return torch.stack([loss + weight * penalty, loss, penalty, torch.zeros_like(loss)]), found
+
+
+# --- the pieces of that step between its products ---------------------------------------------------------------------
+
+
+def critic_batch(plain: Sequence[Tensor], points: Sequence[Tensor]) -> Tensor:
+    """The groups of ``mlp_critic_step``, (N, d) each, below one another: plain ones, then the points, if any."""
+    if len(points) == 3:
+        first, second, eps = points
+        random = eps.dtype == torch.int64
+        points = [interpolate_random(first, second, eps)[0] if random else interpolate(first, second, eps)]
+    return torch.cat([*plain, *points])
+
+
+def bias_activation_(y: Tensor, bias: Tensor, slope: float) -> None:
+    """y (R, C) becomes y + bias where that is above 0, slope (y + bias) elsewhere; an empty bias is none."""
+    if bias.numel():
+        y += bias
+    y.copy_(torch.where(y > 0, y, slope * y))
+
+
+def score_seeds(
+    scores: Tensor, bias: Tensor, n: int, real: int, fake: int, real_kind: int, fake_kind: int, plain: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, loss, 0, 0) of the scores, the cotangents to pull from them, and the penalised rows' own cotangents.
+
+    The scores (G n, C), to which the bias is still to be added, are those of G groups of n rows. ``real`` and ``fake``
+    are two of them, or -1, and each group below ``plain`` is one of those. Rows below ``plain`` have the loss's
+    cotangents phi'(s) / (n C); those from there on have 1, as the gradient of their summed scores is penalised. The
+    third result, (n,), holds phi'(s) / (n C) of a group there that counts in the loss, which has one slope a row;
+    otherwise it is empty.
+    """
+    scores = scores + bias if bias.numel() else scores
+    loss, seeds, scale = scores.new_zeros(()), scores.new_ones(scores.shape), scores.new_empty(0)
+    for group, kind in ((real, real_kind), (fake, fake_kind)):
+        if group < 0:
+            continue
+        rows = slice(group * n, (group + 1) * n)
+        loss = loss + score_loss([scores[rows]], [kind])
+        (slope,) = score_loss_backward(scores.new_ones(()), [scores[rows]], [kind])
+        if group * n < plain:
+            seeds[rows] = slope
+        else:
+            scale = slope[:, 0].clone()
+    return torch.stack([loss, loss, *loss.new_zeros(2)]), seeds, scale
+
+
+def masked_outer(seeds: Tensor, w: Tensor, y: Tensor, slope: float) -> Tensor:
+    """(seeds w) f'(y), the pull through a layer with one output and the activation before it: (R, 1), (1, C), (R, C).
+
+    f' is 1 or ``slope``, told from the sign of the activation's output y.
+    """
+    product = seeds * w
+    return torch.where(y > 0, product, slope * product).contiguous()
+
+
+def penalty_direction_(gradient: Tensor, parts: Tensor, weight: float, target: float, one_sided: bool) -> None:
+    """The gradient, (N, *), becomes weight times the gradient of its penalty, which is written down in the parts.
+
+    The penalty is the mean one of ``gradient_norm_penalty``: it is stored as the third of four parts, and weight times
+    it is added to the first.
+    """
+    penalty, coefficient = gradient_norm_penalty(gradient, target, one_sided, REDUCTIONS["mean"])
+    gradient.copy_(gradient_norm_penalty_backward(penalty.new_full((), weight), gradient, coefficient))
+    parts[0] += weight * penalty
+    parts[2] = penalty
+
+
+def column_sums(matrices: Sequence[Tensor], plain: int, scale: Tensor) -> list[Tensor]:
+    """Sums over the rows of each (R, C): those below ``plain`` count once, the others scale[row - plain] times.
+
+    An empty scale leaves those out.
+    """
+    sums = []
+    for x in matrices:
+        total = x[:plain].sum(0)
+        sums.append(total + scale @ x[plain:] if scale.numel() else total)
+    return sums

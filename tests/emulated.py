@@ -15,16 +15,21 @@ from typing import Any
 
 import torch
 
-from gpkernels import ops
+from gpkernels import backends, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TORCH = Path(torch.__file__).parent
 NAMESPACE = "gpkernels_emulated"
-COUNTER = ROOT / "tests" / "emulation" / "launches.cpp"
-FLAGS = {
-    "plain": ["-O1"],
-    "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+RUNTIME = ROOT / "tests" / "emulation" / "emulation.cpp"
+_SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Of kernels, of the runtime, and of the linker. The runtime hides from the race detector; where bytes are counted it
+# stands in for the detector's library.
+FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "plain": ([], [], []),
+    "sanitized": (_SANITIZERS, _SANITIZERS, _SANITIZERS),
+    "raced": (["-g1", "-fsanitize=thread"], ["-DGPK_EMULATION_RACES"], ["-fsanitize=thread"]),
+    "counted": (["-fsanitize=thread"], ["-DGPK_EMULATION_TRAFFIC"], []),
 }
 
 
@@ -43,7 +48,7 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = lambda name
         *(ROOT / "csrc" / "cuda").glob("*.h"),
         *(ROOT / "tests/emulation").glob("*.h"),
     ]
-    texts = {str(path.relative_to(ROOT)): patch(path.name, path.read_text()) for path in [*SOURCES, COUNTER, *headers]}
+    texts = {str(path.relative_to(ROOT)): patch(path.name, path.read_text()) for path in [*SOURCES, RUNTIME, *headers]}
     key = hashlib.sha256(repr((torch.__version__, FLAGS[flavour], only, sorted(texts.items()))).encode()).hexdigest()[
         :16
     ]
@@ -54,18 +59,22 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = lambda name
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    flags = ["-std=c++20", "-fPIC", "-DGPK_HOST_EMULATION", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *FLAGS[flavour]]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-DGPK_HOST_EMULATION", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    for_kernels, for_runtime, for_linker = FLAGS[flavour]
     includes = ["-isystem", str(TORCH / "include"), "-I", str(folder / "tests" / "emulation")]
 
-    def compile_one(source: Path) -> Path:
-        made = folder / f"{source.stem}.o"
-        text = folder / source.relative_to(ROOT)
-        run([str(compiler()), *flags, *includes, "-x", "c++", "-c", str(text), "-o", str(made)])
+    def compile_together(sources: list[Path]) -> Path:
+        made = folder / f"{sources[0].stem}.o"
+        text = made.with_suffix(".cpp")
+        text.write_text("".join(f'#include "{source.relative_to(ROOT)}"\n' for source in sources))
+        own = for_runtime if RUNTIME in sources else for_kernels
+        run([str(compiler()), *flags, *own, *includes, "-c", str(text), "-o", str(made)])
         return made
 
+    # PyTorch's headers take longer than the kernels: a compiler reads them once for half of the sources.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*sources, COUNTER]))
-    link = [str(compiler()), "-shared", *FLAGS[flavour], "-o", str(library), *map(str, objects)]
+        objects = list(pool.map(compile_together, filter(None, [sources[::2], sources[1::2], [RUNTIME]])))
+    link = [str(compiler()), "-shared", *for_linker, "-o", str(library), *map(str, objects)]
     run([*link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"])
     return library
 
@@ -84,9 +93,21 @@ def kernels(library: Path) -> dict[str, Any]:
     """The emulated kernels by raw op name."""
     defined = {name: op.define_in(_library) for name, op in ops.ALL.items() if name != "mlp_critic_step"}
     torch.ops.load_library(str(library))
-    return defined
+    return {**defined, "mlp_critic_step": backends.composed_step}
 
 
 def launches(library: Path) -> int:
     """How many kernels this process has launched."""
     return int(ctypes.CDLL(str(library)).emulated_launches())
+
+
+def memory_sets(library: Path) -> int:
+    """How many times this process has set memory on the device, which tickets need where blocks share a sum."""
+    return int(ctypes.CDLL(str(library)).emulated_memory_sets())
+
+
+def traffic(library: Path) -> tuple[int, int]:
+    """Bytes that kernels of a "counted" library have read and written in global memory, in this process."""
+    count = ctypes.CDLL(str(library)).emulated_bytes
+    count.restype = ctypes.c_uint64
+    return int(count(0)), int(count(1))

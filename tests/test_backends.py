@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -163,7 +164,9 @@ def test_info_prints_a_page_and_json_that_agree(capsys: pytest.CaptureFixture[st
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["torch"] == torch.__version__
-    assert facts["ops"] == sorted(ops.ALL)
+    assert list(facts["ops"]) == sorted(ops.ALL)
+    assert facts["ops"]["interpolate"]["cpu"] == backends.running("cpu")
+    assert facts["ops"]["column_sums"]["cpu"] == "reference"  # a piece of what is one op on CPUs
     assert facts["running"]["cpu"] == backends.running("cpu")
     assert cli.main(["info"]) == 0
     page = capsys.readouterr().out
@@ -216,3 +219,24 @@ def test_info_prints_what_each_gpu_kernel_needs() -> None:
     assert page.returncode == 0
     assert "gradient_norm_penalty: reduce_long_rows" in page.stdout
     assert "sm_90" in page.stdout
+
+
+@pytest.mark.parametrize(("cuda", "triton"), [(True, False), (False, True), (True, True), (False, False)])
+def test_gpus_get_triton_where_there_is_no_cuda_library_and_an_mlps_step_wherever_there_are_kernels(
+    cuda: bool, triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        registered: ClassVar[list[tuple[str, str]]] = []
+
+        def impl(self, name: str, kernel: object, key: str) -> None:
+            self.registered.append((name, key))
+
+    monkeypatch.setattr(backends, "cuda_error", None if cuda else "no library")
+    monkeypatch.setattr(backends, "has_triton", lambda: triton)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.xpu, "_is_compiled", lambda: False)
+    Library.registered.clear()
+    backends.register_device_kernels(Library(), ops.ALL)
+    everything = {(name, "CUDA") for name in ops.ALL}
+    expected = {("mlp_critic_step", "CUDA")} if cuda else everything if triton else set()
+    assert set(Library.registered) == expected

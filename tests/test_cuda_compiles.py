@@ -49,7 +49,8 @@ def test_wide_variants_load_and_store_sixteen_bytes(stem: str, kernel: str) -> N
     if tool is None:
         pytest.skip("Triton, which brings cuobjdump, is not installed")
     compiled.resources()
-    command = [str(tool), "-sass", "-arch", "sm_90", str(compiled.OBJECTS / f"{stem}.o")]
+    source = next(s for s in compiled.SOURCES if s.stem == stem)
+    command = [str(tool), "-sass", "-arch", "sm_90", str(compiled.object_of(source))]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     wide = [
         body
@@ -82,7 +83,7 @@ def test_the_kernels_register_for_cuda_tensors(tmp_path: Path) -> None:
     compiled.resources()
     stub, library = tmp_path / "stub.so", tmp_path / "kernels.so"
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(stub)], input=STUB, text=True, check=True)
-    objects = [str(compiled.OBJECTS / f"{source.stem}.o") for source in compiled.SOURCES]
+    objects = sorted({str(compiled.object_of(source)) for source in compiled.SOURCES})
     link = [str(compiled.nvcc()), "-shared", "-o", str(library), *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     subprocess.run(link, check=True, capture_output=True)
     command = [sys.executable, "-c", SCRIPT, str(stub), str(library)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,18 +26,35 @@ ORDERS = ("forward", "reverse", "random:1")
 PENALTY = ("gradient_norm_penalty", "gradient_norm_penalty_backward")
 
 
+RUNTIMES = {"plain": (), "sanitized": ("libasan.so", "libubsan.so"), "raced": ("libtsan.so",)}
+# Whose blocks or warps share sums. One process cannot have so many threads as all kernels' grids.
+SHARING = (
+    "affine_gradients",
+    "column_sums",
+    "consistency_term",
+    "gradient_norm_penalty",
+    "lipschitz_consistency",
+    "normalise_curvature",
+    "penalty_direction_",
+    "score_loss",
+    "score_seeds",
+)
+
+
+def _library_of_compiler(name: str) -> str:
+    command = [str(emulated.compiler()), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def verdict(library: Path, flavour: str, order: str, *names: str) -> str:
     """What checking a library says: its last line, or the sanitizer's finding."""
     environment = {**os.environ, "GPK_EMULATION_ORDER": order, "OMP_NUM_THREADS": "1"}
-    if flavour == "sanitized":
-        places = [
-            subprocess.run([str(emulated.compiler()), f"-print-file-name={name}"], capture_output=True, text=True)
-            for name in ("libasan.so", "libubsan.so")
-        ]
-        environment["LD_PRELOAD"] = " ".join(place.stdout.strip() for place in places)
-        environment["ASAN_OPTIONS"] = "detect_leaks=0:halt_on_error=1"
+    environment["LD_PRELOAD"] = " ".join(map(_library_of_compiler, RUNTIMES[flavour]))
+    environment["ASAN_OPTIONS"] = "detect_leaks=0:halt_on_error=1"
+    environment["TSAN_OPTIONS"] = "halt_on_error=1"
+    fixed = ["setarch", "-R"] if flavour == "raced" else []  # the race detector wants its own addresses
     done = subprocess.run(
-        [sys.executable, str(CHECK), str(library), *names],
+        [*fixed, sys.executable, str(CHECK), str(library), *names],
         env=environment,
         capture_output=True,
         text=True,
@@ -41,7 +62,7 @@ def verdict(library: Path, flavour: str, order: str, *names: str) -> str:
         check=False,
     )
     for line in done.stderr.splitlines():
-        if "runtime error:" in line or "ERROR: AddressSanitizer:" in line:
+        if any(mark in line for mark in ("runtime error:", "ERROR: AddressSanitizer:", "WARNING: ThreadSanitizer:")):
             return line
     return done.stdout.splitlines()[-1] if done.stdout else f"exit code {done.returncode}: {done.stderr[-500:]}"
 
@@ -56,6 +77,12 @@ def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers(
     assert verdict(emulated.build("sanitized"), "sanitized", order) == "ok"
 
 
+@pytest.mark.skipif(shutil.which("setarch") is None, reason="there is no setarch to run the race detector under")
+def test_no_two_threads_race() -> None:
+    """In one order: what the detector takes for ordered are barriers, shuffles and fences, not the turns of threads."""
+    assert verdict(emulated.build("raced"), "raced", "random:1", *SHARING) == "ok"
+
+
 # Launches of each op, for a pair of tensors where it takes several.
 LAUNCHES = {"consistency_backward": 2, "score_loss_backward": 2}
 
@@ -65,9 +92,10 @@ def test_an_op_is_one_launch(name: str) -> None:
     library = emulated.build()
     kernel = emulated.kernels(library)[name]
     for arguments in raw_arguments()[name]:
-        before = emulated.launches(library)
+        before, sets = emulated.launches(library), emulated.memory_sets(library)
         kernel(*arguments)
         assert 1 <= emulated.launches(library) - before <= LAUNCHES.get(name, 1)
+        assert emulated.memory_sets(library) - sets <= (name in SHARING)
 
 
 def test_hundreds_of_weights_are_one_launch() -> None:
@@ -81,6 +109,30 @@ def test_hundreds_of_weights_are_one_launch() -> None:
     assert max(float(w.abs().max()) for w in weights) <= float(torch.tensor(0.05))
 
 
+@cache
+def _traffic() -> dict[str, float]:
+    command = [sys.executable, str(CHECK.with_name("traffic.py")), str(emulated.build("counted"))]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+STREAMING = (
+    "clip_weights_",
+    "column_sums",
+    "consistency_backward",
+    "consistency_term",
+    "gradient_norm_penalty",
+    "gradient_norm_penalty_backward",
+    "interpolate",
+    "interpolate_backward",
+)
+
+
+@pytest.mark.parametrize("name", STREAMING)
+def test_elements_are_read_once_and_written_once(name: str) -> None:
+    """Counted, within 5 % of the least: what a row shares, such as its eps, each warp asks for."""
+    assert 1.0 <= _traffic()[name] <= 1.05
+
+
 def _replace(file: str, old: str, new: str) -> Callable[[str, str], str]:
     def patch(name: str, text: str) -> str:
         if name != file:
@@ -91,7 +143,7 @@ def _replace(file: str, old: str, new: str) -> Callable[[str, str], str]:
     return patch
 
 
-# Each bug, which build sees it, and what that says: a plain one in every order, or a sanitized one.
+# Each bug, which build sees it, and what that says: a plain one in every order, the others in one.
 BUGS = {
     "a missing barrier": (
         _replace("device.h", " = value;\n  __syncthreads();\n  value = A(0);", " = value;\n  value = A(0);"),
@@ -109,7 +161,7 @@ BUGS = {
         "a shuffle reads a lane that does not take part",
     ),
     "a shuffle in part of a warp": (
-        _replace("reduce_rows.h", "for (A& sum : sums) sum = warp", "for (A& sum : sums) if (lane < 16) sum = warp"),
+        _replace("reduce_rows.h", "for (A& sum : sums) sum = lanes", "for (A& sum : sums) if (lane < 16) sum = lanes"),
         "plain",
         "deadlock",
     ),
@@ -128,12 +180,46 @@ BUGS = {
         "sanitized",
         "out of bounds",
     ),
+    "a sum that blocks add to without atomics": (
+        _replace(
+            "reduce_rows.h",
+            "if (threadIdx.x == 0) partials[(row * tiles + blockIdx.x) * Row::kSums + k] = sum;",
+            "A& total = partials[row * tiles * Row::kSums + k];"
+            "if (threadIdx.x == 0) total = blockIdx.x == 0 ? sum : total + sum;",
+        ),
+        "raced",
+        "data race",
+    ),
+    "a ticket that is not atomic": (
+        _replace("device.h", "atomicAdd(ticket, 1u) == blocks - 1", "(*ticket)++ == blocks - 1"),
+        "raced",
+        "data race",
+    ),
+    "a missing fence": (
+        _replace("device.h", "    __threadfence();\n    last[0] =", "    last[0] ="),
+        "raced",
+        "data race",
+    ),
+    "a missing barrier that the order of threads hides": (
+        _replace("device.h", " = value;\n  __syncthreads();\n  value = A(0);", " = value;\n  value = A(0);"),
+        "raced",
+        "data race",
+    ),
 }
+
+
+def _verdicts(bug: str) -> list[str]:
+    patch, flavour, _ = BUGS[bug]
+    library = emulated.build(flavour, patch, only="gradient_norm_penalty")
+    return [verdict(library, flavour, order, *PENALTY) for order in (ORDERS if flavour == "plain" else ORDERS[:1])]
+
+
+@cache
+def _all_verdicts() -> dict[str, list[str]]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers and checks are processes of their own
+        return dict(zip(BUGS, pool.map(_verdicts, BUGS), strict=True))
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_checks_see(bug: str) -> None:
-    patch, flavour, expected = BUGS[bug]
-    library = emulated.build(flavour, patch, only="gradient_norm_penalty")
-    for order in ORDERS if flavour == "plain" else ORDERS[:1]:
-        assert expected in verdict(library, flavour, order, *PENALTY), order
+    assert all(BUGS[bug][2] in found for found in _all_verdicts()[bug]), _all_verdicts()[bug]

@@ -47,7 +47,7 @@ GPK_SIMD void bias_and_activation(T* y, const T* bias, T slope, bool activate, i
     if (bias)
       for (int64_t i = 0; i < cols; ++i) at[i] += bias[i];
     if (activate)
-      for (int64_t i = 0; i < cols; ++i) at[i] = at[i] > T(0) ? at[i] : slope * at[i];
+      for (int64_t i = 0; i < cols; ++i) at[i] = leaky_relu(at[i], slope);
   }
 }
 
@@ -55,7 +55,7 @@ GPK_SIMD void bias_and_activation(T* y, const T* bias, T slope, bool activate, i
 template <typename T>
 GPK_SIMD void mask(T* to, const T* x, const T* y, T slope, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = y[i] > T(0) ? x[i] : slope * x[i];
+  for (int64_t i = 0; i < count; ++i) to[i] = leaky_pull(x[i], y[i], slope);
 }
 
 // kept = t + scale * kept
@@ -350,10 +350,11 @@ Tensor batch_like(const char* name, const Tensor& x, const Tensor& like) {
   return torch::stable::contiguous(x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> mlp_critic_step_cpu(
-    std::vector<Tensor> plain, std::vector<Tensor> points, std::vector<Tensor> weights, std::vector<Tensor> biases,
-    std::vector<double> slopes, int64_t real, int64_t fake, int64_t real_kind, int64_t fake_kind, double weight,
-    double target, bool one_sided, bool gradients) {
+std::tuple<Tensor, std::vector<Tensor>> mlp_critic_step_cpu(std::vector<Tensor> plain, std::vector<Tensor> points,
+                                                            std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                                            std::vector<double> slopes, int64_t real, int64_t fake,
+                                                            int64_t real_kind, int64_t fake_kind, double weight,
+                                                            double target, bool one_sided, bool gradients) {
   STD_TORCH_CHECK(points.size() <= 1 || points.size() == 3, "points: expected none, a batch, or real, fake and eps");
   STD_TORCH_CHECK(!(plain.empty() && points.empty()) && !weights.empty(), "plain, weights: expected at least one");
   STD_TORCH_CHECK(biases.size() == weights.size(), "biases: expected one for each weight, perhaps empty");
@@ -376,13 +377,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> mlp_critic_step_cpu(
     b = torch::stable::contiguous(b);
   }
   const Options options{real, fake, ScoreLoss(real_kind), ScoreLoss(fake_kind), weight, target, one_sided, gradients};
-  auto run = [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> {
+  auto run = [&](auto zero) -> std::tuple<Tensor, std::vector<Tensor>> {
     Critic<decltype(zero)> critic(weights, biases, slopes);
     double adversarial = 0, penalty = 0;
     run_groups(critic, plain, points, options, adversarial, penalty);
-    const double loss = adversarial + weight * penalty;
-    return {from_doubles(like, &loss, 1, true), from_doubles(like, &adversarial, 1, true),
-            from_doubles(like, &penalty, 1, true), critic.gradients};
+    const double parts[4] = {adversarial + weight * penalty, adversarial, penalty, 0};
+    return {from_doubles(like, parts, 4), critic.gradients};
   };
   if (like.scalar_type() == ScalarType::Double) return run(double{});
   STD_TORCH_CHECK(like.scalar_type() == ScalarType::Float, "plain: expected float32 or float64");

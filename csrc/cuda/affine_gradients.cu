@@ -5,8 +5,6 @@
 namespace gpk::cuda {
 namespace {
 
-constexpr int kColumns = kWarp, kRows = kThreads / kWarp;
-
 struct Extent {
   int64_t rows, cols, inner;
 };

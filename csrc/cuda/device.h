@@ -16,6 +16,8 @@
 namespace gpk::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
+// Of a block whose warps go down the rows of a matrix side by side.
+constexpr int kColumns = kWarp, kRows = kThreads / kWarp;
 
 // Every kernel's: with more blocks on a processor in mind the compiler spills registers for divisions.
 #define GPK_BOUNDS __launch_bounds__(gpk::cuda::kThreads, 3)
@@ -160,6 +162,14 @@ __device__ __forceinline__ A block_sum(A value) {
   return value;
 }
 
+// The sum over kLanes neighbours of a warp, known to each; the other lanes may be elsewhere.
+template <int kLanes, typename A>
+__device__ __forceinline__ A lanes_sum(A value) {
+  const unsigned mask = (0xFFFFFFFFu >> (kWarp - kLanes)) << (threadIdx.x % kWarp / kLanes * kLanes);
+  for (int bits = kLanes / 2; bits > 0; bits /= 2) value += __shfl_xor_sync(mask, value, bits);
+  return value;
+}
+
 // Whether this block is the last of `blocks` to come here; what the others wrote before is then visible.
 __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   GPK_SHARED(bool, last, 1);
@@ -173,6 +183,21 @@ __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   return last[0];
 }
 
+// Calls f(sum) in one thread of the grid, with the sum of every thread's number: blocks along x, whose sums are added
+// in a fixed order. A single block needs no workspace.
+template <typename F>
+__device__ __forceinline__ void grid_sum(double value, double* totals, unsigned* ticket, const F& f) {
+  value = block_sum(value);
+  if (gridDim.x > 1) {
+    if (threadIdx.x == 0) totals[blockIdx.x] = value;
+    if (!last_block(ticket, gridDim.x)) return;
+    value = 0;
+    for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) value += totals[block];
+    value = block_sum(value);
+  }
+  if (threadIdx.x == 0) f(value);
+}
+
 // Tickets that start at zero.
 inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
   const Tensor made = empty(like, count, ScalarType::Int);
@@ -182,5 +207,22 @@ inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
 }
 
 inline unsigned* ticket_of(const Tensor& x) { return static_cast<unsigned*>(x.mutable_data_ptr()); }
+
+// What grid_sum needs where there are several blocks.
+class SumWorkspace {
+ public:
+  SumWorkspace(const Tensor& like, int64_t blocks, cudaStream_t stream) {
+    if (blocks == 1) return;
+    totals_ = empty(like, blocks, ScalarType::Double);
+    ticket_ = tickets(like, 1, stream);
+    alone_ = false;
+  }
+  double* totals() const { return alone_ ? nullptr : static_cast<double*>(totals_.mutable_data_ptr()); }
+  unsigned* ticket() const { return alone_ ? nullptr : ticket_of(ticket_); }
+
+ private:
+  bool alone_ = true;
+  Tensor totals_, ticket_;
+};
 
 }  // namespace gpk::cuda

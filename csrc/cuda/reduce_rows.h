@@ -1,5 +1,6 @@
-// Sums over rows of any length in one launch: a warp a row where rows are short, one or several blocks a row where they
-// are long. The last block to finish adds up what is left, in an order that depends on the shape alone.
+// Sums over rows of any length in one launch: a thread a row where rows are tiny, a warp a row where they are short,
+// one or several blocks a row where they are long. The last block to finish adds up what is left, in an order that
+// depends on the shape alone.
 #pragma once
 
 #include "device.h"
@@ -7,45 +8,37 @@
 namespace gpk::cuda {
 
 struct RowPlan {
-  bool warps;     // a warp a row
-  int64_t tiles;  // blocks a row, otherwise
+  int lanes;  // threads a row, or 0 for blocks
   dim3 grid;
-  int64_t partials;  // numbers of workspace, for each sum
+  int64_t partials;  // numbers of workspace that rows shared by blocks need, for each sum
 };
 
-constexpr int64_t kShortRow = 128, kTileOfRow = 16 * kThreads;  // accesses
+constexpr int64_t kTinyRow = 4, kShortRow = 128, kTileOfRow = 16 * kThreads;  // accesses
 
 inline RowPlan plan_rows(int64_t rows, int64_t accesses) {
   if (accesses <= kShortRow) {
-    const int64_t blocks = std::clamp<int64_t>(ceil_div(rows, kThreads / kWarp), 1, 2048);
-    return {true, 1, dim3(unsigned(blocks)), blocks};
+    const int lanes = accesses <= kTinyRow ? 1 : kWarp;
+    return {lanes, dim3(unsigned(std::clamp<int64_t>(ceil_div(rows, kThreads / lanes), 1, 2048))), 0};
   }
   const int64_t tiles = rows >= 1024 ? 1 : std::clamp<int64_t>(ceil_div(accesses, kTileOfRow), 1, 4096 / rows + 1);
-  return {false, tiles, dim3(unsigned(tiles), unsigned(std::min<int64_t>(rows, 65535))), rows * tiles};
+  return {0, dim3(unsigned(tiles), unsigned(std::min<int64_t>(rows, 65535))), rows * tiles};
 }
 
 // Row::sum(row, first, step, sums) adds one thread's share of a row; Row::finish(row, sums) writes what the row gives
 // and returns its value. out, if it is there, becomes the values' sum times share.
-template <typename Row, typename A>
+template <int kLanes, typename Row, typename A>
 __global__ void GPK_BOUNDS reduce_short_rows(Row row_of, A* out, double share, double* totals, unsigned* ticket,
                                              int64_t rows) {
-  const int64_t warp = flat_thread() / kWarp, warps = flat_threads() / kWarp;
-  const int lane = int(threadIdx.x) % kWarp;
+  const int lane = int(threadIdx.x) % kLanes;
   double total = 0;
-  for (int64_t row = warp; row < rows; row += warps) {
+  for (int64_t row = flat_thread() / kLanes; row < rows; row += flat_threads() / kLanes) {
     A sums[Row::kSums] = {};
-    row_of.sum(row, lane, kWarp, sums);
-    for (A& sum : sums) sum = warp_sum(sum);
+    row_of.sum(row, lane, kLanes, sums);
+    for (A& sum : sums) sum = lanes_sum<kLanes>(sum);
     if (lane == 0) total += row_of.finish(row, sums);
   }
   if (out == nullptr) return;
-  total = block_sum(total);
-  if (threadIdx.x == 0) totals[blockIdx.x] = total;
-  if (!last_block(ticket, gridDim.x)) return;
-  total = 0;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) total += totals[block];
-  total = block_sum(total);
-  if (threadIdx.x == 0) *out = A(total * share);
+  grid_sum(total, totals, ticket, [&](double sum) { *out = A(sum * share); });
 }
 
 template <typename Row, typename A>
@@ -77,14 +70,14 @@ template <typename A, typename Row>
 void reduce_rows(const Tensor& like, const Row& row, A* out, double share, int64_t rows, int64_t accesses) {
   const RowPlan plan = plan_rows(rows, accesses);
   const Stream stream(like);
-  const Tensor ticket = tickets(like, 1, stream);
-  if (plan.warps) {
-    const Tensor totals = empty(like, plan.partials, ScalarType::Double);
-    auto kernel = reduce_short_rows<Row, A>;
-    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, mutable_data<double>(totals),
-               ticket_of(ticket), rows);
+  if (plan.lanes) {
+    const SumWorkspace workspace(like, out ? plan.grid.x : 1, stream);
+    auto kernel = plan.lanes == 1 ? &reduce_short_rows<1, Row, A> : &reduce_short_rows<kWarp, Row, A>;
+    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, workspace.totals(), workspace.ticket(),
+               rows);
   } else {
-    const Tensor partials = empty(like, plan.partials * Row::kSums, scalar_type_of<A>());
+    const Tensor ticket = tickets(like, 1, stream),
+                 partials = empty(like, plan.partials * Row::kSums, scalar_type_of<A>());
     auto kernel = reduce_long_rows<Row, A>;
     GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, mutable_data<A>(partials), ticket_of(ticket),
                rows);

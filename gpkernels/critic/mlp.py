@@ -22,11 +22,9 @@ from gpkernels.critic.parts import Adversarial, Between, Parts, Penalty
 def native_layers(critic: Any, x: Tensor) -> Layers | None:
     """The critic's layers, if the op can take it and a batch like x and would run as a kernel."""
     if (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and backends.extension is not None
-        and backends.forced() in (None, "cpu")
-        and not torch.is_autocast_enabled("cpu")
+        x.dtype in (torch.float32, torch.float64)
+        and backends.fuses_mlps(x.device.type)
+        and not torch.is_autocast_enabled(x.device.type)
         # Nothing may be watching that the op would hide from.
         and not _has_any_global_hook()
         and _get_current_function_mode() is None
@@ -40,9 +38,10 @@ def native_penalty(layers: Layers, points: Tensor | Between, penalty: Penalty) -
     """The penalty of an MLP, by the op that does everything."""
     wanted = torch.is_grad_enabled()
     with torch.no_grad():
-        _, _, value, gradients = ops.mlp_critic_step(
+        parts, gradients = ops.mlp_critic_step(
             [], _rows(points), layers.weights, layers.biases, layers.slopes, -1, -1, 0, 0, *penalty, wanted
         )
+    value = parts[2]
     return deliver(value, layers.with_gradients(gradients)) if wanted else value
 
 
@@ -60,7 +59,7 @@ def native_step(
     groups = [*plain, points]
     scored = (next((i for i, x in enumerate(groups) if x is one), -1) for one in (real, fake))
     with torch.no_grad():
-        loss, own, value, gradients = ops.mlp_critic_step(
+        parts, gradients = ops.mlp_critic_step(
             [x.flatten(1) for x in plain],
             _rows(points),
             layers.weights,
@@ -72,10 +71,8 @@ def native_step(
             *(penalty or Penalty(0.0, 0.0, False)),
             wanted,
         )
-        nothing = torch.zeros_like(own)
-    if wanted:
-        loss = deliver(loss, layers.with_gradients(gradients))
-    return Parts(loss, own, value, nothing)
+    loss, *others = parts.unbind()
+    return Parts(deliver(loss, layers.with_gradients(gradients)) if wanted else loss, *others)
 
 
 def _rows(points: Tensor | Between | None) -> list[Tensor]:

@@ -12,12 +12,11 @@ from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = {nn.LeakyReLU: ("negative_slope",), nn.Flatten: ("start_dim", "end_dim")}
-_wants_gradient, _dtype, _on_cpu = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("is_cpu")
+_wants_gradient, _dtype, _device = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("device")
 
 
 class Layers:
@@ -53,14 +52,14 @@ class Layers:
             and all(own[name] == value for own, name, value in self._settings)
         )
 
-    def ready(self, dtype: torch.dtype) -> bool:
-        """Whether nothing is attached to a module, and all weights are to be trained, in this dtype, on the CPU."""
+    def ready(self, x: Tensor) -> bool:
+        """Whether nothing is attached to a module, and all weights are to be trained, in x's dtype, on its device."""
         return (
             not any(self._hooks)
             and not any("forward" in own for own in self._own)
             and all(map(_wants_gradient, self.trained))
-            and all(map(_on_cpu, self.trained))
-            and {*map(_dtype, self.trained)} == {dtype}
+            and {*map(_device, self.trained)} == {x.device}
+            and {*map(_dtype, self.trained)} == {x.dtype}
         )
 
     def _read(self, module: nn.Module) -> bool:
@@ -105,5 +104,5 @@ def layers_of(critic: Any, x: Tensor) -> Layers | None:
     found = _read.get(critic)
     if found is None or not found.current():
         found = _read[critic] = Layers(critic)
-    fits = found.fit and found.ready(x.dtype) and (x.dim() == 2 or found.flattens)
+    fits = found.fit and found.ready(x) and (x.dim() == 2 or found.flattens)
     return found if fits and found.weights[0].shape[1] * x.shape[0] == x.numel() else None

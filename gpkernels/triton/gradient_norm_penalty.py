@@ -31,11 +31,8 @@ from gpkernels.triton.functions import divide, square_root
 
 
 @triton.jit
-def _penalty_rows(
-    squared, values, coefficients, row, rows, target, share,
-    ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, REDUCED: tl.constexpr,
-):  # fmt: skip
-    """(|g| - target)^2 of some rows from |g|^2; stores what there is one of per row."""
+def penalty_of(squared, target, share, ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr):
+    """(|g| - target)^2 of rows from |g|^2, and the coefficient that share times its derivative has."""
     if SMOOTH:  # target = 0
         value = squared
         coefficient = tl.zeros_like(squared) + 2.0 * tl.full([], share, ACC)
@@ -47,6 +44,16 @@ def _penalty_rows(
         value = excess * excess
         coefficient = divide(2.0 * excess, norm) * tl.full([], share, ACC)
         coefficient = tl.where(squared == 0.0, 0.0, coefficient)
+    return value, coefficient
+
+
+@triton.jit
+def _penalty_rows(
+    squared, values, coefficients, row, rows, target, share,
+    ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, REDUCED: tl.constexpr,
+):  # fmt: skip
+    """The penalties of some rows; stores what there is one of per row."""
+    value, coefficient = penalty_of(squared, target, share, ACC, ONE_SIDED, SMOOTH)
     tl.store(coefficients + row, coefficient, mask=row < rows)
     if not REDUCED:
         tl.store(values + row, value, mask=row < rows)

@@ -1,0 +1,108 @@
+"""What critic steps and ops would have a GPU do, counted without one: launches, bytes, and the time that bytes take.
+
+    .venv/bin/python bench/launches.py [--ops] [--csv FILE]
+
+Counted on CPU tensors with the CUDA kernels emulated (tests/launches.py says how); the times are predicted from the
+memory bandwidth of each device alone, not measured: products, launches and caches are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpkernels as gpk
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from critic_step import CASES as CRITICS
+
+from critics import plain_loss
+from launches import launches_of
+
+BANDWIDTH = {
+    "A100": 2.039e12,
+    "H100": 3.35e12,
+    "MI300X": 5.3e12,
+}  # bytes a second: vendors' figures for 80 GB SXM parts
+COLUMNS = ("case", "launches", "eager_launches", "megabytes", "eager_megabytes", *(f"{d}_us" for d in BANDWIDTH))
+
+
+def steps() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """A WGAN-GP step of each critic of the zoo, with backward: ours and plain PyTorch's."""
+    for name, make in CRITICS.items():
+        if name.startswith("SDF"):
+            continue
+        critic, shape = make()
+        shape = (min(shape[0], 64), *shape[1:]) if len(shape) == 2 else (4, *shape[1:])
+        real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
+        loss = gpk.CriticLoss(critic)
+        yield (
+            f"{name.partition(', N')[0]}, N {shape[0]}",
+            lambda loss=loss, x=(real, fake), eps=eps: loss(*x, eps=eps).loss.backward(),
+            lambda critic=critic, x=(real, fake), eps=eps: plain_loss(critic, *x, eps).backward(),
+        )
+
+
+def ops() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """Each differentiable op with its backward, on (64, 3072); weights are 16 matrices."""
+    x, y, eps = torch.randn(64, 3072, requires_grad=True), torch.randn(64, 3072), torch.rand(64, 1)
+    scores = [torch.randn(64, 1, requires_grad=True) for _ in range(2)]
+    weights = [torch.randn(64, 192) for _ in range(16)]
+
+    def penalty() -> torch.Tensor:
+        return ((x.norm(2, dim=1) - 1) ** 2).mean()
+
+    def consistency() -> torch.Tensor:
+        distance = (scores[0] - scores[1]).pow(2).sum(1) + 0.1 * (x - y).pow(2).mean(1)
+        return distance.clamp(min=0).mean()
+
+    yield "interpolate", lambda: gpk.interpolate(y, y, eps[:, 0]), lambda: eps * y + (1 - eps) * y
+    yield "add_instance_noise", lambda: gpk.add_instance_noise(y, 0.1), lambda: y + 0.1 * torch.randn_like(y)
+    yield (
+        "gradient_norm_penalty and backward",
+        lambda: gpk.gradient_norm_penalty(x).backward(),
+        lambda: penalty().backward(),
+    )
+    yield (
+        "consistency_term and backward",
+        lambda: gpk.consistency_term(*scores, x, y).backward(),
+        lambda: consistency().backward(),
+    )
+    yield (
+        "wgan_critic_loss and backward",
+        lambda: gpk.wgan_critic_loss(*scores).backward(),
+        lambda: (scores[1].mean() - scores[0].mean()).backward(),
+    )
+    yield "clip_weights_", lambda: gpk.clip_weights_(weights, 0.1), lambda: [w.clamp_(-0.1, 0.1) for w in weights]
+
+
+def row(name: str, ours: Callable[[], Any], eager: Callable[[], Any]) -> list[Any]:
+    fused, plain = launches_of(ours), launches_of(eager)
+    times = [round(1e6 * fused.bytes / speed, 1) for speed in BANDWIDTH.values()]
+    return [name, fused.total, plain.total, round(fused.bytes / 1e6, 2), round(plain.bytes / 1e6, 2), *times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", action="store_true", help="single ops in place of critic steps")
+    parser.add_argument("--csv", type=Path, help="write the table there, too")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = [row(*case) for case in (ops() if options.ops else steps())]
+    print("predicted, not measured: time of our bytes at the memory bandwidth of " + ", ".join(BANDWIDTH))
+    print("  ".join([f"{COLUMNS[0]:<36}", *(f"{c:>15}" for c in COLUMNS[1:])]))
+    for name, *numbers in rows:
+        print("  ".join([f"{name:<36}", *(f"{n:>15}" for n in numbers)]))
+    if options.csv:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+
+
+if __name__ == "__main__":
+    main()
