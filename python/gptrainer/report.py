@@ -14,10 +14,10 @@ import gpkernels
 from gptrainer import plots
 from gptrainer.comparison import Comparison, compare
 from gptrainer.config import filled
-from gptrainer.data import eight_gaussians, load_digits
+from gptrainer.data import POINTS, load_digits
 from gptrainer.files import replacing
 from gptrainer.loop import Trainer
-from gptrainer.metrics import DigitsQuality
+from gptrainer.metrics import ImageQuality
 from gptrainer.models import sample
 
 
@@ -100,12 +100,14 @@ def _plot_samples(path: Path, trainer: Trainer) -> None:
     random = torch.Generator().manual_seed(trainer.config.seed + 1)
     latent = torch.randn(1000, filled(trainer.config.latent), generator=random).to(trainer.device)
     generated = sample(trainer.generator, latent).cpu()
-    if isinstance(trainer.quality, DigitsQuality):
-        digits = load_digits()
-        classes = trainer.quality.classifier.classify(generated), digits.labels
-        plots.plot_digits(path, _title(trainer), generated, digits.images, classes)
+    if isinstance(trainer.quality, ImageQuality):
+        real = load_digits().images
+        classes = trainer.quality.classifier.classify(generated), trainer.quality.classifier.classify(real)
+        plots.plot_digits(path, _title(trainer), generated, real, classes)
     else:
-        plots.plot_ring(path, _title(trainer), generated, eight_gaussians(1000, random), trainer.critic, trainer.device)
+        plots.plot_ring(
+            path, _title(trainer), generated, POINTS[trainer.config.data](1000, random), trainer.critic, trainer.device
+        )
 
 
 def _title(trainer: Trainer) -> str:
