@@ -14,11 +14,15 @@ import gpkernels
 from gptrainer import plots
 from gptrainer.comparison import Comparison, compare
 from gptrainer.config import filled
+from gptrainer.curves import plot_curves
 from gptrainer.data import POINTS, load_digits
 from gptrainer.files import replacing
-from gptrainer.loop import Trainer
+from gptrainer.logs import CSV_NAME
+from gptrainer.loop import Trainer, evaluating
 from gptrainer.metrics import ImageQuality
 from gptrainer.models import sample
+
+TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0}  # of the gradient norm
 
 
 def write_report(trainer: Trainer, seconds: float) -> list[str]:
@@ -26,7 +30,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
 
     seconds: what training took, from start or resume.
     """
-    comparison = compare(trainer.config, trainer.critic, trainer.batches.next(), trainer.fake(_batch(trainer)))
+    comparison = compare(trainer.config, trainer.critic, *trainer.next_batch())
     quality = _quality_to_the_end(trainer)
     start, end = ({name: values[at] for name, values in quality.items() if name != "step"} for at in (0, -1))
     metrics: dict[str, Any] = {
@@ -35,32 +39,34 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
         "threads": torch.get_num_threads(),
         "steps": trainer.step,
         "quality": {"start": start, "end": end, **trainer.quality.facts},
-        "gradient_difference": comparison.gradient_difference,
+        "gradient_difference": comparison.gradient_difference if comparison else None,
         "curves": {"critic": trainer.critic_curve, "quality": quality},
         # All that a second run with the same seed may have otherwise.
-        "timing": {"seconds": seconds, "critic_step": asdict(comparison) | {"speedup": comparison.speedup}},
+        "timing": {"seconds": seconds, "critic_step": _told(comparison)},
     }
     paths = {
         "samples": trainer.out / "samples.png",
         "curves": trainer.out / "curves.png",
+        "numbers": trainer.out / CSV_NAME,
         "metrics": trainer.out / "metrics.json",
         "weights": trainer.out / "generator.safetensors",
     }
     _write_weights(paths["weights"], trainer)
     _write_json(paths["metrics"], metrics)
     _plot_samples(paths["samples"], trainer)
-    plots.plot_curves(
+    plot_curves(
         paths["curves"],
         _title(trainer),
+        trainer.system.estimate,
         trainer.critic_curve,
         quality,
         trainer.quality.facts,
-        target=trainer.config.algorithm == "wgan-gp",
+        target=TARGETS.get(trainer.config.algorithm),
     )
     return [
         *(f"{name:<8} {path}" for name, path in paths.items()),
         _quality_line(trainer, start, end),
-        *_comparison_lines(comparison, trainer.device),
+        *(_comparison_lines(comparison, trainer.device) if comparison else ()),
     ]
 
 
@@ -69,7 +75,8 @@ def _quality_to_the_end(trainer: Trainer) -> dict[str, list[float]]:
     curve = trainer.quality_curve
     if curve["step"][-1] == trainer.step:
         return curve
-    last = {"step": trainer.step, **trainer.quality.measure(trainer.generator)}
+    measured = trainer.quality.measure(trainer.shown("generator")) | trainer.system.measure(trainer.shown("critic"))
+    last = {"step": trainer.step, **measured}
     return {name: [*values, last[name]] for name, values in curve.items()}
 
 
@@ -87,6 +94,10 @@ def _quality_line(trainer: Trainer, start: dict[str, float], end: dict[str, floa
     )
 
 
+def _told(comparison: Comparison | None) -> dict[str, Any] | None:
+    return None if comparison is None else asdict(comparison) | {"speedup": comparison.speedup}
+
+
 def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]:
     clock = "CPU time in one thread" if device.type == "cpu" else f"time on {device}"
     return [
@@ -99,25 +110,23 @@ def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]
 def _plot_samples(path: Path, trainer: Trainer) -> None:
     random = torch.Generator().manual_seed(trainer.config.seed + 1)
     latent = torch.randn(1000, filled(trainer.config.latent), generator=random).to(trainer.device)
-    generated = sample(trainer.generator, latent).cpu()
+    generated = sample(trainer.shown("generator"), latent).cpu()
     if isinstance(trainer.quality, ImageQuality):
         real = load_digits().images
         classes = trainer.quality.classifier.classify(generated), trainer.quality.classifier.classify(real)
         plots.plot_digits(path, _title(trainer), generated, real, classes)
     else:
-        plots.plot_ring(
-            path, _title(trainer), generated, POINTS[trainer.config.data](1000, random), trainer.critic, trainer.device
-        )
+        real = POINTS[trainer.config.data](1000, random)
+        with evaluating(trainer.critic):
+            plots.plot_ring(path, _title(trainer), generated, real, trainer.system.scorer, trainer.device)
 
 
 def _title(trainer: Trainer) -> str:
-    name = {"wgan": "WGAN", "wgan-gp": "WGAN-GP"}[trainer.config.algorithm]
-    data = {"digits": "handwritten digits", "8gaussians": "eight Gaussians"}[trainer.config.data]
-    return f"{name} on {data}, after {trainer.step:,} generator steps"
+    return f"{trainer.config.algorithm} on {trainer.config.data}, after {trainer.step:,} generator steps"
 
 
 def _write_weights(path: Path, trainer: Trainer) -> None:
-    weights = {name: value.contiguous().cpu() for name, value in trainer.generator.state_dict().items()}
+    weights = {name: value.contiguous().cpu() for name, value in trainer.shown("generator").state_dict().items()}
     about = {name: str(getattr(trainer.config, name)) for name in ("algorithm", "data", "latent", "width", "seed")}
     with replacing(path) as part:
         save_file(weights, part, metadata=about)
@@ -126,7 +135,3 @@ def _write_weights(path: Path, trainer: Trainer) -> None:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _batch(trainer: Trainer) -> int:
-    return filled(trainer.config.batch_size)
