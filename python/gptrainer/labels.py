@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,28 +9,29 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from gptrainer.data import LabelledImages, ShuffledBatches, load_digits
+from gptrainer.data import ImageSet, ShuffledBatches, load_digits
 from gptrainer.errors import UserError
 
 
-def split(data: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
+def split(data: str, seed: int) -> tuple[ImageSet, ImageSet]:
     """Four fifths of a data set to train on and the rest to measure on; UserError if it has no labels."""
     if data != "digits":
         raise UserError(f"--data: ssl-ct-gan needs data with labels, such as digits, got {data}")
     images = load_digits()
-    parts = train_test_split(
-        np.arange(len(images.labels)), test_size=0.2, stratify=images.labels.numpy(), random_state=seed % 2**32
+    assert images.labels is not None
+    train, held_out = train_test_split(
+        np.arange(len(images)), test_size=0.2, stratify=images.labels.numpy(), random_state=seed % 2**32
     )
-    train, held_out = (replace(images, images=images.images[part], labels=images.labels[part]) for part in parts)
-    return train, held_out
+    return images.subset(torch.from_numpy(train)), images.subset(torch.from_numpy(held_out))
 
 
 class LabelledBatches:
     """Endless batches of the few images of each class that keep their labels."""
 
-    def __init__(self, data: LabelledImages, per_class: int, size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, data: ImageSet, per_class: int, size: int, seed: int, device: torch.device) -> None:
+        assert data.labels is not None
         chosen = few_of_each_class(data.labels, per_class, seed)
-        self.images, self.labels = data.images[chosen].to(device), data.labels[chosen].to(device)
+        self.images, self.labels = data[chosen].to(device), data.labels[chosen].to(device)
         self.order = ShuffledBatches(torch.arange(len(chosen)), min(size, len(chosen)), seed)
 
     def next(self) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def few_of_each_class(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat([indices[:count] for indices in of_class])
 
 
-def error_rate(classifier: nn.Module, images: LabelledImages, device: torch.device) -> float:
+def error_rate(classifier: nn.Module, images: ImageSet, device: torch.device) -> float:
     """The share of images that a classifier, in evaluation mode, takes for another class."""
     training = classifier.training
     classifier.eval()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptrainer.plots import BLUE, GREEN, INK, ORANGE, PURPLE, STYLE
+from gptrainer.plots import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, STYLE
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b3892b", "#4a5560")
 PANEL = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "svg.hashsalt": "gpkernels"}

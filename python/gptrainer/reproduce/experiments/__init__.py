@@ -10,8 +10,18 @@ from gptrainer.reproduce.experiment import Experiment
 NAMES = (
     "parallel_lines",
     "dirac_gan",
+    "perfect_discrimination",
     "cauchy_gradients",
+    "instance_noise",
+    "meaningful_loss",
+    "value_surfaces",
+    "layer_gradients",
+    "mixtures",
+    "overfitting",
+    "unrolled",
     "neural_net_distance",
+    "semi_supervised",
+    "all_systems",
 )
 
 

@@ -13,7 +13,7 @@ import gpkernels
 from gptrainer.models import toy_models
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
-from gptrainer.reproduce.fitting import fit
+from gptrainer.reproduce.training import fit
 
 PAPER = "Arora et al. 2017"
 DIMENSION = 16

@@ -13,7 +13,7 @@ import gpkernels
 from gptrainer.models import toy_models
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
-from gptrainer.reproduce.fitting import fit
+from gptrainer.reproduce.training import fit
 
 POINTS = 64  # of the unit interval, equally likely; both lines have the same, so the distance is exact
 CERTAIN = 60.0  # the logit of a discriminator that is sure to within rounding
