@@ -60,10 +60,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Measure again what the papers published, and report it with verdicts.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, or all (the default)")
     parser.add_argument("--list", action="store_true", help="name the experiments, and end")
-    parser.add_argument("--quick", action="store_true", help="small sizes: minutes on two cores, where the full set takes up to two hours")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="results and report (default: %(default)s)")
-    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds of each experiment, in place of its own number")
-    parser.add_argument("--jobs", type=_count, default=min(2, os.cpu_count() or 1), metavar="N", help="runs at a time, a core each (default: %(default)s)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small sizes: minutes on two cores, where the full set takes up to two hours",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/reproduce"),
+        metavar="DIR",
+        help="results and report (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=_count, metavar="N", help="seeds of each experiment, in place of its own number"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_count,
+        default=min(2, os.cpu_count() or 1),
+        metavar="N",
+        help="runs at a time, a core each (default: %(default)s)",
+    )
     parser.add_argument("--fresh", action="store_true", help="run again what has a result")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where image data lies, if not in its usual place")
     return parser

@@ -1,4 +1,4 @@
-"""Panels in the trainer's style. A picture is a row of panels that wraps on a narrow page, so its text stays legible."""
+"""Panels in the trainer's style. A picture is panels in a row that wraps on a narrow page: its text stays legible."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptrainer.plots import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, STYLE
+from gptrainer.plots import BLUE, GREEN, INK, ORANGE, PURPLE, STYLE
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b3892b", "#4a5560")
-PANEL = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "svg.hashsalt": "gpkernels"}
+PANEL: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "svg.hashsalt": "gpkernels"}
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,34 @@ def phase_picture(rows: Sequence[dict[str, Any]]) -> Picture:
         with panel(panels, row["name"], f"phase plot of {row['name']}", width=3.5, height=3.7) as ax:
             axis = np.linspace(-REACH, REACH, len(row["field"]))
             arrows = np.asarray(row["field"])
-            ax.streamplot(axis, axis, arrows[..., 0], arrows[..., 1], color="#cfd3d6", linewidth=0.7, arrowsize=0.7, density=0.8)
+            ax.streamplot(
+                axis, axis, arrows[..., 0], arrows[..., 1], color="#cfd3d6", linewidth=0.7, arrowsize=0.7, density=0.8
+            )
             for way, colour, name in ((sim, ORANGE, "simultaneous"), (alt, BLUE, "alternating")):
                 path = np.asarray(way["path"])
-                ax.plot(*path.T, color=colour, linewidth=0.9, alpha=0.8, label=f"{name}: {way['behaviour']}", rasterized=True)
+                ax.plot(
+                    *path.T,
+                    color=colour,
+                    linewidth=0.9,
+                    alpha=0.8,
+                    label=f"{name}: {way['behaviour']}",
+                    rasterized=True,
+                )
                 ax.plot(*path[-1], "o", color=colour, markersize=4)
             ax.plot(0, 0, "+", color=INK, markersize=9)
             ax.plot(1, 1, "o", color=INK, markersize=3)
-            ax.set(xlabel=r"$\theta$, the generator", ylabel=r"$\psi$, the critic", xlim=(-REACH, REACH), ylim=(-REACH, REACH + 0.9))
+            ax.set(
+                xlabel=r"$\theta$, the generator",
+                ylabel=r"$\psi$, the critic",
+                xlim=(-REACH, REACH),
+                ylim=(-REACH, REACH + 0.9),
+            )
             ax.set_aspect("equal")
             ax.grid(False)
             ax.legend(frameon=True, framealpha=0.85, edgecolor="none", loc="upper left", fontsize=8)
     caption = (
-        "500 steps from (1, 1) over the gradient field; the cross is the equilibrium, the large dots are where the steps end. "
+        "500 steps from (1, 1) over the gradient field; the cross is the equilibrium, the large dots are "
+        "where the steps end. "
         "Published: the first four never come to rest, the last four do."
     )
     return Picture(caption, panels)

@@ -77,7 +77,9 @@ def write(out: Path, told: Sequence[Section], size: Size) -> tuple[Path, Path]:
     with replacing(page) as part:
         part.write_text(html, encoding="utf-8")
     with replacing(data) as part:
-        part.write_text(json.dumps({**facts, "size": size, "experiments": [_as_json(s) for s in told]}, indent=1) + "\n")
+        part.write_text(
+            json.dumps({**facts, "size": size, "experiments": [_as_json(s) for s in told]}, indent=1) + "\n"
+        )
     return page, data
 
 

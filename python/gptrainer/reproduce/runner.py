@@ -42,7 +42,14 @@ class Task:
 
 
 def run(
-    experiments: Sequence[Experiment], size: Size, out: Path, context: Context, *, jobs: int, seeds: int | None, fresh: bool
+    experiments: Sequence[Experiment],
+    size: Size,
+    out: Path,
+    context: Context,
+    *,
+    jobs: int,
+    seeds: int | None,
+    fresh: bool,
 ) -> list[Outcome]:
     """All of them, in the order given. seeds: how many of each, by default what the experiment says."""
     tasks = [
@@ -55,7 +62,10 @@ def run(
             store.path_of(out, find(task.name), size, task.seed).unlink(missing_ok=True)
     due = [task for task in tasks if _stored(task) is None]
     failures = _run_all(due, len(tasks), jobs)
-    return [_gather(experiment, [task for task in tasks if task.name == experiment.name], failures) for experiment in experiments]
+    return [
+        _gather(experiment, [task for task in tasks if task.name == experiment.name], failures)
+        for experiment in experiments
+    ]
 
 
 def run_task(task: Task) -> str:
@@ -87,7 +97,10 @@ def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int]
         try:
             left: dict[Future[str], Task] = {pool.submit(run_task, task): task for task in due}
             while left:
-                bar.set_postfix_str(", ".join(_label(task) for future, task in left.items() if future.running()), refresh=sys.stderr.isatty())
+                bar.set_postfix_str(
+                    ", ".join(_label(task) for future, task in left.items() if future.running()),
+                    refresh=sys.stderr.isatty(),
+                )
                 done, _ = wait(left, timeout=2.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = left.pop(future)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptrainer.algorithms import Setup, System, build_system
-from gptrainer.config import TrainConfig
+from gptrainer.config import TrainConfig, filled
 from gptrainer.errors import UserError
 from gptrainer.loop import Trainer
 from gptrainer.processes import Draws, Processes
@@ -34,7 +34,8 @@ def start(algorithm: str, data: str, steps: int, seed: int, context: Context, **
 
 def train(trainer: Trainer, every: int, look: Callable[[Trainer, dict[str, float]], None]) -> None:
     """All steps of a run. look: called after each ``every`` of them, with the means of the losses since."""
-    steps, sums = trainer.config.steps or 0, {}
+    steps = filled(trainer.config.steps)
+    sums: dict[str, float] = {}
     while trainer.step < steps:
         for name, value in trainer.train_step().items():
             sums[name] = sums.get(name, 0.0) + value.item() / every

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from gptrainer import plots
 from gptrainer.models import sample
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings, Table
@@ -36,7 +37,16 @@ def _run(name: str, settings: Settings, seed: int, context: Context) -> dict[str
     n_critic = 5 if name in ("wgan", "wgan-gp", "ct-gan") else 1
     steps = settings["critic_steps"] // n_critic
     begun = time.thread_time()
-    trainer = start(name, settings["data"], steps, seed, context, width=settings["width"], batch_size=settings["batch"], n_critic=n_critic)
+    trainer = start(
+        name,
+        settings["data"],
+        steps,
+        seed,
+        context,
+        width=settings["width"],
+        batch_size=settings["batch"],
+        n_critic=n_critic,
+    )
     started = time.thread_time() - begun
     curve: dict[str, Any] = {"frechet": [trainer.quality_curve["frechet_distance"][0]], "seconds": -started}
 
@@ -61,12 +71,14 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
     with pictures.panel(panels, "Fréchet distance, same number of critic steps", width=5.6, height=4.2) as ax:
         for place, name in enumerate(order):
             values = [run["frechet"][-1] for run in runs[name]]
-            ax.barh(place, fmean(values), 0.6, color=pictures.BLUE, alpha=0.35)
-            ax.plot(values, [place] * len(values), "o", color=pictures.BLUE, markersize=4)
+            ax.barh(place, fmean(values), 0.6, color=plots.BLUE, alpha=0.35)
+            ax.plot(values, [place] * len(values), "o", color=plots.BLUE, markersize=4)
         ax.set_yticks(range(len(order)), order)
         ax.invert_yaxis()
         ax.set(xlabel="Fréchet distance in the classifier's features (lower is better)", xscale="log")
-    with pictures.panel(panels, "Samples, as they come", "generated images, a row each system", width=5.6, height=4.2) as ax:
+    with pictures.panel(
+        panels, "Samples, as they come", "generated images, a row each system", width=5.6, height=4.2
+    ) as ax:
         rows = [torch.cat([torch.tensor(image) for image in runs[name][0]["samples"]], dim=1) for name in order]
         picture = torch.cat(rows)
         side = len(rows[0])
@@ -74,7 +86,14 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.set_yticks([side * (at + 0.5) for at in range(len(order))], order)
         ax.set_xticks([])
         ax.grid(False)
-    return Exhibits({"order": pictures.Picture("Best first. Dots are seeds; samples are the first eight of the first seed.", panels)}, (_table(runs, order, findings),))
+    return Exhibits(
+        {
+            "order": pictures.Picture(
+                "Best first. Dots are seeds; samples are the first eight of the first seed.", panels
+            )
+        },
+        (_table(runs, order, findings),),
+    )
 
 
 def _table(runs: dict[str, list[dict[str, Any]]], order: Sequence[str], findings: Sequence[Findings]) -> Table:
@@ -82,26 +101,32 @@ def _table(runs: dict[str, list[dict[str, Any]]], order: Sequence[str], findings
         return f"{fmean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
     shows = findings[0].series
+    columns: tuple[Callable[[dict[str, Any]], float], ...] = (
+        lambda run: run["frechet"][-1],
+        lambda run: run["frechet"][0],
+        lambda run: run["score"],
+        lambda run: run["seconds"],
+    )
     return Table(
-        f"{shows['data']}, {shows['critic_steps']:,} critic steps each, {len(findings)} seeds; seconds of one core, training alone.",
+        f"{shows['data']}, {shows['critic_steps']:,} critic steps each, {len(findings)} seeds; seconds of one "
+        f"core, training alone.",
         ("system", "Fréchet distance", "at the start", "score", "seconds"),
-        [
-            (
-                name, shown([run["frechet"][-1] for run in runs[name]]), shown([run["frechet"][0] for run in runs[name]]),
-                shown([run["score"] for run in runs[name]]), shown([run["seconds"] for run in runs[name]]),
-            )
-            for name in order
-        ],
-    )  # fmt: skip
+        [(name, *(shown([value(run) for run in runs[name]]) for value in columns)) for name in order],
+    )
 
 
 EXPERIMENT = Experiment(
     name="all-systems",
     title="All systems on one data set",
-    source="this trainer; Gulrajani et al. 2017, figure 3, and Goodfellow et al. 2014, section 3, for the order of two pairs",
+    source=(
+        "this trainer; Gulrajani et al. 2017, figure 3, and Goodfellow et al. 2014, section 3, for the order "
+        "of two pairs"
+    ),
     about=(
-        "The same networks, batch and number of critic steps for every system, each with its paper's optimiser and rates. "
-        "The order is what it is: a budget this small favours high learning rates, and papers train hundreds of times longer."
+        "The same networks, batch and number of critic steps for every system, each with its paper's "
+        "optimiser and rates. "
+        "The order is what it is: a budget this small favours high learning rates, and papers train hundreds "
+        "of times longer."
     ),
     settings={
         "quick": {"data": "digits", "critic_steps": 300, "width": 64, "batch": 48},
@@ -110,14 +135,38 @@ EXPERIMENT = Experiment(
     seeds={"quick": 1, "full": 3},
     measure=measure,
     claims=(
-        Claim("Every system with a gradient penalty learns", "each system's paper", "they do", "worst_improvement",
-              "Fréchet distance at the start over that at the end, least of five systems", Bound(at_least=2), "order",
-              only_full="300 critic steps are too few"),
-        Claim("WGAN-GP is ahead of clipping in as many steps", "Gulrajani et al. 2017, figure 3", "faster and better", "gp_over_clipping",
-              "Fréchet distance, WGAN-GP over WGAN", Bound(at_most=1.0, of="the mean"), "order"),
-        Claim("The non-saturating loss is ahead of the saturating one", "Goodfellow et al. 2014, section 3", "stronger gradients early on", "ns_over_saturating",
-              "Fréchet distance, nsgan over gan", Bound(at_most=1.0, of="the mean"), "order"),
+        Claim(
+            "Every system with a gradient penalty learns",
+            "each system's paper",
+            "they do",
+            "worst_improvement",
+            "Fréchet distance at the start over that at the end, least of five systems",
+            Bound(at_least=2),
+            "order",
+            only_full="300 critic steps are too few",
+        ),
+        Claim(
+            "WGAN-GP is ahead of clipping in as many steps",
+            "Gulrajani et al. 2017, figure 3",
+            "faster and better",
+            "gp_over_clipping",
+            "Fréchet distance, WGAN-GP over WGAN",
+            Bound(at_most=1.0, of="the mean"),
+            "order",
+        ),
+        Claim(
+            "The non-saturating loss is ahead of the saturating one",
+            "Goodfellow et al. 2014, section 3",
+            "stronger gradients early on",
+            "ns_over_saturating",
+            "Fréchet distance, nsgan over gan",
+            Bound(at_most=1.0, of="the mean"),
+            "order",
+        ),
     ),
     exhibit=exhibit,
-    limits="R1 and R2 are measured by a moving average of the generator, as published, whose memory of 1000 steps is most of this budget.",
-)  # fmt: skip
+    limits=(
+        "R1 and R2 are measured by a moving average of the generator, as published, whose memory of 1000 "
+        "steps is most of this budget."
+    ),
+)

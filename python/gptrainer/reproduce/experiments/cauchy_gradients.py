@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy import stats
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 import gpkernels
-from gptrainer.models import toy_models
+from gptrainer import plots
+from gptrainer.models import build_models
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
 
@@ -24,7 +25,7 @@ SLOPE = 1.0  # of its gradient's error
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
     """Many independent errors of the discriminator; the generator's gradient for each."""
-    generator = toy_models(2, settings["width"])[0]
+    generator = build_models("lines", 2, settings["width"], network="mlp")[0]
     weights = list(generator.parameters())
     latent = torch.randn(settings["batch"], 2)
     samples = torch.stack([_gradient(generator, weights, latent) for _ in range(settings["draws"])]).double().numpy()
@@ -32,7 +33,9 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     alive = np.flatnonzero(scales > 1e-6)  # a weight behind a dead unit has no gradient at all
     chosen = np.random.default_rng(seed).choice(alive, settings["coordinates"], replace=False)
     cauchy = _p_values(_distances(samples[:, chosen]), settings["draws"], settings["resamples"], seed)
-    normal = [stats.kstest(samples[:, at], "norm", (samples[:, at].mean(), samples[:, at].std())).pvalue for at in chosen]
+    normal = [
+        stats.kstest(samples[:, at], "norm", (samples[:, at].mean(), samples[:, at].std())).pvalue for at in chosen
+    ]
     fitted = np.median(np.abs(samples[:, chosen]), axis=0)
     error = np.abs(fitted / scales[chosen] - 1)
     shown = samples[:, chosen[0]] / fitted[0]
@@ -102,24 +105,36 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
     axis = np.linspace(-12, 12, 400)
     with pictures.panel(panels, "One coordinate of the gradient") as ax:
         inside = gradient[np.abs(gradient) < 12]
-        ax.hist(inside, bins=80, weights=np.full(len(inside), 80 / 24 / len(gradient)), color=pictures.BLUE, alpha=0.35, label=f"{len(gradient):,} draws")
-        ax.plot(axis, stats.cauchy.pdf(axis), color=pictures.INK, dashes=(4, 3), linewidth=1.2, label="published: Cauchy")
-        ax.plot(axis, stats.norm.pdf(axis, scale=shown["spread"]), color=pictures.ORANGE, label=f"normal, sd {shown['spread']:.0f}")
+        ax.hist(
+            inside,
+            bins=80,
+            weights=np.full(len(inside), 80 / 24 / len(gradient)),
+            color=plots.BLUE,
+            alpha=0.35,
+            label=f"{len(gradient):,} draws",
+        )
+        ax.plot(axis, stats.cauchy.pdf(axis), color=plots.INK, dashes=(4, 3), linewidth=1.2, label="published: Cauchy")
+        ax.plot(
+            axis,
+            stats.norm.pdf(axis, scale=shown["spread"]),
+            color=plots.ORANGE,
+            label=f"normal, sd {shown['spread']:.0f}",
+        )
         ax.set(xlabel="gradient over its fitted Cauchy scale", ylabel="density")
         ax.legend(frameon=False)
     with pictures.panel(panels, "Its tail") as ax:
         size = np.sort(np.abs(gradient))[::-1]
         share = np.arange(1, len(size) + 1) / len(size)
-        ax.loglog(size, share, color=pictures.BLUE, linewidth=4, alpha=0.35, label="measured")
+        ax.loglog(size, share, color=plots.BLUE, linewidth=4, alpha=0.35, label="measured")
         x = np.logspace(-1, np.log10(size[0]), 100)
-        ax.loglog(x, 2 * stats.cauchy.sf(x), color=pictures.INK, dashes=(4, 3), linewidth=1.2, label="published: Cauchy")
-        ax.loglog(x, 2 * stats.norm.sf(x, scale=shown["spread"]), color=pictures.ORANGE, label="normal of the same sd")
+        ax.loglog(x, 2 * stats.cauchy.sf(x), color=plots.INK, dashes=(4, 3), linewidth=1.2, label="published: Cauchy")
+        ax.loglog(x, 2 * stats.norm.sf(x, scale=shown["spread"]), color=plots.ORANGE, label="normal of the same sd")
         ax.set(xlabel="|gradient| over its scale", ylabel="share of draws beyond", ylim=(0.5 / len(size), 1.5))
         ax.legend(frameon=False)
     with pictures.panel(panels, "Goodness of fit, coordinate by coordinate") as ax:
         values = sorted(value for one in findings for value in one.series["cauchy_p"])
-        ax.plot(np.linspace(0, 1, len(values)), values, "o", color=pictures.BLUE, markersize=4, label="Cauchy")
-        ax.plot([0, 1], [0, 1], color=pictures.INK, dashes=(4, 3), linewidth=1, label="if the theorem is true")
+        ax.plot(np.linspace(0, 1, len(values)), values, "o", color=plots.BLUE, markersize=4, label="Cauchy")
+        ax.plot([0, 1], [0, 1], color=plots.INK, dashes=(4, 3), linewidth=1, label="if the theorem is true")
         pictures.reference(ax, LEVEL, "rejected below", at=1.0)
         ax.set(xlabel="share of coordinates", ylabel="p-value")
         ax.legend(frameon=False)
@@ -132,7 +147,8 @@ EXPERIMENT = Experiment(
     title="Cauchy gradients: −log D under a noisy discriminator",
     source=SOURCE,
     about=(
-        "Where real and generated samples lie on disjoint manifolds, the best discriminator and its gradient are 0 on the "
+        "Where real and generated samples lie on disjoint manifolds, the best discriminator and its gradient "
+        "are 0 on the "
         "generated ones. With independent normal errors on both, the gradient of the −log D loss with respect to a "
         "weight of an MLP generator is drawn again and again, through the loss that training uses."
     ),
@@ -143,17 +159,43 @@ EXPERIMENT = Experiment(
     seeds={"quick": 1, "full": 3},
     measure=measure,
     claims=(
-        Claim("Each coordinate of the generator's gradient follows a Cauchy distribution", SOURCE, "centred Cauchy",
-              "cauchy_accepted", "share of coordinates that a Kolmogorov–Smirnov test at 1 % does not reject, scale fitted",
-              Bound(at_least=0.9), "cauchy"),
-        Claim("which is no normal distribution", SOURCE, "infinite expectation and variance", "normal_rejected",
-              "share of coordinates for which the test rejects the normal at 10⁻⁶", Bound(at_least=1.0), "cauchy"),
-        Claim("It is centred", SOURCE, "median 0", "centre", "largest |median| of a coordinate, in its scale",
-              Bound(at_most=0.15), "cauchy"),
-        Claim("Its scale is the sum over samples of the generator's Jacobian norm, times the ratio of the errors",
-              f"{SOURCE}, from its proof", "‖J‖ sd(∇D) / sd(D), averaged over the batch", "scale_error",
-              "median relative error of the fitted scale", Bound(at_most=0.1), "cauchy"),
+        Claim(
+            "Each coordinate of the generator's gradient follows a Cauchy distribution",
+            SOURCE,
+            "centred Cauchy",
+            "cauchy_accepted",
+            "share of coordinates that a Kolmogorov–Smirnov test at 1 % does not reject, scale fitted",
+            Bound(at_least=0.9),
+            "cauchy",
+        ),
+        Claim(
+            "which is no normal distribution",
+            SOURCE,
+            "infinite expectation and variance",
+            "normal_rejected",
+            "share of coordinates for which the test rejects the normal at 10⁻⁶",
+            Bound(at_least=1.0),
+            "cauchy",
+        ),
+        Claim(
+            "It is centred",
+            SOURCE,
+            "median 0",
+            "centre",
+            "largest |median| of a coordinate, in its scale",
+            Bound(at_most=0.15),
+            "cauchy",
+        ),
+        Claim(
+            "Its scale is the sum over samples of the generator's Jacobian norm, times the ratio of the errors",
+            f"{SOURCE}, from its proof",
+            "‖J‖ sd(∇D) / sd(D), averaged over the batch",
+            "scale_error",
+            "median relative error of the fitted scale",
+            Bound(at_most=0.1),
+            "cauchy",
+        ),
     ),
     exhibit=exhibit,
     limits="The errors are white noise, as the theorem assumes; that a trained discriminator's are, it does not claim.",
-)  # fmt: skip
+)

@@ -1,4 +1,4 @@
-"""Noise on real and generated samples: the discriminator is no longer perfect, and the generator's gradient survives."""
+"""Noise on real and generated samples: an imperfect discriminator, and a gradient that survives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from scipy import integrate
 from scipy.stats import norm
 
 import gpkernels
+from gptrainer import plots
 from gptrainer.data import POINTS
 from gptrainer.models import build_models
 from gptrainer.models.closed_form import Line
@@ -74,7 +75,9 @@ def best_gradient(sigma: float) -> float:
     if not sigma:
         return 0.0
     # d/dx log(1 - D*) = D* / sigma^2, at x = 1 + sigma e.
-    value, _ = integrate.quad(lambda e: norm.pdf(e) * _logistic((-0.5 - sigma * e) / sigma**2) / sigma**2, -12, 12, limit=400)
+    value, _ = integrate.quad(
+        lambda e: norm.pdf(e) * _logistic((-0.5 - sigma * e) / sigma**2) / sigma**2, -12, 12, limit=400
+    )
     return float(value)
 
 
@@ -95,32 +98,50 @@ def _train(way: str, settings: Settings, seed: int, context: Context) -> dict[st
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
-    shown = findings[0].series
     panels: list[pictures.Panel] = []
     theory = np.geomspace(0.05, 2.2, 60)
     with pictures.panel(panels, "How well the noised lines are told apart") as ax:
-        ax.plot(theory, [best_accuracy(sigma) for sigma in theory], color=pictures.INK, dashes=(4, 3), linewidth=1, label=r"best, $\Phi(1/2\sigma)$")
+        ax.plot(
+            theory,
+            [best_accuracy(sigma) for sigma in theory],
+            color=plots.INK,
+            dashes=(4, 3),
+            linewidth=1,
+            label=r"best, $\Phi(1/2\sigma)$",
+        )
         for one in findings:
-            ax.plot(SIGMAS, [accuracy for accuracy, _ in one.series["lines"]], "o", color=pictures.BLUE)
-        ax.plot([], [], "o", color=pictures.BLUE, label="trained discriminator")
+            ax.plot(SIGMAS, [accuracy for accuracy, _ in one.series["lines"]], "o", color=plots.BLUE)
+        ax.plot([], [], "o", color=plots.BLUE, label="trained discriminator")
         ax.set(xlabel=r"$\sigma$ of the noise (the lines are 1 apart)", ylabel="accuracy", ylim=(0.45, 1.03))
         ax.legend(frameon=False)
     with pictures.panel(panels, "What is left for the generator") as ax:
-        ax.semilogy(theory, [best_gradient(sigma) for sigma in theory], color=pictures.INK, dashes=(4, 3), linewidth=1, label="through the best one")
+        ax.semilogy(
+            theory,
+            [best_gradient(sigma) for sigma in theory],
+            color=plots.INK,
+            dashes=(4, 3),
+            linewidth=1,
+            label="through the best one",
+        )
         for one in findings:
-            ax.semilogy(SIGMAS, [max(gradient, 1e-9) for _, gradient in one.series["lines"]], "o", color=pictures.ORANGE)
-        ax.plot([], [], "o", color=pictures.ORANGE, label="through the trained one")
+            ax.semilogy(SIGMAS, [max(gradient, 1e-9) for _, gradient in one.series["lines"]], "o", color=plots.ORANGE)
+        ax.plot([], [], "o", color=plots.ORANGE, label="through the trained one")
         ax.set(xlabel=r"$\sigma$ of the noise (the lines are 1 apart)", ylabel=r"$|d/d\theta\; E \log(1 - D)|$")
         ax.legend(frameon=False, loc="lower right")
     with pictures.panel(panels, "Noise that falls to 0: 8 Gaussians") as ax:
-        for way, colour in (("gan", pictures.PURPLE), ("gan-noise", pictures.BLUE)):
+        for way, colour in (("gan", plots.PURPLE), ("gan-noise", plots.BLUE)):
             for one in findings:
                 ax.plot(one.series["annealed"][way]["step"], one.series["annealed"][way]["wasserstein"], color=colour)
             ax.plot([], [], color=colour, label=way)
         ax.set(xlabel="generator steps", ylabel="exact $W_1$ to the data", ylim=(0, None))
         ax.legend(frameon=False)
-    del shown
-    return Exhibits({"noise": pictures.Picture("Each dot is a discriminator trained from scratch; each line in the third panel a run.", panels)})
+    return Exhibits(
+        {
+            "noise": pictures.Picture(
+                "Each dot is a discriminator trained from scratch; each line in the third panel a run.", panels
+            )
+        }
+    )
 
 
 EXPERIMENT = Experiment(
@@ -128,7 +149,8 @@ EXPERIMENT = Experiment(
     title="Instance noise: an imperfect discriminator that teaches",
     source=PAPERS,
     about=(
-        "The parallel lines at distance 1 again, where everything is known: under noise N(0, σ²) on both, the best accuracy "
+        "The parallel lines at distance 1 again, where everything is known: under noise N(0, σ²) on both, "
+        "the best accuracy "
         "is Φ(1/2σ). Then the minimax game on 8 Gaussians with and without noise that falls linearly to 0."
     ),
     settings={
@@ -138,17 +160,52 @@ EXPERIMENT = Experiment(
     seeds={"quick": 1, "full": 3},
     measure=measure,
     claims=(
-        Claim("Without noise the discriminator is perfect", PAPERS, "accuracy 1", "clean_accuracy", "accuracy",
-              Bound(at_least=0.999), "noise"),
-        Claim("With noise it is as good as the overlap lets it be, no better", PAPERS, "Φ(1/2σ)", "accuracy_error",
-              "largest error of the accuracy, five noises", Bound(at_most=0.02), "noise"),
-        Claim("The generator's gradient survives", PAPERS, "does not vanish", "survives",
-              "gradient at σ = 0.5 over that without noise", Bound(at_least=100), "noise"),
-        Claim("It is the gradient of the noised divergence", PAPERS, "the best discriminator's, by quadrature", "gradient_error",
-              "largest relative error, σ ≥ 0.25", Bound(at_most=0.25), "noise"),
-        Claim("Noise that falls to 0 does no worse than none", "Sønderby et al. 2017, section 3.2", "stabler training", "annealing",
-              "exact W₁ at the end, with noise over without", Bound(at_most=1.0, of="the mean"), "noise",
-              only_full="400 steps say nothing of where a run ends"),
+        Claim(
+            "Without noise the discriminator is perfect",
+            PAPERS,
+            "accuracy 1",
+            "clean_accuracy",
+            "accuracy",
+            Bound(at_least=0.999),
+            "noise",
+        ),
+        Claim(
+            "With noise it is as good as the overlap lets it be, no better",
+            PAPERS,
+            "Φ(1/2σ)",
+            "accuracy_error",
+            "largest error of the accuracy, five noises",
+            Bound(at_most=0.02),
+            "noise",
+        ),
+        Claim(
+            "The generator's gradient survives",
+            PAPERS,
+            "does not vanish",
+            "survives",
+            "gradient at σ = 0.5 over that without noise",
+            Bound(at_least=100),
+            "noise",
+        ),
+        Claim(
+            "It is the gradient of the noised divergence",
+            PAPERS,
+            "the best discriminator's, by quadrature",
+            "gradient_error",
+            "largest relative error, σ ≥ 0.25",
+            Bound(at_most=0.25),
+            "noise",
+        ),
+        Claim(
+            "Noise that falls to 0 does no worse than none",
+            "Sønderby et al. 2017, section 3.2",
+            "stabler training",
+            "annealing",
+            "exact W₁ at the end, with noise over without",
+            Bound(at_most=1.0, of="the mean"),
+            "noise",
+            only_full="400 steps say nothing of where a run ends",
+        ),
     ),
     exhibit=exhibit,
-)  # fmt: skip
+)

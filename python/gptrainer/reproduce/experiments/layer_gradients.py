@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from gptrainer import plots
 from gptrainer.data import SampledBatches
 from gptrainer.data.points import swiss_roll
 from gptrainer.metrics import layer_gradient_norms, share_at_bound, weight_histogram
@@ -64,20 +64,26 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
     names = list(findings[0].series["runs"])
     with pictures.panel(panels, "Gradient norms, layer by layer", height=3.9) as ax:
-        for colour, name in zip((pictures.PURPLE, pictures.ORANGE, pictures.GREEN, pictures.BLUE), names, strict=True):
+        for colour, name in zip((plots.PURPLE, plots.ORANGE, plots.GREEN, plots.BLUE), names, strict=True):
             for one in findings:
                 norms = one.series["runs"][name]["norms"]
                 ax.plot(range(1, len(norms) + 1), norms, "o-", markersize=3, color=colour)
             ax.plot([], [], "o-", markersize=3, color=colour, label=name)
-        ax.axhline(0, color=pictures.INK, linewidth=1, dashes=(4, 3))
+        ax.axhline(0, color=plots.INK, linewidth=1, dashes=(4, 3))
         ax.set(xlabel="layer, from the input", ylabel=r"$\log_{10}$ of $\|\partial L / \partial a\|$", ylim=(-25, 8))
         ax.annotate("published: level under the penalty only", (1, 0.4), fontsize=9)
         ax.legend(frameon=False, loc="lower right")
-    for name, colour in (("c = 0.01", pictures.ORANGE), ("penalty", pictures.BLUE)):
+    for name, colour in (("c = 0.01", plots.ORANGE), ("penalty", plots.BLUE)):
         run = findings[0].series["runs"][name]
         with pictures.panel(panels, f"Weights, {name}", height=3.9) as ax:
             edges = run["edges"]
-            ax.bar(edges[:-1], [100 * share for share in run["shares"]], width=edges[1] - edges[0], align="edge", color=colour)
+            ax.bar(
+                edges[:-1],
+                [100 * share for share in run["shares"]],
+                width=edges[1] - edges[0],
+                align="edge",
+                color=colour,
+            )
             ax.set(xlabel="weight", ylabel="share of the weights (%)")
     caption = (
         "Published: gradients explode at c = 0.1, vanish at 0.01 and 0.001 and stay level under the penalty; "
@@ -101,20 +107,62 @@ EXPERIMENT = Experiment(
     seeds={"quick": 1, "full": 2},
     measure=measure,
     claims=(
-        Claim("With c = 0.1 gradients explode on their way to the input", FIGURE, "grow by orders of magnitude", "rise_of_tenth",
-              "decades from the last layer to the first", Bound(at_least=2), "layers",
-              only_full="at width 64 weights of 0.1 are too small to explode; the figure's width is 512"),
-        Claim("With c = 0.01 gradients vanish on their way to the input", FIGURE, "fall by orders of magnitude", "rise_of_hundredth",
-              "decades from the last layer to the first", Bound(at_most=-5), "layers"),
-        Claim("With c = 0.001 gradients vanish faster still", FIGURE, "fall by more", "rise_of_thousandth",
-              "decades from the last layer to the first (float32 ends at −45)", Bound(at_most=-15), "layers"),
-        Claim("Under the gradient penalty the norms stay level", FIGURE, "level", "rise_of_penalty",
-              "decades between the first layer and the last, either way", Bound(at_most=1.5), "layers"),
-        Claim("Clipping drives the weights to ±c", FIGURE, "two peaks at the ends", "at_bound",
-              "share of the weights at ±0.01", Bound(at_least=0.5), "layers"),
-        Claim("The penalty leaves few weights at the ends of their range", FIGURE, "one broad peak", "penalty_outermost",
-              "share of the weights in the outermost of 50 bins", Bound(at_most=0.05), "layers"),
+        Claim(
+            "With c = 0.1 gradients explode on their way to the input",
+            FIGURE,
+            "grow by orders of magnitude",
+            "rise_of_tenth",
+            "decades from the last layer to the first",
+            Bound(at_least=2),
+            "layers",
+            only_full="at width 64 weights of 0.1 are too small to explode; the figure's width is 512",
+        ),
+        Claim(
+            "With c = 0.01 gradients vanish on their way to the input",
+            FIGURE,
+            "fall by orders of magnitude",
+            "rise_of_hundredth",
+            "decades from the last layer to the first",
+            Bound(at_most=-5),
+            "layers",
+        ),
+        Claim(
+            "With c = 0.001 gradients vanish faster still",
+            FIGURE,
+            "fall by more",
+            "rise_of_thousandth",
+            "decades from the last layer to the first (float32 ends at −45)",
+            Bound(at_most=-15),
+            "layers",
+        ),
+        Claim(
+            "Under the gradient penalty the norms stay level",
+            FIGURE,
+            "level",
+            "rise_of_penalty",
+            "decades between the first layer and the last, either way",
+            Bound(at_most=1.5),
+            "layers",
+        ),
+        Claim(
+            "Clipping drives the weights to ±c",
+            FIGURE,
+            "two peaks at the ends",
+            "at_bound",
+            "share of the weights at ±0.01",
+            Bound(at_least=0.5),
+            "layers",
+        ),
+        Claim(
+            "The penalty leaves few weights at the ends of their range",
+            FIGURE,
+            "one broad peak",
+            "penalty_outermost",
+            "share of the weights in the outermost of 50 bins",
+            Bound(at_most=0.05),
+            "layers",
+        ),
     ),
     exhibit=exhibit,
     limits="The paper does not say for how long its critics were trained; here it is 500 steps (60 in the quick set).",
-)  # fmt: skip
+)

@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from gptrainer import plots
 from gptrainer.loop import Trainer
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
@@ -53,7 +54,9 @@ def _run(algorithm: str, data: str, quality: str, settings: Settings, seed: int,
         curve["quality"].append(run.quality.measure(run.shown("generator"))[quality])
 
     train(trainer, settings["steps"] // settings["looks"], look)
-    further = [trainer.system.critic_step(*trainer.next_batch())[estimate].item() for _ in range(settings.get("further", 0))]
+    further = [
+        trainer.system.critic_step(*trainer.next_batch())[estimate].item() for _ in range(settings.get("further", 0))
+    ]
     curve["optimal"] = sum(further[-20:]) / 20
     return curve
 
@@ -70,8 +73,8 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
             other = ax.twinx()
             for one in findings:
                 curve = one.series[key]
-                ax.plot(curve["step"], curve["estimate"], color=pictures.BLUE)
-                other.semilogy(curve["step"], curve["quality"][1:], color=pictures.ORANGE, dashes=(3, 2))
+                ax.plot(curve["step"], curve["estimate"], color=plots.BLUE)
+                other.semilogy(curve["step"], curve["quality"][1:], color=plots.ORANGE, dashes=(3, 2))
             if key == "game":
                 pictures.reference(ax, math.log(2), "log 2", below=True)
                 ax.set_ylim(0, 0.75)
@@ -80,9 +83,12 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
             other.grid(False)
             other.spines["right"].set_visible(True)
             ax.set_xlabel("generator steps")
-            ax.set_ylabel(label, color=pictures.BLUE)
-            other.set_ylabel(f"{quality} (dashed)", color=pictures.ORANGE)
-    caption = "Published: the Wasserstein estimate falls with the quality of samples, the Jensen–Shannon estimate stays or rises while they improve."
+            ax.set_ylabel(label, color=plots.BLUE)
+            other.set_ylabel(f"{quality} (dashed)", color=plots.ORANGE)
+    caption = (
+        "Published: the Wasserstein estimate falls with the quality of samples, the Jensen–Shannon estimate "
+        "stays or rises while they improve."
+    )
     return Exhibits({"losses": pictures.Picture(caption, panels)})
 
 
@@ -91,8 +97,10 @@ EXPERIMENT = Experiment(
     title="A loss that means something",
     source=f"{PAPER}, figures 3 and 4",
     about=(
-        "Along training, the critic's estimate (its mean between two looks) beside a distance that it does not know: exact "
-        "optimal transport on points, the Fréchet distance in a classifier's features on images. Lower is better for both."
+        "Along training, the critic's estimate (its mean between two looks) beside a distance that it does "
+        "not know: exact "
+        "optimal transport on points, the Fréchet distance in a classifier's features on images. Lower is "
+        "better for both."
     ),
     settings={
         "quick": {
@@ -111,18 +119,56 @@ EXPERIMENT = Experiment(
     seeds={"quick": 1, "full": 2},
     measure=measure,
     claims=(
-        Claim("The Wasserstein estimate falls with the exact distance", f"{PAPER}, figure 3", "correlates with quality", "points_rank",
-              "rank correlation with exact W₁ along training, 8 Gaussians", Bound(at_least=0.6), "losses"),
-        Claim("The Wasserstein estimate falls with the distance of images", f"{PAPER}, figure 3", "correlates with quality", "images_rank",
-              "rank correlation with the Fréchet distance along training", Bound(at_least=0.6), "losses"),
-        Claim("A plain GAN's samples improve", f"{PAPER}, figure 4", "they do", "game_quality",
-              "Fréchet distance at the end over that at the start", Bound(at_most=0.5), "losses"),
-        Claim("while its Jensen–Shannon estimate does not fall", f"{PAPER}, figure 4", "stays or rises", "game_rise",
-              "mean of the last third over that of the first", Bound(at_least=0.9), "losses",
-              only_full="the first steps, in which the discriminator is still learning, weigh too much"),
-        Claim("The estimate says log 2 however good the samples are", f"{PAPER}, figure 4", "log 2 = 0.69 nats", "game_optimal",
-              "estimate over log 2, after the discriminator alone went on", Bound(at_least=0.9), "losses"),
+        Claim(
+            "The Wasserstein estimate falls with the exact distance",
+            f"{PAPER}, figure 3",
+            "correlates with quality",
+            "points_rank",
+            "rank correlation with exact W₁ along training, 8 Gaussians",
+            Bound(at_least=0.6),
+            "losses",
+        ),
+        Claim(
+            "The Wasserstein estimate falls with the distance of images",
+            f"{PAPER}, figure 3",
+            "correlates with quality",
+            "images_rank",
+            "rank correlation with the Fréchet distance along training",
+            Bound(at_least=0.6),
+            "losses",
+        ),
+        Claim(
+            "A plain GAN's samples improve",
+            f"{PAPER}, figure 4",
+            "they do",
+            "game_quality",
+            "Fréchet distance at the end over that at the start",
+            Bound(at_most=0.5),
+            "losses",
+        ),
+        Claim(
+            "while its Jensen–Shannon estimate does not fall",
+            f"{PAPER}, figure 4",
+            "stays or rises",
+            "game_rise",
+            "mean of the last third over that of the first",
+            Bound(at_least=0.9),
+            "losses",
+            only_full="the first steps, in which the discriminator is still learning, weigh too much",
+        ),
+        Claim(
+            "The estimate says log 2 however good the samples are",
+            f"{PAPER}, figure 4",
+            "log 2 = 0.69 nats",
+            "game_optimal",
+            "estimate over log 2, after the discriminator alone went on",
+            Bound(at_least=0.9),
+            "losses",
+        ),
     ),
     exhibit=exhibit,
-    limits="Published curves are of weight clipping on LSUN; these are of the gradient penalty, which gets there in the time there is.",
-)  # fmt: skip
+    limits=(
+        "Published curves are of weight clipping on LSUN; these are of the gradient penalty, which gets "
+        "there in the time there is."
+    ),
+)

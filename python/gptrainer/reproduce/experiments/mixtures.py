@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gptrainer import plots
 from gptrainer.data import POINTS
 from gptrainer.loop import Trainer
 from gptrainer.models import sample
@@ -61,14 +62,25 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         name = NAMES[run["data"]]
         with pictures.panel(clouds, f"{name}, {way}", f"generated points, {name}, {way}", width=3.6, height=3.7) as ax:
             real = POINTS[run["data"]](1500, torch.Generator().manual_seed(0))
-            ax.plot(*real.T, ".", color=pictures.ORANGE, markersize=4, alpha=0.5, rasterized=True, label="real")
-            ax.plot(*zip(*run["samples"], strict=True), ".", color=pictures.INK, markersize=1.5, alpha=0.6, rasterized=True, label="generated")
+            ax.plot(*real.T, ".", color=plots.ORANGE, markersize=4, alpha=0.5, rasterized=True, label="real")
+            ax.plot(
+                *zip(*run["samples"], strict=True),
+                ".",
+                color=plots.INK,
+                markersize=1.5,
+                alpha=0.6,
+                rasterized=True,
+                label="generated",
+            )
             ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=(-2, 2), ylim=(-2, 2.4))
             ax.legend(frameon=False, loc="upper left", markerscale=2, ncols=2)
             ax.grid(False)
-    for key, title in (("share", "Share of samples within 4σ of a mode"), ("modes", "Share of the modes that are covered")):
+    for key, title in (
+        ("share", "Share of samples within 4σ of a mode"),
+        ("modes", "Share of the modes that are covered"),
+    ):
         with pictures.panel(curves, title) as ax:
-            for colour, (name, way) in zip((pictures.BLUE, pictures.ORANGE, pictures.GREEN), ways.items(), strict=True):
+            for colour, (name, way) in zip((plots.BLUE, plots.ORANGE, plots.GREEN), ways.items(), strict=True):
                 for one in findings:
                     run = one.series[name]
                     most = 1 if key == "share" else (8 if run["data"] == "8gaussians" else 25)
@@ -89,7 +101,10 @@ EXPERIMENT = Experiment(
     name="mixtures",
     title="8 and 25 Gaussians: modes found by penalty and by clipping",
     source=PAPER,
-    about="Generators and critics of three hidden layers, with the toy code's penalty weight of 0.1 and five critic steps a generator step.",
+    about=(
+        "Generators and critics of three hidden layers, with the toy code's penalty weight of 0.1 and five "
+        "critic steps a generator step."
+    ),
     settings={
         "quick": {
             "runs": {
@@ -102,25 +117,81 @@ EXPERIMENT = Experiment(
             "runs": {
                 "gp8": {"algorithm": "wgan-gp", "data": "8gaussians", "steps": 2000, "width": 128, **RUN},
                 "clip8": {"algorithm": "wgan", "data": "8gaussians", "steps": 2000, "width": 128, **RUN},
-                "gp25": {"algorithm": "wgan-gp", "data": "25gaussians", "steps": 12_000, "width": 128, "lr": 5e-4, "decay_steps": 12_000, **RUN},
+                "gp25": {
+                    "algorithm": "wgan-gp",
+                    "data": "25gaussians",
+                    "steps": 12_000,
+                    "width": 128,
+                    "lr": 5e-4,
+                    "decay_steps": 12_000,
+                    **RUN,
+                },
             }
         },
     },
     seeds={"quick": 1, "full": 3},
     measure=measure,
     claims=(
-        Claim("The gradient penalty covers all 8 Gaussians", PAPER, "all modes", "modes_8", "modes covered, of 8", Bound(at_least=8), "clouds"),
-        Claim("Under the penalty most samples lie on the 8 Gaussians", PAPER, "samples on the modes", "share_8",
-              "share of samples within 4σ of a mode", Bound(at_least=0.5), "curves"),
-        Claim("Clipping puts fewer samples there in as many steps", PAPER, "clipping learns slower, and simpler shapes", "share_advantage",
-              "share within 4σ, penalty less clipping", Bound(at_least=0.2), "curves"),
-        Claim("Clipping covers no more modes", PAPER, "clipping learns slower, and simpler shapes", "modes_advantage",
-              "modes, penalty less clipping", Bound(at_least=0), "curves"),
-        Claim("The gradient penalty covers all 25 Gaussians", PAPER, "all modes", "modes_25", "modes covered, of 25",
-              Bound(at_least=25), "clouds", only_full="100 steps do not solve 25 Gaussians"),
-        Claim("Under the penalty most samples lie on the 25 Gaussians", PAPER, "samples on the modes", "share_25",
-              "share of samples within 4σ of a mode", Bound(at_least=0.5), "curves", only_full="100 steps do not solve 25 Gaussians"),
+        Claim(
+            "The gradient penalty covers all 8 Gaussians",
+            PAPER,
+            "all modes",
+            "modes_8",
+            "modes covered, of 8",
+            Bound(at_least=8),
+            "clouds",
+        ),
+        Claim(
+            "Under the penalty most samples lie on the 8 Gaussians",
+            PAPER,
+            "samples on the modes",
+            "share_8",
+            "share of samples within 4σ of a mode",
+            Bound(at_least=0.5),
+            "curves",
+        ),
+        Claim(
+            "Clipping puts fewer samples there in as many steps",
+            PAPER,
+            "clipping learns slower, and simpler shapes",
+            "share_advantage",
+            "share within 4σ, penalty less clipping",
+            Bound(at_least=0.2),
+            "curves",
+        ),
+        Claim(
+            "Clipping covers no more modes",
+            PAPER,
+            "clipping learns slower, and simpler shapes",
+            "modes_advantage",
+            "modes, penalty less clipping",
+            Bound(at_least=0),
+            "curves",
+        ),
+        Claim(
+            "The gradient penalty covers all 25 Gaussians",
+            PAPER,
+            "all modes",
+            "modes_25",
+            "modes covered, of 25",
+            Bound(at_least=25),
+            "clouds",
+            only_full="100 steps do not solve 25 Gaussians",
+        ),
+        Claim(
+            "Under the penalty most samples lie on the 25 Gaussians",
+            PAPER,
+            "samples on the modes",
+            "share_25",
+            "share of samples within 4σ of a mode",
+            Bound(at_least=0.5),
+            "curves",
+            only_full="100 steps do not solve 25 Gaussians",
+        ),
     ),
     exhibit=exhibit,
-    limits="The toy code trains for 100,000 steps at width 512; here it is width 128, 2,000 steps for 8 modes and 12,000 with a falling rate for 25.",
-)  # fmt: skip
+    limits=(
+        "The toy code trains for 100,000 steps at width 512; here it is width 128, 2,000 steps for 8 modes "
+        "and 12,000 with a falling rate for 25."
+    ),
+)

@@ -1,4 +1,4 @@
-"""A critic on few images: its losses on training and held-out images part, and a consistency term holds them together."""
+"""A critic on few images: its losses on known and unknown images part, and a consistency term holds them together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gptrainer import plots
 from gptrainer.data import load_batches, load_images
 from gptrainer.loop import Trainer, evaluating
 from gptrainer.reproduce import pictures
@@ -60,7 +61,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
     for way, title in WAYS.items():
         with pictures.panel(panels, f"Critic's loss, {title}") as ax:
-            for key, colour, label in (("known", pictures.BLUE, "training images"), ("unknown", pictures.ORANGE, "held-out images")):
+            for key, colour, label in (
+                ("known", plots.BLUE, "training images"),
+                ("unknown", plots.ORANGE, "held-out images"),
+            ):
                 for one in findings:
                     ax.plot(one.series[way]["step"], one.series[way][key], color=colour)
                 ax.plot([], [], color=colour, label=label)
@@ -71,13 +75,16 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ("quality", "Quality of samples", "Fréchet distance"),
     ):
         with pictures.panel(panels, title) as ax:
-            for way, colour in (("wgan-gp", pictures.PURPLE), ("ct-gan", pictures.GREEN)):
+            for way, colour in (("wgan-gp", plots.PURPLE), ("ct-gan", plots.GREEN)):
                 for one in findings:
                     ax.plot(one.series[way]["step"], one.series[way][key], color=colour)
                 ax.plot([], [], color=colour, label=WAYS[way])
             ax.set(xlabel="generator steps", ylabel=label, yscale="log" if key == "quality" else "linear")
             ax.legend(frameon=False)
-    caption = "Published: the two losses part under the penalty alone and stay together with the consistency term. Each line is a run."
+    caption = (
+        "Published: the two losses part under the penalty alone and stay together with the consistency term. "
+        "Each line is a run."
+    )
     return Exhibits({"overfitting": pictures.Picture(caption, panels)})
 
 
@@ -86,8 +93,10 @@ EXPERIMENT = Experiment(
     title="Few images: the critic overfits, and consistency holds it back",
     source=f"Gulrajani et al. 2017, figure 5b; {CT}",
     about=(
-        "WGAN-GP and CT-GAN, the same but for dropout and the consistency term in the critic, on the first images of a data "
-        "set; the critic's loss on 500 of them and on 500 it has never seen. The Fréchet distance is to images that were held out "
+        "WGAN-GP and CT-GAN, the same but for dropout and the consistency term in the critic, on the first "
+        "images of a data "
+        "set; the critic's loss on 500 of them and on 500 it has never seen. The Fréchet distance is to "
+        "images that were held out "
         "where the data has test images."
     ),
     settings={
@@ -97,18 +106,49 @@ EXPERIMENT = Experiment(
     seeds={"quick": 1, "full": 3},
     measure=measure,
     claims=(
-        Claim("The critic's losses on training and held-out images part", "Gulrajani et al. 2017, figure 5b", "they part", "gap",
-              "gap at the end, over the training loss", Bound(at_least=0.1), "overfitting",
-              only_full="a small critic on 500 digits overfits little in 360 steps"),
-        Claim("The gap grows while the critic trains", "Gulrajani et al. 2017, figure 5b", "grows", "gap_growth",
-              "gap at the end less that at the first look, over the training loss", Bound(at_least=0.0), "overfitting",
-              only_full="a small critic on 500 digits overfits little in 360 steps"),
-        Claim("The consistency term narrows the gap", CT, "the losses stay together", "gap_ratio",
-              "gap with the term over that without", Bound(at_most=0.7, of="the mean"), "overfitting"),
-        Claim("It improves the samples", CT, "Inception score 5.12 against 2.98 with 1000 images of CIFAR-10", "quality_ratio",
-              "Fréchet distance with the term over that without", Bound(at_most=1.0, of="the mean"), "overfitting",
-              only_full="360 steps on digits are too few for the difference"),
+        Claim(
+            "The critic's losses on training and held-out images part",
+            "Gulrajani et al. 2017, figure 5b",
+            "they part",
+            "gap",
+            "gap at the end, over the training loss",
+            Bound(at_least=0.1),
+            "overfitting",
+            only_full="a small critic on 500 digits overfits little in 360 steps",
+        ),
+        Claim(
+            "The gap grows while the critic trains",
+            "Gulrajani et al. 2017, figure 5b",
+            "grows",
+            "gap_growth",
+            "gap at the end less that at the first look, over the training loss",
+            Bound(at_least=0.0),
+            "overfitting",
+            only_full="a small critic on 500 digits overfits little in 360 steps",
+        ),
+        Claim(
+            "The consistency term narrows the gap",
+            CT,
+            "the losses stay together",
+            "gap_ratio",
+            "gap with the term over that without",
+            Bound(at_most=0.7, of="the mean"),
+            "overfitting",
+        ),
+        Claim(
+            "It improves the samples",
+            CT,
+            "Inception score 5.12 against 2.98 with 1000 images of CIFAR-10",
+            "quality_ratio",
+            "Fréchet distance with the term over that without",
+            Bound(at_most=1.0, of="the mean"),
+            "overfitting",
+            only_full="360 steps on digits are too few for the difference",
+        ),
     ),
     exhibit=exhibit,
-    limits="The published runs are of 50,000 steps and more; here it is 900 generator steps, where the gap has opened but not all of it.",
-)  # fmt: skip
+    limits=(
+        "The published runs are of 50,000 steps and more; here it is 900 generator steps, where the gap has "
+        "opened but not all of it."
+    ),
+)

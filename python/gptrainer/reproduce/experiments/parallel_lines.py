@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels
-from gptrainer.models import toy_models
+from gptrainer import plots
+from gptrainer.models import build_models
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
 from gptrainer.reproduce.training import fit
@@ -26,7 +27,7 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     thetas = [round(-1 + 0.05 * step, 2) for step in range(41)]
     exact = [exact_wasserstein(theta) for theta in thetas]
     divergence = [exact_jensen_shannon(theta) for theta in thetas]
-    tried = [theta for theta in settings["trained_at"]]
+    tried = list(settings["trained_at"])
     critics = [trained(theta, "wgan", settings) for theta in tried]
     discriminators = [trained(theta, "gan", settings) for theta in tried]
     apart = [at for at, theta in enumerate(thetas) if theta != 0]
@@ -69,19 +70,23 @@ def exact_wasserstein(theta: float) -> tuple[float, float]:
 
 
 def exact_jensen_shannon(theta: float) -> float:
-    """log 2 less half the loss of the best discriminator: certain where the lines differ, undecided where they do not."""
+    """log 2 less half the loss of the best discriminator, which is certain where the lines differ."""
     sure = torch.full((POINTS,), CERTAIN if theta else 0.0, dtype=torch.float64)
     return math.log(2) - gpkernels.gan_discriminator_loss(sure, -sure).item() / 2
 
 
 def trained(theta: float, kind: str, settings: Settings) -> tuple[float, float]:
     """A trained critic's (or discriminator's) estimate of the distance, and its derivative by theta."""
-    critic: nn.Module = toy_models(2, settings["width"])[1]
+    critic: nn.Module = build_models("lines", 2, settings["width"], network="mlp")[1]
     at, origin, batch = torch.tensor(theta, requires_grad=True), torch.tensor(0.0), settings["batch"]
     penalty = "wgan-gp" if kind == "wgan" else "none"
     loss = gpkernels.CriticLoss(critic, objective=kind, penalty=penalty, penalty_weight=10.0)
     optimiser = torch.optim.Adam(critic.parameters(), lr=settings["lr"], betas=(0.5, 0.9))
-    fit(lambda: loss(line(origin, torch.rand(batch)), line(at, torch.rand(batch)).detach()).loss, optimiser, settings["steps"])
+    fit(
+        lambda: loss(line(origin, torch.rand(batch)), line(at, torch.rand(batch)).detach()).loss,
+        optimiser,
+        settings["steps"],
+    )
     z = (torch.arange(1024) + 0.5) / 1024
     fake = critic(line(at, z))
     if kind == "wgan":
@@ -97,29 +102,62 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
     theta, tried = shown["theta"], shown["tried"]
     panels: list[pictures.Panel] = []
     with pictures.panel(panels, "Wasserstein-1 distance") as ax:
-        ax.plot(theta, [abs(t) for t in theta], color=pictures.INK, dashes=(4, 3), linewidth=1, label=r"published, $|\theta|$")
-        ax.plot(theta, shown["exact"], color=pictures.BLUE, linewidth=4, alpha=0.35, label="exact transport")
-        ax.plot(tried, [value for value, _ in shown["critics"]], "o", color=pictures.ORANGE, label="WGAN-GP critic")
+        ax.plot(
+            theta,
+            [abs(t) for t in theta],
+            color=plots.INK,
+            dashes=(4, 3),
+            linewidth=1,
+            label=r"published, $|\theta|$",
+        )
+        ax.plot(theta, shown["exact"], color=plots.BLUE, linewidth=4, alpha=0.35, label="exact transport")
+        ax.plot(tried, [value for value, _ in shown["critics"]], "o", color=plots.ORANGE, label="WGAN-GP critic")
         ax.set(xlabel=r"$\theta$, distance of the lines", ylabel=r"$W_1$", ylim=(0, 1.15))
         ax.legend(frameon=False, loc="upper center")
     with pictures.panel(panels, "Jensen–Shannon divergence") as ax:
-        left, right = [(t, v) for t, v in zip(theta, shown["divergence"], strict=True) if t < 0], [
-            (t, v) for t, v in zip(theta, shown["divergence"], strict=True) if t > 0
-        ]
+        left, right = (
+            [(t, v) for t, v in zip(theta, shown["divergence"], strict=True) if t < 0],
+            [(t, v) for t, v in zip(theta, shown["divergence"], strict=True) if t > 0],
+        )
         for side in (left, right):
-            ax.plot(*zip(*side, strict=True), color=pictures.BLUE, linewidth=4, alpha=0.35)
-        ax.plot([0], [0], "o", color=pictures.BLUE, alpha=0.6, label="best discriminator, exact")
-        ax.plot(tried, [value for value, _ in shown["discriminators"]], "o", color=pictures.ORANGE, label="trained discriminator")
+            ax.plot(*zip(*side, strict=True), color=plots.BLUE, linewidth=4, alpha=0.35)
+        ax.plot([0], [0], "o", color=plots.BLUE, alpha=0.6, label="best discriminator, exact")
+        ax.plot(
+            tried,
+            [value for value, _ in shown["discriminators"]],
+            "o",
+            color=plots.ORANGE,
+            label="trained discriminator",
+        )
         pictures.reference(ax, math.log(2), "published, log 2", at=0.0)
         ax.set(xlabel=r"$\theta$, distance of the lines", ylabel="JS (nats)", ylim=(-0.03, 0.82))
         ax.legend(frameon=False, loc="lower left")
     with pictures.panel(panels, "What the generator is told") as ax:
-        ax.plot([-1.05, 0, 0, 1.05], [-1, -1, 1, 1], color=pictures.INK, dashes=(4, 3), linewidth=1, label=r"published, $\mathrm{sign}\,\theta$")
-        ax.plot(tried, [g for _, g in shown["critics"]], "o", color=pictures.ORANGE, label="through the WGAN-GP critic")
-        ax.plot(tried, [g for _, g in shown["discriminators"]], "s", color=pictures.PURPLE, label="through the discriminator")
-        ax.set(xlabel=r"$\theta$, distance of the lines", ylabel=r"derivative of the estimate by $\theta$", ylim=(-1.3, 1.75))
+        ax.plot(
+            [-1.05, 0, 0, 1.05],
+            [-1, -1, 1, 1],
+            color=plots.INK,
+            dashes=(4, 3),
+            linewidth=1,
+            label=r"published, $\mathrm{sign}\,\theta$",
+        )
+        ax.plot(tried, [g for _, g in shown["critics"]], "o", color=plots.ORANGE, label="through the WGAN-GP critic")
+        ax.plot(
+            tried,
+            [g for _, g in shown["discriminators"]],
+            "s",
+            color=plots.PURPLE,
+            label="through the discriminator",
+        )
+        ax.set(
+            xlabel=r"$\theta$, distance of the lines",
+            ylabel=r"derivative of the estimate by $\theta$",
+            ylim=(-1.3, 1.75),
+        )
         ax.legend(frameon=False, loc="upper left")
-    caption = "The distance falls towards 0 and its slope points there; the divergence is flat wherever the lines differ."
+    caption = (
+        "The distance falls towards 0 and its slope points there; the divergence is flat wherever the lines differ."
+    )
     return Exhibits({"distances": pictures.Picture(caption, panels)})
 
 
@@ -133,24 +171,71 @@ EXPERIMENT = Experiment(
     ),
     settings={
         "quick": {"trained_at": [-1.0, -0.5, 0.5, 1.0], "steps": 400, "width": 64, "batch": 64, "lr": 2e-3},
-        "full": {"trained_at": [-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0], "steps": 2000, "width": 128, "batch": 128, "lr": 1e-3},
+        "full": {
+            "trained_at": [-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0],
+            "steps": 2000,
+            "width": 128,
+            "batch": 128,
+            "lr": 1e-3,
+        },
     },
     seeds={"quick": 1, "full": 3},
     measure=measure,
     claims=(
-        Claim("The Wasserstein distance of the lines is |θ|", EXACT, "W = |θ|", "wasserstein_error",
-              "largest |W − |θ|| over 41 values of θ", Bound(at_most=1e-9), "distances"),
-        Claim("so it has a usable gradient everywhere but at 0", EXACT, "dW/dθ = sign θ", "gradient_error",
-              "largest |dW/dθ − sign θ|", Bound(at_most=1e-9), "distances"),
-        Claim("The Jensen–Shannon divergence is log 2 unless the lines coincide", EXACT, "JS = log 2 for θ ≠ 0, 0 at 0",
-              "divergence_error", "largest error against log 2 (0 at θ = 0), in nats", Bound(at_most=1e-9), "distances"),
-        Claim("A trained Wasserstein critic hands this gradient to the generator", EXACT,
-              "dW/dθ = sign θ; with penalty weight 10 the best slope is 1.05", "critic_gradient_error",
-              "largest error of the derivative through the critic", Bound(at_most=0.15), "distances"),
-        Claim("A trained discriminator reports log 2 at every distance", EXACT, "JS = log 2", "discriminator_error",
-              "largest relative error of its estimate", Bound(at_most=0.05), "distances"),
-        Claim("and hands the generator next to nothing", EXACT, "dJS/dθ = 0", "discriminator_gradient",
-              "largest derivative through the discriminator", Bound(at_most=0.05), "distances"),
+        Claim(
+            "The Wasserstein distance of the lines is |θ|",
+            EXACT,
+            "W = |θ|",
+            "wasserstein_error",
+            "largest |W − |θ|| over 41 values of θ",
+            Bound(at_most=1e-9),
+            "distances",
+        ),
+        Claim(
+            "so it has a usable gradient everywhere but at 0",
+            EXACT,
+            "dW/dθ = sign θ",
+            "gradient_error",
+            "largest |dW/dθ − sign θ|",
+            Bound(at_most=1e-9),
+            "distances",
+        ),
+        Claim(
+            "The Jensen–Shannon divergence is log 2 unless the lines coincide",
+            EXACT,
+            "JS = log 2 for θ ≠ 0, 0 at 0",
+            "divergence_error",
+            "largest error against log 2 (0 at θ = 0), in nats",
+            Bound(at_most=1e-9),
+            "distances",
+        ),
+        Claim(
+            "A trained Wasserstein critic hands this gradient to the generator",
+            EXACT,
+            "dW/dθ = sign θ; with penalty weight 10 the best slope is 1.05",
+            "critic_gradient_error",
+            "largest error of the derivative through the critic",
+            Bound(at_most=0.15),
+            "distances",
+        ),
+        Claim(
+            "A trained discriminator reports log 2 at every distance",
+            EXACT,
+            "JS = log 2",
+            "discriminator_error",
+            "largest relative error of its estimate",
+            Bound(at_most=0.05),
+            "distances",
+        ),
+        Claim(
+            "and hands the generator next to nothing",
+            EXACT,
+            "dJS/dθ = 0",
+            "discriminator_gradient",
+            "largest derivative through the discriminator",
+            Bound(at_most=0.05),
+            "distances",
+        ),
     ),
     exhibit=exhibit,
-)  # fmt: skip
+)
