@@ -14,7 +14,7 @@ import gpkernels
 from gptrainer import plots
 from gptrainer.comparison import Comparison, compare
 from gptrainer.config import filled
-from gptrainer.data import POINTS, load_digits
+from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.files import replacing
 from gptrainer.loop import Trainer
 from gptrainer.metrics import ImageQuality
@@ -101,11 +101,14 @@ def _plot_samples(path: Path, trainer: Trainer) -> None:
     latent = torch.randn(1000, filled(trainer.config.latent), generator=random).to(trainer.device)
     generated = sample(trainer.generator, latent).cpu()
     if isinstance(trainer.quality, ImageQuality):
-        real = load_digits().images
-        classes = trainer.quality.classifier.classify(generated), trainer.quality.classifier.classify(real)
-        plots.plot_digits(path, _title(trainer), generated, real, classes)
+        images = load_images(trainer.config.data)
+        real = images[torch.randperm(len(images), generator=random)[: len(latent)]]
+        classes = [trainer.quality.classifier.classify(shown) for shown in (generated, real)]
+        span = DATASETS[trainer.config.data].range
+        plots.plot_images(path, _title(trainer), generated, real, span, (classes[0], classes[1]))
     else:
-        plots.plot_ring(
+        plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line
+        plot(
             path, _title(trainer), generated, POINTS[trainer.config.data](1000, random), trainer.critic, trainer.device
         )
 

@@ -92,8 +92,9 @@ def _load(path: Path, data: ImageSet) -> Classifier | None:
 
 def _without_weights(data: ImageSet, classes: int) -> tuple[nn.Module, nn.Module]:
     """(body, head), for which no random number is drawn."""
+    shape = shape_of(data)
     with torch.device("meta"):
-        return untrained(shape_of(data), classes)
+        return untrained(shape, classes)
 
 
 def _save(path: Path, trained: Classifier) -> None:
