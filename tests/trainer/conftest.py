@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from gptrainer import classifier, comparison
+from gptrainer import comparison
 from gptrainer.config import TrainConfig
+from gptrainer.metrics import classifier
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,18 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for every test but the one on the classifier itself."""
     monkeypatch.setattr(classifier, "EPOCHS", 2)
     monkeypatch.setattr(comparison, "ROUNDS", 2)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the user's cache folder is to the tests: classifiers are trained once for all of them."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import torch
 from scipy import linalg
 from torch import nn
 
-from gptrainer.data import RING_SIGMA, eight_gaussians, ring_centres
+from gptrainer.data import MIXTURES
 from gptrainer.metrics import Moments, frechet_distance, mean_gradient_norm, mode_coverage
+
+EIGHT = MIXTURES["8gaussians"]
 
 
 def test_frechet_distance_of_identical_sets_is_zero() -> None:
@@ -39,15 +41,15 @@ def test_frechet_distance_agrees_with_a_general_matrix_root() -> None:
 
 
 def test_real_points_lie_within_four_sigma_of_all_eight_modes() -> None:
-    share, modes = mode_coverage(eight_gaussians(2500, torch.Generator().manual_seed(0)))
+    share, modes = mode_coverage(EIGHT.sample(2500, torch.Generator().manual_seed(0)), EIGHT)
     assert share > 0.99  # exp(-8) of a Gaussian in the plane lies outside
     assert modes == 8
 
 
 def test_points_on_one_mode_cover_one_and_points_elsewhere_none() -> None:
-    centre = ring_centres()[2]
-    assert mode_coverage(centre.expand(100, 2)) == (1.0, 1)
-    assert mode_coverage((centre + 5 * RING_SIGMA).expand(100, 2)) == (0.0, 0)
+    centre = EIGHT.centres[2]
+    assert mode_coverage(centre.expand(100, 2), EIGHT) == (1.0, 1)
+    assert mode_coverage((centre + 5 * EIGHT.sigma).expand(100, 2), EIGHT) == (0.0, 0)
 
 
 def test_the_gradient_norm_of_a_linear_critic_is_the_norm_of_its_weights() -> None:

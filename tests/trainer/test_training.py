@@ -129,7 +129,8 @@ def test_a_run_writes_pictures_numbers_and_weights_and_says_where(
     }  # fmt: skip
     assert metrics["gradient_difference"] < 1e-5
     assert metrics["curves"]["quality"]["step"] == [0, 5, 10, 12]
-    measures = {"frechet_distance"} if data == "digits" else {"share_within_4_sigma", "modes_covered"}
+    on_points = {"share_within_4_sigma", "modes_covered", "wasserstein_1"}
+    measures = {"frechet_distance", "inception_score"} if data == "digits" else on_points
     assert metrics["quality"]["start"].keys() == metrics["quality"]["end"].keys() == measures
     generator, _ = build_models(data, metrics["config"]["latent"], 8)
     generator.load_state_dict(load_file(out / "generator.safetensors"))
