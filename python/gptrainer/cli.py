@@ -14,10 +14,12 @@ import tyro
 
 from gptrainer.checkpoint import NAME
 from gptrainer.config import TrainConfig, filled
-from gptrainer.defaults import DATA_SETS, SYSTEMS
+from gptrainer.data import DATASETS
+from gptrainer.defaults import SYSTEMS
 from gptrainer.errors import UserError
 from gptrainer.interruption import Stopped
 from gptrainer.loop import Trainer
+from gptrainer.models import NETWORKS
 from gptrainer.processes import Processes, local_device
 
 PROGRAM = "gpkernels train"
@@ -58,11 +60,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def listing() -> str:
-    """A line for each system and each data set."""
-    width = max(map(len, (*SYSTEMS, *DATA_SETS)))
+    """A line for each system, each data set and each pair of networks."""
+    width = max(map(len, (*SYSTEMS, *DATASETS, *NETWORKS)))
     systems = [f"  {name:<{width}}  {system.summary}" for name, system in SYSTEMS.items()]
-    data = [f"  {name:<{width}}  {summary}" for name, summary in DATA_SETS.items()]
-    return "\n".join([f"{PROGRAM} NAME --data DATA", "", "NAME", *systems, "", "DATA", *data])
+    data = [f"  {name:<{width}}  {data.description}" for name, data in DATASETS.items()]
+    networks = [f"  {name:<{width}}  {network.description}" for name, network in NETWORKS.items()]
+    title = f"{PROGRAM} NAME --data DATA --network NETWORK"
+    return "\n".join([title, "", "NAME", *systems, "", "DATA", *data, "", "NETWORK", *networks])
 
 
 def _whereabouts(trainer: Trainer | None, stop: KeyboardInterrupt) -> str:

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from gptrainer.defaults import DATA_DEFAULTS, DATA_SETS, PAIRS, SYSTEMS, TAKEN_BY, defaults_for
+from gptrainer.data import DATASETS
+from gptrainer.defaults import DATA_DEFAULTS, PAIRS, SYSTEMS, TAKEN_BY, defaults_for
 from gptrainer.errors import UserError
+from gptrainer.models import NETWORKS
 
 T = TypeVar("T")
 
 if TYPE_CHECKING:
     Algorithm = str
     Data = str
+    NetworkName = str
 else:
     Algorithm = Literal[tuple(SYSTEMS)]
-    Data = Literal[tuple(DATA_SETS)]
+    Data = Literal[tuple(DATASETS)]
+    NetworkName = Literal[tuple(NETWORKS)]
 
 # A run may go on under other values of these; all others must be those of its checkpoint.
-FREE_ON_RESUME = ("steps", "out", "resume", "device", "threads", "checkpoint_every", "tensorboard")
+FREE_ON_RESUME = ("steps", "out", "resume", "device", "threads", "checkpoint_every", "tensorboard", "data_dir")
 
 
 def option(name: str, metavar: str, text: str, *aliases: str) -> Any:
@@ -32,9 +36,8 @@ def option(name: str, metavar: str, text: str, *aliases: str) -> Any:
 
 def _shown_defaults(name: str) -> str:
     """' (by default 1 for a, b; 2 for c)', or nothing where the text says it all."""
-    tables = {data: DATA_DEFAULTS[data] for data in DATA_SETS}
-    tables |= {algorithm: system.defaults for algorithm, system in SYSTEMS.items()}
-    tables |= {f"{algorithm} on {data}": v for (algorithm, data), v in PAIRS.items() if data in DATA_SETS}
+    tables = DATA_DEFAULTS | {algorithm: system.defaults for algorithm, system in SYSTEMS.items()}
+    tables |= {f"{algorithm} on {data}": values for (algorithm, data), values in PAIRS.items()}
     names_of: dict[str, list[str]] = {}
     for choice, values in tables.items():
         if name in values:
@@ -57,6 +60,23 @@ class TrainConfig:
     """The system to train."""
     data: Data = "digits"
     """The data set to train on."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Folder of the data's files, where it has any"""
+    limit: Annotated[
+        int | None,
+        option("limit", "INT", "Train on the first so many images; where there are no others, hold out the rest"),
+    ] = None
+    network: Annotated[
+        NetworkName | None,
+        tyro.conf.arg(help="The networks (by default those of the papers for the data)", help_behavior_hint=""),
+    ] = None
+    critic_norm: Annotated[
+        Literal["none", "batch"] | None,
+        tyro.conf.arg(
+            help="What convolutional critics normalise by (by default batch for those without a gradient penalty)",
+            help_behavior_hint="",
+        ),
+    ] = None
     steps: Annotated[int | None, option("steps", "INT", "Generator steps")] = None
     batch_size: Annotated[int | None, option("batch_size", "INT", "Samples in a batch, of all processes together")] = (
         None
@@ -98,7 +118,6 @@ class TrainConfig:
     consistency_margin: Annotated[
         float | None, option("consistency_margin", "FLOAT", "What the consistency term allows, M")
     ] = None
-    dropout: Annotated[float | None, option("dropout", "FLOAT", "The critic's dropout")] = None
     unroll: Annotated[int | None, option("unroll", "INT", "Critic steps that the generator looks ahead")] = None
     labels_per_class: Annotated[
         int | None, option("labels_per_class", "INT", "Labelled images of each class; the others go without")
@@ -133,7 +152,8 @@ class TrainConfig:
         for name, takers in TAKEN_BY.items():
             if self.algorithm not in takers and getattr(self, name) not in (None, False):
                 raise UserError(f"{_flag(name)}: expected only with {_joined(takers)}, got it with {self.algorithm}")
-        values = {"ema": 0.0, "decay_steps": 0, **defaults_for(self.algorithm, self.data)}
+        values: dict[str, Any] = {"ema": 0.0, "decay_steps": 0, "critic_norm": "none"}
+        values |= defaults_for(self.algorithm, self.data, self.network)
         values["out"] = Path("runs") / f"{self.algorithm}-{self.data}"
         config = replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
         follows: dict[str, Any] = {"generator_lr": config.lr, "generator_batch_size": config.batch_size}
@@ -145,12 +165,16 @@ class TrainConfig:
 
     def settings(self) -> dict[str, Any]:
         """Plain values only, for a checkpoint and for JSON."""
-        return asdict(self) | {"out": str(self.out), "betas": list(self.betas or ())}
+        return asdict(self) | {
+            "out": str(self.out),
+            "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "betas": list(self.betas or ()),
+        }
 
     def _check(self) -> None:
         counts: tuple[str, ...] = (
             "steps", "batch_size", "generator_batch_size", "n_critic", "latent", "width", "threads",
-            "lazy", "unroll", "noise_steps", "labels_per_class", "log_every", "eval_every", "checkpoint_every",
+            "lazy", "unroll", "noise_steps", "labels_per_class", "limit", "log_every", "eval_every", "checkpoint_every",
         )  # fmt: skip
         self._require(counts, lambda n: n >= 1, "a whole number above 0")
         self._require(("decay_steps",), lambda n: n >= 0, "a whole number, 0 or more")
@@ -158,7 +182,7 @@ class TrainConfig:
         self._require(("lr", "generator_lr", "clip"), lambda x: math.isfinite(x) and x > 0, "a number above 0")
         weights = ("penalty_weight", "gamma", "scale", "noise", "consistency_weight", "consistency_margin")
         self._require(weights, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
-        self._require(("dropout", "ema"), lambda x: 0 <= x < 1, "a number from 0 to below 1")
+        self._require(("ema",), lambda x: 0 <= x < 1, "a number from 0 to below 1")
         self._require(("betas",), lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1")
 
     def _require(self, names: tuple[str, ...], holds: Any, expected: str) -> None:

@@ -16,13 +16,12 @@ from gptrainer import logs
 from gptrainer.algorithms import Setup, build_system
 from gptrainer.checkpoint import Checkpoints
 from gptrainer.config import FREE_ON_RESUME, TrainConfig, filled
-from gptrainer.data import load_batches
+from gptrainer.data import Batches, load_batches
 from gptrainer.divergence import check_losses, check_weights
 from gptrainer.errors import UserError
 from gptrainer.interruption import Interruption, Stopped, interruptions
-from gptrainer.metrics import build_quality, mean_gradient_norm
-from gptrainer.models import sample
-from gptrainer.networks import build_networks
+from gptrainer.metrics import Quality, build_quality, mean_gradient_norm
+from gptrainer.models import build_models, sample
 from gptrainer.processes import Draws, Processes, local_device
 
 BOOST, BOOST_FIRST, BOOST_EVERY = 100, 25, 500  # critic steps, and the generator steps that have as many
@@ -43,18 +42,17 @@ class Trainer:
         self.device = local_device(config.device)
         self.checkpoints = Checkpoints(self.out)
         saved = self._load() if config.resume else None
-        batch, latent = filled(config.batch_size), filled(config.latent)
-        self._check_rows(batch, filled(config.generator_batch_size))
+        self._check_rows()
         # Streams that do not touch one another: networks, noise, dropout (torch's own), data order, measurements.
         torch.manual_seed(config.seed)
-        self.generator, self.critic = (network.to(self.device) for network in build_networks(config))
+        self.generator, self.critic = (self._placed(network) for network in self._build_networks())
         noise_seed, dropout_seed = torch.randint(2**62, (2,)).tolist()
         self.draws = Draws(self.processes, noise_seed, self.device)
         torch.manual_seed(dropout_seed + self.processes.rank)
         self.system = build_system(Setup(config, self.generator, self.critic, self.processes, self.draws))
         self.averages = self._averages() if filled(config.ema) else {}
-        self.batches = load_batches(config.data, batch, config.seed, self.device)
-        self.quality = build_quality(config.data, latent, config.seed, self.device)
+        self.batches = self._load_batches()
+        self.quality = self._build_quality()
         self.step = 0
         self.critic_curve: dict[str, list[float]] = {"step": []}
         self.quality_curve: dict[str, list[float]] = {"step": []}
@@ -105,10 +103,9 @@ class Trainer:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """This process's share of a batch for the critic: real, and generated without a graph."""
-        real = self.processes.rows(self.batches.next())
         with torch.no_grad():
             fake: Tensor = self.generator(self.noise(filled(self.config.batch_size)))
-        return real, fake
+        return self.batches.next(), fake
 
     def noise(self, n: int) -> Tensor:
         """This process's share of the generator's input, (n, latent)."""
@@ -181,10 +178,38 @@ class Trainer:
         average = get_ema_multi_avg_fn(filled(self.config.ema))
         return {name: AveragedModel(network, multi_avg_fn=average) for name, network in self.networks.items()}
 
-    def _check_rows(self, *sizes: int) -> None:
-        for n in sizes:
-            if n % self.processes.size:
-                raise UserError(f"--batch-size: expected a multiple of the {self.processes.size} processes, got {n}")
+    def _check_rows(self) -> None:
+        for name in ("batch_size", "generator_batch_size"):
+            n, size = getattr(self.config, name), self.processes.size
+            if n % size:
+                raise UserError(f"--{name.replace('_', '-')}: expected a multiple of the {size} processes, got {n}")
+
+    def _build_networks(self) -> tuple[nn.Module, nn.Module]:
+        config = self.config
+        return build_models(
+            config.data,
+            filled(config.latent),
+            filled(config.width),
+            network=config.network,
+            batch_norm=config.critic_norm == "batch",
+        )
+
+    def _load_batches(self) -> Batches:
+        config, shard = self.config, (self.processes.rank, self.processes.size)
+        size = filled(config.batch_size)
+        return load_batches(
+            config.data, size, config.seed, self.device, data_dir=config.data_dir, limit=config.limit, shard=shard
+        )
+
+    def _build_quality(self) -> Quality:
+        config = self.config
+        return build_quality(config.data, filled(config.latent), config.seed, self.device, data_dir=config.data_dir)
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        """On the device; BatchNorm over the rows of all processes, which PyTorch has on GPUs only."""
+        if self.processes.size > 1 and self.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return network.to(self.device)
 
     def _critic_steps(self) -> int:
         boosted = self.config.critic_boost and (self.step < BOOST_FIRST or self.step % BOOST_EVERY == 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 import gpkernels
@@ -57,7 +57,11 @@ class Processes:
 
     def differentiable_mean(self, values: Tensor) -> Tensor:
         """The mean of what each process has, with a graph through all of them."""
-        return all_reduce(values) / self.size if self.size > 1 else values
+        if self.size == 1:
+            return values
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        return all_reduce(values, "sum", everyone) / self.size
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, by rank."""

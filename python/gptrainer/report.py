@@ -14,8 +14,7 @@ import gpkernels
 from gptrainer import plots
 from gptrainer.comparison import Comparison, compare
 from gptrainer.config import filled
-from gptrainer.curves import plot_curves
-from gptrainer.data import POINTS, load_digits
+from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.files import replacing
 from gptrainer.logs import CSV_NAME
 from gptrainer.loop import Trainer, evaluating
@@ -54,7 +53,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
     _write_weights(paths["weights"], trainer)
     _write_json(paths["metrics"], metrics)
     _plot_samples(paths["samples"], trainer)
-    plot_curves(
+    plots.plot_curves(
         paths["curves"],
         _title(trainer),
         trainer.system.estimate,
@@ -65,7 +64,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
     )
     return [
         *(f"{name:<8} {path}" for name, path in paths.items()),
-        _quality_line(trainer, start, end),
+        *_quality_lines(trainer, start, end),
         *(_comparison_lines(comparison, trainer.device) if comparison else ()),
     ]
 
@@ -80,18 +79,14 @@ def _quality_to_the_end(trainer: Trainer) -> dict[str, list[float]]:
     return {name: [*values, last[name]] for name, values in curve.items()}
 
 
-def _quality_line(trainer: Trainer, start: dict[str, float], end: dict[str, float]) -> str:
-    facts = trainer.quality.facts
-    if "frechet_distance" in end:
-        return (
-            f"Frechet distance {start['frechet_distance']:.1f} -> {end['frechet_distance']:.2f}, in the features of a "
-            f"classifier with {facts['classifier_held_out_accuracy']:.1%} held-out accuracy "
-            f"(two halves of the real digits, 900 each: {facts['frechet_distance_of_real_halves']:.2f})"
-        )
-    return (
-        f"modes covered {start['modes_covered']:.0f} -> {end['modes_covered']:.0f} of 8, "
-        f"samples within 4 sigma of a mode {start['share_within_4_sigma']:.1%} -> {end['share_within_4_sigma']:.1%}"
-    )
+def _quality_lines(trainer: Trainer, start: dict[str, float], end: dict[str, float]) -> list[str]:
+    """A line a measure, then what to judge them by."""
+    measured = [f"{_words(name)} {start[name]:.4g} -> {end[name]:.4g}" for name in end]
+    return [*measured, *(f"({_words(name)} {value:.4g})" for name, value in trainer.quality.facts.items())]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("frechet", "Frechet")
 
 
 def _told(comparison: Comparison | None) -> dict[str, Any] | None:
@@ -108,17 +103,21 @@ def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]
 
 
 def _plot_samples(path: Path, trainer: Trainer) -> None:
-    random = torch.Generator().manual_seed(trainer.config.seed + 1)
-    latent = torch.randn(1000, filled(trainer.config.latent), generator=random).to(trainer.device)
+    config = trainer.config
+    random = torch.Generator().manual_seed(config.seed + 1)
+    latent = torch.randn(1000, filled(config.latent), generator=random).to(trainer.device)
     generated = sample(trainer.shown("generator"), latent).cpu()
     if isinstance(trainer.quality, ImageQuality):
-        real = load_digits().images
-        classes = trainer.quality.classifier.classify(generated), trainer.quality.classifier.classify(real)
-        plots.plot_digits(path, _title(trainer), generated, real, classes)
-    else:
-        real = POINTS[trainer.config.data](1000, random)
-        with evaluating(trainer.critic):
-            plots.plot_ring(path, _title(trainer), generated, real, trainer.system.scorer, trainer.device)
+        images = load_images(config.data, data_dir=config.data_dir)
+        real = images[torch.randperm(len(images), generator=random)[: len(latent)]]
+        classes = [trainer.quality.classifier.classify(shown) for shown in (generated, real)]
+        span = DATASETS[config.data].range
+        plots.plot_images(path, _title(trainer), generated, real, span, (classes[0], classes[1]))
+        return
+    real = POINTS[config.data](1000, random)
+    plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line
+    with evaluating(trainer.critic):
+        plot(path, _title(trainer), generated, real, trainer.system.scorer, trainer.device)
 
 
 def _title(trainer: Trainer) -> str:
@@ -127,7 +126,8 @@ def _title(trainer: Trainer) -> str:
 
 def _write_weights(path: Path, trainer: Trainer) -> None:
     weights = {name: value.contiguous().cpu() for name, value in trainer.shown("generator").state_dict().items()}
-    about = {name: str(getattr(trainer.config, name)) for name in ("algorithm", "data", "latent", "width", "seed")}
+    names = ("algorithm", "data", "network", "latent", "width", "seed")
+    about = {name: str(getattr(trainer.config, name)) for name in names}
     with replacing(path) as part:
         save_file(weights, part, metadata=about)
 

@@ -178,7 +178,7 @@ def test_ctrl_c_finishes_the_step_saves_and_ends_with_130(
 def test_ctrl_c_before_the_first_step_ends_with_130_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "build_quality", stop)

@@ -16,7 +16,7 @@ class CTGAN(WassersteinSystem):
     """Wei et al. 2018, as their code trains: lambda_2 max(0, (D' - D'')^2 + 0.1 mean_j (D_' - D_'')^2 - M/lambda_2).
 
     D' and D'' are two passes over the same real batch, D_ the last feature layer. The penalty and the generator see
-    the critic with dropout too. The critic has ``with_features`` (``gptrainer.networks.FeatureCritic``).
+    the critic with dropout too. The critic has ``with_features`` (``gptrainer.models.layers``).
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -11,7 +11,11 @@ from torch.nn import functional as F
 import gpkernels
 from gptrainer.algorithms.system import Setup, System, Told, adam
 from gptrainer.config import filled
-from gptrainer.labels import LabelledBatches, error_rate, split
+from gptrainer.data import load_images
+from gptrainer.labels import LabelledBatches, error_rate
+from gptrainer.models.semi_supervised import Classifier
+
+INITIAL = 500  # images that the classifier's layers are scaled on
 
 
 class Losses(NamedTuple):
@@ -62,9 +66,14 @@ class SemiSupervisedCTGAN(System):
         loss = SemiSupervisedLoss(setup.critic, filled(config.consistency_weight))
         super().__init__(setup, loss, gpkernels.saturating_generator_loss, adam(setup))
         device = setup.draws.device
-        train, self.held_out = split(config.data, config.seed)
+        train, self.held_out = (
+            load_images(config.data, data_dir=config.data_dir, split=part, limit=config.limit)
+            for part in ("train", "held-out")
+        )
         per_class, size = filled(config.labels_per_class), filled(config.batch_size)
         self.labelled = LabelledBatches(train, per_class, size, config.seed, device)
+        if isinstance(setup.critic, Classifier):
+            setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(device))
 
     def critic_step(self, real: Tensor, fake: Tensor) -> Told:
         images, labels = (self.processes.rows(x) for x in self.labelled.next())

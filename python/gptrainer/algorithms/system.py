@@ -76,7 +76,7 @@ class System:
         """One update of the generator; its loss before the update. real: the critic's last batch."""
         self.generator_optimiser.zero_grad()
         loss = self.loss_of_generated(self.parallel_generator(latent), real)
-        loss.backward(inputs=list(self.generator.parameters()))  # the critic's weights need no gradient here
+        loss.backward(inputs=[p for p in self.generator.parameters() if p.requires_grad])  # and none to the critic
         self.generator_optimiser.step()
         return {"generator_loss": loss.detach()}
 

@@ -28,12 +28,16 @@ Split = Literal["train", "held-out"]
 
 @dataclass(frozen=True)
 class DataSet:
-    """shape: of one sample; range: least and greatest value of a pixel; tested: has test images of its own."""
+    """shape: of one sample; range: least and greatest value of a pixel; classes: of its labels, 0 without.
+
+    tested: has test images of its own.
+    """
 
     description: str
     kind: Literal["points", "images"]
     shape: tuple[int, ...]
     range: tuple[float, float] = (0.0, 1.0)
+    classes: int = 0
     tested: bool = False
 
 
@@ -44,9 +48,13 @@ DATASETS = {
     "ring": DataSet("eight narrow Gaussians, sigma .01, on the unit circle", "points", (2,)),
     "lines": DataSet("the segment (0, u), u uniform in [0, 1]", "points", (2,)),
     "dirac": DataSet("all mass at 0", "points", (1,)),
-    "digits": DataSet("1,797 handwritten digits, with scikit-learn", "images", (1, 8, 8)),
-    "fashion-mnist": DataSet("70,000 pictures of clothes, from IDX files", "images", (1, 28, 28), tested=True),
-    "cifar10": DataSet("60,000 photographs in ten classes, from local files", "images", (3, 32, 32), (-1.0, 1.0), True),
+    "digits": DataSet("1,797 handwritten digits, with scikit-learn", "images", (1, 8, 8), classes=10),
+    "fashion-mnist": DataSet(
+        "70,000 pictures of clothes, from IDX files", "images", (1, 28, 28), classes=10, tested=True
+    ),
+    "cifar10": DataSet(
+        "60,000 photographs in ten classes, from local files", "images", (3, 32, 32), (-1.0, 1.0), 10, tested=True
+    ),
     "folder": DataSet("any folder of images, cropped to squares of 64 pixels", "images", (3, 64, 64), (-1.0, 1.0)),
     "folder32": DataSet("any folder of images, cropped to squares of 32 pixels", "images", (3, 32, 32), (-1.0, 1.0)),
 }

@@ -32,10 +32,6 @@ def _points(data: DataSet) -> bool:
     return data.shape == (2,)
 
 
-def _images(data: DataSet) -> bool:
-    return data.kind == "images"
-
-
 def _convolutional(data: DataSet) -> bool:
     return data.shape[-1] in (28, 32, 64)
 
@@ -47,9 +43,17 @@ NETWORKS = {
     "dcgan": Network("convolutions: WGAN-GP's at 28 and 32 pixels, WGAN's at 64", 128, 64, _convolutional, dcgan.build),
     "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, _convolutional, dcgan.build_mlp),
     "resnet": Network("WGAN-GP's residual networks", 128, 128, lambda data: data.shape[-1] == 32, resnet.build),
-    "ct": Network("as dcgan, or mlp, with CT-GAN's dropout in the critic", 128, 64, _images, dcgan.build_ct),
+    "ct": Network(
+        "as dcgan, or mlp, with CT-GAN's dropout in the critic",
+        128,
+        64,
+        lambda data: data.shape != (1,),
+        dcgan.build_ct,
+    ),
     "ct-resnet": Network("as resnet, with CT-GAN's dropout", 128, 128, lambda d: d.shape[-1] == 32, resnet.build_ct),
-    "semi-supervised": Network("CT-GAN's classifier and generator", 100, 250, _images, semi_supervised.build),
+    "semi-supervised": Network(
+        "CT-GAN's classifier and generator", 100, 250, lambda data: data.classes > 0, semi_supervised.build
+    ),
     "lines": Network("one parameter: the place of a line", 1, 128, _points, closed_form.build_line),
     "dirac": Network(
         "one parameter each: a point and a slope", 1, 1, lambda d: d.shape == (1,), closed_form.build_dirac
@@ -59,8 +63,8 @@ NETWORKS = {
 
 def default_network(data: str) -> str:
     """The network for a data set where none is named."""
-    if data == "dirac":
-        return "dirac"
+    if data in ("dirac", "lines"):
+        return data
     return "dcgan" if _convolutional(DATASETS[data]) else "mlp"
 
 

@@ -16,14 +16,13 @@ DEPTH = 12
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Three hidden layers; as in the WGAN-GP code for points."""
-    if data.kind == "points":
-        return _points_generator(data, latent, width), _points_critic(data, width, 3)
-    return _image_generator(data, latent, width), nn.Sequential(*_image_critic(data, width))
+    return _generator(data, latent, width), nn.Sequential(*_critic(data, width))
 
 
 def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """A critic of 12 hidden layers, whose gradients clipping makes vanish or explode."""
-    return _points_generator(data, latent, width), _points_critic(data, width, DEPTH)
+    critic = dense([*data.shape, *[width] * DEPTH, 1], nn.ReLU())
+    return _generator(data, latent, width), nn.Sequential(*critic)
 
 
 def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
@@ -34,11 +33,12 @@ def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> 
 
 
 def build_ct(data: DataSet, latent: int, width: int, dropout: float) -> Pair:
-    """Networks for images, with dropout after each activation of the critic."""
+    """The same with dropout after each activation of the critic."""
+    generator = _generator(data, latent, width)
     critic: list[nn.Module] = []
-    for layer in _image_critic(data, width):
-        critic += [layer, nn.Dropout(dropout)] if isinstance(layer, nn.LeakyReLU) else [layer]
-    return _image_generator(data, latent, width), FeatureCritic(*critic)
+    for layer in _critic(data, width):
+        critic += [layer, nn.Dropout(dropout)] if isinstance(layer, nn.ReLU | nn.LeakyReLU) else [layer]
+    return generator, FeatureCritic(*critic)
 
 
 def dense(sizes: list[int], activation: nn.Module, *, batch_norm: bool = False) -> list[nn.Module]:
@@ -55,20 +55,17 @@ def dense(sizes: list[int], activation: nn.Module, *, batch_norm: bool = False) 
     return layers
 
 
-def _points_generator(data: DataSet, latent: int, width: int) -> nn.Module:
-    return nn.Sequential(*dense([latent, width, width, width, data.shape[0]], nn.ReLU()))
-
-
-def _points_critic(data: DataSet, width: int, depth: int) -> nn.Module:
-    return nn.Sequential(*dense([data.shape[0], *[width] * depth, 1], nn.ReLU()))
-
-
-def _image_generator(data: DataSet, latent: int, width: int) -> nn.Module:
-    layers = dense([latent, width, width, width, math.prod(data.shape)], nn.ReLU(), batch_norm=True)
+def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
+    hidden = [latent, width, width, width]
+    if data.kind == "points":
+        return nn.Sequential(*dense([*hidden, *data.shape], nn.ReLU()))
+    layers = dense([*hidden, math.prod(data.shape)], nn.ReLU(), batch_norm=True)
     return nn.Sequential(*layers, to_range(data), nn.Unflatten(1, data.shape))
 
 
-def _image_critic(data: DataSet, width: int) -> list[nn.Module]:
+def _critic(data: DataSet, width: int) -> list[nn.Module]:
+    if data.kind == "points":
+        return dense([*data.shape, width, width, width, 1], nn.ReLU())
     return [nn.Flatten(), *dense([math.prod(data.shape), 2 * width, width, 1], nn.LeakyReLU(0.2))]
 
 

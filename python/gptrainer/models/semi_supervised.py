@@ -12,7 +12,6 @@ from torch.nn.utils import parametrizations
 from gptrainer.data import DataSet
 from gptrainer.models.layers import FeatureCritic, GaussianNoise, Uniform, to_range
 
-CLASSES = 10
 INPUT_SIGMA, HIDDEN_SIGMA = 0.3, 0.5
 BATCH_NORM_EPS = 1e-6
 
@@ -45,7 +44,7 @@ def _classifier(data: DataSet, width: int) -> Classifier:
     layers: list[nn.Module] = [nn.Flatten(), GaussianNoise(INPUT_SIGMA)]
     for fan_in, fan_out in pairwise(sizes):
         layers += [_normalised(fan_in, fan_out, train_scale=False), nn.ReLU(), GaussianNoise(HIDDEN_SIGMA)]
-    return Classifier(*layers, _normalised(width, CLASSES, train_scale=True))
+    return Classifier(*layers, _normalised(width, data.classes, train_scale=True))
 
 
 def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
