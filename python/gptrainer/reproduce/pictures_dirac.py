@@ -57,7 +57,7 @@ def phase_picture(rows: Sequence[dict[str, Any]]) -> Picture:
 def eigenvalue_picture(rows: Sequence[dict[str, Any]]) -> Picture:
     """In the complex plane: formulas as rings, ours as dots."""
     panels: list[Panel] = []
-    with panel(panels, "Eigenvalues of the field", width=4.6, height=3.8) as ax:
+    with panel(panels, "Eigenvalues of the field", width=5.0, height=3.8) as ax:
         for index, row in enumerate(rows):
             colour = COLOURS[index % len(COLOURS)]
             published, found = np.asarray(row["published"]), np.asarray(row["found"])
@@ -68,13 +68,13 @@ def eigenvalue_picture(rows: Sequence[dict[str, Any]]) -> Picture:
         ax.annotate("away", (0.06, -1.25), color=ORANGE, fontsize=9)
         ax.set(xlabel="real part", ylabel="imaginary part", xlim=(-1.1, 1.15), ylim=(-1.4, 1.4))
         ax.legend(frameon=False, loc="center right", fontsize=7.5)
-    with panel(panels, "Largest modulus of a step's eigenvalues", width=4.6, height=3.8) as ax:
+    with panel(panels, "Modulus of a step's eigenvalues", width=5.0, height=3.8) as ax:
         places = np.arange(len(rows))
         for way, colour, shift in (("simultaneous", ORANGE, -0.17), ("alternating", BLUE, 0.17)):
             ax.barh(places + shift, [row[way]["radius"] - 1 for row in rows], 0.3, left=1, color=colour, label=way)
         ax.axvline(1, color=INK, linewidth=1)
         ax.set_yticks(places, [row["name"] for row in rows])
         ax.invert_yaxis()
-        ax.set(xlabel="modulus at step length 0.2 (below 1: converges)")
+        ax.set(xlabel="largest modulus, step 0.2")
         ax.legend(frameon=False, loc="lower left")
     return Picture("Rings are the published formulas, dots our Jacobians by autograd.", panels)

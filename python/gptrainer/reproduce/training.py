@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gptrainer.algorithms import Setup, System, build_system
 from gptrainer.config import TrainConfig, filled
+from gptrainer.data import DATASETS
 from gptrainer.errors import UserError
 from gptrainer.loop import Trainer
 from gptrainer.processes import Draws, Processes
@@ -27,7 +28,8 @@ def fit(loss: Callable[[], Tensor], optimiser: torch.optim.Optimizer, steps: int
 def start(algorithm: str, data: str, steps: int, seed: int, context: Context, **values: Any) -> Trainer:
     """A run that has not begun; NotRun where its data is not on this machine."""
     try:
-        return Trainer(TrainConfig(algorithm, data, steps=steps, seed=seed, **values).complete())
+        where = context.data_dir if DATASETS[data].kind == "images" else None
+        return Trainer(TrainConfig(algorithm, data, steps=steps, seed=seed, data_dir=where, **values).complete())
     except UserError as reason:
         raise NotRun(str(reason)) from None
 

@@ -169,7 +169,7 @@ EXPERIMENT = Experiment(
             "cauchy",
         ),
         Claim(
-            "which is no normal distribution",
+            "The gradient is not normally distributed",
             SOURCE,
             "infinite expectation and variance",
             "normal_rejected",
@@ -178,7 +178,7 @@ EXPERIMENT = Experiment(
             "cauchy",
         ),
         Claim(
-            "It is centred",
+            "The distribution is centred",
             SOURCE,
             "median 0",
             "centre",

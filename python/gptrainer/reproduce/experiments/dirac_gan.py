@@ -271,7 +271,7 @@ EXPERIMENT = Experiment(
             "eigenvalues",
         ),
         Claim(
-            "and so are those of one step, simultaneous and alternating",
+            "So are the eigenvalues of one step, simultaneous and alternating",
             f"{PAPER}, lemmas 2.4 and 2.5",
             "1 + hλ; for alternating steps the roots of μ² − (2 − hb − h²a²)μ + 1 − hb",
             "map_error",
@@ -316,7 +316,7 @@ EXPERIMENT = Experiment(
             "phases",
         ),
         Claim(
-            "Neither do WGAN and WGAN-GP",
+            "WGAN and WGAN-GP do not converge",
             f"{PAPER}, section 3 and figure 2",
             "no convergence",
             "wasserstein_at_rest",

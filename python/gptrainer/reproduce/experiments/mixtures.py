@@ -108,8 +108,8 @@ EXPERIMENT = Experiment(
     settings={
         "quick": {
             "runs": {
-                "gp8": {"algorithm": "wgan-gp", "data": "8gaussians", "steps": 400, "width": 64, "lr": 1e-3, **RUN},
-                "clip8": {"algorithm": "wgan", "data": "8gaussians", "steps": 400, "width": 64, **RUN},
+                "gp8": {"algorithm": "wgan-gp", "data": "8gaussians", "steps": 1000, "width": 64, "lr": 5e-4, **RUN},
+                "clip8": {"algorithm": "wgan", "data": "8gaussians", "steps": 1000, "width": 64, **RUN},
                 "gp25": {"algorithm": "wgan-gp", "data": "25gaussians", "steps": 100, "width": 64, "lr": 1e-3, **RUN},
             }
         },

@@ -199,7 +199,7 @@ EXPERIMENT = Experiment(
             "capacity",
         ),
         Claim(
-            "and with a quarter of √N no test does much better than a guess",
+            "With a quarter of √N samples no test does much better than a guess",
             "two-sample toy problem after Arora et al. 2017, the birthday bound",
             "no test below Ω(√N)",
             "power_of_few",
@@ -226,7 +226,7 @@ EXPERIMENT = Experiment(
             "capacity",
         ),
         Claim(
-            "while the transport distance to them hardly falls",
+            "The transport distance to few points hardly falls",
             f"{PAPER}, lemma 1",
             "W₁ stays of order 1 unless m is exponential in the dimension",
             "transport_left",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptrainer import plots
-from gptrainer.data import load_batches, load_images
+from gptrainer.data import load_images
 from gptrainer.loop import Trainer, evaluating
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
@@ -37,10 +37,9 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
 def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     data, images, batch = settings["data"], settings["images"], settings["batch"]
     values = {"width": settings["width"], "batch_size": batch, "n_critic": settings["n_critic"]}
-    trainer = start(way, data, settings["steps"], seed, context, **values)
-    trainer.batches = load_batches(data, batch, seed, trainer.device, limit=images)
-    known = load_images(data, limit=images)[torch.arange(500)]
-    unknown = load_images(data, split="held-out", limit=images)[torch.arange(500)]
+    trainer = start(way, data, settings["steps"], seed, context, limit=images, **values)
+    known = load_images(data, data_dir=context.data_dir, limit=images)[torch.arange(500)]
+    unknown = load_images(data, data_dir=context.data_dir, split="held-out", limit=images)[torch.arange(500)]
     curve: dict[str, Any] = {"step": [], "known": [], "unknown": [], "gap": [], "quality": []}
 
     def look(run: Trainer, told: dict[str, float]) -> None:

@@ -192,7 +192,7 @@ EXPERIMENT = Experiment(
             "distances",
         ),
         Claim(
-            "so it has a usable gradient everywhere but at 0",
+            "The Wasserstein distance has a usable gradient everywhere but at 0",
             EXACT,
             "dW/dθ = sign θ",
             "gradient_error",
@@ -228,7 +228,7 @@ EXPERIMENT = Experiment(
             "distances",
         ),
         Claim(
-            "and hands the generator next to nothing",
+            "A trained discriminator hands the generator next to nothing",
             EXACT,
             "dJS/dθ = 0",
             "discriminator_gradient",

@@ -150,8 +150,8 @@ EXPERIMENT = Experiment(
         f"toy code has 0.1."
     ),
     settings={
-        "quick": {"width": 64, "lr": 1e-3, "steps": {"wgan": 600, "wgan-gp": 500}},
-        "full": {"width": 512, "lr": 2e-4, "steps": {"wgan": 6000, "wgan-gp": 4000}},
+        "quick": {"width": 64, "lr": 1e-3, "steps": {"wgan": 1200, "wgan-gp": 1200}},
+        "full": {"width": 512, "lr": 5e-4, "steps": {"wgan": 6000, "wgan-gp": 4000}},
     },
     seeds={"quick": 1, "full": 2},
     measure=measure,
