@@ -266,3 +266,31 @@ def test_the_list_names_every_experiment_and_runs_none(capsys: pytest.CaptureFix
     assert cli.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [experiment.name for experiment in every()]
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    assert cli.main(["--quick", "--out", str(tmp_path)]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the same command goes on" in line
+
+
+def test_the_command_runs_reports_and_resumes_in_processes_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpkernels.cli import main
+
+    argv = ["reproduce", "layer-gradients", "--quick", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    result = store.path_of(tmp_path, find("layer-gradients"), "quick", 0)
+    written = result.stat().st_mtime_ns
+    assert main(argv) == 0
+    assert result.stat().st_mtime_ns == written
+    told = capsys.readouterr().out
+    assert "layer-gradients        5 held, 1 not run" in told
+    assert str(tmp_path / "report.html") in told

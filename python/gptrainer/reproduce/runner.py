@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int]
         return failures
     pace = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     processes = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=processes)
+    pool = ProcessPoolExecutor(jobs, processes, _leave_interrupts_to_the_parent)
     with tqdm(total=total, initial=total - len(due), desc="reproduce", unit="run", mininterval=pace) as bar:
         try:
             left: dict[Future[str], Task] = {pool.submit(run_task, task): task for task in due}
@@ -104,7 +105,7 @@ def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int]
                 done, _ = wait(left, timeout=2.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = left.pop(future)
-                    reason = future.result()
+                    reason = _told(future)
                     if reason:
                         failures[task.name, task.seed] = reason
                     bar.update()
@@ -115,6 +116,17 @@ def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int]
             raise
         pool.shutdown()
     return failures
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _told(future: Future[str]) -> str:
+    try:
+        return future.result()
+    except BrokenExecutor:
+        return "its process, or one beside it, was ended from outside; the same command goes on"
 
 
 def _gather(experiment: Experiment, tasks: Sequence[Task], failures: dict[tuple[str, int], str]) -> Outcome:
