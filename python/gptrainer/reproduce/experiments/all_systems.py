@@ -130,7 +130,7 @@ EXPERIMENT = Experiment(
     ),
     settings={
         "quick": {"data": "digits", "critic_steps": 300, "width": 64, "batch": 48},
-        "full": {"data": "fashion-mnist", "critic_steps": 1500, "width": 16, "batch": 50},
+        "full": {"data": "fashion-mnist", "critic_steps": 1000, "width": 16, "batch": 50},
     },
     seeds={"quick": 1, "full": 3},
     measure=measure,

@@ -107,7 +107,7 @@ EXPERIMENT = Experiment(
             "images": "digits",
             "points": {"steps": 400, "looks": 16, "width": 64, "lr": 1e-3, "critic_boost": True},
             "wgan": {"steps": 400, "looks": 16, "width": 64, "lr": 1e-3, "critic_boost": True},
-            "gan": {"steps": 1200, "looks": 15, "width": 64, "lr": 1e-3, "further": 300},
+            "gan": {"steps": 1200, "looks": 15, "width": 64, "lr": 1e-3, "further": 800},
         },
         "full": {
             "images": "fashion-mnist",
