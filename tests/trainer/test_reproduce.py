@@ -83,7 +83,8 @@ def test_a_measure_that_is_missing_fails_its_claim() -> None:
 
 def test_what_only_the_full_size_can_show_is_not_judged_in_the_quick_one() -> None:
     late = claim(Bound(at_most=1), only_full="too short")
-    assert late.judge(findings_of(9), "quick").verdict == "not run"
+    quick = late.judge(findings_of(9), "quick")
+    assert (quick.verdict, quick.values) == ("not run", (9,))
     assert late.judge(findings_of(9), "full").verdict == "failed"
 
 

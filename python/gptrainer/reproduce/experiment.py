@@ -66,12 +66,12 @@ class Claim:
 
     def judge(self, findings: Sequence[Findings], size: Size) -> Judgement:
         """The verdict over seeds."""
-        if size == "quick" and self.only_full:
-            return Judgement("not run", reason=f"only in the full set: {self.only_full}")
         if not findings:
             return Judgement("not run", reason="no seed was run")
-        values = [one.measures.get(self.measure, math.nan) for one in findings]
-        return Judgement("held" if self.bound.holds(values) else "failed", tuple(values))
+        values = tuple(one.measures.get(self.measure, math.nan) for one in findings)
+        if size == "quick" and self.only_full:
+            return Judgement("not run", values, f"judged only in the full set: {self.only_full}")
+        return Judgement("held" if self.bound.holds(values) else "failed", values)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _largest_singular_value(function: Callable[[dict[str, Tensor]], Tensor], wei
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
     for data, name in (("lines", "Disjoint curves"), ("fashion-mnist", "Fashion-MNIST")):
-        with pictures.panel(panels, f"{name}: gradients of the generator") as ax:
+        with pictures.panel(panels, f"{name}: gradients") as ax:
             for way, key, colour, label in (
                 ("gan", "saturating", plots.PURPLE, "log(1 − D)"), ("gan", "log_d", plots.ORANGE, "−log D"),
                 ("wgan-gp", "wasserstein", plots.BLUE, "Wasserstein critic"),
@@ -192,7 +192,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
                 ax.plot(curve["step"], curve["accuracy"], color=plots.GREEN)
             pictures.reference(ax, 1.0, "published: 1", at=1.0, below=True)
             ax.set(xlabel="steps of the discriminator, from scratch", ylabel="accuracy", ylim=(0.4, 1.03))
-        with pictures.panel(panels, f"{name}: theorem 2.4 and the variance") as ax:
+        with pictures.panel(panels, f"{name}: bound and variance") as ax:
             for one in findings:
                 curve = one.series[data]["gan"]
                 applied = curve["over_bound"]
