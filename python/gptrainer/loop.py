@@ -58,7 +58,8 @@ class Trainer:
         self.quality_curve: dict[str, list[float]] = {"step": []}
         if saved is not None:
             self._load_state(saved)
-        self.events = logs.EventLog(self.out, self.step, config.tensorboard and self.processes.writes)
+        first = 0 if saved is None else self.step + 1
+        self.events = logs.EventLog(self.out, first, config.tensorboard and self.processes.writes)
         if saved is None:
             self._measure_quality()
 

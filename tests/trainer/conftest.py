@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from gptrainer import comparison
+from gptrainer import comparison, loop
 from gptrainer.config import TrainConfig
 from gptrainer.metrics import classifier
 
@@ -38,6 +39,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+class NoQuality:
+    """Measures nothing, fast."""
+
+    name = "nothing"
+    facts: Mapping[str, float] = {}
+
+    def measure(self, generator: nn.Module) -> dict[str, float]:
+        return {}
+
+
+@pytest.fixture
+def no_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which nothing depends on what samples are worth."""
+    monkeypatch.setattr(loop, "build_quality", lambda *_, **__: NoQuality())
 
 
 @pytest.fixture
