@@ -263,6 +263,9 @@ def test_the_semi_supervised_classifier_is_noisy_in_training_and_still_in_evalua
     assert torch.equal(classifier(x), classifier(x))
     logits, features = classifier.with_features(x)
     assert (logits.shape, features.shape) == ((4, 10), (4, 10))
+    assert torch.equal(logits, classifier(x))
+    classifier.train()
+    assert classifier.with_features(x)[1].min() == 0  # of a ReLU, before noise
 
 
 def test_its_weights_have_norm_one_and_only_the_last_scale_is_trained() -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from gptrainer.data import ImageSet, ShuffledBatches
@@ -60,6 +59,8 @@ def untrained(shape: tuple[int, ...], classes: int) -> tuple[nn.Module, nn.Modul
 
 def train_classifier(data: ImageSet, seed: int) -> Classifier:
     """Train on four fifths of the images and measure on the rest; torch's global generator is left as it was."""
+    from sklearn.model_selection import train_test_split  # seconds to import, and points need no classifier
+
     assert data.labels is not None
     labels = data.labels.numpy()
     enough = np.unique(labels, return_counts=True)[1].min() >= 5  # for a fifth of each class
