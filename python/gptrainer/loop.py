@@ -138,8 +138,8 @@ class Trainer:
 
     def _load(self) -> dict[str, Any]:
         saved, note = self.checkpoints.load()
-        if note is not None and self.processes.writes:
-            print(note, file=sys.stderr)
+        if note is not None:
+            self._say(note)
         before, now = saved.get("config"), self.config.settings()
         if not isinstance(before, dict):
             raise UserError(f"--resume: {self.checkpoints.path} does not hold a run of this version")
@@ -208,9 +208,16 @@ class Trainer:
 
     def _placed(self, network: nn.Module) -> nn.Module:
         """On the device; BatchNorm over the rows of all processes, which PyTorch has on GPUs only."""
-        if self.processes.size > 1 and self.device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if self.processes.size > 1:
+            if self.device.type == "cuda":
+                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            elif any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
+                self._say("BatchNorm sees each process's rows by themselves on a CPU: losses differ from one process's")
         return network.to(self.device)
+
+    def _say(self, note: str) -> None:
+        if self.processes.writes:
+            print(note, file=sys.stderr)
 
     def _critic_steps(self) -> int:
         boosted = self.config.critic_boost and (self.step < BOOST_FIRST or self.step % BOOST_EVERY == 0)
