@@ -3,7 +3,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from unmeasured import NoQuality
 
-from gptrainer import comparison, loop
+from gptrainer import comparison, parts
 from gptrainer.config import TrainConfig
 from gptrainer.metrics import classifier, quality
 
@@ -47,20 +47,10 @@ def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
-class NoQuality:
-    """Measures nothing, fast."""
-
-    name = "nothing"
-    facts: Mapping[str, float] = {}
-
-    def measure(self, generator: nn.Module) -> dict[str, float]:
-        return {}
-
-
 @pytest.fixture
 def no_quality(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests in which nothing depends on what samples are worth."""
-    monkeypatch.setattr(loop, "build_quality", lambda *_, **__: NoQuality())
+    monkeypatch.setattr(parts, "build_quality", lambda *_, **__: NoQuality())
 
 
 @pytest.fixture
