@@ -65,11 +65,10 @@ def _shown_value(value: Any) -> str:
 def _summed_up(names: list[str]) -> list[str]:
     """The same with "points" for all data sets of points in the plane, and "images" for all of images."""
     for kind in ("points", "images"):
-        for before in ("", "unrolled on "):
-            members = [before + data for data, known in DATASETS.items() if known.kind == kind and known.shape != (1,)]
-            if before:
-                members = [name for name in members if tuple(name.split(" on ")) in PAIRS]
-            if members and set(members) <= set(names):
+        all_of_kind = {data for data, known in DATASETS.items() if known.kind == kind and known.shape != (1,)}
+        for before in ("", *(f"{algorithm} on " for algorithm in SYSTEMS)):
+            members = {before + data for data in all_of_kind - ({"lines"} if before else set())}
+            if members <= set(names):
                 names = [before + kind, *(name for name in names if name not in members)]
     return names
 
