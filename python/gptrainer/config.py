@@ -34,32 +34,54 @@ def option(name: str, metavar: str, text: str, *aliases: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help=text + _shown_defaults(name), help_behavior_hint="", aliases=aliases)
 
 
+def chosen(metavar: str, text: str) -> Any:
+    """How the command line shows one of a few names."""
+    return tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint="")
+
+
+def switch(text: str) -> Any:
+    """How the command line shows what is off unless it is named."""
+    return tyro.conf.arg(help=text, help_behavior_hint="")
+
+
 def _shown_defaults(name: str) -> str:
     """' (by default 1 for a, b; 2 for c)', or nothing where the text says it all."""
     tables = DATA_DEFAULTS | {algorithm: system.defaults for algorithm, system in SYSTEMS.items()}
-    tables |= {f"{algorithm} on {data}": values for (algorithm, data), values in PAIRS.items()}
     names_of: dict[str, list[str]] = {}
     for choice, values in tables.items():
         if name in values:
-            value = values[name]
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
-            names_of.setdefault(shown, []).append(choice)
-    listed = "; ".join(f"{shown} for {', '.join(names)}" for shown, names in names_of.items())
+            names_of.setdefault(_shown_value(values[name]), []).append(choice)
+    for (algorithm, data), values in PAIRS.items():
+        if name in values:
+            names_of.setdefault(_shown_value(values[name]), []).append(f"{algorithm} on {data}")
+    listed = "; ".join(f"{shown} for {', '.join(_summed_up(names))}" for shown, names in names_of.items())
     return f" (by default {listed})" if listed else ""
+
+
+def _shown_value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+
+
+def _summed_up(names: list[str]) -> list[str]:
+    """The same with "points" for all data sets of points in the plane, and "images" for all of images."""
+    for kind in ("points", "images"):
+        all_of_kind = {data for data, known in DATASETS.items() if known.kind == kind and known.shape != (1,)}
+        for before in ("", *(f"{algorithm} on " for algorithm in SYSTEMS)):
+            members = {before + data for data in all_of_kind - ({"lines"} if before else set())}
+            if members <= set(names):
+                names = [before + kind, *(name for name in names if name not in members)]
+    return names
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a generative adversarial network and write samples, curves, metrics and weights.
 
-    `gpkernels train --list` says in a line what each algorithm and each data set is. An option that a line below gives
-    to some algorithms is a mistake with any other.
+    `gpkernels train --list` says in a line what each system, each data set and each network is.
     """
 
-    algorithm: tyro.conf.Positional[Algorithm]
-    """The system to train."""
-    data: Data = "digits"
-    """The data set to train on."""
+    algorithm: Annotated[tyro.conf.Positional[Algorithm], chosen("SYSTEM", f"What to train: {', '.join(SYSTEMS)}")]
+    data: Annotated[Data, chosen("DATA", f"What to train on (by default digits): {', '.join(DATASETS)}")] = "digits"
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Folder of the data's files, where it has any"""
     limit: Annotated[
@@ -68,14 +90,11 @@ class TrainConfig:
     ] = None
     network: Annotated[
         NetworkName | None,
-        tyro.conf.arg(help="The networks (by default those of the papers for the data)", help_behavior_hint=""),
+        chosen("NETWORK", f"The networks (by default the papers' for the data): {', '.join(NETWORKS)}"),
     ] = None
     critic_norm: Annotated[
         Literal["none", "batch"] | None,
-        tyro.conf.arg(
-            help="What convolutional critics normalise by (by default batch for those without a gradient penalty)",
-            help_behavior_hint="",
-        ),
+        chosen("none|batch", "What DCGAN's critics normalise by (by default none where a penalty is taken)"),
     ] = None
     steps: Annotated[int | None, option("steps", "INT", "Generator steps")] = None
     batch_size: Annotated[int | None, option("batch_size", "INT", "Samples in a batch, of all processes together")] = (
@@ -85,8 +104,9 @@ class TrainConfig:
         int | None, option("generator_batch_size", "INT", "The generator's, where it differs from --batch-size")
     ] = None
     n_critic: Annotated[int | None, option("n_critic", "INT", "Critic steps for each generator step")] = None
-    critic_boost: bool = False
-    """100 critic steps in the first 25 generator steps and in every 500th, as in WGAN's code."""
+    critic_boost: Annotated[
+        bool, switch("100 critic steps in the first 25 generator steps and in every 500th, as in WGAN's code")
+    ] = False
     lr: Annotated[float | None, option("lr", "FLOAT", "Learning rate")] = None
     generator_lr: Annotated[
         float | None, option("generator_lr", "FLOAT", "The generator's, where it differs from --lr")
@@ -98,8 +118,7 @@ class TrainConfig:
     penalty_weight: Annotated[
         float | None, option("penalty_weight", "FLOAT", "Weight of the gradient penalty, lambda", "--lambda")
     ] = None
-    one_sided: bool = False
-    """wgan-gp, ct-gan: penalise only gradient norms above 1."""
+    one_sided: Annotated[bool, switch("wgan-gp, ct-gan: penalise only gradient norms above 1")] = False
     scale: Annotated[
         float | None, option("scale", "FLOAT", "How far from the data dragan penalises, in deviations of the data")
     ] = None
@@ -132,10 +151,8 @@ class TrainConfig:
     """The same seed and the same threads give the same run, bit for bit."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Run folder (by default runs/ALGORITHM-DATA)"""
-    resume: bool = False
-    """Go on from the checkpoint in the run folder."""
-    tensorboard: bool = False
-    """Write scalars and images for TensorBoard into the run folder."""
+    resume: Annotated[bool, switch("Go on from the checkpoint in the run folder")] = False
+    tensorboard: Annotated[bool, switch("Write scalars and images for TensorBoard into the run folder")] = False
     device: str = "cpu"
     """A torch device, such as cpu or cuda."""
     threads: int = 1

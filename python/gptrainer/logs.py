@@ -44,15 +44,15 @@ def write_csv(path: Path, *curves: Curve) -> None:
 class EventLog:
     """Scalars and images for TensorBoard, if it is wanted and installed; otherwise nothing happens."""
 
-    def __init__(self, folder: Path, step: int, wanted: bool) -> None:
-        """step: where the run goes on; what an earlier process wrote beyond it is dropped from view."""
+    def __init__(self, folder: Path, first: int, wanted: bool) -> None:
+        """first: the step of what comes first; what an earlier process wrote from there on is dropped from view."""
         self.writer: SummaryWriter | None = None
         if wanted and importlib.util.find_spec("tensorboard") is None:
             print("no TensorBoard log: install it with pip install 'gpkernels[tensorboard]'", file=sys.stderr)
         elif wanted:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step)
+            self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """One curve for each name."""

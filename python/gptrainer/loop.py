@@ -9,19 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from gptrainer import logs
+from gptrainer import logs, parts
 from gptrainer.algorithms import Setup, build_system
 from gptrainer.checkpoint import Checkpoints
 from gptrainer.config import FREE_ON_RESUME, TrainConfig, filled
-from gptrainer.data import Batches, load_batches
 from gptrainer.divergence import check_losses, check_weights
 from gptrainer.errors import UserError
 from gptrainer.interruption import Interruption, Stopped, interruptions
-from gptrainer.metrics import Quality, build_quality, mean_gradient_norm
-from gptrainer.models import build_models, sample
+from gptrainer.metrics import mean_gradient_norm
+from gptrainer.models import sample
 from gptrainer.processes import Draws, Processes, local_device
 
 BOOST, BOOST_FIRST, BOOST_EVERY = 100, 25, 500  # critic steps, and the generator steps that have as many
@@ -42,23 +40,23 @@ class Trainer:
         self.device = local_device(config.device)
         self.checkpoints = Checkpoints(self.out)
         saved = self._load() if config.resume else None
-        self._check_rows()
         # Streams that do not touch one another: networks, noise, dropout (torch's own), data order, measurements.
         torch.manual_seed(config.seed)
-        self.generator, self.critic = (self._placed(network) for network in self._build_networks())
+        self.generator, self.critic = parts.networks(config, self.processes, self.device)
         noise_seed, dropout_seed = torch.randint(2**62, (2,)).tolist()
         self.draws = Draws(self.processes, noise_seed, self.device)
         torch.manual_seed(dropout_seed + self.processes.rank)
         self.system = build_system(Setup(config, self.generator, self.critic, self.processes, self.draws))
-        self.averages = self._averages() if filled(config.ema) else {}
-        self.batches = self._load_batches()
-        self.quality = self._build_quality()
+        self.averages = parts.averages(config, self.networks)
+        self.batches = parts.batches(config, self.processes, self.device)
+        self.quality = parts.quality(config, self.device)
         self.step = 0
         self.critic_curve: dict[str, list[float]] = {"step": []}
         self.quality_curve: dict[str, list[float]] = {"step": []}
         if saved is not None:
             self._load_state(saved)
-        self.events = logs.EventLog(self.out, self.step, config.tensorboard and self.processes.writes)
+        first = 0 if saved is None else self.step + 1
+        self.events = logs.EventLog(self.out, first, config.tensorboard and self.processes.writes)
         if saved is None:
             self._measure_quality()
 
@@ -137,8 +135,8 @@ class Trainer:
 
     def _load(self) -> dict[str, Any]:
         saved, note = self.checkpoints.load()
-        if note is not None and self.processes.writes:
-            print(note, file=sys.stderr)
+        if note is not None:
+            self.processes.say(note)
         before, now = saved.get("config"), self.config.settings()
         if not isinstance(before, dict):
             raise UserError(f"--resume: {self.checkpoints.path} does not hold a run of this version")
@@ -173,43 +171,6 @@ class Trainer:
 
     def _random_state(self) -> tuple[Tensor, Tensor | None]:
         return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-
-    def _averages(self) -> dict[str, AveragedModel]:
-        average = get_ema_multi_avg_fn(filled(self.config.ema))
-        return {name: AveragedModel(network, multi_avg_fn=average) for name, network in self.networks.items()}
-
-    def _check_rows(self) -> None:
-        for name in ("batch_size", "generator_batch_size"):
-            n, size = getattr(self.config, name), self.processes.size
-            if n % size:
-                raise UserError(f"--{name.replace('_', '-')}: expected a multiple of the {size} processes, got {n}")
-
-    def _build_networks(self) -> tuple[nn.Module, nn.Module]:
-        config = self.config
-        return build_models(
-            config.data,
-            filled(config.latent),
-            filled(config.width),
-            network=config.network,
-            batch_norm=config.critic_norm == "batch",
-        )
-
-    def _load_batches(self) -> Batches:
-        config, shard = self.config, (self.processes.rank, self.processes.size)
-        size = filled(config.batch_size)
-        return load_batches(
-            config.data, size, config.seed, self.device, data_dir=config.data_dir, limit=config.limit, shard=shard
-        )
-
-    def _build_quality(self) -> Quality:
-        config = self.config
-        return build_quality(config.data, filled(config.latent), config.seed, self.device, data_dir=config.data_dir)
-
-    def _placed(self, network: nn.Module) -> nn.Module:
-        """On the device; BatchNorm over the rows of all processes, which PyTorch has on GPUs only."""
-        if self.processes.size > 1 and self.device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return network.to(self.device)
 
     def _critic_steps(self) -> int:
         boosted = self.config.critic_boost and (self.step < BOOST_FIRST or self.step % BOOST_EVERY == 0)

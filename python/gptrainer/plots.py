@@ -113,7 +113,8 @@ def plot_points(
     path: Path, title: str, generated: Tensor, real: Tensor, critic: nn.Module, device: torch.device
 ) -> None:
     """Generated points on real ones, over the critic's level lines. Points: (N, 2)."""
-    x, y = (torch.linspace(*ends, 160) for ends in _window(real))
+    across, up = _window(real)
+    x, y = torch.linspace(*across, 160), torch.linspace(*up, 160)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
     with torch.no_grad():
         heights = critic(grid.to(device)).cpu().reshape(len(y), len(x))
@@ -124,8 +125,7 @@ def plot_points(
         ax.contour(x, y, heights, levels=24, colors="white", linewidths=0.6)
         ax.scatter(*real.T, s=16, color=ORANGE, alpha=0.5, linewidths=0, label="real")
         ax.scatter(*generated.T, s=7, color=INK, alpha=0.6, linewidths=0, label="generated")
-        ends = {"xlim": (x[0], x[-1]), "ylim": (y[0], y[-1])}
-        ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", **ends)
+        ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=across, ylim=up)
         ax.set_title(title, fontsize=14)
         ax.grid(False)
         bar = fig.colorbar(filled, ax=ax, shrink=0.8, pad=0.02)
@@ -137,7 +137,7 @@ def plot_points(
 def _window(real: Tensor) -> list[tuple[float, float]]:
     """The ends of two axes of one length, with half as much again about the real points."""
     low, high = real.amin(dim=0), real.amax(dim=0)
-    middle, reach = (low + high) / 2, 0.75 * (high - low).max()
+    middle, reach = (low + high) / 2, 0.75 * (high - low).max().item()
     return [(m - reach, m + reach) for m in middle.tolist()]
 
 

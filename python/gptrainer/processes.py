@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Processes:
     def writes(self) -> bool:
         """Whether this is the one process that writes files and speaks."""
         return self.rank == 0
+
+    def say(self, note: str) -> None:
+        """A line on stderr, once."""
+        if self.writes:
+            print(note, file=sys.stderr)
 
     def leave(self) -> None:
         """The end of working together."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptrainer import checkpoint, logs, loop
+from gptrainer import checkpoint, logs, loop, parts
 from gptrainer.cli import main, parse
 from gptrainer.config import TrainConfig
 
@@ -156,18 +156,19 @@ def test_a_run_folder_that_cannot_be_made_gives_one_line(tmp_path: Path, capsys:
     assert "Not a directory" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_ctrl_c_finishes_the_step_saves_and_ends_with_130(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_finishes_the_step_saves_and_ends_with_128_and_its_number(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = loop.Trainer.train_step
 
     def step_and_ctrl_c(trainer: loop.Trainer) -> dict[str, torch.Tensor]:
         if trainer.step == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return step(trainer)
 
     monkeypatch.setattr(loop.Trainer, "train_step", step_and_ctrl_c)
-    assert main([*QUICK, "--out", str(tmp_path)]) == 130
+    assert main([*QUICK, "--out", str(tmp_path)]) == 128 + number
     assert "stopped at step 2" in capsys.readouterr().err.splitlines()[-1]
     assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
     monkeypatch.undo()
@@ -181,7 +182,7 @@ def test_ctrl_c_before_the_first_step_ends_with_130_too(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "build_quality", stop)
+    monkeypatch.setattr(parts, "build_quality", stop)
     assert main([*QUICK, "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "gpkernels train: stopped\n"
 

@@ -29,6 +29,9 @@ def load_cifar10(folder: Path | None, split: str) -> ImageSet:
     if folder is None:
         raise UserError("--data-dir: cifar10 needs the folder that cifar-10-batches-py or cifar-10-batches-bin is in")
     parts = [_read(folder, name) for name in FILES[split]]
+    sizes = [len(labels) for _, labels in parts]
+    if min(sizes) != max(sizes):  # a file of whole records does not show by itself that some are missing
+        raise UserError(f"--data-dir: {FILES[split][sizes.index(min(sizes))]} in {folder} is cut off")
     pixels, labels = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
     return ImageSet(pixels.view(-1, *SHAPE), labels.long(), 10, SCALING)
 

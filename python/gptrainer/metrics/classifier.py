@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from gptrainer.data import ImageSet, ShuffledBatches
@@ -60,9 +59,13 @@ def untrained(shape: tuple[int, ...], classes: int) -> tuple[nn.Module, nn.Modul
 
 def train_classifier(data: ImageSet, seed: int) -> Classifier:
     """Train on four fifths of the images and measure on the rest; torch's global generator is left as it was."""
+    from sklearn.model_selection import train_test_split  # seconds to import, and points need no classifier
+
     assert data.labels is not None
+    labels = data.labels.numpy()
+    enough = np.unique(labels, return_counts=True)[1].min() >= 5  # for a fifth of each class
     train, held_out = train_test_split(
-        np.arange(len(data)), test_size=0.2, stratify=data.labels.numpy(), random_state=seed % 2**32
+        np.arange(len(data)), test_size=0.2, stratify=labels if enough else None, random_state=seed % 2**32
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,10 +90,11 @@ def shape_of(data: ImageSet) -> tuple[int, ...]:
 
 
 def _fit(model: nn.Module, data: ImageSet, labels: Tensor, chosen: Tensor, seed: int) -> None:
-    steps = min(EPOCHS, math.ceil(IMAGES_SHOWN / len(chosen))) * (len(chosen) // BATCH)
+    batch_size = min(BATCH, len(chosen))
+    steps = min(EPOCHS, math.ceil(IMAGES_SHOWN / len(chosen))) * (len(chosen) // batch_size)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-    batches = ShuffledBatches(chosen, BATCH, seed)
+    batches = ShuffledBatches(chosen, batch_size, seed)
     for _ in range(steps):
         batch = batches.next()
         optimiser.zero_grad()

@@ -28,36 +28,42 @@ class Network:
     build: Callable[[DataSet, int, int, bool], Pair]
 
 
-def _points(data: DataSet) -> bool:
+def _any(data: DataSet) -> bool:
+    return True
+
+
+def _planar(data: DataSet) -> bool:
     return data.shape == (2,)
+
+
+def _linear(data: DataSet) -> bool:
+    return data.shape == (1,)
 
 
 def _convolutional(data: DataSet) -> bool:
     return data.shape[-1] in (28, 32, 64)
 
 
+def _32_pixels(data: DataSet) -> bool:
+    return data.shape[-1] == 32
+
+
+def _labelled(data: DataSet) -> bool:
+    return data.classes > 0
+
+
 NETWORKS = {
-    "mlp": Network("three hidden layers; for points those of WGAN-GP", 2, 512, lambda data: True, mlp.build),
-    "mlp12": Network("a critic of 12 hidden layers (WGAN-GP, fig. 1b)", 2, 512, _points, mlp.build_deep),
-    "unrolled": Network("two hidden layers of tanh, orthogonal (unrolled GAN)", 256, 128, _points, mlp.build_unrolled),
+    "mlp": Network("three hidden layers; for points those of WGAN-GP", 2, 512, _any, mlp.build),
+    "mlp12": Network("a critic of 12 hidden layers (WGAN-GP, fig. 1b)", 2, 512, _planar, mlp.build_deep),
+    "unrolled": Network("two hidden layers of tanh, orthogonal (unrolled GAN)", 256, 128, _planar, mlp.build_unrolled),
     "dcgan": Network("convolutions: WGAN-GP's at 28 and 32 pixels, WGAN's at 64", 128, 64, _convolutional, dcgan.build),
     "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, _convolutional, dcgan.build_mlp),
-    "resnet": Network("WGAN-GP's residual networks", 128, 128, lambda data: data.shape[-1] == 32, resnet.build),
-    "ct": Network(
-        "as dcgan, or mlp, with CT-GAN's dropout in the critic",
-        128,
-        64,
-        lambda data: data.shape != (1,),
-        dcgan.build_ct,
-    ),
-    "ct-resnet": Network("as resnet, with CT-GAN's dropout", 128, 128, lambda d: d.shape[-1] == 32, resnet.build_ct),
-    "semi-supervised": Network(
-        "CT-GAN's classifier and generator", 100, 250, lambda data: data.classes > 0, semi_supervised.build
-    ),
-    "lines": Network("one parameter: the place of a line", 1, 128, _points, closed_form.build_line),
-    "dirac": Network(
-        "one parameter each: a point and a slope", 1, 1, lambda d: d.shape == (1,), closed_form.build_dirac
-    ),
+    "resnet": Network("WGAN-GP's residual networks", 128, 128, _32_pixels, resnet.build),
+    "ct": Network("as dcgan, else mlp, with CT-GAN's dropout in the critic", 128, 64, _any, dcgan.build_ct),
+    "ct-resnet": Network("as resnet, with CT-GAN's dropout in the critic", 128, 128, _32_pixels, resnet.build_ct),
+    "semi-supervised": Network("CT-GAN's classifier and generator", 100, 250, _labelled, semi_supervised.build),
+    "lines": Network("one parameter: the place of a line", 1, 128, _planar, closed_form.build_line),
+    "dirac": Network("one parameter each: a point and a slope", 1, 1, _linear, closed_form.build_dirac),
 }
 
 

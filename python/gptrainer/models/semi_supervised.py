@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ BATCH_NORM_EPS = 1e-6
 
 class Classifier(FeatureCritic):
     """Scores of the classes; "fake" is a further class whose score is always 0. Features: the last hidden layer."""
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores, features), of one pass; the features are those before noise, whose mean the generator matches."""
+        features = cast(Tensor, self[:-2](x))
+        return self[-2:](features), features
 
     def initialise(self, images: Tensor) -> None:
         """Scale each layer so that on these images its outputs have mean 0 and variance 1 (Salimans & Kingma 2016)."""
