@@ -1,4 +1,4 @@
-"""`gpkernels info | explain | train`: the first two are here, the trainer brings its own command line."""
+"""`gpkernels info | explain | train | reproduce`: the first two are here, the trainer brings its own command lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 
 from gpkernels import info
 
-EXTRA = ("sklearn", "scipy", "matplotlib", "tqdm", "tyro", "safetensors")  # what the "train" extra installs
+# What the "train" extra installs, as it is imported.
+EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
 
 
 class UserError(Exception):
@@ -25,8 +26,8 @@ class UserError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 for a user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:
-        return _train(arguments[1:])
+    if arguments[:1] in (["train"], ["reproduce"]):
+        return _trainer(*arguments)
     parser = argparse.ArgumentParser(prog="gpkernels", description="Exact gradient penalties in PyTorch, fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     describe = commands.add_parser("info", help="which backend runs, why, and how it was built")
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers.add_argument("critic", metavar="module:Class", help="a critic that can be made without arguments")
     layers.add_argument("--input", required=True, metavar="NxCxHxW", help="the shape of a batch, such as 64x3x32x32")
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
+    commands.add_parser("reproduce", help="measure again what the papers published", add_help=False)
     options = parser.parse_args(arguments)
     try:
         return _info(options) if options.command == "info" else _explain(options)
@@ -90,16 +92,16 @@ def shape_of(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _train(arguments: Sequence[str]) -> int:
+def _trainer(command: str, *arguments: str) -> int:
     # Asked beforehand: some are first imported when the run is over.
     missing = [name for name in ("gptrainer", *EXTRA) if importlib.util.find_spec(name) is None]
     if missing:
         lack = ", ".join(missing)
-        print(f"gpkernels train needs {lack}; install it with: pip install 'gpkernels[train]'", file=sys.stderr)
+        print(f"gpkernels {command} needs {lack}; install it with: pip install 'gpkernels[train]'", file=sys.stderr)
         return 2
-    from gptrainer.cli import main as train
-
-    return train(arguments)
+    place = "gptrainer.cli" if command == "train" else "gptrainer.reproduce.cli"
+    code: int = importlib.import_module(place).main(arguments)
+    return code
 
 
 if __name__ == "__main__":

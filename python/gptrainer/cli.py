@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,41 +12,69 @@ from contextlib import redirect_stderr
 import torch
 import tyro
 
-from gptrainer import checkpoint
+from gptrainer.checkpoint import NAME
 from gptrainer.config import TrainConfig, filled
+from gptrainer.data import DATASETS
+from gptrainer.defaults import SYSTEMS
 from gptrainer.errors import UserError
-from gptrainer.loop import Stopped, Trainer
+from gptrainer.interruption import Stopped
+from gptrainer.loop import Trainer
+from gptrainer.models import NETWORKS
+from gptrainer.processes import Processes, local_device
 
 PROGRAM = "gpkernels train"
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0, 2 for what the user can put right (one line on stderr), 130 after Ctrl-C."""
+    if "--list" in argv:
+        print(listing())
+        return 0
     trainer: Trainer | None = None
+    processes = Processes()
     try:
         config = parse(argv)
         if config is None:
             return 0
-        _prepare(config)
+        processes = _prepare(config)
         begun = time.perf_counter()
-        trainer = Trainer(config)
+        trainer = Trainer(config, processes)
         trainer.train()
         seconds = time.perf_counter() - begun
-        from gptrainer.report import write_report  # matplotlib only where pictures are drawn
+        if processes.writes:
+            from gptrainer.report import write_report  # matplotlib only where pictures are drawn
 
-        for line in write_report(trainer, seconds):
-            print(line)
+            for line in write_report(trainer, seconds):
+                print(line)
         return 0
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), processes)
     except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", processes)
     except KeyboardInterrupt as stop:
-        kept = isinstance(stop, Stopped) or (trainer is not None and trainer.checkpoint_path.is_file())
-        where = f"; {trainer.checkpoint_path} holds it, --resume goes on" if kept and trainer is not None else ""
-        at = f" at step {trainer.step}" if trainer is not None else ""
-        print(f"{PROGRAM}: stopped{at}{where}", file=sys.stderr)
-        return 130
+        if processes.writes:
+            print(f"{PROGRAM}: stopped{_whereabouts(trainer, stop)}", file=sys.stderr)
+        return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
+    finally:
+        processes.leave()
+
+
+def listing() -> str:
+    """A line for each system, each data set and each pair of networks."""
+    width = max(map(len, (*SYSTEMS, *DATASETS, *NETWORKS)))
+    systems = [f"  {name:<{width}}  {system.summary}" for name, system in SYSTEMS.items()]
+    data = [f"  {name:<{width}}  {data.description}" for name, data in DATASETS.items()]
+    networks = [f"  {name:<{width}}  {network.description}" for name, network in NETWORKS.items()]
+    title = f"{PROGRAM} NAME --data DATA --network NETWORK"
+    return "\n".join([title, "", "NAME", *systems, "", "DATA", *data, "", "NETWORK", *networks])
+
+
+def _whereabouts(trainer: Trainer | None, stop: KeyboardInterrupt) -> str:
+    if trainer is None:
+        return ""
+    path = trainer.checkpoints.path
+    kept = isinstance(stop, Stopped) or path.is_file()
+    return f" at step {trainer.step}" + (f"; {path} holds it, --resume goes on" if kept else "")
 
 
 def parse(argv: Sequence[str]) -> TrainConfig | None:
@@ -75,20 +104,24 @@ def _one_line(message: str) -> str:
     return next(iter(told[0 if framed else 1 :]), "the command line could not be read")
 
 
-def _prepare(config: TrainConfig) -> None:
-    """Threads and device, before anything is built."""
+def _prepare(config: TrainConfig) -> Processes:
+    """Threads, device and the other processes, before anything is built."""
     torch.set_num_threads(config.threads)
     try:
-        torch.empty(0, device=config.device)
+        device = local_device(config.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one type for this
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--device: expected a device that torch can use here, got {config.device} ({reason})"
         ) from None
-    if not config.resume and (filled(config.out) / checkpoint.NAME).is_file():
+    processes = Processes.join(device)
+    if processes.writes and not config.resume and (filled(config.out) / NAME).is_file():
         print(f"starting anew in {config.out}; --resume would go on from its checkpoint", file=sys.stderr)
+    return processes
 
 
-def _fail(text: str) -> int:
-    print(f"{PROGRAM}: {text}", file=sys.stderr)
+def _fail(text: str, processes: Processes) -> int:
+    if processes.writes:
+        print(f"{PROGRAM}: {text}", file=sys.stderr)
     return 2

@@ -34,18 +34,16 @@ class Comparison:
         return self.plain_ms / self.ours_ms
 
 
-def compare(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor) -> Comparison:
-    """Both steps on copies of a critic. real, fake: (N, *). Time is taken in turns, so that both meet the same load."""
+def compare(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor) -> Comparison | None:
+    """Both steps on copies of a critic, or None for a system in which gpkernels has nothing to gain, or whose critic
+    draws random numbers. real, fake: (N, *). Time is taken in turns, so that both meet the same load."""
+    steps = STEPS.get(config.algorithm)
+    if steps is None:
+        return None
+    what, ours_of, plain_of = steps
     eps = torch.rand(len(real), generator=torch.Generator().manual_seed(config.seed)).to(real)
     our_critic, plain_critic = copy.deepcopy(critic), copy.deepcopy(critic)
-    if config.algorithm == "wgan":
-        what = "loss, gradients, RMSprop and clipping"
-        ours = wgan_step(our_critic, real, fake, filled(config.lr), config.clip)
-        plain = plain_wgan_step(plain_critic, real, fake, filled(config.lr), config.clip)
-    else:
-        what = "loss with gradient penalty, and gradients"
-        ours = wgan_gp_step(our_critic, real, fake, eps, filled(config.penalty_weight))
-        plain = plain_wgan_gp_step(plain_critic, real, fake, eps, filled(config.penalty_weight))
+    ours, plain = ours_of(config, our_critic, real, fake, eps), plain_of(config, plain_critic, real, fake, eps)
     ours()
     plain()
     difference = gradient_difference(our_critic, plain_critic)
@@ -54,9 +52,10 @@ def compare(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor) 
     return Comparison(what, ours_ms, plain_ms, difference)
 
 
-def wgan_gp_step(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor, penalty_weight: float) -> Step:
+def wgan_gp_step(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Step:
     """WGAN-GP's critic loss and its gradients, by gpkernels."""
-    criterion = gpkernels.CriticLoss(critic, penalty="wgan-gp", penalty_weight=penalty_weight)
+    weight = filled(config.penalty_weight)
+    criterion = gpkernels.CriticLoss(critic, penalty_weight=weight, one_sided=config.one_sided)
 
     def step() -> None:
         critic.zero_grad()
@@ -65,25 +64,57 @@ def wgan_gp_step(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor, pen
     return step
 
 
-def plain_wgan_gp_step(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor, penalty_weight: float) -> Step:
+def plain_wgan_gp_step(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Step:
     """The same as it is usually written."""
 
     def step() -> None:
         critic.zero_grad()
         weight = eps.view(-1, *[1] * (real.dim() - 1))
-        interpolates = (weight * real + (1 - weight) * fake).requires_grad_()
-        scores = critic(interpolates)
-        (grad,) = torch.autograd.grad(scores, interpolates, torch.ones_like(scores), create_graph=True)
-        penalty = ((grad.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
-        loss = critic(fake).mean() - critic(real).mean() + penalty_weight * penalty
+        excess = plain_gradient_norm(critic, weight * real + (1 - weight) * fake) - 1
+        penalty = (excess.clamp(min=0) if config.one_sided else excess).square().mean()
+        loss = critic(fake).mean() - critic(real).mean() + filled(config.penalty_weight) * penalty
         loss.backward()
 
     return step
 
 
-def wgan_step(critic: nn.Module, real: Tensor, fake: Tensor, lr: float, clip: float) -> Step:
+def zero_centred_step(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor, _: Tensor) -> Step:
+    """The critic loss of R1 or R2 and its gradients, by gpkernels."""
+    weight = filled(config.gamma) / 2
+    criterion = gpkernels.CriticLoss(critic, objective="gan", penalty=config.algorithm, penalty_weight=weight)
+
+    def step() -> None:
+        critic.zero_grad()
+        criterion(real, fake).loss.backward()
+
+    return step
+
+
+def plain_zero_centred_step(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor, _: Tensor) -> Step:
+    """The same as it is usually written."""
+    points = real if config.algorithm == "r1" else fake
+
+    def step() -> None:
+        critic.zero_grad()
+        penalty = filled(config.gamma) / 2 * plain_gradient_norm(critic, points).square().mean()
+        softplus = nn.functional.softplus
+        loss = softplus(-critic(real)).mean() + softplus(critic(fake)).mean() + penalty
+        loss.backward()
+
+    return step
+
+
+def plain_gradient_norm(critic: nn.Module, points: Tensor) -> Tensor:
+    """|grad D| at points, (N,), with a graph."""
+    points = points.detach().requires_grad_()
+    scores = critic(points)
+    (grad,) = torch.autograd.grad(scores, points, torch.ones_like(scores), create_graph=True)
+    return grad.flatten(1).norm(2, dim=1)
+
+
+def wgan_step(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor, _: Tensor) -> Step:
     """WGAN's critic step by gpkernels, clipping in the optimiser's pass."""
-    optimiser = gpkernels.optim.RMSprop(critic.parameters(), lr=lr, clip=clip)
+    optimiser = gpkernels.optim.RMSprop(critic.parameters(), lr=filled(config.lr), clip=config.clip)
 
     def step() -> None:
         critic.zero_grad()
@@ -93,9 +124,10 @@ def wgan_step(critic: nn.Module, real: Tensor, fake: Tensor, lr: float, clip: fl
     return step
 
 
-def plain_wgan_step(critic: nn.Module, real: Tensor, fake: Tensor, lr: float, clip: float) -> Step:
+def plain_wgan_step(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor, _: Tensor) -> Step:
     """The same as it is usually written."""
-    optimiser = torch.optim.RMSprop(critic.parameters(), lr=lr)
+    optimiser = torch.optim.RMSprop(critic.parameters(), lr=filled(config.lr))
+    clip = filled(config.clip)
 
     def step() -> None:
         critic.zero_grad()
@@ -106,6 +138,16 @@ def plain_wgan_step(critic: nn.Module, real: Tensor, fake: Tensor, lr: float, cl
                 parameter.clamp_(-clip, clip)
 
     return step
+
+
+MakeStep = Callable[[TrainConfig, nn.Module, Tensor, Tensor, Tensor], Step]
+PENALISED = "loss with gradient penalty, and gradients"
+STEPS: dict[str, tuple[str, MakeStep, MakeStep]] = {
+    "wgan": ("loss, gradients, RMSprop and clipping", wgan_step, plain_wgan_step),
+    "wgan-gp": (PENALISED, wgan_gp_step, plain_wgan_gp_step),
+    "r1": (PENALISED, zero_centred_step, plain_zero_centred_step),
+    "r2": (PENALISED, zero_centred_step, plain_zero_centred_step),
+}
 
 
 def gradient_difference(ours: nn.Module, plain: nn.Module) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gptrainer.files import replacing
 
 Curve = Mapping[str, Sequence[float]]
 INK, SOFT, PAPER = "#1f2933", "#8a94a0", "#fcfbf7"
 BLUE, ORANGE, GREEN, PURPLE = "#2563a8", "#d9622b", "#2f8f6b", "#7b4fa3"
+SMALLEST = 64
+"""Pixels that an image is at least enlarged towards."""
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
@@ -54,50 +58,74 @@ def figure(path: Path, width: float, height: float) -> Iterator[Any]:
             fig.savefig(part, format="png")
 
 
-def plot_digits(path: Path, title: str, generated: Tensor, real: Tensor, classes: tuple[Tensor, Tensor]) -> None:
-    """Generated images beside real ones, one row a class. Images: (N, 1, 8, 8); classes: (N,) of each."""
+def plot_images(
+    path: Path,
+    title: str,
+    generated: Tensor,
+    real: Tensor,
+    span: tuple[float, float],
+    classes: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Generated images beside real ones. Images: (N, C, H, W) with values in ``span``, C 1 or 3.
+
+    classes: (N,) of each, which make one row a class.
+    """
+    rows = "Generated" if classes is None else "Generated, each row what the classifier takes for one class"
     with figure(path, 12, 6.7) as fig:
         fig.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold")
-        for ax, name, images, labels in zip(
-            fig.subplots(1, 2),
-            ("Generated, each row what the classifier takes for one digit", "Real"),
-            (generated, real),
-            classes,
-            strict=True,
-        ):
-            ax.imshow(_by_class(images, labels), cmap="bone_r", vmin=0, vmax=1, interpolation="none")
+        for i, (ax, name, images) in enumerate(zip(fig.subplots(1, 2), (rows, "Real"), (generated, real), strict=True)):
+            chosen = _in_order(len(images)) if classes is None else _by_class(classes[i], int(torch.cat(classes).max()))
+            ax.imshow(image_grid(images, span, chosen), cmap="bone_r", vmin=0, vmax=1, interpolation="none")
             ax.set_title(name, fontweight="normal")
             ax.set_axis_off()
 
 
-def _by_class(images: Tensor, labels: Tensor, rows: int = 10, columns: int = 10, scale: int = 8) -> Any:
-    """One picture of the first images of each class, enlarged smoothly; a class without enough of them has gaps."""
-    images = nn.functional.pad(images, (1, 1, 1, 1))  # a stroke at the edge of an image fades out instead of being cut
-    height, width = (scale * n for n in images.shape[2:])
-    gap = 0
-    canvas = torch.zeros(rows * (height + gap) - gap, columns * (width + gap) - gap)
-    large = nn.functional.interpolate(images, scale_factor=scale, mode="bicubic").clamp(0, 1)[:, 0]
-    for row in range(rows):
-        for column, index in enumerate((labels == row).nonzero().flatten()[:columns]):
-            top, left = row * (height + gap), column * (width + gap)
-            canvas[top : top + height, left : left + width] = large[index]
-    return canvas.numpy()
+def image_grid(images: Tensor, span: tuple[float, float], chosen: Tensor) -> Any:
+    """One picture, (H, W) or (H, W, 3) in [0, 1]. chosen: (rows, columns) indices of images, -1 for a gap."""
+    low, high = span
+    images = (images - low) / (high - low)
+    if images.shape[1] == 1:
+        images = F.pad(images, (1, 1, 1, 1))  # a stroke at the edge of an image fades out instead of being cut
+    scale = max(1, SMALLEST // images.shape[2])  # small images are enlarged smoothly
+    large = F.interpolate(images, scale_factor=scale, mode="bicubic").clamp(0, 1)
+    _, channels, height, width = large.shape
+    blank = torch.full((channels, height, width), float(channels > 1))  # the paper's colour
+    tiles = torch.stack([large[i] if i >= 0 else blank for i in chosen.flatten().tolist()])
+    tiles = tiles.unflatten(0, chosen.shape).permute(0, 3, 1, 4, 2)  # row, height, column, width, channel
+    return tiles.reshape(chosen.shape[0] * height, chosen.shape[1] * width, channels).squeeze(-1).numpy()
 
 
-def plot_ring(path: Path, title: str, generated: Tensor, real: Tensor, critic: nn.Module, device: torch.device) -> None:
+def _in_order(available: int) -> Tensor:
+    """(10, 10) indices of the first images, or as many full rows of ten as there are."""
+    return torch.arange(min(10, max(1, available // 10)) * min(10, available)).view(-1, min(10, available))
+
+
+def _by_class(labels: Tensor, last: int) -> Tensor:
+    """(classes, 10) indices of the first images of each of the first ten classes, -1 where a class has too few."""
+    chosen = torch.full((min(10, last + 1), 10), -1)
+    for row, of_class in enumerate(chosen):
+        indices = (labels == row).nonzero().flatten()[:10]
+        of_class[: len(indices)] = indices
+    return chosen
+
+
+def plot_points(
+    path: Path, title: str, generated: Tensor, real: Tensor, critic: nn.Module, device: torch.device
+) -> None:
     """Generated points on real ones, over the critic's level lines. Points: (N, 2)."""
-    axis = torch.linspace(-2.1, 2.1, 160)
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2)
+    across, up = _window(real)
+    x, y = torch.linspace(*across, 160), torch.linspace(*up, 160)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
     with torch.no_grad():
-        heights = critic(grid.to(device)).cpu().reshape(len(axis), len(axis))
+        heights = critic(grid.to(device)).cpu().reshape(len(y), len(x))
     heights = heights - heights.mean()
     with figure(path, 8.2, 7.4) as fig:
         ax = fig.subplots()
-        filled = ax.contourf(axis, axis, heights, levels=24, cmap="RdBu_r", alpha=0.45)
-        ax.contour(axis, axis, heights, levels=24, colors="white", linewidths=0.6)
+        filled = ax.contourf(x, y, heights, levels=24, cmap="RdBu_r", alpha=0.45)
+        ax.contour(x, y, heights, levels=24, colors="white", linewidths=0.6)
         ax.scatter(*real.T, s=16, color=ORANGE, alpha=0.5, linewidths=0, label="real")
         ax.scatter(*generated.T, s=7, color=INK, alpha=0.6, linewidths=0, label="generated")
-        ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=(-2.1, 2.1), ylim=(-2.1, 2.1))
+        ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=across, ylim=up)
         ax.set_title(title, fontsize=14)
         ax.grid(False)
         bar = fig.colorbar(filled, ax=ax, shrink=0.8, pad=0.02)
@@ -106,40 +134,102 @@ def plot_ring(path: Path, title: str, generated: Tensor, real: Tensor, critic: n
         ax.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", facecolor=PAPER)
 
 
+def _window(real: Tensor) -> list[tuple[float, float]]:
+    """The ends of two axes of one length, with half as much again about the real points."""
+    low, high = real.amin(dim=0), real.amax(dim=0)
+    middle, reach = (low + high) / 2, 0.75 * (high - low).max().item()
+    return [(m - reach, m + reach) for m in middle.tolist()]
+
+
+def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, critic: nn.Module, device: torch.device) -> None:
+    """The critic's score along the line, with the places of real and generated points. Points: (N, 1)."""
+    reach = 1.2 * max(1.0, real.abs().max().item(), generated.abs().max().item())
+    x = torch.linspace(-reach, reach, 400)
+    with torch.no_grad():
+        scores = critic(x[:, None].to(device)).cpu().flatten()
+    with figure(path, 8.2, 5) as fig:
+        ax = fig.subplots()
+        ax.plot(x, scores, color=BLUE, linewidth=2, label="critic's score")
+        for points, color, name in ((real, ORANGE, "real"), (generated, INK, "generated")):
+            places = points.flatten().unique()
+            ax.vlines(places, 0, 0.12, transform=ax.get_xaxis_transform(), color=color, linewidth=3, label=name)
+        ax.set(xlabel="$x$", ylabel="D(x)")
+        ax.set_title(title, fontsize=14)
+        ax.legend(loc="upper left", frameon=False)
+
+
 def plot_curves(
-    path: Path, title: str, critic: Curve, quality: Curve, facts: Mapping[str, float], target: bool
+    path: Path,
+    title: str,
+    estimate: str,
+    critic: Curve,
+    quality: Curve,
+    facts: Mapping[str, float],
+    target: float | None,
 ) -> None:
-    """Three panels over the generator's steps. target: draw the norm that the penalty asks for."""
-    with figure(path, 9.5, 9.6) as fig:
+    """Three panels over the generator's steps, and a fourth where the critic is itself a classifier.
+
+    estimate: the name of the critic's estimate among its curves. target: the gradient norm that the penalty asks for.
+    """
+    rows = 4 if "held_out_error" in quality else 3
+    with figure(path, 9.5, 3.2 * rows) as fig:
         fig.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold")
-        top, middle, bottom = fig.subplots(3, 1, sharex=True)
-        _noisy(top, critic["step"], critic["wasserstein_estimate"], BLUE)
-        top.set(title="The critic's estimate of the Wasserstein distance", ylabel="E D(real) \N{MINUS SIGN} E D(fake)")
-        top.set_ylim(bottom=min(0.0, top.get_ylim()[0]))
-        _noisy(middle, critic["step"], critic["gradient_norm"], ORANGE)
+        top, middle, bottom, *more = fig.subplots(rows, 1, sharex=True)
+        _estimate_panel(top, estimate, critic)
+        _noisy(middle, critic.get("step", ()), critic.get("gradient_norm", ()), ORANGE)
         middle.set(title="The critic's slope between real and generated samples", ylabel="mean gradient norm")
-        if target:
-            _reference(middle, 1.0, "target 1")
-        if "frechet_distance" in quality:
-            _frechet_panel(bottom, quality, facts)
-        else:
-            _coverage_panel(bottom, quality)
-        bottom.set_xlabel("generator steps")
+        if target is not None:
+            _reference(middle, target, f"target {target:g}")
+        _quality_panel(bottom, quality, facts)
+        for ax in more:
+            ax.plot(quality["step"], 100 * np.asarray(quality["held_out_error"]), color=PURPLE, linewidth=2)
+            ax.set(title="The classifier's error on held-out images (lower is better)", ylabel="error (%)")
+        (more or [bottom])[-1].set_xlabel("generator steps")
         fig.align_ylabels()
 
 
-def _frechet_panel(ax: Any, quality: Curve, facts: Mapping[str, float]) -> None:
-    ax.plot(quality["step"], quality["frechet_distance"], color=GREEN, linewidth=2, marker="o", markersize=4)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.set(title="Sample quality: Fréchet distance to the real digits (lower is better)", ylabel="Fréchet distance")
-    _reference(ax, facts["frechet_distance_of_real_halves"], "two halves of the real digits, 900 each")
+def _estimate_panel(ax: Any, name: str, critic: Curve) -> None:
+    _noisy(ax, critic.get("step", ()), critic.get(name, ()), BLUE)
+    if name == "js_estimate":
+        ax.set(title="The critic's estimate of the Jensen-Shannon divergence", ylabel="log 2 \N{MINUS SIGN} L/2 (nats)")
+        _reference(ax, math.log(2), "log 2: nothing in common")
+    else:
+        ax.set(title="The critic's estimate of the Wasserstein distance", ylabel="E D(real) \N{MINUS SIGN} E D(fake)")
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
 
 
-def _coverage_panel(ax: Any, quality: Curve) -> None:
+def _quality_panel(ax: Any, quality: Curve, facts: Mapping[str, float]) -> None:
+    if "frechet_distance" in quality:
+        _distance_panel(ax, quality, "frechet_distance", "Fréchet distance to real images")
+        half = facts["images_in_a_real_half"]
+        _reference(ax, facts["frechet_distance_of_real_halves"], f"two halves of the real images, {half:,.0f} each")
+    elif "modes_covered" in quality:
+        _coverage_panel(ax, quality, facts["modes"])
+    else:
+        _distance_panel(ax, quality, "wasserstein_1", "exact Wasserstein distance to the data")
+        if facts["wasserstein_1_of_real_halves"] > 0:
+            _reference(ax, facts["wasserstein_1_of_real_halves"], "two samples of the data")
+
+
+def _distance_panel(ax: Any, quality: Curve, name: str, what: str) -> None:
+    ax.plot(quality["step"], quality[name], color=GREEN, linewidth=2, marker="o", markersize=4)
+    if min(quality[name]) > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.set(title=f"Sample quality: {what} (lower is better)", ylabel=what.partition(" to ")[0])
+
+
+def _coverage_panel(ax: Any, quality: Curve, all_modes: float) -> None:
     share = 100 * np.asarray(quality["share_within_4_sigma"])
-    modes = 100 / 8 * np.asarray(quality["modes_covered"])
-    ax.plot(quality["step"], modes, color=PURPLE, linewidth=2, drawstyle="steps-post", label="modes covered, of 8")
+    modes = 100 / all_modes * np.asarray(quality["modes_covered"])
+    ax.plot(
+        quality["step"],
+        modes,
+        color=PURPLE,
+        linewidth=2,
+        drawstyle="steps-post",
+        label=f"modes covered, of {all_modes:.0f}",
+    )
     ax.plot(
         quality["step"],
         share,
@@ -149,7 +239,7 @@ def _coverage_panel(ax: Any, quality: Curve) -> None:
         markersize=4,
         label="samples within $4\\sigma$ of a mode",
     )
-    ax.set(title="Sample quality: how much of the ring is found", ylabel="share (%)", ylim=(-3, 105))
+    ax.set(title="Sample quality: how many modes are found", ylabel="share (%)", ylim=(-3, 105))
     ax.legend(loc="lower right", frameon=False)
 
 

@@ -14,11 +14,14 @@ import gpkernels
 from gptrainer import plots
 from gptrainer.comparison import Comparison, compare
 from gptrainer.config import filled
-from gptrainer.data import eight_gaussians, load_digits
+from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.files import replacing
-from gptrainer.loop import Trainer
-from gptrainer.metrics import DigitsQuality
+from gptrainer.logs import CSV_NAME
+from gptrainer.loop import Trainer, evaluating
+from gptrainer.metrics import ImageQuality
 from gptrainer.models import sample
+
+TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0}  # of the gradient norm
 
 
 def write_report(trainer: Trainer, seconds: float) -> list[str]:
@@ -26,7 +29,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
 
     seconds: what training took, from start or resume.
     """
-    comparison = compare(trainer.config, trainer.critic, trainer.batches.next(), trainer.fake(_batch(trainer)))
+    comparison = compare(trainer.config, trainer.critic, *trainer.next_batch())
     quality = _quality_to_the_end(trainer)
     start, end = ({name: values[at] for name, values in quality.items() if name != "step"} for at in (0, -1))
     metrics: dict[str, Any] = {
@@ -35,14 +38,15 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
         "threads": torch.get_num_threads(),
         "steps": trainer.step,
         "quality": {"start": start, "end": end, **trainer.quality.facts},
-        "gradient_difference": comparison.gradient_difference,
+        "gradient_difference": comparison.gradient_difference if comparison else None,
         "curves": {"critic": trainer.critic_curve, "quality": quality},
         # All that a second run with the same seed may have otherwise.
-        "timing": {"seconds": seconds, "critic_step": asdict(comparison) | {"speedup": comparison.speedup}},
+        "timing": {"seconds": seconds, "critic_step": _told(comparison)},
     }
     paths = {
         "samples": trainer.out / "samples.png",
         "curves": trainer.out / "curves.png",
+        "numbers": trainer.out / CSV_NAME,
         "metrics": trainer.out / "metrics.json",
         "weights": trainer.out / "generator.safetensors",
     }
@@ -52,15 +56,16 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
     plots.plot_curves(
         paths["curves"],
         _title(trainer),
+        trainer.system.estimate,
         trainer.critic_curve,
         quality,
         trainer.quality.facts,
-        target=trainer.config.algorithm == "wgan-gp",
+        target=TARGETS.get(trainer.config.algorithm),
     )
     return [
         *(f"{name:<8} {path}" for name, path in paths.items()),
-        _quality_line(trainer, start, end),
-        *_comparison_lines(comparison, trainer.device),
+        *_quality_lines(trainer, start, end),
+        *(_comparison_lines(comparison, trainer.device) if comparison else ()),
     ]
 
 
@@ -69,22 +74,23 @@ def _quality_to_the_end(trainer: Trainer) -> dict[str, list[float]]:
     curve = trainer.quality_curve
     if curve["step"][-1] == trainer.step:
         return curve
-    last = {"step": trainer.step, **trainer.quality.measure(trainer.generator)}
+    measured = trainer.quality.measure(trainer.shown("generator")) | trainer.system.measure(trainer.shown("critic"))
+    last = {"step": trainer.step, **measured}
     return {name: [*values, last[name]] for name, values in curve.items()}
 
 
-def _quality_line(trainer: Trainer, start: dict[str, float], end: dict[str, float]) -> str:
-    facts = trainer.quality.facts
-    if "frechet_distance" in end:
-        return (
-            f"Frechet distance {start['frechet_distance']:.1f} -> {end['frechet_distance']:.2f}, in the features of a "
-            f"classifier with {facts['classifier_held_out_accuracy']:.1%} held-out accuracy "
-            f"(two halves of the real digits, 900 each: {facts['frechet_distance_of_real_halves']:.2f})"
-        )
-    return (
-        f"modes covered {start['modes_covered']:.0f} -> {end['modes_covered']:.0f} of 8, "
-        f"samples within 4 sigma of a mode {start['share_within_4_sigma']:.1%} -> {end['share_within_4_sigma']:.1%}"
-    )
+def _quality_lines(trainer: Trainer, start: dict[str, float], end: dict[str, float]) -> list[str]:
+    """A line a measure, then what to judge them by."""
+    measured = [f"{_words(name)} {start[name]:.4g} -> {end[name]:.4g}" for name in end]
+    return [*measured, *(f"({_words(name)} {value:.4g})" for name, value in trainer.quality.facts.items())]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("frechet", "Frechet")
+
+
+def _told(comparison: Comparison | None) -> dict[str, Any] | None:
+    return None if comparison is None else asdict(comparison) | {"speedup": comparison.speedup}
 
 
 def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]:
@@ -97,26 +103,31 @@ def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]
 
 
 def _plot_samples(path: Path, trainer: Trainer) -> None:
-    random = torch.Generator().manual_seed(trainer.config.seed + 1)
-    latent = torch.randn(1000, filled(trainer.config.latent), generator=random).to(trainer.device)
-    generated = sample(trainer.generator, latent).cpu()
-    if isinstance(trainer.quality, DigitsQuality):
-        digits = load_digits()
-        classes = trainer.quality.classifier.classify(generated), digits.labels
-        plots.plot_digits(path, _title(trainer), generated, digits.images, classes)
-    else:
-        plots.plot_ring(path, _title(trainer), generated, eight_gaussians(1000, random), trainer.critic, trainer.device)
+    config = trainer.config
+    random = torch.Generator().manual_seed(config.seed + 1)
+    latent = torch.randn(1000, filled(config.latent), generator=random).to(trainer.device)
+    generated = sample(trainer.shown("generator"), latent).cpu()
+    if isinstance(trainer.quality, ImageQuality):
+        images = load_images(config.data, data_dir=config.data_dir)
+        real = images[torch.randperm(len(images), generator=random)[: len(latent)]]
+        classes = [trainer.quality.classifier.classify(shown) for shown in (generated, real)]
+        span = DATASETS[config.data].range
+        plots.plot_images(path, _title(trainer), generated, real, span, (classes[0], classes[1]))
+        return
+    real = POINTS[config.data](1000, random)
+    plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line
+    with evaluating(trainer.critic):
+        plot(path, _title(trainer), generated, real, trainer.system.scorer, trainer.device)
 
 
 def _title(trainer: Trainer) -> str:
-    name = {"wgan": "WGAN", "wgan-gp": "WGAN-GP"}[trainer.config.algorithm]
-    data = {"digits": "handwritten digits", "8gaussians": "eight Gaussians"}[trainer.config.data]
-    return f"{name} on {data}, after {trainer.step:,} generator steps"
+    return f"{trainer.config.algorithm} on {trainer.config.data}, after {trainer.step:,} generator steps"
 
 
 def _write_weights(path: Path, trainer: Trainer) -> None:
-    weights = {name: value.contiguous().cpu() for name, value in trainer.generator.state_dict().items()}
-    about = {name: str(getattr(trainer.config, name)) for name in ("algorithm", "data", "latent", "width", "seed")}
+    weights = {name: value.contiguous().cpu() for name, value in trainer.shown("generator").state_dict().items()}
+    names = ("algorithm", "data", "network", "latent", "width", "seed")
+    about = {name: str(getattr(trainer.config, name)) for name in names}
     with replacing(path) as part:
         save_file(weights, part, metadata=about)
 
@@ -124,7 +135,3 @@ def _write_weights(path: Path, trainer: Trainer) -> None:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _batch(trainer: Trainer) -> int:
-    return filled(trainer.config.batch_size)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import re
 import signal
 import subprocess
@@ -10,11 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptrainer import checkpoint, loop
+from gptrainer import checkpoint, logs, loop, parts
 from gptrainer.cli import main, parse
 from gptrainer.config import TrainConfig
 
 QUICK = ("wgan-gp", "--data", "8gaussians", "--width", "8", "--batch-size", "16", "--steps", "3")
+
+
+def write(content: object, path: Path) -> None:
+    """A checkpoint of anything, with the right checksum."""
+    payload = io.BytesIO()
+    torch.save(content, payload)
+    path.write_bytes(checkpoint.MAGIC + hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -92,7 +101,7 @@ def test_a_truncated_checkpoint_gives_one_line_and_stays_as_it_is(
     (line,) = capsys.readouterr().err.splitlines()
     assert "damaged" in line
     assert path.read_bytes() == broken
-    assert list(tmp_path.iterdir()) == [path]
+    assert {p.name for p in tmp_path.iterdir()} == {checkpoint.NAME, logs.CSV_NAME}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +116,7 @@ def test_a_truncated_checkpoint_gives_one_line_and_stays_as_it_is(
 def test_a_file_of_something_else_is_not_resumed(
     content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save(content, tmp_path / checkpoint.NAME)
+    write(content, tmp_path / checkpoint.NAME)
     assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -125,7 +134,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_the_code_not_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Trap.path = str(tmp_path / "sprung")
-    torch.save({"format": checkpoint.FORMAT, "config": Trap()}, tmp_path / checkpoint.NAME)
+    write({"format": checkpoint.FORMAT, "config": Trap()}, tmp_path / checkpoint.NAME)
     assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not Path(Trap.path).exists()
@@ -147,32 +156,33 @@ def test_a_run_folder_that_cannot_be_made_gives_one_line(tmp_path: Path, capsys:
     assert "Not a directory" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_ctrl_c_finishes_the_step_saves_and_ends_with_130(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_finishes_the_step_saves_and_ends_with_128_and_its_number(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = loop.Trainer.train_step
 
-    def step_and_ctrl_c(trainer: loop.Trainer) -> None:
+    def step_and_ctrl_c(trainer: loop.Trainer) -> dict[str, torch.Tensor]:
         if trainer.step == 1:
-            signal.raise_signal(signal.SIGINT)
-        step(trainer)
+            signal.raise_signal(number)
+        return step(trainer)
 
     monkeypatch.setattr(loop.Trainer, "train_step", step_and_ctrl_c)
-    assert main([*QUICK, "--out", str(tmp_path)]) == 130
+    assert main([*QUICK, "--out", str(tmp_path)]) == 128 + number
     assert "stopped at step 2" in capsys.readouterr().err.splitlines()[-1]
-    assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 2
+    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
     monkeypatch.undo()
     assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 0
-    assert checkpoint.load(tmp_path / checkpoint.NAME)["step"] == 3
+    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 3
 
 
 def test_ctrl_c_before_the_first_step_ends_with_130_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "build_quality", stop)
+    monkeypatch.setattr(parts, "build_quality", stop)
     assert main([*QUICK, "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "gpkernels train: stopped\n"
 

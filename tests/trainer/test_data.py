@@ -6,29 +6,25 @@ from collections import Counter
 import pytest
 import torch
 
-from gptrainer import classifier
-from gptrainer.data import (
-    ShuffledBatches,
-    eight_gaussians,
-    load_batches,
-    load_digits,
-    ring_centres,
-)
+from gptrainer.data import MIXTURES, ShuffledBatches, load_batches, load_digits
 from gptrainer.errors import UserError
+from gptrainer.metrics import classifier
+
+EIGHT = MIXTURES["8gaussians"]
 
 
 def test_eight_gaussians_stand_on_a_ring_of_radius_two_over_1_414() -> None:
-    centres = ring_centres()
+    centres = EIGHT.centres
     assert torch.allclose(centres.norm(dim=1), torch.tensor(2 / 1.414))
     angles = torch.atan2(centres[:, 1], centres[:, 0]).remainder(2 * math.pi).sort().values
     assert torch.allclose(angles.diff(), torch.tensor(math.pi / 4), atol=1e-5)
 
 
 def test_samples_of_eight_gaussians_have_the_published_spread_and_use_all_modes() -> None:
-    points = eight_gaussians(20_000, torch.Generator().manual_seed(3))
-    distance = torch.cdist(points, ring_centres())
+    points = EIGHT.sample(20_000, torch.Generator().manual_seed(3))
+    distance = torch.cdist(points, EIGHT.centres)
     nearest = distance.argmin(dim=1)
-    offsets = points - ring_centres()[nearest]
+    offsets = points - EIGHT.centres[nearest]
     assert offsets.std().item() == pytest.approx(0.02 / 1.414, rel=0.02)
     assert min(Counter(nearest.tolist()).values()) > 2_300
 
@@ -72,4 +68,4 @@ def test_the_classifier_reads_held_out_digits_and_leaves_the_global_generator_al
     trained = classifier.train_classifier(load_digits(), seed=1)
     assert trained.accuracy > 0.93
     assert torch.equal(torch.get_rng_state(), before)
-    assert trained.features(load_digits().images[:5]).shape == (5, classifier.FEATURES)
+    assert trained.features(load_digits().images[:5]).shape == (5, 32)

@@ -95,8 +95,8 @@ def test_wgan_keeps_every_weight_of_the_critic_within_the_clip(tiny: MakeConfig)
 
 def test_the_generator_step_leaves_no_gradient_in_the_critic(tiny: MakeConfig) -> None:
     trainer = Trainer(tiny())
-    trainer.algorithm.critic_optimiser.zero_grad()
-    trainer.algorithm.generator_step(trainer.noise(16))
+    trainer.system.critic_optimiser.zero_grad()
+    trainer.system.generator_step(trainer.noise(16), torch.zeros(16, 2))
     assert all(p.grad is None for p in trainer.critic.parameters())
 
 
@@ -115,7 +115,7 @@ def test_a_run_writes_pictures_numbers_and_weights_and_says_where(
     quick = ("--steps", "12", "--width", "8", "--batch-size", "16", "--n-critic", "1", "--eval-every", "5")
     assert main([algorithm, "--data", data, "--out", str(out), "--seed", "3", *quick]) == 0
     told = capsys.readouterr().out
-    files = {"samples.png", "curves.png", "metrics.json", "generator.safetensors"}
+    files = {"samples.png", "curves.png", "curves.csv", "metrics.json", "generator.safetensors"}
     assert {path.name for path in out.iterdir()} == files | {checkpoint.NAME}
     for name in files:
         assert str(out / name) in told
@@ -129,7 +129,8 @@ def test_a_run_writes_pictures_numbers_and_weights_and_says_where(
     }  # fmt: skip
     assert metrics["gradient_difference"] < 1e-5
     assert metrics["curves"]["quality"]["step"] == [0, 5, 10, 12]
-    measures = {"frechet_distance"} if data == "digits" else {"share_within_4_sigma", "modes_covered"}
+    on_points = {"share_within_4_sigma", "modes_covered", "wasserstein_1"}
+    measures = {"frechet_distance", "inception_score"} if data == "digits" else on_points
     assert metrics["quality"]["start"].keys() == metrics["quality"]["end"].keys() == measures
     generator, _ = build_models(data, metrics["config"]["latent"], 8)
     generator.load_state_dict(load_file(out / "generator.safetensors"))

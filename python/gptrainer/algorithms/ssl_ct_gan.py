@@ -1,0 +1,109 @@
+"""The semi-supervised CT-GAN: a classifier of K classes whose log-sum-exp is the critic's score."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gpkernels
+from gptrainer.algorithms.system import Setup, System, Told, adam
+from gptrainer.config import filled
+from gptrainer.data import load_images
+from gptrainer.labels import LabelledBatches, error_rate
+from gptrainer.models.semi_supervised import Classifier
+
+INITIAL = 500  # images that the classifier's layers are scaled on
+
+
+class Losses(NamedTuple):
+    """What the classifier minimises, and its parts."""
+
+    loss: Tensor
+    adversarial: Tensor
+    labelled: Tensor
+    consistency: Tensor
+
+
+class SemiSupervisedLoss(nn.Module):
+    """Cross-entropy of the labelled images, and half of the game and the consistency of those without (Wei et al. 2018,
+    section 3.3, as their code trains).
+
+    A score is lse, the log of the sum of exp(logits) (Salimans et al. 2016, section 5): real if it is large.
+    """
+
+    def __init__(self, classifier: nn.Module, consistency_weight: float) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.consistency_weight = consistency_weight
+
+    def forward(self, images: Tensor, labels: Tensor, unlabelled: Tensor, fake: Tensor) -> Losses:
+        """images, unlabelled, fake: (N, C, H, W), each of its own N; labels: (N,)."""
+        labelled = F.cross_entropy(self.classifier(images), labels)
+        first, again, generated = (self.classifier(x) for x in (unlabelled, unlabelled, fake))
+        adversarial = gpkernels.gan_discriminator_loss(first.logsumexp(1), generated.logsumexp(1))
+        # The op sums over classes where the code takes the mean.
+        consistency = gpkernels.consistency_term(first.softmax(1), again.softmax(1)) / first.shape[1]
+        loss = labelled + 0.5 * (self.consistency_weight * consistency + adversarial)
+        return Losses(loss, adversarial.detach(), labelled.detach(), consistency.detach())
+
+
+class LogSumExp(nn.Module):
+    """Logits (N, K) to scores (N,)."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.logsumexp(1)
+
+
+class SemiSupervisedCTGAN(System):
+    """The classifier learns from few labels and all images, the generator by matching the mean of its last features
+    (Salimans et al. 2016, section 3.1)."""
+
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
+        loss = SemiSupervisedLoss(setup.critic, filled(config.consistency_weight))
+        super().__init__(setup, loss, gpkernels.saturating_generator_loss, adam(setup))
+        device = setup.draws.device
+        train, self.held_out = (
+            load_images(config.data, data_dir=config.data_dir, split=part, limit=config.limit)
+            for part in ("train", "held-out")
+        )
+        per_class, size = filled(config.labels_per_class), filled(config.batch_size)
+        self.labelled = LabelledBatches(train, per_class, size, config.seed, device)
+        if isinstance(setup.critic, Classifier):
+            setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(device))
+
+    def critic_step(self, real: Tensor, fake: Tensor) -> Told:
+        images, labels = (self.processes.rows(x) for x in self.labelled.next())
+        self.critic_optimiser.zero_grad()
+        losses: Losses = self.critic_loss(images, labels, real, fake)
+        losses.loss.backward()
+        self.critic_optimiser.step()
+        return {
+            self.estimate: self.estimated(losses.adversarial),
+            "critic_loss": losses.loss.detach(),
+            "labelled_loss": losses.labelled,
+            "consistency": losses.consistency,
+        }
+
+    def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
+        critic: Any = self.critic
+        real_mean, fake_mean = (critic.with_features(x)[1].mean(0) for x in (real, fake))
+        both = self.processes.differentiable_mean(torch.stack([real_mean, fake_mean]))
+        return (both[0] - both[1]).square().mean()
+
+    @property
+    def scorer(self) -> nn.Module:
+        return nn.Sequential(self.critic, LogSumExp())
+
+    def measure(self, critic: nn.Module) -> dict[str, float]:
+        return {"held_out_error": error_rate(critic, self.held_out, self.draws.device)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"labelled": self.labelled.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.labelled.load_state_dict(state["labelled"])

@@ -1,0 +1,119 @@
+"""The data sets, and endless seeded batches of them. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gptrainer.data.batches import Batches, Dequantised, Prefetched, SampledBatches, Shard, ShuffledBatches
+from gptrainer.data.cifar import load_cifar10
+from gptrainer.data.digits import load_digits
+from gptrainer.data.folder import load_folder
+from gptrainer.data.idx import load_fashion_mnist
+from gptrainer.data.images import ImageSet
+from gptrainer.data.points import MIXTURES, POINTS, Mixture
+from gptrainer.errors import UserError
+
+__all__ = [
+    "DATASETS", "MIXTURES", "POINTS", "Batches", "DataSet", "ImageSet", "Mixture", "SampledBatches", "Shard",
+    "ShuffledBatches", "Split", "load_batches", "load_digits", "load_images",
+]  # fmt: skip
+
+Split = Literal["train", "held-out"]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """shape: of one sample; range: least and greatest value of a pixel; classes: of its labels, 0 without.
+
+    tested: has test images of its own.
+    """
+
+    description: str
+    kind: Literal["points", "images"]
+    shape: tuple[int, ...]
+    range: tuple[float, float] = (0.0, 1.0)
+    classes: int = 0
+    tested: bool = False
+
+
+DATASETS = {
+    "8gaussians": DataSet("a ring of eight Gaussians, sigma .014", "points", (2,)),
+    "25gaussians": DataSet("a grid of 25 Gaussians, sigma .018", "points", (2,)),
+    "swissroll": DataSet("a spiral with noise", "points", (2,)),
+    "ring": DataSet("eight narrow Gaussians, sigma .01, on the unit circle", "points", (2,)),
+    "lines": DataSet("the segment (0, u), u uniform in [0, 1]", "points", (2,)),
+    "dirac": DataSet("all mass at 0", "points", (1,)),
+    "digits": DataSet("1,797 handwritten digits, with scikit-learn", "images", (1, 8, 8), classes=10),
+    "fashion-mnist": DataSet(
+        "70,000 pictures of clothes, from IDX files", "images", (1, 28, 28), classes=10, tested=True
+    ),
+    "cifar10": DataSet(
+        "60,000 photographs in ten classes, from local files", "images", (3, 32, 32), (-1.0, 1.0), 10, tested=True
+    ),
+    "folder": DataSet("any folder of images, cropped to squares of 64 pixels", "images", (3, 64, 64), (-1.0, 1.0)),
+    "folder32": DataSet("any folder of images, cropped to squares of 32 pixels", "images", (3, 32, 32), (-1.0, 1.0)),
+}
+
+_LOADERS: dict[str, Callable[[Path | None, Split], ImageSet]] = {
+    "digits": lambda folder, split: load_digits(),
+    "fashion-mnist": load_fashion_mnist,
+    "cifar10": load_cifar10,
+    "folder": lambda folder, split: load_folder(folder, 64),
+    "folder32": lambda folder, split: load_folder(folder, 32),
+}
+
+
+def load_images(
+    data: str, *, data_dir: Path | None = None, split: Split = "train", limit: int | None = None
+) -> ImageSet:
+    """The images of a data set, by its name. UserError names the option that is wrong.
+
+    limit: train on the first so many. Held out are the test images where the data has its own, else what the limit
+    leaves.
+    """
+    images = _LOADERS[data](data_dir, split)
+    if split == "held-out" and DATASETS[data].tested:
+        return images
+    if limit is not None and not 0 < limit <= len(images):
+        raise UserError(f"--limit: expected a number from 1 to the {len(images)} images of {data}, got {limit}")
+    if split == "train":
+        return images if limit is None else images.subset(torch.arange(limit))
+    if limit is None or limit == len(images):
+        raise UserError(
+            f"--limit: expected fewer than all images, since {data} has no test images of its own to hold out"
+        )
+    return images.subset(torch.arange(limit, len(images)))
+
+
+def load_batches(
+    data: str,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    *,
+    data_dir: Path | None = None,
+    split: Split = "train",
+    limit: int | None = None,
+    shard: Shard = (0, 1),
+) -> Batches:
+    """Endless batches of a data set, by its name. Images are shuffled anew each epoch and read ahead by a thread.
+
+    shard: (rank, world). Of each batch of ``batch_size`` this process gets the rows rank::world, so that all processes
+    together have what one would have alone.
+    """
+    if batch_size % shard[1]:
+        raise UserError(f"--batch-size: expected a multiple of the {shard[1]} processes, got {batch_size}")
+    if DATASETS[data].kind == "points":
+        if limit is not None:
+            raise UserError(f"--limit: expected none, since {data} draws fresh points for each batch, got {limit}")
+        return SampledBatches(POINTS[data], batch_size, seed, device, shard)
+    images = load_images(data, data_dir=data_dir, split=split, limit=limit)
+    batches: Batches = ShuffledBatches(images, batch_size, seed, shard)
+    if images.scaling.noise:
+        batches = Dequantised(batches, images.scaling.noise, batch_size, seed, shard)
+    return Prefetched(batches, device)

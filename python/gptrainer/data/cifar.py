@@ -1,0 +1,100 @@
+"""CIFAR-10, from the files that it is distributed in: pickled batches for Python, or plain binary ones.
+
+The pickles are read by an unpickler that knows two harmless names and refuses all others, so no file can run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptrainer.data.images import ImageSet, Scaling
+from gptrainer.errors import UserError
+
+SHAPE = (3, 32, 32)
+PIXELS = 3 * 32 * 32
+FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "held-out": ["test_batch"]}
+# Dequantised as in the WGAN-GP code: 2 (x / 256 - .5) + U[0, 1/128).
+SCALING = Scaling(levels=256, low=-1.0, high=1.0, noise=1 / 128)
+
+Part = tuple[np.ndarray, np.ndarray]
+
+
+def load_cifar10(folder: Path | None, split: str) -> ImageSet:
+    """32x32 images in [-1, 1), 50,000 to train on and 10,000 held out."""
+    if folder is None:
+        raise UserError("--data-dir: cifar10 needs the folder that cifar-10-batches-py or cifar-10-batches-bin is in")
+    parts = [_read(folder, name) for name in FILES[split]]
+    sizes = [len(labels) for _, labels in parts]
+    if min(sizes) != max(sizes):  # a file of whole records does not show by itself that some are missing
+        raise UserError(f"--data-dir: {FILES[split][sizes.index(min(sizes))]} in {folder} is cut off")
+    pixels, labels = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return ImageSet(pixels.view(-1, *SHAPE), labels.long(), 10, SCALING)
+
+
+def _read(folder: Path, name: str) -> Part:
+    for inner in ("", "cifar-10-batches-bin", "cifar-10-batches-py"):
+        for path, read in ((folder / inner / f"{name}.bin", _read_binary), (folder / inner / name, _read_pickle)):
+            if path.is_file():
+                pixels, labels = read(path)
+                if not len(labels) or pixels.shape != (len(labels), PIXELS) or labels.max() > 9:
+                    raise UserError(f"--data-dir: {path} is not a batch of CIFAR-10")
+                return pixels, labels
+    raise UserError(
+        f"--data-dir: cifar10 needs {name}.bin or {name}, and there is neither in {folder} nor in cifar-10-batches-bin "
+        "or cifar-10-batches-py in it; the archives are at https://www.cs.toronto.edu/~kriz/cifar.html"
+    )
+
+
+def _read_binary(path: Path) -> Part:
+    """Records of a label and 3,072 pixels."""
+    content = np.fromfile(path, np.uint8)
+    if len(content) % (1 + PIXELS):
+        raise UserError(f"--data-dir: {path} is damaged: its size is not a multiple of {1 + PIXELS} bytes")
+    records = content.reshape(-1, 1 + PIXELS)
+    return records[:, 1:], records[:, 0]
+
+
+def _read_pickle(path: Path) -> Part:
+    """A dictionary with an array ``data`` and a list ``labels``."""
+    try:
+        with path.open("rb") as file:
+            content: Any = _Unpickler(file, encoding="bytes").load()
+        pixels = np.frombuffer(bytearray(content[b"data"].content), np.uint8)
+        return pixels.reshape(-1, PIXELS), np.array(content[b"labels"], np.uint8)
+    except OSError:
+        raise
+    except Exception as error:  # the many ways in which a pickle can be damaged
+        raise UserError(f"--data-dir: {path} is damaged or not a batch of CIFAR-10: {error}") from error
+
+
+class _Array:
+    """What a pickled NumPy array becomes: its bytes."""
+
+    content = b""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.content = state[4]  # after the version, the shape, the type and the order of the axes
+
+
+class _Type:
+    """What a pickled NumPy type becomes: nothing, since all values are bytes."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds the two classes above; any other name in the file is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return lambda *_: _Array()
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return {"ndarray": _Array, "dtype": _Type}[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")

@@ -1,0 +1,60 @@
+"""Fashion-MNIST, from the IDX files that it is distributed in."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptrainer.data.images import ImageSet
+from gptrainer.errors import UserError
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+PREFIX = {"train": "train", "held-out": "t10k"}
+UNSIGNED_BYTES = 8
+
+
+def load_fashion_mnist(folder: Path | None, split: str) -> ImageSet:
+    """28x28 images in [0, 1], 60,000 to train on and 10,000 held out."""
+    place, prefix = folder or DEBIAN, PREFIX[split]
+    pixels = _read(place, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read(place, f"{prefix}-labels-idx1-ubyte", 1).long()
+    if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max() > 9:
+        raise UserError(f"--data-dir: the {prefix} files in {place} are not those of Fashion-MNIST")
+    return ImageSet(pixels.unsqueeze(1), labels, 10)
+
+
+def _read(folder: Path, name: str, dims: int) -> Tensor:
+    """An IDX file of bytes: compressed ones are read, plain ones stay on disk until they are asked for."""
+    plain, packed = folder / name, folder / f"{name}.gz"
+    try:
+        if plain.is_file():
+            content: np.ndarray = np.memmap(
+                plain, np.uint8, mode="c"
+            )  # copy on write: torch wants arrays it may write to
+        elif packed.is_file():
+            content = np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8)
+        else:
+            raise UserError(
+                f"--data-dir: fashion-mnist needs {name} or {name}.gz, and {folder} has neither; Debian's package "
+                "dataset-fashion-mnist has them, or name a folder with the four IDX files"
+            )
+        return _parse(content, dims)
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+        raise UserError(f"--data-dir: {name} in {folder} is damaged: {error}") from error
+
+
+def _parse(content: np.ndarray, dims: int) -> Tensor:
+    """Two zeros, the type, the number of axes, their lengths as big-endian 32-bit numbers, the values."""
+    begin = 4 + 4 * dims
+    if len(content) < begin or content[:4].tolist() != [0, 0, UNSIGNED_BYTES, dims]:
+        raise ValueError(f"it is no IDX file of bytes with {dims} axes")
+    shape = content[4:begin].view(">u4").tolist()
+    if len(content) - begin != math.prod(shape) or not shape[0]:
+        raise ValueError(f"expected {' x '.join(map(str, shape))} values, got {len(content) - begin}")
+    return torch.from_numpy(content[begin:].reshape(shape))

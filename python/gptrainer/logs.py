@@ -1,0 +1,85 @@
+"""What a run tells while it goes on: curves in a CSV file, scalars and images for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gptrainer.files import replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Curve = Mapping[str, Sequence[float]]
+CSV_NAME = "curves.csv"
+TENSORBOARD_NAME = "tensorboard"
+
+
+def append(curve: dict[str, list[float]], step: int, values: Mapping[str, float]) -> None:
+    """Add a point to each of some curves over the same steps."""
+    for name, value in {"step": step, **values}.items():
+        curve.setdefault(name, []).append(value)
+
+
+def write_csv(path: Path, *curves: Curve) -> None:
+    """One row a step, one column a curve; a curve without a point at a step leaves its cell empty."""
+    rows: dict[float, dict[str, float]] = {}
+    for curve in curves:
+        for i, step in enumerate(curve["step"]):
+            rows.setdefault(step, {}).update({name: values[i] for name, values in curve.items()})
+    columns = dict.fromkeys(name for curve in curves for name in curve)
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))
+
+
+class EventLog:
+    """Scalars and images for TensorBoard, if it is wanted and installed; otherwise nothing happens."""
+
+    def __init__(self, folder: Path, first: int, wanted: bool) -> None:
+        """first: the step of what comes first; what an earlier process wrote from there on is dropped from view."""
+        self.writer: SummaryWriter | None = None
+        if wanted and importlib.util.find_spec("tensorboard") is None:
+            print("no TensorBoard log: install it with pip install 'gpkernels[tensorboard]'", file=sys.stderr)
+        elif wanted:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """One curve for each name."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def samples(self, samples: Tensor, step: int) -> None:
+        """Images (N, C, H, W) in [0, 1] or [-1, 1] as a grid, points (N, 2) as a picture of their density."""
+        if self.writer is None:
+            return
+        if samples.dim() == 4:
+            images = (samples[:64] + 1) / 2 if (samples < 0).any() else samples[:64]
+            self.writer.add_images("samples", images.clamp(0, 1), step)
+        elif samples.shape[1:] == (2,):
+            self.writer.add_image("samples", density(samples), step)
+        else:
+            self.writer.add_histogram("samples", samples, step)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def density(points: Tensor, reach: float = 2.1, cells: int = 128) -> Tensor:
+    """A grey picture (1, cells, cells) of how many points lie where in the square of [-reach, reach], y upwards."""
+    counts = torch.histogramdd(points.cpu().float(), cells, range=[-reach, reach] * 2).hist
+    shades = counts.sqrt() / counts.max().clamp(min=1).sqrt()
+    return 1 - shades.T.flip(0).unsqueeze(0)

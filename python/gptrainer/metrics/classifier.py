@@ -1,0 +1,103 @@
+"""The small classifier in whose features sample quality is measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gptrainer.data import ImageSet, ShuffledBatches
+
+EPOCHS = 25
+IMAGES_SHOWN = 150_000
+"""Larger sets are shown fewer times than EPOCHS: as often as it takes to show about so many images."""
+BATCH = 64
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """body: images to features (N, d); head: features to class scores; accuracy: on held-out images."""
+
+    body: nn.Module
+    head: nn.Module
+    accuracy: float
+
+    def features(self, images: Tensor) -> NDArray[np.float64]:
+        """The penultimate layer, (N, d)."""
+        with torch.no_grad():
+            return torch.cat([self.body(part) for part in images.split(CHUNK)]).double().numpy()
+
+    def scores(self, features: NDArray[np.float64]) -> Tensor:
+        """Of the classes before the softmax, (N, classes)."""
+        with torch.no_grad():
+            scores: Tensor = self.head(torch.from_numpy(features).float())
+        return scores
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The likeliest classes, (N,)."""
+        return self.scores(self.features(images)).argmax(dim=1)
+
+
+def untrained(shape: tuple[int, ...], classes: int) -> tuple[nn.Module, nn.Module]:
+    """(body, head) for images of a shape (C, H, W): 3x3 convolutions down to at most 8x8 pixels, one dense layer."""
+    channels, side, _ = shape
+    strides = [1, 2] if side <= 8 else [2] * max(2, math.ceil(math.log2(side / 8)))
+    features = 32 if side <= 8 else 64
+    layers: list[nn.Module] = []
+    for stride in strides:
+        out = 16 if not layers else 32
+        layers += [nn.Conv2d(channels, out, 3, stride=stride, padding=1), nn.ReLU()]
+        channels, side = out, math.ceil(side / stride)
+    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, features), nn.ReLU())
+    return body, nn.Linear(features, classes)
+
+
+def train_classifier(data: ImageSet, seed: int) -> Classifier:
+    """Train on four fifths of the images and measure on the rest; torch's global generator is left as it was."""
+    from sklearn.model_selection import train_test_split  # seconds to import, and points need no classifier
+
+    assert data.labels is not None
+    labels = data.labels.numpy()
+    enough = np.unique(labels, return_counts=True)[1].min() >= 5  # for a fifth of each class
+    train, held_out = train_test_split(
+        np.arange(len(data)), test_size=0.2, stratify=labels if enough else None, random_state=seed % 2**32
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        body, head = untrained(shape_of(data), data.classes)
+        _fit(nn.Sequential(body, head), data, data.labels, torch.from_numpy(train), seed)
+    classifier = frozen(body, head, 0.0)
+    chunks = torch.from_numpy(held_out).split(CHUNK)
+    right = sum(int((classifier.classify(data[part]) == data.labels[part]).sum()) for part in chunks)
+    return frozen(body, head, right / len(held_out))
+
+
+def frozen(body: nn.Module, head: nn.Module, accuracy: float) -> Classifier:
+    """A classifier that no gradient reaches."""
+    for parameter in [*body.parameters(), *head.parameters()]:
+        parameter.requires_grad_(False)
+    return Classifier(body, head, accuracy)
+
+
+def shape_of(data: ImageSet) -> tuple[int, ...]:
+    """(C, H, W) of the images."""
+    return tuple(data[torch.tensor([0])].shape[1:])
+
+
+def _fit(model: nn.Module, data: ImageSet, labels: Tensor, chosen: Tensor, seed: int) -> None:
+    batch_size = min(BATCH, len(chosen))
+    steps = min(EPOCHS, math.ceil(IMAGES_SHOWN / len(chosen))) * (len(chosen) // batch_size)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    batches = ShuffledBatches(chosen, batch_size, seed)
+    for _ in range(steps):
+        batch = batches.next()
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(data[batch]), labels[batch]).backward()
+        optimiser.step()
+        schedule.step()

@@ -1,0 +1,60 @@
+"""Numbers for a set of samples, or for two sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import linalg
+from torch import Tensor
+
+from gptrainer.data import Mixture
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and covariance (d, d) of features."""
+
+    mean: Array
+    covariance: Array
+
+    @classmethod
+    def of(cls, features: Array) -> Moments:
+        """Of the rows of (N, d)."""
+        return cls(features.mean(axis=0), np.cov(features, rowvar=False))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6)."""
+    # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), whose argument is symmetric: no complex rounding errors.
+    values, vectors = linalg.eigh(a.covariance)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    cross = np.sqrt(linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()
+    offset = a.mean - b.mean
+    distance = offset @ offset + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp E KL(p(y|x) || p(y)), from 1 to the number of classes (Salimans et al. 2016). logits: (N, classes)."""
+    given = logits.double().log_softmax(dim=1)
+    marginal = given.logsumexp(dim=0) - np.log(len(given))
+    return (given.exp() * (given - marginal)).sum(dim=1).mean().exp().item()
+
+
+def wasserstein_1(a: Tensor, b: Tensor) -> float:
+    """The cost of the best plan that carries one sample to the other, by Euclidean distance. a: (N, d), b: (M, d)."""
+    import ot  # a second to import
+
+    costs = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
+    return float(ot.emd2([], [], costs, numItermax=10**7))
+
+
+def mode_coverage(points: Tensor, mixture: Mixture, least: float = 20 / 2500) -> tuple[float, int]:
+    """(share of points within 4 sigma of a mode, number of modes that hold at least a share ``least``)."""
+    near = torch.cdist(points, mixture.centres) < 4 * mixture.sigma
+    return near.any(dim=1).double().mean().item(), int((near.double().mean(dim=0) >= least).sum())

@@ -1,0 +1,110 @@
+"""Measures a generator while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gptrainer.data import DATASETS, MIXTURES, POINTS, ImageSet, load_images
+from gptrainer.metrics.cache import classifier_of
+from gptrainer.metrics.distances import Moments, frechet_distance, inception_score, mode_coverage, wasserstein_1
+from gptrainer.models import sample
+
+IMAGES = 2000
+REAL_IMAGES = 10_000
+POINTS_COUNTED = 2500
+POINTS_TRANSPORTED = 1000
+
+
+class Quality(Protocol):
+    """Measures a generator on the same latent points each time."""
+
+    name: str
+    """The measure in the first place, a key of what ``measure`` returns."""
+    facts: dict[str, float]
+    """What a reader needs to judge the measure by."""
+
+    def measure(self, generator: nn.Module) -> dict[str, float]: ...
+
+
+class ImageQuality:
+    """Fréchet distance and Inception score in the features of a classifier that was trained on the data.
+
+    The distance is to test images where the data has its own, else to those trained on. Without labels the classifier
+    tells by how many right angles an image was turned, and there is no score.
+    """
+
+    name = "frechet_distance"
+
+    def __init__(self, data: str, latent: int, seed: int, device: torch.device, data_dir: Path | None = None) -> None:
+        train = load_images(data, data_dir=data_dir)
+        self.classifier = classifier_of(data, train)
+        self.labelled = train.labels is not None
+        self.latent = _latent_points(latent, seed, IMAGES).to(device)
+        images = _measured(data, train, data_dir)
+        features = self.classifier.features(images)
+        self.real = Moments.of(features)
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        halves = [Moments.of(features[half.numpy()]) for half in order.chunk(2)]
+        self.facts = {
+            "classifier_held_out_accuracy": self.classifier.accuracy,
+            "frechet_distance_of_real_halves": frechet_distance(*halves),
+            "images_in_a_real_half": len(features) // 2,
+            **self._score(features, "inception_score_of_real_images"),
+        }
+
+    def measure(self, generator: nn.Module) -> dict[str, float]:
+        return self.measure_images(sample(generator, self.latent).cpu())
+
+    def measure_images(self, images: Tensor) -> dict[str, float]:
+        """images: (N, C, H, W), in the range of the data."""
+        features = self.classifier.features(images)
+        distance = frechet_distance(Moments.of(features), self.real)
+        return {self.name: distance, **self._score(features, "inception_score")}
+
+    def _score(self, features: NDArray[np.float64], name: str) -> dict[str, float]:
+        return {name: inception_score(self.classifier.scores(features))} if self.labelled else {}
+
+
+class PointsQuality:
+    """Exact Wasserstein distance; for mixtures also the share of samples within 4 sigma of a mode, and modes covered.
+
+    A mode is covered that holds at least 20 of 2,500 samples.
+    """
+
+    def __init__(self, data: str, latent: int, seed: int, device: torch.device) -> None:
+        self.mixture = MIXTURES.get(data)
+        self.name = "wasserstein_1" if self.mixture is None else "share_within_4_sigma"
+        self.latent = _latent_points(latent, seed, POINTS_COUNTED).to(device)
+        real = POINTS[data](POINTS_COUNTED, torch.Generator().manual_seed(seed))
+        self.real, other = real[:POINTS_TRANSPORTED], real[POINTS_TRANSPORTED : 2 * POINTS_TRANSPORTED]
+        self.facts = {"wasserstein_1_of_real_halves": wasserstein_1(self.real, other)}
+        if self.mixture is not None:
+            self.facts["share_of_real_within_4_sigma"] = mode_coverage(real, self.mixture)[0]
+            self.facts["modes"] = len(self.mixture.centres)
+
+    def measure(self, generator: nn.Module) -> dict[str, float]:
+        return self.measure_points(sample(generator, self.latent).cpu())
+
+    def measure_points(self, points: Tensor) -> dict[str, float]:
+        """points: (N, d)."""
+        distance = {"wasserstein_1": wasserstein_1(points[:POINTS_TRANSPORTED], self.real)}
+        if self.mixture is None:
+            return distance
+        share, modes = mode_coverage(points, self.mixture)
+        return {self.name: share, "modes_covered": modes, **distance}
+
+
+def _measured(data: str, train: ImageSet, data_dir: Path | None) -> Tensor:
+    """The real images to compare with."""
+    chosen = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
+    return chosen[torch.arange(min(REAL_IMAGES, len(chosen)))]
+
+
+def _latent_points(latent: int, seed: int, n: int) -> Tensor:
+    return torch.randn(n, latent, generator=torch.Generator().manual_seed(seed))

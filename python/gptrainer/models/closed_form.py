@@ -1,0 +1,46 @@
+"""Generators of one parameter, for which the papers know the answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gptrainer.data import DataSet
+from gptrainer.models.mlp import dense
+
+
+class Line(nn.Module):
+    """(theta, u) with u uniform in (0, 1): a line beside the data's at 0 (Arjovsky et al. 2017, example 1)."""
+
+    def __init__(self, theta: float = 1.0) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(N, 1) to (N, 2)."""
+        heights = torch.special.ndtr(latent[:, 0])
+        return torch.stack([self.theta.expand_as(heights), heights], dim=1)
+
+
+class Point(nn.Module):
+    """All mass at theta (Mescheder et al. 2018)."""
+
+    def __init__(self, theta: float = 1.0) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(N, *) to (N, 1)."""
+        return self.theta.expand(len(latent), 1)
+
+
+def build_line(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
+    """The line at 1, and a critic of three hidden layers."""
+    return Line(), nn.Sequential(*dense([*data.shape, width, width, width, 1], nn.ReLU()))
+
+
+def build_dirac(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
+    """The point at 1, and the critic psi x with psi = 1."""
+    critic = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(critic.weight)
+    return Point(), critic

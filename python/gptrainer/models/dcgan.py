@@ -1,0 +1,109 @@
+"""Convolutional networks: those of the WGAN-GP code for 28 and 32 pixels, those of the WGAN code for 64."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from torch import nn
+
+from gptrainer.data import DataSet
+from gptrainer.models import mlp
+from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range, transposed
+
+Pair = tuple[nn.Module, nn.Module]
+CT_DROPOUT = 0.5
+
+
+def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """width: channels next to the images; they double from layer to layer."""
+    # At 28 pixels the code has BatchNorm in the generator only together with the critic's.
+    return _generator(data, latent, width, batch_norm or data.shape[-1] != 28), _critic(data, width, batch_norm)
+
+
+def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """A generator of three hidden layers, without BatchNorm and with nothing that bounds its output."""
+    sizes = [latent, width, width, width, math.prod(data.shape)]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    generator = nn.Sequential(*layers[:-1], nn.Unflatten(1, data.shape))
+    return generator, _critic(data, max(1, width // 8), batch_norm)
+
+
+def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """Dropout after each activation of the critic (Wei et al. 2018); fully connected where images are small."""
+    if data.shape[-1] < 28:
+        return mlp.build_ct(data, latent, width, CT_DROPOUT)
+    generator, _ = build(data, latent, width, batch_norm)
+    return generator, _critic(data, width, batch_norm, CT_DROPOUT)
+
+
+def _generator(data: DataSet, latent: int, width: int, batch_norm: bool) -> nn.Module:
+    if data.shape[-1] == 64:
+        return _generator_64(data, latent, width)
+
+    def norm(layer: nn.Module) -> list[nn.Module]:
+        return [layer] if batch_norm else []
+
+    return nn.Sequential(
+        linear(latent, 4 * width * 16),
+        *norm(nn.BatchNorm1d(4 * width * 16)),
+        nn.ReLU(),
+        nn.Unflatten(1, (4 * width, 4, 4)),
+        transposed(4 * width, 2 * width, 5),
+        *norm(nn.BatchNorm2d(2 * width)),
+        nn.ReLU(),
+        *([nn.ZeroPad2d((0, -1, 0, -1))] if data.shape[-1] == 28 else []),  # from 8x8 to 7x7
+        transposed(2 * width, width, 5),
+        *norm(nn.BatchNorm2d(width)),
+        nn.ReLU(),
+        transposed(width, data.shape[0], 5),
+        to_range(data),
+    )
+
+
+def _critic(data: DataSet, width: int, batch_norm: bool, dropout: float = 0.0) -> FeatureCritic:
+    if data.shape[-1] == 64:
+        return _critic_64(data, width, batch_norm, dropout)
+    layers: list[nn.Module] = []
+    for channels, out in ((data.shape[0], width), (width, 2 * width), (2 * width, 4 * width)):
+        layers.append(convolution(channels, out, 5, stride=2))
+        layers += _after(out, batch_norm and channels != data.shape[0], dropout)
+    return FeatureCritic(*layers, nn.Flatten(), linear(4 * width * 16, 1))
+
+
+def _generator_64(data: DataSet, latent: int, width: int) -> nn.Module:
+    channels = [8 * width, 4 * width, 2 * width, width]
+    layers: list[nn.Module] = [nn.Unflatten(1, (latent, 1, 1)), nn.ConvTranspose2d(latent, 8 * width, 4, bias=False)]
+    for i, n in enumerate(channels):
+        m = channels[i + 1] if i < 3 else data.shape[0]
+        layers += [nn.BatchNorm2d(n), nn.ReLU(), nn.ConvTranspose2d(n, m, 4, 2, 1, bias=False)]
+    return nn.Sequential(*layers, to_range(data)).apply(_init_64)
+
+
+def _critic_64(data: DataSet, width: int, batch_norm: bool, dropout: float) -> FeatureCritic:
+    channels = [data.shape[0], width, 2 * width, 4 * width, 8 * width]
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers.append(nn.Conv2d(channels[i], channels[i + 1], 4, 2, 1, bias=False))
+        layers += _after(channels[i + 1], batch_norm and i > 0, dropout)
+    # The code's last layer is a convolution over all of the 4x4 pixels left, which is this one.
+    head = nn.Linear(8 * width * 16, 1, bias=False)
+    nn.init.normal_(head.weight, 0.0, 0.02)
+    return FeatureCritic(*layers, nn.Flatten(), head).apply(_init_64)
+
+
+def _after(channels: int, batch_norm: bool, dropout: float) -> list[nn.Module]:
+    """What follows a convolution of a critic."""
+    norm = [nn.BatchNorm2d(channels)] if batch_norm else []
+    return [*norm, nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
+
+
+def _init_64(layer: nn.Module) -> None:
+    """Convolutions N(0, .02); BatchNorm's scale N(1, .02), its shift 0."""
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+    elif isinstance(layer, nn.BatchNorm2d):
+        nn.init.normal_(layer.weight, 1.0, 0.02)
+        nn.init.zeros_(layer.bias)

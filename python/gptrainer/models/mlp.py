@@ -1,0 +1,79 @@
+"""Fully connected networks, for points and for small images."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from torch import nn
+
+from gptrainer.data import DataSet
+from gptrainer.models.layers import FeatureCritic, to_range
+
+Pair = tuple[nn.Module, nn.Module]
+DEPTH = 12
+
+
+def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """Three hidden layers; as in the WGAN-GP code for points."""
+    return _generator(data, latent, width), nn.Sequential(*_critic(data, width))
+
+
+def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """A critic of 12 hidden layers, whose gradients clipping makes vanish or explode."""
+    critic = dense([*data.shape, *[width] * DEPTH, 1], nn.ReLU())
+    return _generator(data, latent, width), nn.Sequential(*critic)
+
+
+def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """As in the code of unrolled GANs: two hidden layers of tanh, orthogonal of gain 1.4, biases 0."""
+    (dims,) = data.shape
+    generator, critic = (nn.Sequential(*_orthogonal([n, width, width, m])) for n, m in ((latent, dims), (dims, 1)))
+    return generator, critic
+
+
+def build_ct(data: DataSet, latent: int, width: int, dropout: float) -> Pair:
+    """The same with dropout after each activation of the critic."""
+    generator = _generator(data, latent, width)
+    critic: list[nn.Module] = []
+    for layer in _critic(data, width):
+        critic += [layer, nn.Dropout(dropout)] if isinstance(layer, nn.ReLU | nn.LeakyReLU) else [layer]
+    return generator, FeatureCritic(*critic)
+
+
+def dense(sizes: list[int], activation: nn.Module, *, batch_norm: bool = False) -> list[nn.Module]:
+    """Linear layers with an activation between them: hidden He-uniform, output Glorot-uniform, biases 0."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes[:-1]):
+        layers += [nn.Linear(fan_in, fan_out), *([nn.BatchNorm1d(fan_out)] if batch_norm else []), activation]
+    layers.append(nn.Linear(sizes[-2], sizes[-1]))
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    for layer in linear:
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+    nn.init.xavier_uniform_(linear[-1].weight)
+    return layers
+
+
+def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
+    hidden = [latent, width, width, width]
+    if data.kind == "points":
+        return nn.Sequential(*dense([*hidden, *data.shape], nn.ReLU()))
+    layers = dense([*hidden, math.prod(data.shape)], nn.ReLU(), batch_norm=True)
+    return nn.Sequential(*layers, to_range(data), nn.Unflatten(1, data.shape))
+
+
+def _critic(data: DataSet, width: int) -> list[nn.Module]:
+    if data.kind == "points":
+        return dense([*data.shape, width, width, width, 1], nn.ReLU())
+    return [nn.Flatten(), *dense([math.prod(data.shape), 2 * width, width, 1], nn.LeakyReLU(0.2))]
+
+
+def _orthogonal(sizes: list[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes):
+        layer = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(layer.weight, gain=1.4)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.Tanh()]
+    return layers[:-1]

@@ -1,0 +1,79 @@
+"""The residual networks of the WGAN-GP code for CIFAR-10, unconditional."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from gptrainer.data import DataSet
+from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range
+
+Pair = tuple[nn.Module, nn.Module]
+CT_DROPOUT = (0.2, 0.5, 0.5)
+
+
+def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """Three blocks up in the generator, two down and two level in the critic, ``width`` channels in all of them."""
+    return _generator(data, latent, width), _critic(data, width, (0.0, 0.0, 0.0))
+
+
+def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """Dropout after the critic's second, third and fourth block (Wei et al. 2018)."""
+    return _generator(data, latent, width), _critic(data, width, CT_DROPOUT)
+
+
+class Block(nn.Module):
+    """x + two 3x3 convolutions of it. Size changes before the first of them (up) or after the last (down)."""
+
+    def __init__(
+        self, channels: int, out: int, change: Literal["up", "down", "none"] = "none", *, batch_norm: bool = False
+    ) -> None:
+        super().__init__()
+        up: list[nn.Module] = [nn.Upsample(scale_factor=2)] if change == "up" else []
+        down: list[nn.Module] = [nn.AvgPool2d(2)] if change == "down" else []
+        first, second = ([nn.BatchNorm2d(n)] if batch_norm else [] for n in (channels, out))
+        self.residual = nn.Sequential(
+            *first, nn.ReLU(), *up, convolution(channels, out, 3),
+            *second, nn.ReLU(), convolution(out, out, 3), *down,
+        )  # fmt: skip
+        self.shortcut = nn.Sequential(*up, convolution(channels, out, 1, he=False), *down) if up or down else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) to (N, out, 2H, 2W), (N, out, H/2, W/2) or, level, (N, out, H, W)."""
+        return (x if self.shortcut is None else self.shortcut(x)) + self.residual(x)
+
+
+class FirstBlock(nn.Module):
+    """A critic's first block, down: images have no activation to begin with, and the shortcut shrinks them first."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            convolution(channels, out, 3), nn.ReLU(), convolution(out, out, 3), nn.AvgPool2d(2)
+        )
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2), convolution(channels, out, 1, he=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) to (N, out, H/2, W/2)."""
+        return self.shortcut(x) + self.residual(x)
+
+
+def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
+    return nn.Sequential(
+        linear(latent, width * 16),
+        nn.Unflatten(1, (width, 4, 4)),
+        *(Block(width, width, "up", batch_norm=True) for _ in range(3)),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        convolution(width, data.shape[0], 3, he=False),
+        to_range(data),
+    )
+
+
+def _critic(data: DataSet, width: int, dropout: tuple[float, ...]) -> FeatureCritic:
+    blocks = (Block(width, width, "down"), Block(width, width), Block(width, width))
+    layers: list[nn.Module] = [FirstBlock(data.shape[0], width)]
+    for block, p in zip(blocks, dropout, strict=True):
+        layers += [block, nn.Dropout(p)] if p else [block]
+    return FeatureCritic(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(width, 1))

@@ -1,0 +1,40 @@
+"""The experiments, in the order of the report: a new one is a new file and one name here."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from gptrainer.reproduce.experiment import Experiment
+
+NAMES = (
+    "parallel_lines",
+    "dirac_gan",
+    "perfect_discrimination",
+    "cauchy_gradients",
+    "instance_noise",
+    "meaningful_loss",
+    "value_surfaces",
+    "layer_gradients",
+    "mixtures",
+    "overfitting",
+    "unrolled",
+    "neural_net_distance",
+    "semi_supervised",
+    "all_systems",
+)
+
+
+@cache
+def find(name: str) -> Experiment:
+    """The experiment of a name, as on the command line or as its file is called; KeyError if there is none."""
+    stem = name.replace("-", "_")
+    if stem not in NAMES:
+        raise KeyError(name)
+    found: Experiment = import_module(f"{__name__}.{stem}").EXPERIMENT
+    return found
+
+
+def every() -> list[Experiment]:
+    """All of them."""
+    return [find(name) for name in NAMES]

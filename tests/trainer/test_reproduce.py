@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from gptrainer.reproduce import cli, report, runner, store
+from gptrainer.reproduce.experiment import (
+    Bound,
+    Claim,
+    Context,
+    Exhibits,
+    Experiment,
+    Findings,
+    NotRun,
+    Settings,
+    Size,
+    Table,
+)
+from gptrainer.reproduce.experiments import NAMES, every, find
+from gptrainer.reproduce.pictures import Panel, Picture, panel
+
+Measure = Callable[[Settings, int, Context], Findings]
+
+
+def claim(bound: Bound, only_full: str = "") -> Claim:
+    return Claim("It is small", "a paper, eq. 1", "0.1", "size", "the size", bound, "sizes", only_full)
+
+
+def exhibit(findings: Sequence[Findings]) -> Exhibits:
+    panels: list[Panel] = []
+    with panel(panels, "Sizes") as ax:
+        ax.plot([one.measures["size"] for one in findings])
+        ax.set(xlabel="seed", ylabel="size")
+    return Exhibits({"sizes": Picture("All of them", panels)}, (Table("Rows", ("seed", "size"), [("0", "1 < 2")]),))
+
+
+def made_up(measure: Measure, *claims: Claim, version: int = 1, name: str = "made-up") -> Experiment:
+    return Experiment(
+        name=name,
+        title="A made-up experiment",
+        source="a paper",
+        about="About <this>.",
+        settings={"quick": {"steps": 1}, "full": {"steps": 2}},
+        seeds={"quick": 2, "full": 3},
+        measure=measure,
+        claims=claims or (claim(Bound(at_most=1)),),
+        exhibit=exhibit,
+        limits="Small.",
+        version=version,
+    )
+
+
+def findings_of(*sizes: float) -> list[Findings]:
+    return [Findings({"size": size}) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("bound", "sizes", "verdict"),
+    [
+        pytest.param(Bound(at_most=1), (0.5, 1.0), "held", id="all at most the bound"),
+        pytest.param(Bound(at_most=1), (0.5, 1.1), "failed", id="one of two above the bound"),
+        pytest.param(Bound(at_least=1), (1.0,), "held", id="at least the bound"),
+        pytest.param(Bound(at_least=1), (0.9,), "failed", id="below the least"),
+        pytest.param(Bound(1, 2), (2.1,), "failed", id="beyond the far end"),
+        pytest.param(Bound(at_most=1, of="the mean"), (0.5, 1.1), "held", id="the mean within"),
+        pytest.param(Bound(at_most=1, of="the mean"), (0.5, 1.6), "failed", id="the mean beyond"),
+        pytest.param(Bound(at_most=1), (math.nan,), "failed", id="no number"),
+        pytest.param(Bound(at_most=1), (), "not run", id="no seed"),
+    ],
+)
+def test_a_verdict_follows_from_the_bound(bound: Bound, sizes: tuple[float, ...], verdict: str) -> None:
+    assert claim(bound).judge(findings_of(*sizes), "full").verdict == verdict
+
+
+def test_a_measure_that_is_missing_fails_its_claim() -> None:
+    assert claim(Bound(at_most=1)).judge([Findings({"other": 0.0})], "full").verdict == "failed"
+
+
+def test_what_only_the_full_size_can_show_is_not_judged_in_the_quick_one() -> None:
+    late = claim(Bound(at_most=1), only_full="too short")
+    quick = late.judge(findings_of(9), "quick")
+    assert (quick.verdict, quick.values) == ("not run", (9,))
+    assert late.judge(findings_of(9), "full").verdict == "failed"
+
+
+def test_mean_and_spread_are_over_the_seeds() -> None:
+    judgement = claim(Bound(at_most=9)).judge(findings_of(1, 2, 3), "full")
+    assert (judgement.mean, judgement.spread) == (2, 1)
+    assert claim(Bound(at_most=9)).judge(findings_of(1), "full").spread == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_claim_has_its_source_picture_and_bound(name: str) -> None:
+    experiment = find(name)
+    assert experiment.name == name.replace("_", "-")
+    assert experiment.claims
+    for one in experiment.claims:
+        assert one.text
+        assert one.published
+        assert one.what
+        assert re.search(r"\d{4}|paper", one.source)
+        assert one.picture
+        assert str(one.bound)
+    json.dumps({size: dict(values) for size, values in experiment.settings.items()})
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[runner.Outcome]]:
+    """Runs a made-up experiment in this process."""
+
+    def run(experiment: Experiment, size: Size = "quick", *, fresh: bool = False) -> list[runner.Outcome]:
+        monkeypatch.setattr(runner, "find", lambda name: experiment)
+        monkeypatch.setattr(runner, "_run_all", in_this_process)
+        return runner.run([experiment], size, tmp_path, Context(), jobs=1, seeds=None, fresh=fresh)
+
+    return run
+
+
+def in_this_process(due: Sequence[runner.Task], total: int, jobs: int) -> dict[tuple[str, int], str]:
+    told = {(task.name, task.seed): runner.run_task(task) for task in due}
+    return {key: reason for key, reason in told.items() if reason}
+
+
+class Counting:
+    """A measure that counts its calls."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def __call__(self, settings: Settings, seed: int, context: Context) -> Findings:
+        self.seeds.append(seed)
+        return Findings({"size": float(seed) + settings["steps"]}, {"curve": [1.0, math.nan]})
+
+
+def test_what_has_a_result_is_not_run_again(stored: Callable[..., list[runner.Outcome]]) -> None:
+    measure = Counting()
+    (first,) = stored(made_up(measure))
+    (again,) = stored(made_up(measure))
+    assert measure.seeds == [0, 1]
+    assert first.findings == again.findings
+    assert [one.measures["size"] for one in again.findings] == [1, 2]
+    assert again.findings[0].series["curve"] == [1.0, None]
+
+
+def test_another_size_or_version_is_run_and_so_is_everything_afresh(
+    stored: Callable[..., list[runner.Outcome]],
+) -> None:
+    measure = Counting()
+    stored(made_up(measure))
+    stored(made_up(measure), "full")
+    assert measure.seeds == [0, 1, 0, 1, 2]
+    stored(made_up(measure, version=2))
+    assert measure.seeds[5:] == [0, 1]
+    stored(made_up(measure, version=2), fresh=True)
+    assert measure.seeds[7:] == [0, 1]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"key": 1}', ""])
+def test_a_damaged_result_is_named_and_run_again(
+    content: str,
+    stored: Callable[..., list[runner.Outcome]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measure = Counting()
+    experiment = made_up(measure)
+    stored(experiment)
+    path = store.path_of(tmp_path, experiment, "quick", 1)
+    path.write_text(content)
+    (outcome,) = stored(experiment)
+    assert measure.seeds == [0, 1, 1]
+    assert len(outcome.findings) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert "damaged" in line
+
+
+def test_one_experiment_that_breaks_is_reported_and_keeps_what_it_has(
+    stored: Callable[..., list[runner.Outcome]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measure(settings: Settings, seed: int, context: Context) -> Findings:
+        if seed == 1:
+            raise ZeroDivisionError("by zero")
+        return Findings({"size": 0.0})
+
+    (outcome,) = stored(made_up(measure))
+    assert outcome.crashed
+    assert outcome.reason == "ZeroDivisionError: by zero"
+    assert len(outcome.findings) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_cannot_run_here_says_why_and_counts_as_not_run(
+    stored: Callable[..., list[runner.Outcome]], tmp_path: Path
+) -> None:
+    def measure(settings: Settings, seed: int, context: Context) -> Findings:
+        raise NotRun("there is no data here; put some there")
+
+    outcomes = stored(made_up(measure))
+    assert not outcomes[0].crashed
+    page, data = report.write(tmp_path, report.sections(outcomes, "quick"), "quick")
+    (one,) = json.loads(data.read_text())["experiments"]
+    assert one["claims"][0]["verdict"] == "not run"
+    assert "there is no data here" in page.read_text()
+
+
+def test_a_failed_claim_stays_in_the_report_as_failed(
+    stored: Callable[..., list[runner.Outcome]], tmp_path: Path
+) -> None:
+    outcomes = stored(made_up(Counting(), claim(Bound(at_most=1.5)), claim(Bound(at_most=2))))
+    page, data = report.write(tmp_path, report.sections(outcomes, "quick"), "quick")
+    (one,) = json.loads(data.read_text())["experiments"]
+    assert [said["verdict"] for said in one["claims"]] == ["failed", "held"]
+    assert one["claims"][0]["values"] == [1, 2]
+    html = page.read_text()
+    assert "1 held, 1 failed" in html
+    assert "1.5 ± 0.707 over 2 seeds" in re.sub(r"<[^>]+>", "", html)
+
+
+def test_the_page_needs_nothing_beside_itself_and_escapes_what_it_says(
+    stored: Callable[..., list[runner.Outcome]], tmp_path: Path
+) -> None:
+    page, _ = report.write(tmp_path, report.sections(stored(made_up(Counting())), "quick"), "quick")
+    html = page.read_text()
+    addresses = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)', html)
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for pair in addresses for address in pair if address)
+    assert "<script" not in html
+    assert html.count("<img ") == 1
+    assert "About &lt;this&gt;." in html
+    assert "1 &lt; 2" in html
+
+
+def test_the_same_results_give_the_same_pictures() -> None:
+    first, second = (exhibit(findings_of(1, 2)).pictures["sizes"].panels[0].uri for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        pytest.param(["dirac"], "dirac", id="unknown experiment"),
+        pytest.param(["--seeds", "0"], "--seeds", id="no seeds"),
+        pytest.param(["--jobs", "two"], "--jobs", id="jobs that are no number"),
+        pytest.param(["--fast"], "--fast", id="unknown option"),
+        pytest.param(["--out"], "--out", id="option without its value"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_exit_code_2(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert told.out == ""
+    assert line.startswith("gpkernels reproduce: ")
+    assert said in line
+
+
+def test_the_list_names_every_experiment_and_runs_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [experiment.name for experiment in every()]
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    assert cli.main(["--quick", "--out", str(tmp_path)]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the same command goes on" in line
+
+
+def test_the_command_runs_reports_and_resumes_in_processes_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpkernels.cli import main
+
+    argv = ["reproduce", "layer-gradients", "--quick", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    result = store.path_of(tmp_path, find("layer-gradients"), "quick", 0)
+    written = result.stat().st_mtime_ns
+    assert main(argv) == 0
+    assert result.stat().st_mtime_ns == written
+    told = capsys.readouterr().out
+    assert "layer-gradients        5 held, 1 not run" in told
+    assert str(tmp_path / "report.html") in told

@@ -1,0 +1,44 @@
+"""Trains every system that has no random numbers in its networks, in float64: run alone, or by torchrun."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from unmeasured import NoQuality
+
+from gptrainer import parts
+from gptrainer.cli import parse
+from gptrainer.errors import UserError
+from gptrainer.loop import Trainer
+from gptrainer.processes import Processes
+
+SYSTEMS = ("gan", "gan-noise", "wgan", "wgan-gp", "r1", "r2", "unrolled")
+
+
+def train(processes: Processes, system: str, out: str, *more: str) -> None:
+    quick = ("--data", "8gaussians", "--width", "8", "--batch-size", "32", "--n-critic", "2")
+    often = ("--log-every", "1", "--eval-every", "6", "--checkpoint-every", "3")
+    config = parse([system, *quick, *often, "--out", out, *more])
+    assert config is not None
+    Trainer(config, processes).train()
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    parts.build_quality = lambda *_, **__: NoQuality()  # type: ignore[assignment]
+    processes = Processes.join(torch.device("cpu"))
+    for system in SYSTEMS:
+        train(processes, system, f"{out}/{system}", "--steps", "6")
+    train(processes, "wgan-gp", f"{out}/halves", "--steps", "3")
+    train(processes, "wgan-gp", f"{out}/halves", "--steps", "6", "--resume")
+    try:
+        Trainer(parse(["gan", "--data", "8gaussians", "--batch-size", "33"]), processes)  # type: ignore[arg-type]
+    except UserError as error:
+        print(f"rank {processes.rank}: {error}")
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
