@@ -103,6 +103,7 @@ class Trainer:
         """This process's share of a batch for the critic: real, and generated without a graph."""
         with torch.no_grad():
             fake: Tensor = self.generator(self.noise(filled(self.config.batch_size)))
+            fake = fake.clone()  # some generators give a view of their weights, which are about to change
         return self.batches.next(), fake
 
     def noise(self, n: int) -> Tensor:

@@ -17,6 +17,7 @@ from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
 from gptrainer.algorithms.unrolled import critic_loss, look_ahead
 from gptrainer.algorithms.zero_centred import LazyPenalty
 from gptrainer.config import TrainConfig
+from gptrainer.data import DATASETS
 from gptrainer.defaults import SYSTEMS
 from gptrainer.loop import Trainer
 from gptrainer.models.layers import FeatureCritic
@@ -52,6 +53,14 @@ def test_every_system_trains_both_networks_and_stays_finite(name: str, tiny: Mak
         assert all(tensor.isfinite().all() for tensor in tensors)
     assert trainer.critic_curve["step"] == [*range(1, 21)]
     assert {trainer.system.estimate, "critic_loss", "generator_loss", "gradient_norm"} <= trainer.critic_curve.keys()
+    assert all(math.isfinite(x) for values in trainer.critic_curve.values() for x in values)
+
+
+@pytest.mark.parametrize("data", [name for name, known in DATASETS.items() if known.kind == "points"])
+@pytest.mark.parametrize("name", ["gan-noise", "wgan-gp", "r1", "unrolled"])
+def test_systems_train_on_every_set_of_points(name: str, data: str, tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm=name, data=data, steps=3, latent=None))
+    trainer.train()
     assert all(math.isfinite(x) for values in trainer.critic_curve.values() for x in values)
 
 
