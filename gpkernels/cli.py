@@ -1,4 +1,4 @@
-"""`gpkernels info | explain | train | reproduce`: the first two are here, the trainer brings its own command lines."""
+"""`gpkernels info | explain | verify | train | reproduce`: the trainer brings its own command lines."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpkernels import info
+from gpkernels import backends, info
 
 # What the "train" extra installs, as it is imported.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
@@ -36,11 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = commands.add_parser("explain", help="which way each layer of a critic takes, and why")
     layers.add_argument("critic", metavar="module:Class", help="a critic that can be made without arguments")
     layers.add_argument("--input", required=True, metavar="NxCxHxW", help="the shape of a batch, such as 64x3x32x32")
+    numbers = commands.add_parser(
+        "verify", help="every op, penalty and a training run against plain PyTorch in float64"
+    )
+    numbers.add_argument("--backend", action="append", metavar="NAME", help="by default each that can run here")
+    numbers.add_argument("--op", action="append", metavar="NAME", help="an op, penalties or training; by default all")
+    numbers.add_argument("--dtype", action="append", metavar="NAME", help="float64, float32, float16 or bfloat16")
+    numbers.add_argument("--json", type=Path, metavar="FILE", help="write every result there")
+    numbers.add_argument("--quick", action="store_true", help="two shapes an op, and a shorter training run")
+    numbers.add_argument("--critic", metavar="module:Class", help="penalties of this critic alone")
+    numbers.add_argument("--input", metavar="NxCxHxW", help="the shape of its batch, such as 64x3x32x32")
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
     commands.add_parser("reproduce", help="measure again what the papers published", add_help=False)
     options = parser.parse_args(arguments)
     try:
-        return _info(options) if options.command == "info" else _explain(options)
+        return {"info": _info, "explain": _explain, "verify": _verify}[options.command](options)
     except UserError as mistake:
         print(f"gpkernels {options.command}: {mistake}", file=sys.stderr)
         return 2
@@ -64,6 +75,50 @@ def _explain(options: argparse.Namespace) -> int:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{options.critic} on {options.input}: {type(error).__name__}: {reason}") from error
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from gpkernels.verify import run
+    from gpkernels.verify.cases import DTYPES
+
+    chosen = _among("--backend", options.backend, backends.NAMES[1:], run.runnable())
+    for name in chosen:
+        if name not in run.runnable():
+            raise UserError(f"--backend {name}: {backends.unavailable(name) or 'it needs a GPU'}")
+    names = _among("--op", options.op, run.NAMES, run.NAMES)
+    dtypes = _among("--dtype", options.dtype, tuple(DTYPES), tuple(DTYPES))
+    own = ""
+    if options.critic or options.input:
+        if not (options.critic and options.input):
+            raise UserError("--critic: expected with --input, and --input with --critic")
+        critic = load_critic(options.critic)
+        if not isinstance(critic, torch.nn.Module):
+            raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
+        own = f"--critic {options.critic} --input {options.input}"
+        try:
+            results = list(run.check_own(critic, shape_of(options.input), options.critic, chosen))
+        except Exception as error:  # whatever the user's own critic raises
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{options.critic} on {options.input}: {type(error).__name__}: {reason}") from error
+    else:
+        results = list(run.checks(chosen, names, dtypes, options.quick))
+    print(run.table(results))
+    failed = run.failures(results, own)
+    print("\n".join(failed) if failed else f"{len(results)} cases, none failed")
+    if options.json:
+        try:
+            run.write_json(options.json, results)
+        except OSError as error:
+            raise UserError(f"--json {options.json}: {error.strerror or error}") from None
+    return 1 if failed else 0
+
+
+def _among(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> Sequence[str]:
+    """What was given, or the default; UserError for what is not known."""
+    for name in given or ():
+        if name not in known:
+            raise UserError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
+    return given or default
 
 
 def load_critic(name: str) -> Callable[..., Any]:

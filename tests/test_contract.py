@@ -12,26 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpkernels as gpk
-from cases import CASES, Case, raw_arguments
+from cases import raw_arguments
 from gpkernels import ops
-
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHAPES = {"one": (1, 1), "odd": (3, 7), "rows": (257, 2), "image": (4, 3, 5, 9), "long": (2, 70001)}
-LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "expanded")
-PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS[1:]]
-
-
-def _layouts(x: Tensor, kind: str) -> Tensor:
-    """The same values in another memory layout."""
-    if kind == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    if kind == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if kind == "strided":
-        return torch.stack([x, x], dim=-1)[..., 0]
-    if kind == "expanded":
-        return x[:1].expand_as(x)
-    return x
+from gpkernels.verify.cases import CASES, DTYPES, PLACES, SHAPES, Case, laid_out
 
 
 def _value_and_gradients(function, inputs: list[Tensor], case: Case) -> list[Tensor]:
@@ -55,7 +38,7 @@ def _error(got: list[Tensor], exact: list[Tensor]) -> list[float]:
 def test_value_and_gradient_agree_with_float64(name: str, dtype: str, shape: str, layout: str, backend: str) -> None:
     case, kind = CASES[name], DTYPES[dtype]
     inputs = [
-        x if which == "e" else _layouts(x, layout)
+        x if which == "e" else laid_out(x, layout)
         for x, which in zip(case.inputs(SHAPES[shape], kind), case.kinds, strict=True)
     ]
     exact = _value_and_gradients(case.specification, [x.double() for x in inputs], case)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import gpkernels as gpk
-from cases import CASES, raw_arguments
+from cases import raw_arguments
 from critics import ResidualCritic, mlp
 from gpkernels import backends, ops
+from gpkernels.verify.cases import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -21,8 +21,9 @@ struct Table {
 template <int kLists>
 constexpr int kMost = 30000 / (8 * kLists + 8 + 4);
 
-// Calls f(tensor, i) for each element that this block does.
-template <typename Table, typename F>
+// Calls f(width as a constant, tensor, i) for each access that this block makes: i counts accesses of that width. They
+// are of 16 bytes where all of a tensor's memory begins on such, but for the last few elements.
+template <typename T, typename Table, typename F>
 __device__ __forceinline__ void for_elements(const Table& table, const F& f) {
   int low = 0, high = table.tensors - 1;
   while (low < high) {  // the last tensor whose first block is not beyond this one
@@ -34,27 +35,47 @@ __device__ __forceinline__ void for_elements(const Table& table, const F& f) {
   }
   const int64_t begin = int64_t(blockIdx.x - table.first_block[low]) * kChunk;
   const int64_t end = begin + kChunk < table.counts[low] ? begin + kChunk : table.counts[low];
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) f(low, i);
+  uintptr_t addresses = 0;
+  for (const auto& list : table.data) addresses |= uintptr_t(list[low]);
+  const int64_t wide = addresses % 16 ? begin : begin + (end - begin) / kWide<T> * kWide<T>;
+  for (int64_t i = begin / kWide<T> + threadIdx.x; i < wide / kWide<T>; i += kThreads)
+    f(std::integral_constant<int, kWide<T>>{}, low, i);
+  for (int64_t i = wide + threadIdx.x; i < end; i += kThreads) f(std::integral_constant<int, 1>{}, low, i);
 }
 
 template <typename T, typename A, typename Table>
 __global__ void GPK_BOUNDS clip_kernel(const Table table, A c) {
-  for_elements(table, [&](int tensor, int64_t i) {
+  for_elements<T>(table, [&](auto width, int tensor, int64_t i) {
+    constexpr int kWidth = decltype(width)::value;
     T* p = static_cast<T*>(table.data[0][tensor]);
-    p[i] = T(clip(A(p[i]), c));
+    auto pack = load<T, kWidth>(p, i);
+    for (int k = 0; k < kWidth; ++k) pack.at[k] = T(clip(A(pack.at[k]), c));
+    store(p, i, pack);
   });
 }
 
 template <typename T, typename A, bool kCentered, bool kMomentum, bool kWeightDecay, typename Table>
 __global__ void GPK_BOUNDS rmsprop_kernel(const Table table, RmspropOptions<A> options) {
-  for_elements(table, [&](int tensor, int64_t i) {
-    auto at = [&](int list) { return static_cast<T*>(table.data[list][tensor]) + i; };
-    A p = A(*at(0)), square = A(*at(2)), average = kCentered ? A(*at(3)) : A(0), buffer = kMomentum ? A(*at(4)) : A(0);
-    gpk::rmsprop<kCentered, kMomentum, kWeightDecay>(p, A(*at(1)), square, average, buffer, options);
-    *at(0) = T(p);
-    *at(2) = T(square);
-    if (kCentered) *at(3) = T(average);
-    if (kMomentum) *at(4) = T(buffer);
+  for_elements<T>(table, [&](auto width, int tensor, int64_t i) {
+    constexpr int kWidth = decltype(width)::value;
+    auto at = [&](int list) { return static_cast<T*>(table.data[list][tensor]); };
+    auto p = load<T, kWidth>(at(0), i), square = load<T, kWidth>(at(2), i);
+    const auto g = load<T, kWidth>(at(1), i);
+    Pack<T, kWidth> average{}, buffer{};
+    if (kCentered) average = load<T, kWidth>(at(3), i);
+    if (kMomentum) buffer = load<T, kWidth>(at(4), i);
+    for (int k = 0; k < kWidth; ++k) {
+      A wide[4] = {A(p.at[k]), A(square.at[k]), A(average.at[k]), A(buffer.at[k])};
+      gpk::rmsprop<kCentered, kMomentum, kWeightDecay>(wide[0], A(g.at[k]), wide[1], wide[2], wide[3], options);
+      p.at[k] = T(wide[0]);
+      square.at[k] = T(wide[1]);
+      average.at[k] = T(wide[2]);
+      buffer.at[k] = T(wide[3]);
+    }
+    store(at(0), i, p);
+    store(at(2), i, square);
+    if (kCentered) store(at(3), i, average);
+    if (kMomentum) store(at(4), i, buffer);
   });
 }
 

@@ -1,0 +1,100 @@
+"""The public differentiable ops as cases: how to call one, what it is in plain PyTorch, and inputs of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gpkernels as gpk
+from gpkernels import reference
+from gpkernels.reference import REDUCTIONS, SCORE_LOSSES, accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """``function(*tensors)`` and ``specification(*tensors)`` agree; ``kinds`` says what each tensor is."""
+
+    function: Callable[..., Tensor]
+    specification: Callable[..., Tensor]
+    kinds: str  # one letter a tensor: r rows (N, *), s scores (N, 1), e eps (N,), not differentiated
+
+    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+        made = []
+        for kind in self.kinds:
+            if kind == "e":
+                made.append(torch.rand(shape[0], dtype=torch.float64).to(accumulation_dtype(dtype)))
+            else:
+                size = shape if kind == "r" else (shape[0], 1)
+                made.append((scale * torch.randn(size, dtype=torch.float64)).to(dtype))
+        return made
+
+    def differentiable(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [x.requires_grad_() for x, kind in zip(inputs, self.kinds, strict=True) if kind != "e"]
+
+
+def _first(function: Callable[..., Any], *args: Any) -> Callable[..., Tensor]:
+    return lambda *tensors: function(*tensors, *args)[0]
+
+
+def _score(*kinds: str) -> Callable[..., Tensor]:
+    codes = [SCORE_LOSSES[kind] for kind in kinds]
+    return lambda *tensors: reference.score_loss(tensors, codes)
+
+
+def _penalty(target: float, one_sided: bool, reduction: str) -> Case:
+    return Case(
+        partial(gpk.gradient_norm_penalty, target=target, one_sided=one_sided, reduction=reduction),
+        _first(reference.gradient_norm_penalty, target, one_sided, REDUCTIONS[reduction]),
+        "r",
+    )
+
+
+CASES: dict[str, Case] = {
+    "interpolate": Case(gpk.interpolate, reference.interpolate, "rre"),
+    "penalty_two_sided": _penalty(1.0, False, "mean"),
+    "penalty_one_sided": _penalty(1.5, True, "mean"),
+    "penalty_zero_centred": _penalty(0.0, False, "mean"),
+    "penalty_summed": _penalty(1.0, False, "sum"),
+    "penalty_per_sample": _penalty(1.0, True, "none"),
+    "consistency_of_scores": Case(
+        partial(gpk.consistency_term, margin=0.1),
+        lambda s, t: reference.consistency_term(s, t, s.new_empty(len(s), 0), s.new_empty(len(s), 0), 0.1, 0.1)[0],
+        "ss",
+    ),
+    "consistency_with_features": Case(
+        partial(gpk.consistency_term, margin=0.2, feature_weight=0.3),
+        _first(reference.consistency_term, 0.2, 0.3),
+        "ssrr",
+    ),
+    "lipschitz_consistency": Case(
+        partial(gpk.lipschitz_consistency, margin=0.01), _first(reference.lipschitz_consistency, 0.01), "ssrr"
+    ),
+    "wgan_critic_loss": Case(gpk.wgan_critic_loss, _score("negative", "identity"), "sr"),
+    "wgan_generator_loss": Case(gpk.wgan_generator_loss, _score("negative"), "r"),
+    "gan_discriminator_loss": Case(gpk.gan_discriminator_loss, _score("softplus_negative", "softplus"), "rs"),
+    "saturating_generator_loss": Case(gpk.saturating_generator_loss, _score("negative_softplus"), "r"),
+    "nonsaturating_generator_loss": Case(gpk.nonsaturating_generator_loss, _score("softplus_negative"), "r"),
+}
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = {"one": (1, 1), "odd": (3, 7), "rows": (257, 2), "image": (4, 3, 5, 9), "long": (2, 70001)}
+LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "expanded")
+PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS[1:]]
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        return torch.stack([x, x], dim=-1)[..., 0]
+    if layout == "expanded":
+        return x[:1].expand_as(x)
+    return x

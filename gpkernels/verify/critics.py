@@ -1,0 +1,172 @@
+"""Whole penalties on critics of many kinds, and on a user's own, beside the ways in which public code spells them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gpkernels as gpk
+from gpkernels.verify.result import Result, distance
+
+Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""A penalty or loss of (critic, real, fake, eps), eps one per sample."""
+
+
+class Residual(nn.Module):
+    """Two convolutions round a shortcut, normalised, as in WGAN-GP's residual critics."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), norm
+        self.second, self.short = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.top = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(torch.relu(self.norm(self.first(x)))) + self.short(x)
+        return self.top(torch.relu(nn.functional.avg_pool2d(h, 2)).mean((2, 3)))
+
+
+def _mlp(inputs: int, outputs: int, *between: nn.Module) -> nn.Module:
+    """Two hidden layers with the same modules after each."""
+    return nn.Sequential(
+        nn.Linear(inputs, 32), *between, nn.Linear(32, 32), *copy.deepcopy(between), nn.Linear(32, outputs)
+    )
+
+
+def _convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 5, 2, 2), nn.LeakyReLU(0.2), nn.Conv2d(8, 16, 5, 2, 2), nn.LeakyReLU(0.2), nn.Flatten(),
+        nn.Linear(64, 1),
+    )  # fmt: skip
+
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLP, ReLU": (lambda: _mlp(6, 1, nn.ReLU()), (6,)),
+    "MLP, tanh": (lambda: _mlp(6, 1, nn.Tanh()), (6,)),
+    "MLP, LayerNorm, SiLU": (lambda: _mlp(6, 1, nn.LayerNorm(32), nn.SiLU()), (6,)),
+    "MLP, several outputs": (lambda: _mlp(6, 4, nn.LeakyReLU(0.2)), (6,)),
+    "signed distance field": (lambda: _mlp(3, 1, nn.Softplus(10.0)), (3,)),
+    "DCGAN": (_convolutional, (3, 8, 8)),
+    "residual, GroupNorm": (lambda: Residual(nn.GroupNorm(2, 8)), (3, 8, 8)),
+    "residual, InstanceNorm": (lambda: Residual(nn.InstanceNorm2d(8, affine=True)), (3, 8, 8)),
+}
+
+
+def _input_gradient(critic: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    out = critic(x)
+    out = out[0] if isinstance(out, (tuple, list)) else out
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True, retain_graph=True)
+    return grad, x
+
+
+def _mixed(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    """eps of shape (N, 1) for rows of numbers, (N, 1, 1, 1) for images, as repositories spell it."""
+    weight = eps.view(-1, *[1] * (real.dim() - 1)).expand_as(real)
+    return weight * real + (1 - weight) * fake
+
+
+def _norm_over_all_but_the_batch(critic: Any, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    grad, _ = _input_gradient(critic, _mixed(real, fake, eps))
+    return ((grad.view(grad.size(0), -1).norm(2, 1) - 1) ** 2).mean()
+
+
+def _one_sided_with_a_root(critic: Any, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    grad, _ = _input_gradient(critic, _mixed(real, fake, eps))
+    slopes = torch.sqrt(torch.sum(grad**2, dim=tuple(range(1, grad.dim()))))
+    return torch.mean(torch.clamp(slopes - 1, min=0) ** 2)
+
+
+def _r1_with_a_sum(critic: Any, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    grad, _ = _input_gradient(critic, real)
+    return grad.pow(2).reshape(grad.shape[0], -1).sum(1).mean()
+
+
+def _r2_with_a_sum(critic: Any, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    return _r1_with_a_sum(critic, fake, real, eps)
+
+
+def _eikonal(critic: Any, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    grad, _ = _input_gradient(critic, real)
+    return ((grad.norm(2, dim=-1) - 1) ** 2).mean()
+
+
+def _whole_loss(critic: Any, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    scores = [out[0] if isinstance(out, (tuple, list)) else out for out in (critic(real), critic(fake))]
+    return scores[1].mean() - scores[0].mean() + 10 * _norm_over_all_but_the_batch(critic, real, fake, eps)
+
+
+# What public code writes, and what to write in its place.
+IDIOMS: dict[str, tuple[Loss, Loss]] = {
+    "calc_gradient_penalty": (
+        _norm_over_all_but_the_batch,
+        lambda critic, real, fake, eps: gpk.gradient_penalty(critic, real, fake, eps=eps),
+    ),
+    "one-sided, square root of a sum": (
+        _one_sided_with_a_root,
+        lambda critic, real, fake, eps: gpk.gradient_penalty(critic, real, fake, one_sided=True, eps=eps),
+    ),
+    "R1 with a sum": (_r1_with_a_sum, lambda critic, real, fake, eps: gpk.r1_penalty(critic, real)),
+    "R2 with a sum": (_r2_with_a_sum, lambda critic, real, fake, eps: gpk.r2_penalty(critic, fake)),
+    "eikonal": (_eikonal, lambda critic, real, fake, eps: gpk.eikonal_loss(critic, real)),
+    "WGAN-GP, whole loss": (
+        _whole_loss,
+        lambda critic, real, fake, eps: gpk.CriticLoss(critic)(real, fake, eps=eps).loss,
+    ),
+}
+
+
+def check_zoo(backend: str, dtype: str, device: torch.device) -> Iterator[Result]:
+    """Every idiom on every critic; the eikonal loss is of points alone."""
+    for name, (make, shape) in ZOO.items():
+        torch.manual_seed(0)
+        critic = _scaled(make(), torch.randn(64, *shape))
+        for idiom in IDIOMS:
+            if idiom != "eikonal" or len(shape) == 1:
+                yield check_critic(critic, (8, *shape), idiom, name, backend, dtype, device)
+
+
+def _scaled(critic: nn.Module, x: Tensor) -> nn.Module:
+    """The critic with a last layer that gives its input gradients a mean norm of 1: some are above, some below."""
+    grad, _ = _input_gradient(critic, x)
+    *_, last = (layer for layer in critic.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        last.weight /= grad.flatten(1).norm(dim=1).mean()
+    return critic
+
+
+def check_critic(
+    critic: nn.Module, shape: Sequence[int], idiom: str, name: str, backend: str, dtype: str, device: torch.device
+) -> Result:
+    """One way of writing a penalty, with its weight gradients. The critic is left as it was."""
+    spelled, ours = IDIOMS[idiom]
+    torch.manual_seed(1)
+    batch = [torch.randn(*shape, dtype=torch.float64), 0.7 * torch.randn(*shape, dtype=torch.float64)]
+    batch.append(torch.rand(shape[0], dtype=torch.float64))
+    kind = {"float64": torch.float64, "float32": torch.float32}[dtype]
+    exact = _value_and_gradients(spelled, critic, batch, torch.float64, torch.device("cpu"))
+    plain = _value_and_gradients(spelled, critic, batch, kind, device)
+    with gpk.backend(backend):
+        got = _value_and_gradients(ours, critic, batch, kind, device)
+    apart, usual = (
+        distance([x[0], torch.cat([g.flatten().double().cpu() for g in x[1:]])], exact) for x in (got, plain)
+    )
+    ok = apart.relative <= 4 * usual.relative + 64 * torch.finfo(kind).eps
+    numbers = (apart.absolute, apart.relative, usual.relative, apart.cosine)
+    return Result("penalty", name, backend, dtype, idiom, ok, *numbers)
+
+
+def _value_and_gradients(
+    loss: Loss, critic: nn.Module, batch: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """[value, the weights' gradients], of a copy of the critic; for float64 the gradients are one vector."""
+    twin = copy.deepcopy(critic).to(device, dtype)
+    weights = [p for p in twin.parameters() if p.requires_grad]
+    value = loss(twin, *(x.to(device, dtype) for x in batch))
+    found = torch.autograd.grad(value, weights, allow_unused=True)
+    grads = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+    return [value.detach(), torch.cat([g.flatten() for g in grads])]

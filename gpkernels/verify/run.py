@@ -1,0 +1,101 @@
+"""Which checks run, and how they are told: a table, JSON, and the command that runs a failed case again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpkernels import backends
+from gpkernels.verify.cases import CASES
+from gpkernels.verify.critics import IDIOMS, check_critic, check_zoo
+from gpkernels.verify.ops import check_op, device_of
+from gpkernels.verify.result import Result
+from gpkernels.verify.training import STEPS, check_training
+
+WHOLE = ("penalties", "training")  # beside the ops
+NAMES = (*CASES, *WHOLE)
+
+
+def runnable() -> list[str]:
+    """Backends that can run here."""
+    found = ["reference", *(name for name in ("cpu", "cuda") if backends.unavailable(name) is None)]
+    if backends.unavailable("triton") is None and (torch.cuda.is_available() or backends.interprets_triton()):
+        found.append("triton")
+    return [name for name in found if name != "cuda" or torch.cuda.is_available()]
+
+
+def checks(chosen: Sequence[str], names: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Result]:
+    """Everything asked for, in the order in which it is told."""
+    for backend in chosen:
+        device = device_of(backend)
+        for name in names:
+            for dtype in dtypes:
+                if name in CASES:
+                    yield from check_op(name, backend, dtype, quick)
+                elif name == "penalties" and dtype in ("float64", "float32"):
+                    yield from check_zoo(backend, dtype, device)
+                elif name == "training" and dtype == "float64":
+                    yield check_training(backend, device, STEPS // 10 if quick else STEPS)
+
+
+def check_own(critic: nn.Module, shape: Sequence[int], name: str, chosen: Sequence[str]) -> Iterator[Result]:
+    """Every idiom on a user's critic, in float64 and float32."""
+    for backend in chosen:
+        for dtype in ("float64", "float32"):
+            for idiom in IDIOMS:
+                if idiom != "eikonal" or len(shape) == 2:
+                    yield check_critic(critic, shape, idiom, name, backend, dtype, device_of(backend))
+
+
+def table(results: Sequence[Result]) -> str:
+    """The worst of each check, name, backend and dtype."""
+    groups: dict[tuple[str, str, str, str], list[Result]] = {}
+    for r in results:
+        groups.setdefault((r.backend, r.name, _check(r), r.dtype), []).append(r)
+    lines = [
+        f"{'backend':<10} {'of':<28} {'check':<32} {'dtype':<9} {'cases':>5} "
+        f"{'absolute':>9} {'relative':>9} {'PyTorch':>9}"
+    ]
+    for (backend, name, check, dtype), group in groups.items():
+        worst = (_worst(group, column) for column in ("absolute", "relative", "plain"))
+        numbers = " ".join(f"{'-' if math.isnan(x) else f'{x:.1e}':>9}" for x in worst)
+        verdict = "ok" if all(r.ok for r in group) else "FAILED"
+        lines.append(f"{backend:<10} {name:<28} {check:<32} {dtype:<9} {len(group):>5} {numbers}  {verdict}")
+    return "\n".join(lines)
+
+
+def _check(result: Result) -> str:
+    return result.where if result.check == "penalty" else result.check
+
+
+def _worst(group: Sequence[Result], column: str) -> float:
+    return max((getattr(r, column) for r in group if not math.isnan(getattr(r, column))), default=math.nan)
+
+
+def failures(results: Sequence[Result], own: str = "") -> list[str]:
+    """A line for each failed case, and the command that runs it again. own: what names a user's critic."""
+    lines = []
+    for r in results:
+        if not r.ok:
+            name = r.name if r.name in CASES else "training" if r.check == "training" else "penalties"
+            again = own or f"--op {name} --dtype {r.dtype}"
+            numbers = f"relative error {r.relative:.2e}, PyTorch's {r.plain:.2e}"
+            lines.append(f"FAILED {r.check} of {r.name}, {r.backend}, {r.dtype}, {r.where}: {r.note or numbers}")
+            lines.append(f"  again: gpkernels verify --backend {r.backend} {again}")
+    return lines
+
+
+def write_json(path: Path, results: Sequence[Result]) -> None:
+    """Every result, and what they were taken with; numbers that are not finite are null."""
+    rows = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(r).items()} for r in results
+    ]
+    facts: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "results": rows}
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
