@@ -43,8 +43,12 @@ def _cuobjdump() -> Path | None:
     return path if path and path.exists() else None
 
 
-@pytest.mark.parametrize(("stem", "kernel"), [("interpolate", "interpolate_kernel"), ("interpolate", "split_kernel")])
-def test_wide_variants_load_and_store_sixteen_bytes(stem: str, kernel: str) -> None:
+# Kernels, and what marks the wide variants among theirs; clipping has both widths in one.
+WIDE = [("interpolate", "interpolate_kernel", "Li(2|4|8)E"), ("interpolate", "split_kernel", "Li(2|4|8)E")]
+
+
+@pytest.mark.parametrize(("stem", "kernel", "mark"), [*WIDE, ("weights", "clip_kernel", "")])
+def test_wide_variants_load_and_store_sixteen_bytes(stem: str, kernel: str, mark: str) -> None:
     tool = _cuobjdump()
     if tool is None:
         pytest.skip("Triton, which brings cuobjdump, is not installed")
@@ -55,7 +59,7 @@ def test_wide_variants_load_and_store_sixteen_bytes(stem: str, kernel: str) -> N
     wide = [
         body
         for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, re.DOTALL)
-        if kernel in name and re.search(r"Li(2|4|8)E", name)
+        if kernel in name and re.search(mark, name)
     ]
     assert len(wide) == 4  # double, float, half, bfloat16
     assert all(re.search(r"LDG\.E\.128", body) and re.search(r"STG\.E\.128", body) for body in wide)
