@@ -15,26 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from gpkernels.verify.cases import DTYPES, LAYOUTS, laid_out
+
 SHAPES = {"one": (1, 1), "odd": (3, 7), "pairs": (257, 2), "aligned": (5, 48), "image": (4, 3, 5, 9), "long": (2, 4501)}
-LAYOUTS = ("channels_last", "transposed", "strided", "expanded")
-PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS]
+PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS[1:]]
 # Layouts are the launchers' business, whatever the dtype; float16 rounds as bfloat16 does, and float64 does not.
 PLACES_OF = {"float32": PLACES, "float64": PLACES[: len(SHAPES)], "float16": PLACES[:2], "bfloat16": PLACES}
 GUARDED = ("one", "odd", "long", "image, transposed", "groups", "weights", "special", "steps")
 FULL = ("float64", "float32")  # what the pieces of an MLP's step take
 KEY = 12345678901234567
 Arguments = tuple[Any, ...]
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    if layout == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "strided":
-        return torch.stack([x, x], dim=-1)[..., 0]
-    return x[:1].expand_as(x) if layout == "expanded" else x
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
