@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-gpu lint format install clean
+.PHONY: train test reproduce verify test-gpu lint format install clean
 
 train: install  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
+
+reproduce: install  ## measure what the papers published, in minutes: runs/reproduce/report.html
+	$(BIN)/gpkernels reproduce --quick
+
+verify: install  ## every op, penalty and a training run against plain PyTorch in float64
+	$(BIN)/gpkernels verify
 
 test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer where that is there
 	$(BIN)/python -m pytest tests/test_gpu.py
