@@ -25,25 +25,20 @@ from critic_step import CASES as CRITICS
 from critics import plain_loss
 from launches import launches_of
 
-BANDWIDTH = {
-    "A100": 2.039e12,
-    "H100": 3.35e12,
-    "MI300X": 5.3e12,
-}  # bytes a second: vendors' figures for 80 GB SXM parts
+BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "MI300X": 5.3e12}  # bytes a second, of the vendors' SXM and OAM parts
 COLUMNS = ("case", "launches", "eager_launches", "megabytes", "eager_megabytes", *(f"{d}_us" for d in BANDWIDTH))
 
 
 def steps() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     """A WGAN-GP step of each critic of the zoo, with backward: ours and plain PyTorch's."""
-    for name, make in CRITICS.items():
-        if name.startswith("SDF"):
-            continue
+    critics = {name.partition(", N")[0]: make for name, make in CRITICS.items() if not name.startswith("SDF")}
+    for name, make in critics.items():
         critic, shape = make()
         shape = (min(shape[0], 64), *shape[1:]) if len(shape) == 2 else (4, *shape[1:])
         real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
         loss = gpk.CriticLoss(critic)
         yield (
-            f"{name.partition(', N')[0]}, N {shape[0]}",
+            f"{name}, N {shape[0]}",
             lambda loss=loss, x=(real, fake), eps=eps: loss(*x, eps=eps).loss.backward(),
             lambda critic=critic, x=(real, fake), eps=eps: plain_loss(critic, *x, eps).backward(),
         )

@@ -8,7 +8,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,19 @@ def _explain(options: argparse.Namespace) -> int:
     from gpkernels.critic.explain import explain
 
     critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
-    try:
+    with _blamed(options):
         print(explain(critic, example))
-    except Exception as error:  # whatever the user's own critic raises
+    return 0
+
+
+@contextmanager
+def _blamed(options: argparse.Namespace) -> Iterator[None]:
+    """A UserError for whatever the user's own critic raises."""
+    try:
+        yield
+    except Exception as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{options.critic} on {options.input}: {type(error).__name__}: {reason}") from error
-    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -95,11 +103,9 @@ def _verify(options: argparse.Namespace) -> int:
         if not isinstance(critic, torch.nn.Module):
             raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
         own = f"--critic {options.critic} --input {options.input}"
-        try:
-            results = list(run.check_own(critic, shape_of(options.input), options.critic, chosen))
-        except Exception as error:  # whatever the user's own critic raises
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{options.critic} on {options.input}: {type(error).__name__}: {reason}") from error
+        shape = shape_of(options.input)
+        with _blamed(options):
+            results = list(run.check_own(critic, shape, options.critic, chosen))
     else:
         results = list(run.checks(chosen, names, dtypes, options.quick))
     print(run.table(results))
