@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> interpolate_random_cpu(Tensor real, Tensor fake, Tens
     using T = decltype(zero);
     using A = Accumulate<T>;
     std::vector<A> eps(shape.rows);
-    for (int64_t n = 0; n < shape.rows; ++n) eps[n] = unit_interval<A>(philox(seed, uint64_t(n)).word[0]);
+    for (int64_t n = 0; n < shape.rows; ++n) eps[n] = row_eps<A>(seed, n);
     out = mix<T>(real, fake, shape, eps);
     const std::vector<double> wide(eps.begin(), eps.end());
     drawn = from_doubles(real, wide.data(), shape.rows);

@@ -184,7 +184,7 @@ class Pass {
     if (eps_or_key.scalar_type() != ScalarType::Long) return small_vector<T>(eps_or_key);
     const uint64_t key = philox_key(eps_or_key);
     std::vector<T> eps(n_);
-    for (int64_t n = 0; n < n_; ++n) eps[n] = unit_interval<T>(philox(key, uint64_t(n)).word[0]);
+    for (int64_t n = 0; n < n_; ++n) eps[n] = row_eps<T>(key, n);
     return eps;
   }
 

@@ -1,5 +1,5 @@
 // critic_batch: groups of rows below one another, the last perhaps interpolated between two on the way.
-#include "device.h"
+#include "mix.h"
 
 namespace gpk::cuda {
 namespace {
@@ -24,13 +24,7 @@ __global__ void GPK_BOUNDS batch_kernel(Groups<T> groups, const T* real, const T
       for_packs(packs, [&](int64_t i) { store(to, row * packs + i, load<T, kWidth>(from, row * packs + i)); });
       return;
     }
-    const A weight = key ? unit_interval<A>(philox(uint64_t(*key), uint64_t(row)).word[0]) : eps[row];
-    for_packs(packs, [&](int64_t i) {
-      const auto r = load<T, kWidth>(real, row * packs + i), f = load<T, kWidth>(fake, row * packs + i);
-      Pack<T, kWidth> o;
-      for (int k = 0; k < kWidth; ++k) o.at[k] = T(gpk::interpolate(A(r.at[k]), A(f.at[k]), weight));
-      store(to, row * packs + i, o);
-    });
+    mix_row<T, A, kWidth>(real, fake, to, eps_of(eps, key, row), row, packs);
   });
 }
 
