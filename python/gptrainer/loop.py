@@ -90,21 +90,28 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor]:
         """n_critic steps of the critic and one of the generator; the losses of the last of each."""
         self.system.begin_step(self.step)
-        for _ in range(self._critic_steps()):
-            self.real, self.fake = self.next_batch()
-            told = self.system.critic_step(self.real, self.fake)
+        for real, fake in self.next_batches(self._critic_steps()):
+            told = self.system.critic_step(real, fake)
+        self.real, self.fake = real, fake
         told |= self.system.generator_step(self.noise(filled(self.config.generator_batch_size)), self.real)
         for name, average in self.averages.items():
             average.update_parameters(self.networks[name])
         self.step += 1
         return told
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch for the critic: real, and generated without a graph."""
-        with torch.no_grad():
-            fake: Tensor = self.generator(self.noise(filled(self.config.batch_size)))
-            fake = fake.clone()  # some generators give a view of their weights, which are about to change
-        return self.batches.next(), fake
+    def next_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of batches for the critic: real, and generated without a graph.
+
+        The generator stands still meanwhile: one pass of it serves n_critic batches, unless it mixes samples.
+        """
+        size = filled(self.config.batch_size)
+        together = 1 if parts.mixes_samples(self.generator) else filled(self.config.n_critic)
+        for first in range(0, count, together):
+            with torch.no_grad():
+                fakes: Tensor = self.generator(self.noise(size * min(together, count - first)))
+                fakes = fakes.clone()  # some generators give a view of their weights, which are about to change
+            for fake in fakes.split(size // self.processes.size):
+                yield self.batches.next(), fake
 
     def noise(self, n: int) -> Tensor:
         """This process's share of the generator's input, (n, latent)."""

@@ -23,7 +23,7 @@ def networks(config: TrainConfig, processes: Processes, device: torch.device) ->
     built = build_models(config.data, latent, width, network=config.network, batch_norm=batch_norm)
     if processes.size > 1 and device.type == "cuda":
         built = tuple(nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in built)
-    elif processes.size > 1 and any(map(_has_batch_norm, built)):
+    elif processes.size > 1 and any(map(mixes_samples, built)):
         processes.say("BatchNorm sees each process's rows by themselves on a CPU: losses differ from one process's")
     generator, critic = built
     return generator.to(device), critic.to(device)
@@ -56,5 +56,6 @@ def quality(config: TrainConfig, device: torch.device) -> Quality:
     return build_quality(config.data, filled(config.latent), config.seed, device, data_dir=config.data_dir)
 
 
-def _has_batch_norm(network: nn.Module) -> bool:
+def mixes_samples(network: nn.Module) -> bool:
+    """Whether what it makes of a sample depends on the others of its batch."""
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())

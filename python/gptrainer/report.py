@@ -29,7 +29,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
 
     seconds: what training took, from start or resume.
     """
-    comparison = compare(trainer.config, trainer.critic, *trainer.next_batch())
+    comparison = compare(trainer.config, trainer.critic, *next(trainer.next_batches(1)))
     quality = _quality_to_the_end(trainer)
     start, end = ({name: values[at] for name, values in quality.items() if name != "step"} for at in (0, -1))
     metrics: dict[str, Any] = {

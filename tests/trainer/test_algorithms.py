@@ -358,3 +358,25 @@ def test_a_boosted_critic_takes_a_hundred_steps_at_first(tiny: MakeConfig) -> No
     assert trainer._critic_steps() == 2
     trainer.step = 500
     assert trainer._critic_steps() == 100
+
+
+@pytest.mark.parametrize(
+    ("data", "passes"), [("8gaussians", 2), ("digits", 6)], ids=["samples on their own", "BatchNorm, which mixes them"]
+)
+def test_one_pass_of_the_generator_serves_all_critic_steps_unless_it_mixes_samples(
+    data: str, passes: int, tiny: MakeConfig
+) -> None:
+    trainer = Trainer(tiny(algorithm="wgan-gp", data=data, n_critic=5))
+    sizes: list[int] = []
+    trainer.generator.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    trainer.train_step()
+    assert len(sizes) == passes
+    assert sum(sizes[:-1]) == 5 * trainer.config.batch_size
+    assert sizes[-1] == trainer.config.generator_batch_size
+
+
+def test_the_critic_sees_no_sample_of_a_pass_twice(tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm="wgan-gp", data="8gaussians", n_critic=3))
+    batches = [fake for _, fake in trainer.next_batches(7)]
+    assert len(batches) == 7
+    assert len(torch.cat(batches).unique(dim=0)) == 7 * trainer.config.batch_size

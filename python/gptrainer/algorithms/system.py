@@ -130,9 +130,9 @@ class WassersteinSystem(System):
 
 
 def adam(setup: Setup) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Adam for both networks."""
+    """Adam for both networks, all of a network's weights in one pass."""
     config, betas = setup.config, filled(setup.config.betas)
     return (
-        torch.optim.Adam(setup.critic.parameters(), lr=filled(config.lr), betas=betas),
-        torch.optim.Adam(setup.generator.parameters(), lr=filled(config.generator_lr), betas=betas),
+        torch.optim.Adam(setup.critic.parameters(), lr=filled(config.lr), betas=betas, fused=True),
+        torch.optim.Adam(setup.generator.parameters(), lr=filled(config.generator_lr), betas=betas, fused=True),
     )

@@ -31,8 +31,11 @@ class ZeroCentred(System):
                 setup.critic.parameters(),
                 lr=filled(config.lr) * correction,
                 betas=(first**correction, second**correction),
+                fused=True,
             ),
-            torch.optim.Adam(setup.generator.parameters(), lr=filled(config.generator_lr), betas=(first, second)),
+            torch.optim.Adam(
+                setup.generator.parameters(), lr=filled(config.generator_lr), betas=(first, second), fused=True
+            ),
         )
         super().__init__(setup, loss, gpkernels.nonsaturating_generator_loss, optimisers, ("penalty",))
         self.lazy = lazy
