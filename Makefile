@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test reproduce verify test-gpu lint format install clean
+.PHONY: train test reproduce verify bench test-gpu lint format install clean
 
 train: install  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
@@ -16,6 +16,9 @@ reproduce: install  ## measure what the papers published, in minutes: runs/repro
 
 verify: install  ## every op, penalty and a training run against plain PyTorch in float64
 	$(BIN)/gpkernels verify
+
+bench: install  ## times beside eager PyTorch's and the machine's limits: runs/bench.html
+	$(BIN)/gpkernels bench --html runs/bench.html --json runs/bench.json
 
 test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer where that is there
 	$(BIN)/python -m pytest tests/test_gpu.py

@@ -18,11 +18,9 @@ from typing import Any
 import torch
 
 import gpkernels as gpk
+from gpkernels.bench.zoo import CASES, plain_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from critic_step import CASES as CRITICS
-
-from critics import plain_loss
 from launches import launches_of
 
 BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "MI300X": 5.3e12}  # bytes a second, of the vendors' SXM and OAM parts
@@ -31,9 +29,9 @@ COLUMNS = ("case", "launches", "eager_launches", "megabytes", "eager_megabytes",
 
 def steps() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     """A WGAN-GP step of each critic of the zoo, with backward: ours and plain PyTorch's."""
-    critics = {name.partition(", N")[0]: make for name, make in CRITICS.items() if not name.startswith("SDF")}
-    for name, make in critics.items():
-        critic, shape = make()
+    cases = {name.partition(", N")[0]: case for name, case in CASES.items() if not case.field}
+    for name, case in cases.items():
+        critic, shape = case.make(), case.shape
         shape = (min(shape[0], 64), *shape[1:]) if len(shape) == 2 else (4, *shape[1:])
         real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
         loss = gpk.CriticLoss(critic)

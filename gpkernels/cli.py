@@ -1,4 +1,4 @@
-"""`gpkernels info | explain | verify | train | reproduce`: the trainer brings its own command lines."""
+"""`gpkernels info | explain | verify | bench | train | reproduce`: large ones bring their own command lines."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["train"], ["reproduce"]):
         return _trainer(*arguments)
+    if arguments[:1] == ["bench"]:
+        from gpkernels.bench.cli import main as bench
+
+        return bench(arguments[1:])
     parser = argparse.ArgumentParser(prog="gpkernels", description="Exact gradient penalties in PyTorch, fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     describe = commands.add_parser("info", help="which backend runs, why, and how it was built")
@@ -48,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers.add_argument("--quick", action="store_true", help="two shapes an op, and a shorter training run")
     numbers.add_argument("--critic", metavar="module:Class", help="penalties of this critic alone")
     numbers.add_argument("--input", metavar="NxCxHxW", help="the shape of its batch, such as 64x3x32x32")
+    commands.add_parser("bench", help="times beside eager PyTorch's and the machine's limits", add_help=False)
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
     commands.add_parser("reproduce", help="measure again what the papers published", add_help=False)
     options = parser.parse_args(arguments)

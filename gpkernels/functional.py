@@ -10,14 +10,13 @@ constants out of range; both name the argument, before anything is computed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from gpkernels import ops, reference
 from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair, check_same_device
@@ -26,7 +25,10 @@ from gpkernels.reference import SCORE_LOSSES
 
 def promote(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the dtype that PyTorch would compute them in."""
-    if len({t.dtype for t in tensors}) == 1:
+    for tensor in tensors:
+        if tensor.dtype != tensors[0].dtype:
+            break
+    else:
         return list(tensors)
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     return [t.to(dtype) for t in tensors]
@@ -57,18 +59,16 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
 
 
 class _Differentiable(Function):
-    """A Function whose signature is looked up once: PyTorch binds arguments to it in every call."""
-
     generate_vmap_rule = True
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
-
-def _constant(*tensors: Tensor) -> bool:
-    """Whether nothing is to be differentiated: the raw op will do."""
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+def _apply(function: type[_Differentiable], *args: Any) -> Any:
+    """``function.apply`` without what costs more than a small op: a graph that nobody wants, and binding arguments."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return function.apply(*args)
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return function.forward(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
 # --- interpolate ------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class _InterpolateRandom(_Differentiable):
 
 def _interpolate_backward(ctx: Any, cotangent: Tensor, eps: Tensor) -> tuple[Tensor | None, Tensor | None]:
     to_real, to_fake = ctx.needs_input_grad[:2]
-    real, fake = _InterpolateBackward.apply(cotangent, eps, to_real, to_fake)
+    real, fake = _apply(_InterpolateBackward, cotangent, eps, to_real, to_fake)
     return real if to_real else None, fake if to_fake else None
 
 
@@ -123,9 +123,9 @@ class _InterpolateBackward(_Differentiable):
     def backward(ctx: Any, real: Tensor, fake: Tensor) -> Any:
         (eps,) = ctx.saved_tensors
         if all(ctx.sides):
-            return _Interpolate.apply(real, fake, eps), None, None, None
+            return _apply(_Interpolate, real, fake, eps), None, None, None
         side = 0 if ctx.sides[0] else 1
-        return _InterpolateBackward.apply((real, fake)[side], eps, *ctx.sides)[side], None, None, None
+        return _apply(_InterpolateBackward, (real, fake)[side], eps, *ctx.sides)[side], None, None, None
 
 
 def interpolate(
@@ -142,15 +142,11 @@ def interpolate(
         check_eps(eps, real)
     real, fake = promote(real, fake)
     if eps is None:
-        draw = ops.interpolate_random if _constant(real, fake) else _InterpolateRandom.apply
-        mixed: Tensor = draw(real, fake, draw_key(real.device, generator))[0]
-        return mixed
-    if _constant(real, fake, eps):
-        mixed = ops.interpolate(real, fake, eps)
+        mixed: Tensor = _apply(_InterpolateRandom, real, fake, draw_key(real.device, generator))[0]
         return mixed
     if torch.is_grad_enabled() and eps.requires_grad:  # rare enough to leave to PyTorch
         return reference.interpolate(real, fake, eps)
-    mixed = _Interpolate.apply(real, fake, eps)
+    mixed = _apply(_Interpolate, real, fake, eps)
     return mixed
 
 
@@ -179,9 +175,7 @@ def add_instance_noise(x: Tensor, sigma: float, *, generator: torch.Generator | 
     check_batch("x", x)
     sigma = check_nonnegative("sigma", sigma)
     key = draw_key(x.device, generator)
-    noisy: Tensor = (
-        ops.instance_noise(x, sigma, None, key, True) if _constant(x) else _InstanceNoise.apply(x, sigma, key)
-    )
+    noisy: Tensor = _apply(_InstanceNoise, x, sigma, key)
     return noisy
 
 
@@ -201,7 +195,7 @@ class _GradientNormPenalty(_Differentiable):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> Any:
-        return _GradientNormPenaltyBackward.apply(cotangent, *ctx.saved_tensors, *ctx.options), None, None, None
+        return _apply(_GradientNormPenaltyBackward, cotangent, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 class _GradientNormPenaltyBackward(_Differentiable):
@@ -236,10 +230,8 @@ def gradient_norm_penalty(
     Differentiable to any order in grad. Raises TypeError or ValueError for bad input.
     """
     check_batch("grad", grad)
-    apply = ops.gradient_norm_penalty if _constant(grad) else _GradientNormPenalty.apply
-    penalty: Tensor = apply(grad, check_nonnegative("target", target), bool(one_sided), ops.check_reduction(reduction))[
-        0
-    ]
+    options = check_nonnegative("target", target), bool(one_sided), ops.check_reduction(reduction)
+    penalty: Tensor = _apply(_GradientNormPenalty, grad, *options)[0]
     return penalty
 
 
@@ -254,7 +246,7 @@ def _save_consistency(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _consistency_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     to_b = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    grads = _ConsistencyBackward.apply(cotangent, *ctx.saved_tensors, to_b, ctx.constants)
+    grads = _apply(_ConsistencyBackward, cotangent, *ctx.saved_tensors, to_b, ctx.constants)
     kept = tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True))
     return *kept, *[None] * len(ctx.constants)
 
@@ -336,7 +328,7 @@ def consistency_term(
         features1, features2 = (score1.new_empty((score1.shape[0], 0)) for _ in range(2))
     _check_second_pair("features", features1, features2, score1)
     constants = check_nonnegative("margin", margin), check_nonnegative("feature_weight", feature_weight)
-    term: Tensor = _ConsistencyTerm.apply(*promote(score1, score2, features1, features2), *constants)[0]
+    term: Tensor = _apply(_ConsistencyTerm, *promote(score1, score2, features1, features2), *constants)[0]
     return term
 
 
@@ -348,7 +340,9 @@ def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor
     """
     check_pair("score1", score1, "score2", score2)
     _check_second_pair("x", x1, x2, score1)
-    term: Tensor = _LipschitzConsistency.apply(*promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[0]
+    term: Tensor = _apply(_LipschitzConsistency, *promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[
+        0
+    ]
     return term
 
 
@@ -375,7 +369,7 @@ class _ScoreLoss(_Differentiable):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         first, second = ctx.saved_tensors
-        grads = _ScoreLossBackward.apply(cotangent, first, second, ctx.kinds)
+        grads = _apply(_ScoreLossBackward, cotangent, first, second, ctx.kinds)
         return grads[0], None if second is None else grads[1], None
 
 
@@ -411,7 +405,7 @@ def _score_loss(**scores: tuple[Tensor, str]) -> Tensor:
         check_same_device(next(iter(scores)), tensors[0], name, tensor)
     kinds = tuple(SCORE_LOSSES[kind] for _, kind in scores.values())
     first, *rest = promote(*tensors)
-    loss: Tensor = _ScoreLoss.apply(first, rest[0] if rest else None, kinds)
+    loss: Tensor = _apply(_ScoreLoss, first, rest[0] if rest else None, kinds)
     return loss
 
 

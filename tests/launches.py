@@ -10,24 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import emulated
 import gpkernels as gpk
 from gpkernels import backends
+from gpkernels.bench.counts import bytes_of, is_work
 
 aten = torch.ops.aten
-_NOTHING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten._unsafe_view}
 BACKEND = "cuda-emulated"
 
 
 class Launches(TorchDispatchMode):
     """Launches by operation, and bytes."""
+
+    takes_whole_ops = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class Launches(TorchDispatchMode):
         launches = self._emulated() - before if func.namespace == emulated.NAMESPACE else _launches(func, args)
         if launches:
             self.by_op[func._overloadpacket.__name__] += launches
-            self.bytes += _bytes((args, kwargs)) + _bytes(out)
+            self.bytes += bytes_of((args, kwargs)) + bytes_of(out)
         return out
 
     def _emulated(self) -> int:
@@ -53,25 +52,17 @@ class Launches(TorchDispatchMode):
 
 
 def _launches(func: Any, args: Any) -> int:
-    packet, schema = func._overloadpacket, func._schema
-    view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    if view or packet in _NOTHING:
+    packet = func._overloadpacket
+    if not is_work(func):
         return 0
     if packet == aten.convolution_backward:
         return sum(args[-1])
     return 2 if packet == aten.convolution and args[2] is not None else 1
 
 
-def _bytes(value: Any) -> int:
-    found = {id(x): x for x in tree_leaves(value) if isinstance(x, Tensor)}
-    return sum(x.numel() * x.element_size() for x in found.values())
-
-
 def launches_of(call: Callable[[], Any]) -> Launches:
     """What a call launches with the CUDA kernels, which it takes though its tensors are a CPU's."""
     backends.add_kernels(BACKEND, emulated.kernels(emulated.build()))
-    # What goes through a critic's layers steps aside where somebody watches.
-    unwatched = patch("gpkernels.critic.mlp._get_current_dispatch_mode", lambda: None)
-    with gpk.backend(BACKEND), unwatched, Launches() as counted:
+    with gpk.backend(BACKEND), Launches() as counted:
         call()
     return counted

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpkernels as gpk
@@ -78,6 +78,13 @@ def test_third_derivative_exists_and_is_right(backend: str) -> None:
         return g
 
     assert gradgradcheck(slope, (x,))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_raises_and_gives_no_silent_nothing(name: str, backend: str) -> None:
+    inputs = CASES[name].inputs((4, 3), torch.float64)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        CASES[name].function(forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0])), *inputs[1:])
 
 
 @pytest.mark.parametrize("name", ops.ALL)

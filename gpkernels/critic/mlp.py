@@ -25,13 +25,17 @@ def native_layers(critic: Any, x: Tensor) -> Layers | None:
         x.dtype in (torch.float32, torch.float64)
         and backends.fuses_mlps(x.device.type)
         and not torch.is_autocast_enabled(x.device.type)
-        # Nothing may be watching that the op would hide from.
-        and not _has_any_global_hook()
-        and _get_current_function_mode() is None
-        and _get_current_dispatch_mode() is None
+        and not _watched()
     ):
         return layers_of(critic, x)
     return None
+
+
+def _watched() -> bool:
+    """Whether anything looks on that the op would hide from; ``takes_whole_ops`` says that a mode wants what runs."""
+    mode = _get_current_dispatch_mode()
+    by_mode = mode is not None and not getattr(mode, "takes_whole_ops", False)
+    return by_mode or _has_any_global_hook() or _get_current_function_mode() is not None
 
 
 def native_penalty(layers: Layers, points: Tensor | Between, penalty: Penalty) -> Tensor:

@@ -1,0 +1,207 @@
+"""`gpkernels bench`: what is measured, where it goes, and what has changed since."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from gpkernels.bench import machine, ops, results, steps
+from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
+from gpkernels.cli import UserError, load_critic, shape_of
+
+PROGRAM = "gpkernels bench"
+SUITES = ("ops", "steps", "train")
+SECONDS, QUICK_SECONDS = 2.0, 0.2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and tell; 0, 1 where a comparison finds a regression, 2 for a user's mistake."""
+    options = _parser().parse_args(argv)
+    try:
+        return _compare(*options.compare) if options.compare else _bench(options)
+    except (UserError, results.Unreadable) as mistake:
+        print(f"{PROGRAM}: {mistake}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Ops, critic steps and whole training iterations beside what others do, taken in turns in one run. "
+        "Times are the CPU time of the process, the least of many rounds; on a GPU they are between events there.",
+    )
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)}; by default all")
+    parser.add_argument("--critic", metavar="module:Class", help="penalty and step of this critic alone")
+    parser.add_argument("--input", metavar="NxCxHxW", help="the shape of its batch, such as 64x3x32x32")
+    parser.add_argument("--peers", default=EAGER, metavar="NAMES", help=f"of {', '.join(PEERS)} (default: {EAGER})")
+    parser.add_argument("--case", action="append", default=[], metavar="PART", help="cases with this in their name")
+    parser.add_argument("--growth", action="store_true", help="curves over batch, width, depth and image size instead")
+    parser.add_argument("--quick", action="store_true", help="few and small cases, for seconds")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for a call of a case (default: {SECONDS:g})")
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of PyTorch (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and warnings there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures there")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the pictures there, as SVG")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of results; 1 where NEW is worse"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def _bench(options: argparse.Namespace) -> int:
+    peers = _peers(options.peers)
+    chosen = _trials(options)  # what is wrong with the options is said before anything is measured
+    pages = _pages() if options.html or options.plots else None
+    device = _device(options.device)
+    torch.set_num_threads(options.threads)
+    machine.keep_freed_memory()
+    about = machine.facts(device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(results.heading(), flush=True)
+    rows: list[results.Row] = []
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    for trial in chosen(device):
+        if not options.case or any(part.lower() in trial.case.lower() for part in options.case):
+            measured = measure(trial, peers, device, seconds)
+            rows += measured.rows
+            for row in measured.rows:
+                print(results.line(row))
+            for peer, reason in measured.absent.items():
+                print(f"{trial.case:<46} {peer:<10} {reason}")
+            sys.stdout.flush()
+    if not rows:
+        raise UserError(f"--case: none has {' or '.join(options.case)} in its name")
+    doubts = machine.warnings(about["load"], _stolen(rows, options))
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
+    _write(options, about, rows, doubts, pages)
+    return 0
+
+
+def _trials(options: argparse.Namespace) -> Callable[[torch.device], Iterator[Trial]]:
+    """What was asked for, made a case at a time."""
+    if options.critic or options.input:
+        if not (options.critic and options.input):
+            raise UserError("--critic: expected with --input, and --input with --critic")
+        if options.suites not in ([], ["steps"]):
+            raise UserError(f"--critic: expected steps as the suite, got {' '.join(options.suites)}")
+        critic = load_critic(options.critic)
+        if not isinstance(critic, torch.nn.Module):
+            raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
+        shape = tuple(shape_of(options.input))
+        _tried(critic, shape, options.critic)
+        return lambda device: steps.own_trials(critic, shape, options.critic, device)
+    for name in options.suites:
+        if name not in SUITES:
+            raise UserError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
+    modules = [_suite(name) for name in options.suites or SUITES]
+
+    def made(device: torch.device) -> Iterator[Trial]:
+        for module in modules:
+            yield from module.growth(device) if options.growth else module.trials(device, options.quick)
+
+    return made
+
+
+def _tried(critic: torch.nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """UserError for whatever the user's own critic raises."""
+    try:
+        critic(torch.randn(shape))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name} on {'x'.join(map(str, shape))}: {type(error).__name__}: {reason}") from error
+
+
+def _suite(name: str) -> ModuleType:
+    if name != "train":
+        return {"ops": ops, "steps": steps}[name]
+    try:
+        return importlib.import_module("gptrainer.benchmark")  # the trainer brings its own
+    except ImportError as error:
+        raise UserError(f"train: needs {error.name}; install it with: pip install 'gpkernels[train]'") from None
+
+
+def _pages() -> ModuleType:
+    for name in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--html and --plots: need {name}; install it with: pip install 'gpkernels[bench]'")
+    return importlib.import_module("gpkernels.bench.page")
+
+
+def _peers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PEERS:
+            raise UserError(f"--peers: expected some of {', '.join(PEERS)}, got {name!r}")
+    return [EAGER, *(name for name in names if name != EAGER)]  # what the others are measured by
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no such device")
+    return torch.device(name)
+
+
+def _stolen(rows: Sequence[results.Row], options: argparse.Namespace) -> float:
+    """Wall time over CPU time of our own calls, half of the rounds being worse."""
+    if options.device != "cpu" or options.threads != 1:
+        return 1.0
+    shares = [row.wall_median_us / row.cpu_median_us for row in rows if row.peer == OURS]
+    return sorted(shares)[len(shares) // 2]
+
+
+def _write(
+    options: argparse.Namespace,
+    about: dict[str, object],
+    rows: Sequence[results.Row],
+    doubts: Sequence[str],
+    pages: ModuleType | None,
+) -> None:
+    for option, path, write in (
+        ("--csv", options.csv, lambda path: results.write_csv(path, about, rows)),
+        ("--json", options.json, lambda path: results.write_json(path, about, rows, doubts)),
+        ("--html", options.html, lambda path: pages and pages.write(path, about, rows, doubts)),
+        ("--plots", options.plots, lambda path: pages and pages.write_pictures(path, rows)),
+    ):
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path)
+            except OSError as error:
+                raise UserError(f"{option} {path}: {error.strerror or error}") from None
+
+
+def _compare(old: Path, new: Path) -> int:
+    before, after = results.read(old), results.read(new)
+    found = results.changes(before, after, OURS, EAGER)
+    for change in found:
+        print(f"{'WORSE ' if change.worse else '      '}{change.text}")
+    ours = sum(row.peer == OURS for row in before)
+    worse = sum(change.worse for change in found)
+    print(f"{ours} cases, {len(found)} changes, {worse} for the worse")
+    return 1 if worse else 0

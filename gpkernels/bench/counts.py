@@ -1,0 +1,103 @@
+"""What a call does, counted: FLOPs, operations dispatched, bytes that go in and out of them, and memory held."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+_NOTHING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten._unsafe_view}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """flops: of products and convolutions. calls: operations that are no views. bytes: of their arguments and results,
+    each once. peak: bytes held at most, beyond what was there."""
+
+    flops: int
+    calls: int
+    bytes: int
+    peak: int
+
+
+def is_work(func: Any) -> bool:
+    """Whether an operation does more than look at memory in another way, or get some."""
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return not view and func._overloadpacket not in _NOTHING
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in a value, each once."""
+    found = {id(x): x for x in tree_leaves(value) if isinstance(x, Tensor)}
+    return sum(x.numel() * x.element_size() for x in found.values())
+
+
+class Watched(TorchDispatchMode):
+    """Counts, and keeps the products and convolutions to make them again without what is around them.
+
+    takes_whole_ops: see a critic's step as the one op that it may be, not as the products it would else be made of.
+    """
+
+    def __init__(self, takes_whole_ops: bool = False) -> None:
+        super().__init__()
+        self.takes_whole_ops = takes_whole_ops
+        self.flops = self.calls = self.bytes = 0
+        self.products: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket in flop_registry:
+            self._keep(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if is_work(func):
+            self.calls += 1
+            self.bytes += bytes_of((args, kwargs)) + bytes_of(out)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+    def _keep(self, func: Any, args: Any, kwargs: Any) -> None:
+        again = [a.detach() if isinstance(a, Tensor) else a for a in args]
+        if func == aten.addmm_.default:
+            again[0] = again[0].clone()
+        self.products.append(lambda: func(*again, **kwargs))
+
+
+def watched(call: Callable[[], Any], takes_whole_ops: bool = False) -> Watched:
+    """What a call dispatches, from one run of it."""
+    with Watched(takes_whole_ops) as mode:
+        call()
+    return mode
+
+
+def count(call: Callable[[], Any], device: torch.device) -> Counts:
+    """All of it, from three runs."""
+    whole = watched(call, takes_whole_ops=True)
+    return Counts(watched(call).flops, whole.calls, whole.bytes, peak(call, device))
+
+
+def peak(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call holds at most, beyond what was there."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints when it starts and stops
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = most = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

@@ -1,0 +1,83 @@
+"""What a measurement was taken on, and whether the machine was quiet enough for it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpkernels
+
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+ASSUMED_CACHE = 32 << 20
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Device, versions, threads and load."""
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "last_level_cache_mb": round(last_level_cache() / 2**20, 1),
+        "gpkernels": gpkernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": round(load(), 2),
+    }
+
+
+def processor() -> str:
+    """The CPU's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def load() -> float:
+    """Processes that wanted to run, on average over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
+def last_level_cache() -> int:
+    """Bytes of it, or a guess where the system does not say."""
+    sizes = [_bytes(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, default=ASSUMED_CACHE)
+
+
+def _bytes(path: Path) -> int:
+    """Of a file such as "2048K"."""
+    text = path.read_text(encoding="utf-8").strip()
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
+    return int(text.rstrip("KMG")) * unit
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library hand freed memory out again, however large: an op that allocates its result would otherwise be
+    measured by the page faults of fresh memory. True where that could be asked for."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def warnings(before: float, stolen: float) -> list[str]:
+    """Reasons to distrust the times. before: the load when the run began; stolen: the worst of wall time over CPU time
+    where one thread did the work."""
+    found = []
+    if before > 0.5:
+        found.append(f"the machine was busy when this began, with a load of {before:.1f}: times may be too long")
+    if stolen > 1.2:
+        found.append(f"others had the core for part of the time: the clock went {stolen:.2f} times as fast as the work")
+    return found

@@ -1,0 +1,208 @@
+"""The ops beside PyTorch's operations and the machine's memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gpkernels as gpk
+from gpkernels.bench.clock import Call
+from gpkernels.bench.machine import last_level_cache
+from gpkernels.bench.trial import EAGER, OURS, Trial
+
+SUITE = "ops"
+SMALL, IMAGES = (64, 2), (64, 3, 32, 32)
+WEIGHTS = tuple(round(10 ** (1 + 5 * ((37 * i) % 100) / 99)) for i in range(100))  # 10 to a million elements, mixed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """real, fake: (N, *). eps: (N,). cotangent: like real. leaves: the first two, to be differentiated. scores: (N, 1),
+    differentiable, two of them."""
+
+    real: Tensor
+    fake: Tensor
+    eps: Tensor
+    cotangent: Tensor
+    leaves: tuple[Tensor, Tensor]
+    scores: tuple[Tensor, Tensor]
+
+    @classmethod
+    def draw(cls, shape: tuple[int, ...], device: torch.device) -> Batch:
+        real, fake, cotangent = (torch.randn(shape, device=device) for _ in range(3))
+        scores = tuple(torch.randn(shape[0], 1, device=device, requires_grad=True) for _ in range(2))
+        leaves = (real.detach().requires_grad_(), fake.detach().requires_grad_())
+        return cls(real, fake, torch.rand(shape[0], device=device), cotangent, leaves, scores)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """eps as it broadcasts."""
+        return self.eps.view(-1, *[1] * (self.real.dim() - 1))
+
+
+@dataclass(frozen=True)
+class Op:
+    """ours, eager: calls on a batch. arrays: how many of the batch's size must be read or written, each once."""
+
+    ours: Callable[[Batch], Call]
+    eager: Callable[[Batch], Call]
+    arrays: int
+
+
+def mixed(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return weight * x + (1 - weight) * y
+
+
+def penalty(grad: Tensor) -> Tensor:
+    return ((grad.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+
+
+def consistency(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    distance = (s - t).square().sum(1) + 0.1 * (x - y).square().flatten(1).mean(1)
+    return distance.clamp(min=0).mean()
+
+
+def lipschitz(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return ((s - t).flatten(1).norm(2, dim=1) / (x - y).flatten(1).norm(2, dim=1)).clamp(min=0).mean()
+
+
+def backward(value: Tensor, leaves: tuple[Tensor, ...], cotangent: Tensor | None = None) -> Call:
+    """The first derivative again and again, of a graph that is kept."""
+    return partial(torch.autograd.grad, value, leaves, cotangent, retain_graph=True)
+
+
+OPS: dict[str, Op] = {
+    "interpolate": Op(
+        lambda b: lambda: gpk.interpolate(b.real, b.fake, b.eps),
+        lambda b: lambda: mixed(b.real, b.fake, b.weight),
+        3,
+    ),
+    "interpolate, backward": Op(
+        lambda b: backward(gpk.interpolate(*b.leaves, b.eps), b.leaves, b.cotangent),
+        lambda b: backward(mixed(*b.leaves, b.weight), b.leaves, b.cotangent),
+        3,
+    ),
+    "add_instance_noise": Op(
+        lambda b: lambda: gpk.add_instance_noise(b.real, 0.1),
+        lambda b: lambda: b.real + 0.1 * torch.randn_like(b.real),
+        2,
+    ),
+    "gradient_norm_penalty": Op(
+        lambda b: lambda: gpk.gradient_norm_penalty(b.real),
+        lambda b: lambda: penalty(b.real),
+        1,
+    ),
+    "gradient_norm_penalty, backward": Op(
+        lambda b: backward(gpk.gradient_norm_penalty(b.leaves[0]), b.leaves[:1]),
+        lambda b: backward(penalty(b.leaves[0]), b.leaves[:1]),
+        2,
+    ),
+    "consistency_term": Op(
+        lambda b: lambda: gpk.consistency_term(*b.scores, b.real, b.fake),
+        lambda b: lambda: consistency(*b.scores, b.real, b.fake),
+        2,
+    ),
+    "consistency_term, backward": Op(
+        lambda b: backward(gpk.consistency_term(*b.scores, *b.leaves), (*b.scores, *b.leaves)),
+        lambda b: backward(consistency(*b.scores, *b.leaves), (*b.scores, *b.leaves)),
+        4,
+    ),
+    "lipschitz_consistency": Op(
+        lambda b: lambda: gpk.lipschitz_consistency(*b.scores, b.real, b.fake),
+        lambda b: lambda: lipschitz(*b.scores, b.real, b.fake),
+        2,
+    ),
+    "clip_weights_": Op(
+        lambda b: lambda: gpk.clip_weights_([b.cotangent], 0.5),
+        lambda b: lambda: b.cotangent.clamp_(-0.5, 0.5),
+        2,
+    ),
+}
+
+
+def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
+    """Every op on arrays beyond the caches, on images, and on an array so small that the call itself is what costs."""
+    places = {"small": SMALL} if quick else {"large": beyond_caches(device), "images": IMAGES, "small": SMALL}
+    for place, shape in places.items():
+        batch = Batch.draw(shape, device)
+        for name, op in OPS.items():
+            yield _trial(f"{name}, {place} {'x'.join(map(str, shape))}", op, batch)
+        if place == "small":
+            yield _least_call(batch)
+    yield _optimiser(device)
+
+
+def growth(device: torch.device) -> Iterator[Trial]:
+    """Each op from a thousand elements to as many as do not fit into the caches."""
+    most = beyond_caches(device)[1]
+    for cols in sorted({4, 64, 1024, 16384, most}):
+        batch = Batch.draw((256, cols), device)
+        for name, op in OPS.items():
+            yield _trial(f"{name}, 256x{cols}", op, batch, axis=f"{name}: elements", size=256 * cols)
+
+
+def beyond_caches(device: torch.device) -> tuple[int, int]:
+    """A shape whose float32 array is half as large again as the last cache, and at least 64 MB."""
+    cache = last_level_cache() if device.type == "cpu" else 256 << 20
+    return 256, max(64 << 20, cache * 3 // 2) // (4 * 256 * 64) * 64
+
+
+def copy(x: Tensor) -> Call:
+    """A stream-like copy of an array to memory that was touched before: what the memory can do at best."""
+    to = torch.empty_like(x).copy_(x)
+    if x.is_cuda:
+        return lambda: to.copy_(x)
+    return lambda: ctypes.memmove(to.data_ptr(), x.data_ptr(), x.numel() * x.element_size())
+
+
+def _trial(case: str, op: Op, batch: Batch, **place: Any) -> Trial:
+    def compiled() -> Call:
+        call = torch.compile(op.eager(batch))
+        return lambda: call()
+
+    calls: dict[str, Callable[[], Call]] = {OURS: lambda: op.ours(batch), EAGER: lambda: op.eager(batch)}
+    if "backward" not in case:  # a kept graph has been made before a compiler sees it
+        calls["compile"] = compiled
+    return Trial(SUITE, case, calls, lambda: copy(batch.real), limit_share=2 / op.arrays, **place)
+
+
+def _least_call(batch: Batch) -> Trial:
+    """One of PyTorch's own elementwise operations, beside which small arrays' ops may be held."""
+    call = {OURS: lambda: partial(torch.add, batch.real, batch.fake)}
+    return Trial(SUITE, "torch.add, small", {**call, EAGER: call[OURS]}, lambda: copy(batch.real), limit_share=2 / 3)
+
+
+def _optimiser(device: torch.device) -> Trial:
+    """RMSprop with clipping over many tensors of mixed sizes, as WGAN steps."""
+
+    def weights() -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(torch.randn(n, device=device) * 0.01) for n in WEIGHTS]
+        for w in made:
+            w.grad = torch.randn_like(w) * 0.01
+        return made
+
+    def ours() -> Call:
+        return gpk.optim.RMSprop(weights(), lr=5e-5, clip=0.01).step
+
+    def foreach() -> Call:
+        held = weights()
+        optimiser = torch.optim.RMSprop(held, lr=5e-5, foreach=True)
+
+        def step() -> None:
+            optimiser.step()
+            with torch.no_grad():
+                for w in held:
+                    w.clamp_(-0.01, 0.01)
+
+        return step
+
+    total = torch.randn(sum(WEIGHTS), device=device)
+    case = f"optim.RMSprop with clip, {len(WEIGHTS)} tensors (eager: foreach, then clamp_)"
+    # Reads weights, gradients and squares; writes weights and squares.
+    return Trial(SUITE, case, {OURS: ours, EAGER: foreach}, lambda: copy(total), limit_share=2 / 5)

@@ -1,0 +1,204 @@
+"""Penalties and critic steps with their weight gradients, beside eager PyTorch, its compiler, JAX and bare products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import gpkernels as gpk
+from gpkernels.bench import jax_step
+from gpkernels.bench.clock import Call
+from gpkernels.bench.counts import watched
+from gpkernels.bench.trial import EAGER, OURS, Trial
+from gpkernels.bench.zoo import (
+    CASES,
+    Case,
+    dcgan,
+    first,
+    mlp,
+    plain_loss,
+    plain_penalty,
+    plain_points,
+)
+
+SUITE = "steps"
+QUICK = ("MLP 2-64x3-1, N 64", "DCGAN 32 px, N 64")
+BASE_WIDTH, BASE_DEPTH, BASE_BATCH, BASE_SIZE = 128, 3, 256, 32
+
+
+@dataclass(frozen=True)
+class Step:
+    """A critic on a batch. real, fake: (N, *). eps: (N,)."""
+
+    critic: nn.Module
+    real: Tensor
+    fake: Tensor
+    eps: Tensor
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> Step:
+        torch.manual_seed(0)
+        critic = case.make().to(device)
+        real, fake = (torch.randn(case.shape, device=device) for _ in range(2))
+        return cls(critic, real, fake, torch.rand(case.shape[0], device=device))
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [p for p in self.critic.parameters() if p.requires_grad]
+
+    def gradients(self, loss: Callable[[], Tensor]) -> Call:
+        weights = self.weights
+        return lambda: torch.autograd.grad(loss(), weights, allow_unused=True)
+
+    def compiled(self, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Call:
+        """torch.compile of torch.func.grad: a double backward itself is refused. loss: of the critic as a function."""
+        critic, weights = self.critic, {name: p.detach() for name, p in self.critic.named_parameters()}
+
+        def of_weights(weights: dict[str, Tensor]) -> Tensor:
+            return loss(lambda x: first(functional_call(critic, weights, (x,))))
+
+        torch.compiler.reset()
+        call = torch.compile(torch.func.grad(of_weights))
+        return lambda: call(weights)
+
+
+def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
+    """Every critic of the zoo: its penalty and, but for a field, its WGAN-GP step; and R1 with the real data's loss."""
+    for name, case in CASES.items():
+        if not quick or name in QUICK:
+            yield from _of(name, Step.of(case, device), case.field)
+    if not quick:
+        name = "DCGAN 32 px, N 64"
+        yield r1_trial(f"{name}, R1 step", Step.of(CASES[name], device))
+
+
+def own_trials(critic: nn.Module, shape: tuple[int, ...], name: str, device: torch.device) -> Iterator[Trial]:
+    """The same for a user's critic."""
+    yield from _of(f"{name}, {'x'.join(map(str, shape))}", Step.of(Case(lambda: critic, shape), device), False)
+
+
+def growth(device: torch.device) -> Iterator[Trial]:
+    """A WGAN-GP step as batch, width, depth and image grow, to ten times what the zoo has."""
+
+    def mlp_of(width: int, depth: int, batch: int) -> Case:
+        return Case(lambda: mlp(2, *[width] * depth, 1), (batch, 2))
+
+    def dcgan_of(size: int, batch: int) -> Case:
+        return Case(lambda: dcgan(3, 64, size), (batch, 3, size, size))
+
+    curves: dict[str, list[tuple[int, Case]]] = {
+        f"MLP 2-{BASE_WIDTH}x{BASE_DEPTH}-1: batch": [
+            (n, mlp_of(BASE_WIDTH, BASE_DEPTH, n)) for n in (16, 64, 256, 1024, 2560, 10240)
+        ],
+        f"MLP of {BASE_DEPTH} layers, N {BASE_BATCH}: width": [
+            (w, mlp_of(w, BASE_DEPTH, BASE_BATCH)) for w in (32, 128, 512, 1280, 5120)
+        ],
+        f"MLP of width {BASE_WIDTH}, N {BASE_BATCH}: depth": [
+            (d, mlp_of(BASE_WIDTH, d, BASE_BATCH)) for d in (1, 3, 10, 30, 120)
+        ],
+        "DCGAN 32 px: batch": [(n, dcgan_of(BASE_SIZE, n)) for n in (1, 8, 64, 640)],
+        "DCGAN, N 2: pixels": [(s, dcgan_of(s, 2)) for s in (16, 32, 64, 128, 320)],
+    }
+    for axis, points in curves.items():
+        for size, case in points:
+            yield step_trial(f"{axis} {size}", Step.of(case, device), axis=axis, size=size)
+
+
+def _of(name: str, step: Step, field: bool) -> Iterator[Trial]:
+    if field:
+        yield field_trial(f"{name}, eikonal", step)
+        return
+    yield penalty_trial(f"{name}, penalty", step)
+    yield step_trial(f"{name}, step", step)
+
+
+def penalty_trial(case: str, step: Step) -> Trial:
+    """``gradient_penalty`` and its weight gradients."""
+    points = plain_points(step.real, step.fake, step.eps, "wgan-gp")
+    return _trial(
+        case,
+        step.gradients(lambda: gpk.gradient_penalty(step.critic, step.real, step.fake, eps=step.eps)),
+        step.gradients(lambda: plain_penalty(step.critic, points)),
+        lambda: step.compiled(lambda critic: _penalty(critic, points)),
+    )
+
+
+def field_trial(case: str, step: Step) -> Trial:
+    """``eikonal_loss`` and its weight gradients."""
+    return _trial(
+        case,
+        step.gradients(lambda: gpk.eikonal_loss(step.critic, step.real)),
+        step.gradients(lambda: plain_penalty(step.critic, step.real)),
+        lambda: step.compiled(lambda critic: _penalty(critic, step.real)),
+    )
+
+
+def step_trial(case: str, step: Step, **place: Any) -> Trial:
+    """A WGAN-GP critic step: ``CriticLoss`` and its weight gradients."""
+    loss = gpk.CriticLoss(step.critic)
+
+    def functional(critic: Callable[[Tensor], Tensor]) -> Tensor:
+        points = plain_points(step.real, step.fake, step.eps, "wgan-gp")
+        return critic(step.fake).mean() - critic(step.real).mean() + 10 * _penalty(critic, points)
+
+    more = {}
+    if jax_step.can_do(step.critic):
+        more["jax"] = lambda: jax_step.step(step.critic, step.real, step.fake, step.eps)
+    return _trial(
+        case,
+        step.gradients(lambda: loss(step.real, step.fake, eps=step.eps).loss),
+        step.gradients(lambda: plain_loss(step.critic, step.real, step.fake, step.eps)),
+        lambda: step.compiled(functional),
+        more,
+        **place,
+    )
+
+
+def r1_trial(case: str, step: Step) -> Trial:
+    """The logistic loss with R1 at the real data, of which the penalty shares the pass."""
+    loss = gpk.CriticLoss(step.critic, objective="gan", penalty="r1")
+
+    def functional(critic: Callable[[Tensor], Tensor]) -> Tensor:
+        scores = nn.functional.softplus(-critic(step.real)).mean() + nn.functional.softplus(critic(step.fake)).mean()
+        return scores + 10 * _penalty(critic, step.real, 0.0)
+
+    return _trial(
+        case,
+        step.gradients(lambda: loss(step.real, step.fake).loss),
+        step.gradients(lambda: plain_loss(step.critic, step.real, step.fake, step.eps, "gan", "r1")),
+        lambda: step.compiled(functional),
+    )
+
+
+def _penalty(critic: Callable[[Tensor], Tensor], points: Tensor, target: float = 1.0) -> Tensor:
+    """With torch.func, which a compiler can take apart."""
+    grad = torch.func.grad(lambda x: critic(x).sum())(points)
+    squares = grad.flatten(1).square().sum(1)
+    return squares.mean() if target == 0 else ((squares.sqrt() - target) ** 2).mean()
+
+
+def _trial(
+    case: str,
+    ours: Call,
+    eager: Call,
+    compiled: Callable[[], Call],
+    more: dict[str, Callable[[], Call]] | None = None,
+    **place: Any,
+) -> Trial:
+    def products() -> Call:
+        found = watched(ours).products
+
+        def bare() -> None:
+            with torch.no_grad():
+                for product in found:
+                    product()
+
+        return bare
+
+    calls = {OURS: lambda: ours, EAGER: lambda: eager, "compile": compiled, **(more or {})}
+    return Trial(SUITE, case, calls, products, **place)

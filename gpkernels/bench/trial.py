@@ -1,0 +1,102 @@
+"""One case, measured: every way to do the same thing, and the least that the machine needs for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from gpkernels.bench.clock import Call, Timing, time_in_turns
+from gpkernels.bench.counts import count
+from gpkernels.bench.results import Row
+
+OURS, EAGER, LIMIT = "gpkernels", "eager", "limit"
+PEERS = (EAGER, "compile", "jax")
+COUNTED = (OURS, EAGER)  # the others do not go through PyTorch's dispatcher
+
+
+@dataclass(frozen=True)
+class Trial:
+    """calls: by peer, ready to be timed; made when it is measured. limit: a call that does nothing but what the
+    hardware must do, ``limit_share`` times as much as that. axis, size: where the case is a point of a curve.
+    """
+
+    suite: str
+    case: str
+    calls: Mapping[str, Callable[[], Call]]
+    limit: Callable[[], Call]
+    limit_share: float = 1.0
+    axis: str = ""
+    size: int = 0
+
+
+@dataclass
+class Measured:
+    """rows: one a peer. absent: why a peer has none."""
+
+    rows: list[Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def measure(trial: Trial, peers: Iterable[str], device: torch.device, seconds: float) -> Measured:
+    """Time all of a trial's calls in turns. seconds: about what one of them may take."""
+    result = Measured()
+    calls: dict[str, Call] = {}
+    for name in (OURS, *peers):
+        if name in trial.calls:
+            try:
+                calls[name] = _made(trial.calls[name])
+            except Exception as error:  # a peer that cannot do it must not end the run
+                if name == OURS:
+                    raise
+                result.absent[name] = _reason(error)
+    times = time_in_turns({**calls, LIMIT: trial.limit()}, device, seconds)
+    least = times.pop(LIMIT)
+    bound = least.cpu / trial.limit_share
+    eager = times[EAGER].cpu if EAGER in times else float("nan")
+    for name, taken in times.items():
+        result.rows.append(_row(trial, name, taken, eager / taken.cpu, bound / taken.cpu, calls[name], device))
+    result.rows.append(
+        Row(trial.suite, trial.case, LIMIT, round(bound, 3), speedup=round(eager / bound, 3), limit_share=1.0,
+            rounds=least.rounds, axis=trial.axis, size=trial.size)
+    )  # fmt: skip
+    return result
+
+
+def _made(make: Callable[[], Call]) -> Call:
+    """The call, after a first run: what is compiled is compiled, and what fails has failed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compilers' advice about what is measured here
+        call = make()
+        call()
+    return call
+
+
+def _row(
+    trial: Trial, peer: str, taken: Timing, speedup: float, limit_share: float, call: Call, device: torch.device
+) -> Row:
+    row = Row(
+        trial.suite,
+        trial.case,
+        peer,
+        round(taken.cpu, 3),
+        round(taken.cpu_median, 3),
+        round(taken.wall, 3),
+        round(taken.wall_median, 3),
+        taken.rounds,
+        round(speedup, 3),
+        round(limit_share, 3),
+        axis=trial.axis,
+        size=trial.size,
+    )
+    if peer not in COUNTED:
+        return row
+    counts = count(call, device)
+    return replace(row, flops=counts.flops, calls=counts.calls, bytes=counts.bytes, peak_bytes=counts.peak)
+
+
+def _reason(error: Exception) -> str:
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]

@@ -1,0 +1,163 @@
+"""The critics that are measured, each with its batch, and the losses as they are usually written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "none": lambda channels, size: nn.Identity(),
+    "layer_norm": lambda channels, size: nn.LayerNorm([channels, size, size]),
+    "group_norm": lambda channels, size: nn.GroupNorm(1, channels),
+    "instance_norm": lambda channels, size: nn.InstanceNorm2d(channels, affine=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """make: the critic. shape: its batch. field: an SDF, whose penalty is the eikonal loss and which has no scores."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    field: bool = False
+
+
+def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool = False) -> nn.Sequential:
+    """Linear layers with an activation between them, after LayerNorm if asked for."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes[:-1]):
+        layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if norm else []), activation()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
+def dcgan(channels: int = 3, dim: int = 64, size: int = 32) -> nn.Sequential:
+    """The DCGAN critic of WGAN-GP's code: 5 x 5 kernels of stride 2, LeakyReLU."""
+    widths = [channels, dim, 2 * dim, 4 * dim]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 5, 2, 2), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * dim * (size // 8) ** 2, 1))
+
+
+class ResidualBlock(nn.Module):
+    """As in WGAN-GP's residual critic: pre-activation, mean pooling on the way down."""
+
+    def __init__(self, before: int, after: int, size: int, norm: str, down: bool, first: bool = False) -> None:
+        super().__init__()
+        self.first, self.down = first, down
+        self.norms = nn.ModuleList([nn.Identity() if first else NORMS[norm](before, size), NORMS[norm](after, size)])
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.shortcut = nn.Conv2d(before, after, 1) if down else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.first else F.relu(self.norms[0](x))
+        h = self.conv2(F.relu(self.norms[1](self.conv1(h))))
+        short = x
+        if self.down:
+            h, short = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        return h + self.shortcut(short)
+
+
+class ResidualCritic(nn.Module):
+    """First block down, one down, two plain, ReLU, mean over the image, Linear (WGAN-GP, CIFAR)."""
+
+    def __init__(self, dim: int = 64, size: int = 32, norm: str = "none", channels: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            ResidualBlock(channels, dim, size, norm, True, first=True),
+            ResidualBlock(dim, dim, size // 2, norm, True),
+            ResidualBlock(dim, dim, size // 4, norm, False),
+            ResidualBlock(dim, dim, size // 4, norm, False),
+        )
+        self.top = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(F.relu(self.blocks(x)).mean((2, 3)))
+
+
+class SkipField(nn.Module):
+    """A signed distance field: softplus MLP with the input joined in again halfway."""
+
+    def __init__(self, width: int = 256, depth: int = 8, beta: float = 100.0) -> None:
+        super().__init__()
+        self.skip, self.beta = depth // 2, beta
+        sizes = [3] + [width] * depth
+        joined = [before + (3 if i == self.skip else 0) for i, before in enumerate(sizes[:-1])]
+        self.layers = nn.ModuleList(nn.Linear(b, a) for b, a in zip(joined, sizes[1:], strict=True))
+        self.top = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for i, layer in enumerate(self.layers):
+            h = torch.cat([h, x], dim=-1) if i == self.skip else h
+            h = F.softplus(layer(h), beta=self.beta)
+        return self.top(h)
+
+
+CASES: dict[str, Case] = {
+    "MLP 2-64x3-1, N 64": Case(lambda: mlp(2, 64, 64, 64, 1), (64, 2)),
+    "MLP 2-128x3-1, N 256": Case(lambda: mlp(2, 128, 128, 128, 1), (256, 2)),
+    "MLP 2-512x3-1, N 256": Case(lambda: mlp(2, 512, 512, 512, 1), (256, 2)),
+    "AMP 105-1024-512-1, N 1024": Case(lambda: mlp(105, 1024, 512, 1), (1024, 105)),
+    "DCGAN 32 px, N 64": Case(lambda: dcgan(3, 64, 32), (64, 3, 32, 32)),
+    "residual, N 8": Case(lambda: ResidualCritic(64, 32), (8, 3, 32, 32)),
+    "residual, N 32": Case(lambda: ResidualCritic(64, 32), (32, 3, 32, 32)),
+    "residual LayerNorm, N 8": Case(lambda: ResidualCritic(64, 32, "layer_norm"), (8, 3, 32, 32)),
+    "residual GroupNorm(1), N 8": Case(lambda: ResidualCritic(64, 32, "group_norm"), (8, 3, 32, 32)),
+    "SDF 3-256x8-1 softplus, N 4096": Case(lambda: SkipField(256, 8, 100.0), (4096, 3), field=True),
+}
+
+
+# --- plain PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The scores of a critic that may give features with them."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def plain_points(real: Tensor, fake: Tensor, eps: Tensor, penalty: str) -> Tensor:
+    """Where the gradient is penalised."""
+    if penalty == "r1":
+        return real.detach()
+    if penalty == "r2":
+        return fake.detach()
+    eps = eps.reshape(-1, *[1] * (real.dim() - 1))
+    return (eps * real + (1 - eps) * fake).detach()
+
+
+def plain_penalty(critic: nn.Module, points: Tensor, target: float = 1.0, one_sided: bool = False) -> Tensor:
+    """Mean (|grad D| - target)^2 at points."""
+    points = points.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(first(critic(points)).sum(), points, create_graph=True)
+    if target == 0:
+        return grad.flatten(1).square().sum(1).mean()
+    excess = grad.flatten(1).norm(2, dim=1) - target
+    return (excess.clamp(min=0) if one_sided else excess).square().mean()
+
+
+def plain_loss(
+    critic: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    eps: Tensor,
+    objective: str = "wgan",
+    penalty: str = "wgan-gp",
+    weight: float = 10.0,
+) -> Tensor:
+    """The critic's whole loss."""
+    on_real, on_fake = first(critic(real)), first(critic(fake))
+    if objective == "wgan":
+        loss = on_fake.mean() - on_real.mean()
+    else:
+        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
+    if penalty == "none":
+        return loss
+    target = 1.0 if penalty == "wgan-gp" else 0.0
+    return loss + weight * plain_penalty(critic, plain_points(real, fake, eps, penalty), target)
