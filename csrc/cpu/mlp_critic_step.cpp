@@ -322,7 +322,7 @@ class Pass {
   T* spare_[2];
 };
 
-constexpr int64_t kBatched = 1 << 16;  // elements of the widest layer's output up to which all groups are one batch
+constexpr int64_t kBatched = 1 << 17;  // elements of the widest layer's output up to which all groups are one batch
 
 // Group by group where that keeps activations in cache, and memory low.
 template <typename T>
