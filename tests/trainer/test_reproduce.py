@@ -3,6 +3,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -295,3 +299,31 @@ def test_the_command_runs_reports_and_resumes_in_processes_of_its_own(
     told = capsys.readouterr().out
     assert "layer-gradients        5 held, 1 not run" in told
     assert str(tmp_path / "report.html") in told
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are told by /proc")
+def test_a_command_that_is_ended_from_outside_leaves_no_process_behind(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "gpkernels.cli", "reproduce", "dirac-gan", "--jobs", "1", "--out", str(tmp_path)]
+    command = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+    try:
+        while len(started := children.read_text().split()) < 2:  # multiprocessing's tracker, and what measures
+            assert command.poll() is None
+            time.sleep(0.05)
+        command.send_signal(signal.SIGTERM)
+        told = command.communicate(timeout=60)[1]
+    finally:
+        command.kill()
+    assert command.returncode == 128 + signal.SIGTERM
+    assert "the same command goes on" in told
+    end = time.monotonic() + 30
+    while any(_lives(pid) for pid in started):
+        assert time.monotonic() < end, "a process lives on"
+        time.sleep(0.05)
+
+
+def _lives(pid: str) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from gptrainer.errors import UserError
+from gptrainer.interruption import Stopped, terminable
 from gptrainer.reproduce import report, runner
 from gptrainer.reproduce.experiment import Context, Experiment, Size
 from gptrainer.reproduce.experiments import every, find
@@ -18,7 +20,7 @@ PROGRAM = "gpkernels reproduce"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 if an experiment broke, 2 for what the user can put right, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 1 if an experiment broke, 2 for a mistake, 128 + its number after a signal."""
     try:
         options = _parser().parse_args(argv)
         size: Size = "quick" if options.quick else "full"
@@ -27,9 +29,10 @@ def main(argv: Sequence[str]) -> int:
             _print_list(chosen)
             return 0
         context = Context(options.data_dir)
-        outcomes = runner.run(
-            chosen, size, options.out, context, jobs=options.jobs, seeds=options.seeds, fresh=options.fresh
-        )
+        with terminable():
+            outcomes = runner.run(
+                chosen, size, options.out, context, jobs=options.jobs, seeds=options.seeds, fresh=options.fresh
+            )
         told = report.sections(outcomes, size)
         page, data = report.write(options.out, told, size)
     except UserError as error:
@@ -38,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"{PROGRAM}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"{PROGRAM}: stopped; runs that had ended are kept, the same command goes on", file=sys.stderr)
-        return 130
+        return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
     for section in told:
         print(f"{section.experiment.name:<22} {section.tally}")
         for judged in section.claims:
