@@ -13,17 +13,17 @@ GPK_SIMD double squared_distance(const T* a, const T* b, int64_t begin, int64_t 
   });
 }
 
-template <typename T, typename A>
-GPK_SIMD void scale_difference(bool streamed, const T* a, const T* b, const A* scale, T* plus, T* minus,
-                               int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, int64_t cols) {
+template <bool kStreamed, typename T, typename A>
+GPK_SIMD void scale_difference(const T* a, const T* b, const A* scale, T* plus, T* minus, int64_t row_begin,
+                               int64_t row_end, int64_t begin, int64_t end, int64_t cols) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const A factor = scale[row];
     const int64_t offset = row * cols;
     const auto difference = [=](A by) GPK_INLINE {
       return [=](int64_t i) GPK_INLINE { return T(by * (A(a[i]) - A(b[i]))); };
     };
-    write(streamed, std::array{a, b}, offset + begin, offset + end, Result{plus, difference(factor)},
-          Result{minus, difference(-factor)});
+    write<kStreamed>(std::array{a, b}, offset + begin, offset + end, Result{plus, difference(factor)},
+                     Result{minus, difference(-factor)});
   }
 }
 
@@ -91,10 +91,11 @@ std::pair<Tensor, Tensor> pair_backward(const Tensor& cotangent, const Tensor& x
     std::vector<A> scale = small_vector<A>(coefficient);
     const A by = small_vector<A>(cotangent)[0];
     for (A& s : scale) s *= by;
-    const bool streamed = past_cache(2 * x1.numel() * sizeof(T));
+    const auto kernel =
+        past_cache(2 * x1.numel() * sizeof(T)) ? &scale_difference<true, T, A> : &scale_difference<false, T, A>;
     for_tiles(shape, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-      scale_difference<T, A>(streamed, data<T>(a), data<T>(b), scale.data(), mutable_data<T>(plus),
-                             mutable_data<T>(minus), r0, r1, c0, c1, shape.cols);
+      kernel(data<T>(a), data<T>(b), scale.data(), mutable_data<T>(plus), mutable_data<T>(minus), r0, r1, c0, c1,
+             shape.cols);
     });
   });
   return {plus, minus};

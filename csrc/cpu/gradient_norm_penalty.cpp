@@ -15,15 +15,15 @@ GPK_SIMD double sum_of_squares(const T* x, int64_t begin, int64_t end) {
   });
 }
 
-template <typename T, typename A>
-GPK_SIMD void scale_rows(bool streamed, const T* x, const A* scale, T* out, int64_t row_begin, int64_t row_end,
-                         int64_t begin, int64_t end, int64_t cols) {
+template <bool kStreamed, typename T, typename A>
+GPK_SIMD void scale_rows(const T* x, const A* scale, T* out, int64_t row_begin, int64_t row_end, int64_t begin,
+                         int64_t end, int64_t cols) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const A factor = scale[row];
     const T* from = x + row * cols;
     T* to = out + row * cols;
     const auto scaled = [=](int64_t i) GPK_INLINE { return T(factor * A(from[i])); };
-    write(streamed, std::array{from}, begin, end, Result{to, scaled});
+    write<kStreamed>(std::array{from}, begin, end, Result{to, scaled});
   }
 }
 
@@ -64,9 +64,9 @@ Tensor gradient_norm_penalty_backward_cpu(Tensor cotangent, Tensor grad, Tensor 
     std::vector<A> scale = small_vector<A>(coefficient);
     const std::vector<A> by = small_vector<A>(cotangent);
     for (size_t row = 0; row < scale.size(); ++row) scale[row] *= by[by.size() == 1 ? 0 : row];
-    const bool streamed = past_cache(grad.numel() * sizeof(T));
+    const auto kernel = past_cache(grad.numel() * sizeof(T)) ? &scale_rows<true, T, A> : &scale_rows<false, T, A>;
     for_tiles(shape, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-      scale_rows<T, A>(streamed, data<T>(from), scale.data(), mutable_data<T>(out), r0, r1, c0, c1, shape.cols);
+      kernel(data<T>(from), scale.data(), mutable_data<T>(out), r0, r1, c0, c1, shape.cols);
     });
   });
   return out;

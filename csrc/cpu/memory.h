@@ -23,36 +23,38 @@
 
 namespace gpk::cpu {
 
-constexpr int64_t kLine = 64;     // bytes of a cache line
-constexpr int64_t kAhead = 1024;  // bytes; the hardware looks ahead too, but only to the end of a page
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
+// Fetches a line of the next four pages for each line of x that is read, from each page in turn. The hardware looks
+// ahead only to the end of a page, and one core reads four pages at once faster than one after another.
 template <typename T>
 GPK_INLINE inline void fetch_ahead(const T* x, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(x) + kAhead;
-  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kLine) __builtin_prefetch(bytes + i);
+  constexpr uintptr_t kPage = 4096, kPages = 4, kBlock = kPages * kPage;
+  for (uintptr_t byte = 0; byte < count * sizeof(T); byte += kLine) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(x) + byte, line = at % kBlock / kLine;
+    const uintptr_t next = at - at % kBlock + kBlock;
+    __builtin_prefetch(reinterpret_cast<const void*>(next + line % kPages * kPage + line / kPages * kLine));
+  }
 }
 
-// The sum of term(i) over [begin, end), which reads `from`. One core reads four places in turn faster than one place
-// after another. The order depends on the count alone.
+// The sum of term(i) over [begin, end), which reads `from`; its order depends on the count alone.
 template <typename T, size_t kIn, typename F>
 GPK_INLINE inline double sum_of(std::array<const T*, kIn> from, int64_t begin, int64_t end, const F& term) {
-  constexpr int64_t kLanes = 32, kParts = 4;
-  const int64_t part = (end - begin) / (kLanes * kParts) * kLanes, rest = begin + (end - begin) / kLanes * kLanes;
+  constexpr int64_t kLanes = 32, kWorthwhile = 256;
   double sum = 0;
+  int64_t i = begin;
+  if (end - begin >= kWorthwhile) {
+    double lanes[kLanes] = {};
+    for (; i + kLanes <= end; i += kLanes) {
+      for (const T* x : from) fetch_ahead(x + i, kLanes);
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += term(i + k);
+    }
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = rest; i < end; ++i) sum += term(i);
-  if (rest == begin) return sum;
-  double lanes[kLanes] = {};
-  const auto add = [&](int64_t first) GPK_INLINE {
-    for (const T* x : from) fetch_ahead(x + first, kLanes);
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += term(first + i);
-  };
-  for (int64_t i = begin; i < begin + part; i += kLanes)
-    for (int64_t k = 0; k < kParts; ++k) add(i + k * part);
-  for (int64_t i = begin + kParts * part; i < rest; i += kLanes) add(i);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return sum + lanes[0];
+    for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = i; k < end; ++k) sum += term(k);
+  return sum;
 }
 
 // Whether a result is larger than the last-level cache, so that writing past it saves reading its lines first.
@@ -70,6 +72,8 @@ inline void finish_streams() {
   _mm_sfence();
 #endif
 }
+
+inline bool starts_line(const void* x) { return reinterpret_cast<uintptr_t>(x) % kLine == 0; }
 
 // to[i] = value(i)
 template <typename T, typename F>
@@ -95,27 +99,25 @@ GPK_INLINE inline void stream_line(const Result<T, F>& result, int64_t begin) {
 #endif
 }
 
-// Fills results over [begin, end) from what lies in `from`; `streamed` writes whole lines past the cache.
-template <typename T, size_t kIn, typename... F>
-GPK_INLINE inline void write(bool streamed, std::array<const T*, kIn> from, int64_t begin, int64_t end,
+// Fills results over [begin, end) from what lies in `from`; kStreamed: whole lines past the cache.
+template <bool kStreamed, typename T, size_t kIn, typename... F>
+GPK_INLINE inline void write(std::array<const T*, kIn> from, int64_t begin, int64_t end,
                              const Result<T, F>&... results) {
-  constexpr int64_t kCount = kLine / sizeof(T);
-  const auto plain = [&](int64_t first, int64_t last) GPK_INLINE {
-    for (int64_t i = first; i < last; ++i) ((results.to[i] = results.value(i)), ...);
+  constexpr int64_t kCount = kLine / sizeof(T), kWorthwhile = 16 * kCount;
+  const auto put = [&](int64_t i) GPK_INLINE {
+    const auto store = [&](auto... values) GPK_INLINE { ((results.to[i] = values), ...); };
+    store(results.value(i)...);  // every value before any store, which might change what they read
   };
-  const auto past_line = [](const T* x) GPK_INLINE { return int64_t(reinterpret_cast<uintptr_t>(x) % kLine); };
   int64_t i = begin;
-  if (streamed) {
-    const int64_t past = std::max({past_line(results.to + begin)...});
-    i = std::min(end, begin + (kLine - past) % kLine / int64_t(sizeof(T)));
-    plain(begin, i);
-    const bool aligned = ((past_line(results.to + i) == 0) && ...);
-    for (; aligned && i + kCount <= end; i += kCount) {
+  if (kStreamed && end - begin >= kWorthwhile) {
+    while (!(starts_line(results.to + i) || ...)) put(i++);
+    const bool together = (starts_line(results.to + i) && ...);
+    for (; together && i + kCount <= end; i += kCount) {
       for (const T* x : from) fetch_ahead(x + i, kCount);
       (stream_line(results, i), ...);
     }
   }
-  plain(i, end);
+  for (; i < end; ++i) put(i);
 }
 
 }  // namespace gpk::cpu
