@@ -9,23 +9,21 @@ enum Reduction : int64_t { kNone, kMean, kSum };
 
 template <typename T>
 GPK_SIMD double sum_of_squares(const T* x, int64_t begin, int64_t end) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = begin; i < end; ++i) {
+  return sum_of(std::array{x}, begin, end, [=](int64_t i) GPK_INLINE {
     const double v = double(Accumulate<T>(x[i]));
-    sum += v * v;
-  }
-  return sum;
+    return v * v;
+  });
 }
 
-template <typename T, typename A>
+template <bool kStreamed, typename T, typename A>
 GPK_SIMD void scale_rows(const T* x, const A* scale, T* out, int64_t row_begin, int64_t row_end, int64_t begin,
                          int64_t end, int64_t cols) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const A factor = scale[row];
     const T* from = x + row * cols;
     T* to = out + row * cols;
-    for (int64_t i = begin; i < end; ++i) to[i] = T(factor * A(from[i]));
+    const auto scaled = [=](int64_t i) GPK_INLINE { return T(factor * A(from[i])); };
+    write<kStreamed>(std::array{from}, begin, end, Result{to, scaled});
   }
 }
 
@@ -66,8 +64,9 @@ Tensor gradient_norm_penalty_backward_cpu(Tensor cotangent, Tensor grad, Tensor 
     std::vector<A> scale = small_vector<A>(coefficient);
     const std::vector<A> by = small_vector<A>(cotangent);
     for (size_t row = 0; row < scale.size(); ++row) scale[row] *= by[by.size() == 1 ? 0 : row];
+    const auto kernel = past_cache(grad.numel() * sizeof(T)) ? &scale_rows<true, T, A> : &scale_rows<false, T, A>;
     for_tiles(shape, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-      scale_rows<T, A>(data<T>(from), scale.data(), mutable_data<T>(out), r0, r1, c0, c1, shape.cols);
+      kernel(data<T>(from), scale.data(), mutable_data<T>(out), r0, r1, c0, c1, shape.cols);
     });
   });
   return out;

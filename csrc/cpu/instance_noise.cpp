@@ -5,14 +5,55 @@
 namespace gpk::cpu {
 namespace {
 
-template <typename T, typename A>
+constexpr int64_t kCounters = 64, kBlock = 4 * kCounters;  // counters side by side, and their numbers
+
+// Philox of counters first, first + 1, ...: a lane each.
+GPK_INLINE inline void philox_lanes(uint64_t key, uint64_t first, int64_t counters, uint32_t (&words)[4][kCounters]) {
+  for (int64_t i = 0; i < counters; ++i) {
+    words[0][i] = uint32_t(first + uint64_t(i));
+    words[1][i] = uint32_t((first + uint64_t(i)) >> 32);
+    words[2][i] = words[3][i] = 0;
+  }
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int64_t i = 0; i < counters; ++i) philox_round(words[0][i], words[1][i], words[2][i], words[3][i], k0, k1);
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
+  }
+}
+
+// The numbers of Philox calls, in the order of random_numbers.
+template <typename A>
+GPK_INLINE inline void random_block(uint64_t key, uint64_t first, int64_t counters, bool gaussian,
+                                    A (&numbers)[kBlock]) {
+  uint32_t words[4][kCounters];
+  philox_lanes(key, first, counters, words);
+  if (!gaussian) {
+    for (int64_t i = 0; i < counters; ++i)
+      for (int k = 0; k < 4; ++k) numbers[4 * i + k] = unit_interval<A>(words[k][i]);
+    return;
+  }
+  for (int64_t i = 0; i < counters; ++i)
+    for (int k = 0; k < 4; k += 2) {
+      A pair[2];
+      if constexpr (std::is_same_v<A, float>)
+        gaussian_pair_by_polynomials(words[k][i], words[k + 1][i], pair);
+      else
+        gaussian_pair(words[k][i], words[k + 1][i], pair);
+      numbers[4 * i + k] = pair[0];
+      numbers[4 * i + k + 1] = pair[1];
+    }
+}
+
+template <bool kStreamed, typename T, typename A>
 GPK_SIMD void add_noise(const T* x, T* out, A amplitude, uint64_t key, bool gaussian, int64_t begin, int64_t end,
                         int64_t count) {
-  for (int64_t group = begin; group < end; ++group) {
-    A numbers[4];
-    random_numbers(key, uint64_t(group), gaussian, numbers);
-    const int64_t first = group * 4, last = std::min(first + 4, count);
-    for (int64_t i = first; i < last; ++i) out[i] = T(A(x[i]) + amplitude * numbers[i - first]);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kBlock, last = std::min(first + kBlock, count);
+    A numbers[kBlock];
+    random_block(key, uint64_t(block * kCounters), (last - first + 3) / 4, gaussian, numbers);
+    const auto noisy = [&](int64_t i) GPK_INLINE { return T(A(x[i]) + amplitude * numbers[i - first]); };
+    write<kStreamed>(std::array{x}, first, last, Result{out, noisy});
   }
 }
 
@@ -26,8 +67,9 @@ Tensor instance_noise_cpu(Tensor x, double sigma, std::optional<Tensor> scale, T
     using A = Accumulate<T>;
     const A amplitude = A(sigma) * (scale.has_value() ? small_vector<A>(*scale)[0] : A(1));
     const int64_t count = x.numel();
-    parallel((count + 3) / 4, kTile / 4, [&](int64_t begin, int64_t end) {
-      add_noise<T, A>(data<T>(from), mutable_data<T>(out), amplitude, seed, gaussian, begin, end, count);
+    const auto kernel = past_cache(count * sizeof(T)) ? &add_noise<true, T, A> : &add_noise<false, T, A>;
+    parallel((count + kBlock - 1) / kBlock, kTile / kBlock, [&](int64_t begin, int64_t end) {
+      kernel(data<T>(from), mutable_data<T>(out), amplitude, seed, gaussian, begin, end, count);
     });
   });
   return out;

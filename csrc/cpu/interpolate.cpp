@@ -5,35 +5,32 @@
 namespace gpk::cpu {
 namespace {
 
-template <typename T, typename A>
+template <bool kStreamed, typename T, typename A>
 GPK_SIMD void interpolate_rows(const T* real, const T* fake, const A* eps, T* out, int64_t row_begin, int64_t row_end,
                                int64_t begin, int64_t end, int64_t cols) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const A weight = eps[row];
     const T *r = real + row * cols, *f = fake + row * cols;
-    T* o = out + row * cols;
-    for (int64_t i = begin; i < end; ++i) o[i] = T(gpk::interpolate(A(r[i]), A(f[i]), weight));
+    const auto mixed = [=](int64_t i) GPK_INLINE { return T(gpk::interpolate(A(r[i]), A(f[i]), weight)); };
+    write<kStreamed>(std::array{r, f}, begin, end, Result{out + row * cols, mixed});
   }
 }
 
-template <typename T, typename A>
+template <bool kStreamed, typename T, typename A>
 GPK_SIMD void split_rows(const T* cotangent, const A* eps, T* to_real, T* to_fake, int64_t row_begin, int64_t row_end,
                          int64_t begin, int64_t end, int64_t cols) {
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const A weight = eps[row], rest = A(1) - weight;
     const T* c = cotangent + row * cols;
-    T *r = to_real + row * cols, *f = to_fake + row * cols;
-    if (to_real && to_fake) {
-      for (int64_t i = begin; i < end; ++i) {
-        const A v = A(c[i]);
-        r[i] = T(weight * v);
-        f[i] = T(rest * v);
-      }
-    } else if (to_real) {
-      for (int64_t i = begin; i < end; ++i) r[i] = T(weight * A(c[i]));
-    } else if (to_fake) {
-      for (int64_t i = begin; i < end; ++i) f[i] = T(rest * A(c[i]));
-    }
+    const auto share = [=](T* to, A weight) GPK_INLINE {
+      return Result{to + row * cols, [=](int64_t i) GPK_INLINE { return T(weight * A(c[i])); }};
+    };
+    const A weight = eps[row], rest = A(1) - weight;
+    if (to_real && to_fake)
+      write<kStreamed>(std::array{c}, begin, end, share(to_real, weight), share(to_fake, rest));
+    else if (to_real)
+      write<kStreamed>(std::array{c}, begin, end, share(to_real, weight));
+    else if (to_fake)
+      write<kStreamed>(std::array{c}, begin, end, share(to_fake, rest));
   }
 }
 
@@ -42,8 +39,10 @@ Tensor mix(const Tensor& real, const Tensor& fake, Shape shape, const std::vecto
   const MemoryFormat format = common_format({&real, &fake});
   const Tensor r = in_format(real, format), f = in_format(fake, format), out = empty_like(real, format);
   T* to = mutable_data<T>(out);
+  const auto kernel =
+      past_cache(out.numel() * sizeof(T)) ? &interpolate_rows<true, T, A> : &interpolate_rows<false, T, A>;
   for_tiles(shape, [&, from_real = data<T>(r), from_fake = data<T>(f)](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-    interpolate_rows<T, A>(from_real, from_fake, eps.data(), to, r0, r1, c0, c1, shape.cols);
+    kernel(from_real, from_fake, eps.data(), to, r0, r1, c0, c1, shape.cols);
   });
   return out;
 }
@@ -94,8 +93,10 @@ std::tuple<Tensor, Tensor> interpolate_backward_cpu(Tensor cotangent, Tensor eps
     const std::vector<A> weights = small_vector<A>(eps);
     T* r = to_real ? mutable_data<T>(real) : nullptr;
     T* f = to_fake ? mutable_data<T>(fake) : nullptr;
+    const auto kernel =
+        past_cache((real.numel() + fake.numel()) * sizeof(T)) ? &split_rows<true, T, A> : &split_rows<false, T, A>;
     for_tiles(shape, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-      split_rows<T, A>(data<T>(from), weights.data(), r, f, r0, r1, c0, c1, shape.cols);
+      kernel(data<T>(from), weights.data(), r, f, r0, r1, c0, c1, shape.cols);
     });
   });
   return {real, fake};

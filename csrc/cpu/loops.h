@@ -1,14 +1,8 @@
-// What the CPU ops share: instruction sets, sums, small tensors, and tiles over threads.
+// What the CPU ops share: small tensors, sums, and tiles over threads.
 #pragma once
 
 #include "../tensors.h"
-
-// One binary, several instruction sets: the loader picks the clone that the machine can run.
-#ifdef GPK_TARGET_CLONES
-#define GPK_SIMD __attribute__((target_clones(GPK_TARGET_CLONES)))
-#else
-#define GPK_SIMD
-#endif
+#include "memory.h"
 
 namespace gpk::cpu {
 
@@ -64,10 +58,14 @@ inline int64_t tiles_per_row(Shape shape) { return std::max<int64_t>(1, (shape.c
 // Calls f(begin, end) over [0, count) in parallel where there is work for more than one thread.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
+  const auto task = [&](int64_t begin, int64_t end) {
+    f(begin, end);
+    finish_streams();
+  };
   if (count <= grain)
-    f(int64_t(0), count);
+    task(0, count);
   else
-    torch::stable::parallel_for(0, count, grain, f);
+    torch::stable::parallel_for(0, count, grain, task);
 }
 
 // Calls f(row_begin, row_end, col_begin, col_end): many whole rows at once, or one tile of a long row. Tiles depend on

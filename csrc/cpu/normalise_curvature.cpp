@@ -25,9 +25,11 @@ GPK_SIMD Moments moments(const T* n, const T* t, const T* d, int64_t count) {
   return {nt, nd, td, sum_t, sum_d};
 }
 
-template <typename T, typename A>
+template <bool kStreamed, typename T, typename A>
 GPK_SIMD void bend(const T* n, const T* t, const T* d, T* out, int64_t count, A by_n, A by_t, A by_d, A constant) {
-  for (int64_t i = 0; i < count; ++i) out[i] = T(by_n * A(n[i]) + by_t * A(t[i]) + by_d * A(d[i]) + constant);
+  const auto bent = [=](int64_t i)
+                        GPK_INLINE { return T(by_n * A(n[i]) + by_t * A(t[i]) + by_d * A(d[i]) + constant); };
+  write<kStreamed>(std::array{n, t, d}, 0, count, Result{out, bent});
 }
 
 Tensor normalise_curvature_cpu(Tensor normal, Tensor inverse, Tensor tangent, Tensor cotangent, bool centred) {
@@ -44,14 +46,15 @@ Tensor normalise_curvature_cpu(Tensor normal, Tensor inverse, Tensor tangent, Te
     using A = Accumulate<T>;
     const std::vector<double> r = small_vector<double>(inverse);
     const int64_t grain = std::max<int64_t>(1, kTile / std::max<int64_t>(1, count));
+    const auto kernel = past_cache(out.numel() * sizeof(T)) ? &bend<true, T, A> : &bend<false, T, A>;
     parallel(groups, grain, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t at = group * count;
         const Moments sums = moments<T>(data<T>(n) + at, data<T>(t) + at, data<T>(d) + at, count);
         const Curvature<double> c = normalise_curvature(sums.nt / count, sums.nd / count, sums.td / count,
                                                         sums.t / count, sums.d / count, r[group], centred);
-        bend<T, A>(data<T>(n) + at, data<T>(t) + at, data<T>(d) + at, mutable_data<T>(out) + at, count, A(c.by_n),
-                   A(c.by_t), A(c.by_d), A(c.constant));
+        kernel(data<T>(n) + at, data<T>(t) + at, data<T>(d) + at, mutable_data<T>(out) + at, count, A(c.by_n),
+               A(c.by_t), A(c.by_d), A(c.constant));
       }
     });
   });

@@ -1,0 +1,123 @@
+// Loops at the speed of memory: sums over what is read, and results that are written past the cache.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#include <unistd.h>
+#endif
+
+// One binary, several instruction sets: the loader picks the clone that the machine can run.
+#ifdef GPK_TARGET_CLONES
+#define GPK_SIMD __attribute__((target_clones(GPK_TARGET_CLONES)))
+#else
+#define GPK_SIMD
+#endif
+
+// For what a GPK_SIMD function calls, which takes its instruction set only when inlined.
+#define GPK_INLINE __attribute__((always_inline))
+
+namespace gpk::cpu {
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// Fetches a line of the next four pages for each line of x that is read, from each page in turn. The hardware looks
+// ahead only to the end of a page, and one core reads four pages at once faster than one after another.
+template <typename T>
+GPK_INLINE inline void fetch_ahead(const T* x, int64_t count) {
+  constexpr uintptr_t kPage = 4096, kPages = 4, kBlock = kPages * kPage;
+  for (uintptr_t byte = 0; byte < count * sizeof(T); byte += kLine) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(x) + byte, line = at % kBlock / kLine;
+    const uintptr_t next = at - at % kBlock + kBlock;
+    __builtin_prefetch(reinterpret_cast<const void*>(next + line % kPages * kPage + line / kPages * kLine));
+  }
+}
+
+// The sum of term(i) over [begin, end), which reads `from`; its order depends on the count alone.
+template <typename T, size_t kIn, typename F>
+GPK_INLINE inline double sum_of(std::array<const T*, kIn> from, int64_t begin, int64_t end, const F& term) {
+  constexpr int64_t kLanes = 32, kWorthwhile = 256;
+  double sum = 0;
+  int64_t i = begin;
+  if (end - begin >= kWorthwhile) {
+    double lanes[kLanes] = {};
+    for (; i + kLanes <= end; i += kLanes) {
+      for (const T* x : from) fetch_ahead(x + i, kLanes);
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += term(i + k);
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = i; k < end; ++k) sum += term(k);
+  return sum;
+}
+
+// Whether a result is larger than the last-level cache, so that writing past it saves reading its lines first.
+inline bool past_cache(int64_t bytes) {
+#if defined(__SSE2__) && defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return cache > 0 && bytes > cache;
+#else
+  return false;
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+inline bool starts_line(const void* x) { return reinterpret_cast<uintptr_t>(x) % kLine == 0; }
+
+// to[i] = value(i)
+template <typename T, typename F>
+struct Result {
+  T* to;
+  F value;
+};
+template <typename T, typename F>
+Result(T*, F) -> Result<T, F>;
+
+// One line from element `begin`, which starts it, past the cache.
+template <typename T, typename F>
+GPK_INLINE inline void stream_line(const Result<T, F>& result, int64_t begin) {
+  constexpr int64_t kCount = kLine / sizeof(T);
+  alignas(kLine) T line[kCount];
+#pragma omp simd
+  for (int64_t i = 0; i < kCount; ++i) line[i] = result.value(begin + i);
+#if defined(__SSE2__)
+  for (int64_t i = 0; i < kLine / 16; ++i)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(result.to + begin) + i, reinterpret_cast<const __m128i*>(line)[i]);
+#else
+  std::copy_n(line, kCount, result.to + begin);
+#endif
+}
+
+// Fills results over [begin, end) from what lies in `from`; kStreamed: whole lines past the cache.
+template <bool kStreamed, typename T, size_t kIn, typename... F>
+GPK_INLINE inline void write(std::array<const T*, kIn> from, int64_t begin, int64_t end,
+                             const Result<T, F>&... results) {
+  constexpr int64_t kCount = kLine / sizeof(T), kWorthwhile = 16 * kCount;
+  const auto put = [&](int64_t i) GPK_INLINE {
+    const auto store = [&](auto... values) GPK_INLINE { ((results.to[i] = values), ...); };
+    store(results.value(i)...);  // every value before any store, which might change what they read
+  };
+  int64_t i = begin;
+  if (kStreamed && end - begin >= kWorthwhile) {
+    while (!(starts_line(results.to + i) || ...)) put(i++);
+    const bool together = (starts_line(results.to + i) && ...);
+    for (; together && i + kCount <= end; i += kCount) {
+      for (const T* x : from) fetch_ahead(x + i, kCount);
+      (stream_line(results, i), ...);
+    }
+  }
+  for (; i < end; ++i) put(i);
+}
+
+}  // namespace gpk::cpu
