@@ -57,15 +57,18 @@ GPK_INLINE inline double sum_of(std::array<const T*, kIn> from, int64_t begin, i
   return sum;
 }
 
-// Whether a result is larger than the last-level cache, so that writing past it saves reading its lines first.
-inline bool past_cache(int64_t bytes) {
+// Bytes of the last-level cache; 0 where it is not known, or where results cannot be written past it.
+inline int64_t last_level_cache() {
 #if defined(__SSE2__) && defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return cache > 0 && bytes > cache;
+  static const int64_t bytes = std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
+  return bytes;
 #else
-  return false;
+  return 0;
 #endif
 }
+
+// Whether results are larger than the last-level cache, so that writing past it saves reading their lines first.
+inline bool past_cache(int64_t bytes) { return last_level_cache() > 0 && bytes > last_level_cache(); }
 
 inline void finish_streams() {
 #if defined(__SSE2__)

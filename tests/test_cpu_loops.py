@@ -1,0 +1,139 @@
+"""The loops behind the CPU kernels: polynomials, sums, and results that are larger than the cache."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import emulated
+import gpkernels as gpk
+from gpkernels import backends, ops, reference
+
+KEY = torch.tensor([-6_148_914_691_236_517_206])
+needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU kernels are not built")
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CPU's headers, compiled without PyTorch."""
+    compiler = emulated.compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    source, library = Path(__file__).parent / "native" / "loops.cpp", tmp_path_factory.mktemp("loops") / "loops.so"
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd", "-shared", "-fPIC"]
+    emulated.run([compiler, *flags, "-Wall", "-Wextra", "-I", str(emulated.ROOT), str(source), "-o", str(library)])
+    made = ctypes.CDLL(str(library))
+    made.worst_log.restype = made.worst_cos_sin.restype = ctypes.c_double
+    made.write_mistakes.restype = made.last_level_cache.restype = ctypes.c_int64
+    return made
+
+
+def test_logarithm_is_right_to_two_ulp_for_every_argument(loops: ctypes.CDLL) -> None:
+    assert 0 < loops.worst_log() < 1.3
+
+
+def test_cosine_and_sine_are_right_to_two_ulp_for_every_argument(loops: ctypes.CDLL) -> None:
+    assert 0 < loops.worst_cos_sin() < 1.6
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_writing_past_the_cache_fills_its_range_and_no_more(size: int, loops: ctypes.CDLL) -> None:
+    assert loops.write_mistakes(size) == 0
+
+
+@needs_kernels
+def test_every_gaussian_number_is_right_to_a_few_ulp() -> None:
+    zero = torch.zeros(1_000_003)
+    with gpk.backend("cpu"):
+        noise = ops.instance_noise(zero, 1.0, None, KEY, True).double()
+    exact = reference.instance_noise(zero.double(), 1.0, None, KEY, True)
+    # Float64 takes its cosine of a rounded angle, which is wrong by a little where the cosine is nearly zero.
+    assert ((noise - exact).abs() <= 4 * 2.0**-23 * exact.abs() + 1e-14).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 10, 255, 256, 257, 300, 3072, 32_768, 32_801])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_row_sums_lose_no_digits(dtype: torch.dtype, count: int) -> None:
+    a, b = (torch.randn(3, count + 1, dtype=dtype)[:, 1:] for _ in range(2))
+    with gpk.backend("cpu"):
+        squares, _ = ops.gradient_norm_penalty(a, 0.0, False, 0)
+        one = torch.ones(3, 1, dtype=dtype)
+        mean, *_ = ops.lipschitz_consistency(one, 0 * one, a, b, 0.0)
+    tolerance = torch.finfo(dtype).eps if dtype == torch.float32 else 1e-14
+    exact = [math.fsum(v * v for v in row) for row in a.tolist()]
+    assert squares.tolist() == pytest.approx(exact, rel=tolerance, abs=0)
+    apart = [math.fsum(v * v for v in row) for row in (a.double() - b.double()).tolist()]
+    assert float(mean) == pytest.approx(math.fsum(d**-0.5 for d in apart) / 3, rel=tolerance, abs=0)
+
+
+@pytest.fixture(scope="module")
+def cache(loops: ctypes.CDLL) -> int:
+    """Bytes of the last-level cache, past which large results are written."""
+    size = int(loops.last_level_cache())
+    if not 0 < size <= 1 << 28:
+        pytest.skip(f"a last-level cache of {size} bytes: nothing is written past it, or a test would need too much")
+    return size
+
+
+def _interpolate(x: Tensor, rows: Tensor) -> list[Tensor]:
+    return [ops.interpolate(x, x.flip(1), rows)]
+
+
+def _interpolate_backward(x: Tensor, rows: Tensor) -> list[Tensor]:
+    return list(ops.interpolate_backward(x, rows, True, True))
+
+
+def _penalty_backward(x: Tensor, rows: Tensor) -> list[Tensor]:
+    return [ops.gradient_norm_penalty_backward(rows, x, rows)]
+
+
+def _consistency_backward(x: Tensor, rows: Tensor) -> list[Tensor]:
+    scores = rows[:, None]
+    return list(ops.consistency_backward(torch.tensor(0.7), scores, scores, x, x.flip(1), rows, rows, True))
+
+
+def _curvature(x: Tensor, rows: Tensor) -> list[Tensor]:
+    x = x[:, None]
+    return [ops.normalise_curvature(x, rows[:, None, None], x.flip(2), x, True)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("cols", [40_003, 259])
+@pytest.mark.parametrize(
+    "op", [_interpolate, _interpolate_backward, _penalty_backward, _consistency_backward, _curvature]
+)
+def test_results_larger_than_the_cache_are_those_of_their_parts(
+    op: Callable[[Tensor, Tensor], list[Tensor]], cols: int, cache: int
+) -> None:
+    results = 2 if op in (_interpolate_backward, _consistency_backward) else 1
+    x = torch.randn(cache // (4 * cols * results) + 1, cols)
+    rows = torch.rand(len(x))
+    with gpk.backend("cpu"):
+        whole = op(x, rows)
+        for part in torch.arange(len(x)).chunk(3):
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            for big, small in zip(whole, op(x[own], rows[own]), strict=True):
+                assert torch.equal(big[own], small)
+
+
+@needs_kernels
+@pytest.mark.parametrize("gaussian", [True, False], ids=["normal", "uniform"])
+def test_noise_larger_than_the_cache_is_that_of_its_parts(gaussian: bool, cache: int) -> None:
+    x = torch.randn(cache // 4 + 5)
+    short = len(x) - 1003
+    with gpk.backend("cpu"):
+        whole = ops.instance_noise(x, 0.5, None, KEY, gaussian)
+        assert torch.equal(whole[:short], ops.instance_noise(x[:short], 0.5, None, KEY, gaussian))
+    # The last numbers are those of the last counters.
+    words = reference.philox(KEY, torch.arange(short // 4, (len(x) + 3) // 4))
+    u = torch.stack(words, 1).reshape(-1)[short % 4 :][: len(x) - short] // 2**8 / 2**24
+    if not gaussian:
+        torch.testing.assert_close(whole[short:], (x[short:].double() + 0.5 * u).float())
+    assert ((whole[short:] != x[short:]) | (u == 0)).all()
