@@ -57,8 +57,8 @@ GPK_HD void gaussian_pair(uint32_t radius_word, uint32_t angle_word, A* pair) {
   pair[1] = radius * std::sin(angle);
 }
 
-// log, cos and sin as polynomials, for loops that vectorise; coefficients by least squares at Chebyshev nodes, weighted
-// until the relative error is level. No fused multiply-adds: the same bits on every instruction set.
+// log, cos and sin as polynomials, for loops that vectorise: near minimax in the relative error, by Lawson's reweighted
+// least squares at Chebyshev nodes, each coefficient rounded to float32 before the next is fitted.
 
 // log(x) for normal x in (0, 1], within 1.3 ulp: log(1 + f) of the mantissa, which lies in [sqrt(1/2), sqrt(2)).
 inline float log_of_fraction(float x) {
@@ -75,7 +75,7 @@ inline float log_of_fraction(float x) {
   return float(exponent) * 0.6931472f + (f + f * f * p);
 }
 
-// cos and sin of 2 pi u for u = k / 2^24 in [0, 1), within 1.6 ulp: to the nearest quarter of a turn, which is exact.
+// cos and sin of 2 pi u for u = k / 2^24 in [0, 1), within 1.6 ulp: from the nearest quarter of a turn, which is exact.
 inline void cos_sin_of_turns(float u, float* cosine, float* sine) {
   const int32_t quarter = int32_t(u * 4.f + 0.5f);
   const float r = u - float(quarter) * 0.25f, square = r * r;
@@ -93,7 +93,7 @@ inline void cos_sin_of_turns(float u, float* cosine, float* sine) {
   *sine = quarter & 2 ? -y : y;
 }
 
-// gaussian_pair with these.
+// gaussian_pair by these.
 inline void gaussian_pair_by_polynomials(uint32_t radius_word, uint32_t angle_word, float* pair) {
   const float radius = std::sqrt(-2.f * log_of_fraction(1.f - unit_interval<float>(radius_word)));
   float cosine, sine;
