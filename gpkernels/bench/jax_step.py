@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpkernels.bench.clock import Call
-
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def can_do(critic: nn.Module) -> bool:
@@ -26,10 +26,11 @@ def step(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Call:
     """The gradients of the critic's loss in its weights. Raises RuntimeError where JAX is not installed."""
     if importlib.util.find_spec("jax") is None:
         raise RuntimeError("JAX is not installed")
-    if torch.get_num_threads() == 1 and "jax" not in sys.modules:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
-    import jax
-    import jax.numpy as jnp
+    with _as_many_cores_as_threads():
+        import jax
+        import jax.numpy as jnp
+
+        jax.devices()
 
     linear = [layer for layer in critic.modules() if isinstance(layer, nn.Linear)]
     arrays = [jnp.asarray(x.detach().cpu().numpy()) for x in (real, fake, eps)]
@@ -51,3 +52,17 @@ def step(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Call:
 
     jitted = jax.jit(jax.grad(loss))
     return lambda: jax.block_until_ready(jitted(weights, *arrays))
+
+
+@contextmanager
+def _as_many_cores_as_threads() -> Iterator[None]:
+    """XLA's pool, which has no option for it any more, has a thread for each core that it may use when it starts."""
+    if "jax" in sys.modules or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[: torch.get_num_threads()])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
