@@ -75,13 +75,13 @@ def _explain(options: argparse.Namespace) -> int:
     from gpkernels.critic.explain import explain
 
     critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
-    with _blamed(options):
+    with blamed(options):
         print(explain(critic, example))
     return 0
 
 
 @contextmanager
-def _blamed(options: argparse.Namespace) -> Iterator[None]:
+def blamed(options: argparse.Namespace) -> Iterator[None]:
     """A UserError for whatever the user's own critic raises."""
     try:
         yield
@@ -101,16 +101,10 @@ def _verify(options: argparse.Namespace) -> int:
     names = _among("--op", options.op, run.NAMES, run.NAMES)
     dtypes = _among("--dtype", options.dtype, tuple(DTYPES), tuple(DTYPES))
     own = ""
-    if options.critic or options.input:
-        if not (options.critic and options.input):
-            raise UserError("--critic: expected with --input, and --input with --critic")
-        critic = load_critic(options.critic)
-        if not isinstance(critic, torch.nn.Module):
-            raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
+    if mine := own_critic(options):
         own = f"--critic {options.critic} --input {options.input}"
-        shape = shape_of(options.input)
-        with _blamed(options):
-            results = list(run.check_own(critic, shape, options.critic, chosen))
+        with blamed(options):
+            results = list(run.check_own(*mine, options.critic, chosen))
     else:
         results = list(run.checks(chosen, names, dtypes, options.quick))
     print(run.table(results))
@@ -130,6 +124,18 @@ def _among(option: str, given: Sequence[str] | None, known: Sequence[str], defau
         if name not in known:
             raise UserError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
     return given or default
+
+
+def own_critic(options: argparse.Namespace) -> tuple[torch.nn.Module, list[int]] | None:
+    """The critic and the shape of its batch that --critic and --input name; UserError for one without the other."""
+    if not (options.critic or options.input):
+        return None
+    if not (options.critic and options.input):
+        raise UserError("--critic: expected with --input, and --input with --critic")
+    critic = load_critic(options.critic)
+    if not isinstance(critic, torch.nn.Module):
+        raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
+    return critic, shape_of(options.input)
 
 
 def load_critic(name: str) -> Callable[..., Any]:

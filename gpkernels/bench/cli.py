@@ -14,7 +14,7 @@ import torch
 
 from gpkernels.bench import machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
-from gpkernels.cli import UserError, load_critic, shape_of
+from gpkernels.cli import UserError, blamed, own_critic
 
 PROGRAM = "gpkernels bench"
 SUITES = ("ops", "steps", "train")
@@ -105,16 +105,12 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _trials(options: argparse.Namespace) -> Callable[[torch.device], Iterator[Trial]]:
     """What was asked for, made a case at a time."""
-    if options.critic or options.input:
-        if not (options.critic and options.input):
-            raise UserError("--critic: expected with --input, and --input with --critic")
-        if options.suites not in ([], ["steps"]):
-            raise UserError(f"--critic: expected steps as the suite, got {' '.join(options.suites)}")
-        critic = load_critic(options.critic)
-        if not isinstance(critic, torch.nn.Module):
-            raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
-        shape = tuple(shape_of(options.input))
-        _tried(critic, shape, options.critic)
+    if (options.critic or options.input) and options.suites not in ([], ["steps"]):
+        raise UserError(f"--critic: expected steps as the suite, got {' '.join(options.suites)}")
+    if mine := own_critic(options):
+        critic, shape = mine[0], tuple(mine[1])
+        with blamed(options):
+            critic(torch.randn(shape))
         return lambda device: steps.own_trials(critic, shape, options.critic, device)
     for name in options.suites:
         if name not in SUITES:
@@ -126,15 +122,6 @@ def _trials(options: argparse.Namespace) -> Callable[[torch.device], Iterator[Tr
             yield from module.growth(device) if options.growth else module.trials(device, options.quick)
 
     return made
-
-
-def _tried(critic: torch.nn.Module, shape: tuple[int, ...], name: str) -> None:
-    """UserError for whatever the user's own critic raises."""
-    try:
-        critic(torch.randn(shape))
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name} on {'x'.join(map(str, shape))}: {type(error).__name__}: {reason}") from error
 
 
 def _suite(name: str) -> ModuleType:

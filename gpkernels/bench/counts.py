@@ -78,6 +78,18 @@ def watched(call: Callable[[], Any], takes_whole_ops: bool = False) -> Watched:
     return mode
 
 
+def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
+    """The products and convolutions of a call, one after the other, without what is around them."""
+    found = watched(call).products
+
+    def bare() -> None:
+        with torch.no_grad():
+            for product in found:
+                product()
+
+    return bare
+
+
 def count(call: Callable[[], Any], device: torch.device) -> Counts:
     """All of it, from three runs."""
     whole = watched(call, takes_whole_ops=True)

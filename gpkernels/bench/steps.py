@@ -13,7 +13,7 @@ from torch.func import functional_call
 import gpkernels as gpk
 from gpkernels.bench import jax_step
 from gpkernels.bench.clock import Call
-from gpkernels.bench.counts import watched
+from gpkernels.bench.counts import bare_products
 from gpkernels.bench.trial import EAGER, OURS, Trial
 from gpkernels.bench.zoo import (
     CASES,
@@ -190,15 +190,5 @@ def _trial(
     more: dict[str, Callable[[], Call]] | None = None,
     **place: Any,
 ) -> Trial:
-    def products() -> Call:
-        found = watched(ours).products
-
-        def bare() -> None:
-            with torch.no_grad():
-                for product in found:
-                    product()
-
-        return bare
-
     calls = {OURS: lambda: ours, EAGER: lambda: eager, "compile": compiled, **(more or {})}
-    return Trial(SUITE, case, calls, products, **place)
+    return Trial(SUITE, case, calls, lambda: bare_products(ours), **place)

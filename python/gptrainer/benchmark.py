@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkernels.bench.clock import Call
-from gpkernels.bench.counts import watched
+from gpkernels.bench.counts import bare_products
 from gpkernels.bench.trial import EAGER, OURS, Trial
 from gptrainer import parts
 from gptrainer.comparison import plain_gradient_norm
@@ -51,18 +51,8 @@ def trial(case: str, device: torch.device, options: dict[str, Any], **place: Any
     trainer = Trainer(config)
     plain = PlainTrainer(config, *(copy.deepcopy(trainer.networks[name]) for name in ("generator", "critic")))
 
-    def products() -> Call:
-        found = watched(trainer.train_step).products
-
-        def bare() -> None:
-            with torch.no_grad():
-                for product in found:
-                    product()
-
-        return bare
-
     calls: dict[str, Callable[[], Call]] = {OURS: lambda: _held(trainer.train_step, folder), EAGER: lambda: plain.step}
-    return Trial(SUITE, case, calls, products, **place)
+    return Trial(SUITE, case, calls, lambda: bare_products(trainer.train_step), **place)
 
 
 def _held(call: Call, folder: object) -> Call:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels
+from gpkernels.bench.clock import time_in_turns
 from gptrainer.config import TrainConfig, filled
 
 Step = Callable[[], None]
-ROUNDS = 40
-STEPS_A_ROUND = 3
+SECONDS = 0.5  # of each way's rounds
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ def compare(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor) 
     plain()
     difference = gradient_difference(our_critic, plain_critic)
     with one_thread():
-        ours_ms, plain_ms = time_in_turns((ours, plain), real.device)
-    return Comparison(what, ours_ms, plain_ms, difference)
+        times = time_in_turns({"ours": ours, "plain": plain}, real.device, SECONDS)
+    return Comparison(what, times["ours"].cpu / 1e3, times["plain"].cpu / 1e3, difference)
 
 
 def wgan_gp_step(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Step:
@@ -156,18 +155,6 @@ def gradient_difference(ours: nn.Module, plain: nn.Module) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def time_in_turns(steps: tuple[Step, ...], device: torch.device) -> list[float]:
-    """Milliseconds a step: the least over the rounds."""
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(ROUNDS):
-        for step, taken in zip(steps, times, strict=True):
-            start = _clock(device)
-            for _ in range(STEPS_A_ROUND):
-                step()
-            taken.append((_clock(device) - start) * 1e3 / STEPS_A_ROUND)
-    return [min(taken) for taken in times]
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread in torch for a while."""
@@ -177,10 +164,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cpu":
-        return time.thread_time()  # CPU time does not count what other processes take
-    torch.accelerator.synchronize()
-    return time.perf_counter()

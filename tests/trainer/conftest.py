@@ -32,7 +32,7 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for every test but the one on the classifier itself."""
     monkeypatch.setattr(classifier, "EPOCHS", 2)
     monkeypatch.setattr(quality, "POINTS_TRANSPORTED", 100)
-    monkeypatch.setattr(comparison, "ROUNDS", 2)
+    monkeypatch.setattr(comparison, "SECONDS", 0.01)
 
 
 @pytest.fixture(scope="session")
