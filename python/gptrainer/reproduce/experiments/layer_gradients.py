@@ -102,7 +102,7 @@ EXPERIMENT = Experiment(
     ),
     settings={
         "quick": {"width": 64, "steps": 40, "batch": 64},
-        "full": {"width": 512, "steps": 500, "batch": 256},
+        "full": {"width": 512, "steps": 300, "batch": 256},
     },
     seeds={"quick": 1, "full": 2},
     measure=measure,

@@ -113,8 +113,8 @@ EXPERIMENT = Experiment(
         "full": {
             "images": "fashion-mnist",
             "points": {"steps": 2000, "looks": 25, "width": 128, "critic_boost": True},
-            "wgan": {"steps": 800, "looks": 25, "width": 16, "critic_boost": True},
-            "gan": {"steps": 2000, "looks": 25, "width": 16, "further": 400},
+            "wgan": {"steps": 600, "looks": 25, "width": 16, "batch_size": 32, "critic_boost": True},
+            "gan": {"steps": 2000, "looks": 25, "width": 16, "batch_size": 32, "further": 400},
         },
     },
     seeds={"quick": 1, "full": 2},

@@ -100,7 +100,7 @@ EXPERIMENT = Experiment(
     ),
     settings={
         "quick": {"data": "digits", "images": 500, "steps": 360, "batch": 48, "width": 64, "n_critic": 5},
-        "full": {"data": "fashion-mnist", "images": 1000, "steps": 700, "batch": 50, "width": 16, "n_critic": 5},
+        "full": {"data": "fashion-mnist", "images": 1000, "steps": 500, "batch": 50, "width": 16, "n_critic": 5},
     },
     seeds={"quick": 1, "full": 3},
     measure=measure,

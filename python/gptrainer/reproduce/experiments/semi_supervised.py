@@ -92,7 +92,7 @@ EXPERIMENT = Experiment(
     ),
     settings={
         "quick": {"steps": 600, "labels": 5, "width": 64, "ema": 0.98},
-        "full": {"steps": 6000, "labels": 5, "width": 250, "ema": 0.999},
+        "full": {"steps": 4000, "labels": 5, "width": 250, "ema": 0.999},
     },
     seeds={"quick": 1, "full": 3},
     measure=measure,

@@ -93,7 +93,7 @@ EXPERIMENT = Experiment(
     ),
     settings={
         "quick": {"steps": 280, "batch": 128, "reach": 0.2},
-        "full": {"steps": 4000, "batch": 512, "reach": 0.1},
+        "full": {"steps": 4000, "batch": 256, "reach": 0.1},
     },
     seeds={"quick": 1, "full": 3},
     measure=measure,

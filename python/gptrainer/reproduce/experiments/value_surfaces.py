@@ -151,7 +151,7 @@ EXPERIMENT = Experiment(
     ),
     settings={
         "quick": {"width": 64, "lr": 1e-3, "steps": {"wgan": 1200, "wgan-gp": 1200}},
-        "full": {"width": 512, "lr": 5e-4, "steps": {"wgan": 6000, "wgan-gp": 4000}},
+        "full": {"width": 512, "lr": 5e-4, "steps": {"wgan": 4000, "wgan-gp": 2500}},
     },
     seeds={"quick": 1, "full": 2},
     measure=measure,
