@@ -47,4 +47,4 @@ install: .venv/installed  ## .venv with the package, editable, and its developme
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info gpkernels/_C*.so
+	rm -rf .venv build dist *.egg-info gpkernels/_*.so

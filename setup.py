@@ -70,11 +70,17 @@ class CMakeBuild(build_ext):
             configure += ["-DGPK_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
         subprocess.run(configure, check=True, env=environment)
         subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
+        direct = subprocess.run([cmake, "--build", str(build), "--target", "_direct"], env=environment)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / target.name, target)
-        if WANTED == "cuda":
-            shutil.copy2(build / "_cuda.so", target.with_name("_cuda.so"))
+        others = [target.name.replace("_C", "_direct", 1)] if direct.returncode == 0 else []
+        if not others:  # it leans on what PyTorch may change in any version
+            print("gpkernels: building without the direct way to the ops: small ones are slower", file=sys.stderr)
+        others += ["_cuda.so"] if WANTED == "cuda" else []
+        for name in (target.name, *others):
+            # setuptools knows of one module: beside an editable package it would leave the others out.
+            for folder in (target.parent, *([source / "gpkernels"] if self.editable_mode else [])):
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(build / name, folder / name)
 
 
 setup(

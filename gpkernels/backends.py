@@ -27,7 +27,9 @@ CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
 _forced: str | None = None
 _tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
+_ops: Mapping[str, Op] = {}
 extension: Any = None
+direct: Callable[[str], Callable[..., Any]] | None = None  # by an op's name, the short way to it
 extension_error: str | None = None
 cuda_error: str | None = "the package was built without them"  # None once they are loaded
 
@@ -37,7 +39,7 @@ cuda_error: str | None = "the package was built without them"  # None once they 
 
 def load_extension() -> None:
     """Load the native kernels; a failure is kept for ``info`` and for a forced backend's message."""
-    global extension, extension_error, cuda_error
+    global extension, extension_error, cuda_error, direct
     try:
         from gpkernels import _C  # type: ignore[attr-defined]
     except (ImportError, OSError, RuntimeError) as error:
@@ -46,12 +48,25 @@ def load_extension() -> None:
         extension_error = "the package was built without it" if missing else reason
     else:
         extension = _C
+        direct = _load_direct()
     if CUDA_LIBRARY.exists():
         try:
             torch.ops.load_library(str(CUDA_LIBRARY))
             cuda_error = None
         except (OSError, RuntimeError) as error:
             cuda_error = " ".join(str(error).split())
+
+
+def _load_direct() -> Callable[[str], Callable[..., Any]] | None:
+    """The short way to ops, where it was built for this very version of PyTorch."""
+    if extension.build_info()["torch"] != torch.__version__:
+        return None
+    try:
+        from gpkernels import _direct  # type: ignore[attr-defined]
+    except (ImportError, OSError):
+        return None
+    found: Callable[[str], Callable[..., Any]] = _direct.direct
+    return found
 
 
 @cache
@@ -87,6 +102,25 @@ def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op
             library.impl("mlp_critic_step", composed_step, device.upper())
 
 
+def declined(*args: Any) -> Any:
+    """The short way to an op that has none."""
+    return NotImplemented
+
+
+def bind_directly(ops: Mapping[str, Op]) -> None:
+    """Give each op its short way; from then on ``set_backend`` opens and closes it."""
+    global _ops
+    _ops = ops
+    _open_short_ways()
+
+
+def _open_short_ways() -> None:
+    """They lead to the C++ kernels, so they are open where CPU tensors take these."""
+    for name, op in _ops.items():
+        leads = _forced in (None, "cpu") and running_op(name, "cpu") == "cpu"
+        op.direct = direct(f"gpkernels::{name}") if direct is not None and leads else declined
+
+
 def _later(name: str) -> Callable[..., Any]:
     return lambda *args: triton_kernels()[name](*args)
 
@@ -110,6 +144,7 @@ def set_backend(name: str) -> None:
     if name not in NAMES and name not in _tables:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
     _forced = None if name == "auto" else name
+    _open_short_ways()
 
 
 @contextmanager

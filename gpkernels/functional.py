@@ -137,12 +137,14 @@ def interpolate(
     ``generator`` if given. Returns (N, *) in the promoted dtype of real and fake. Differentiable to any order in every
     tensor. Raises TypeError or ValueError for bad input.
     """
+    if eps is not None and (mixed := ops.interpolate.plainly(real, fake, eps)) is not NotImplemented:
+        return mixed
     check_pair("real", real, "fake", fake)
     if eps is not None:
         check_eps(eps, real)
     real, fake = promote(real, fake)
     if eps is None:
-        mixed: Tensor = _apply(_InterpolateRandom, real, fake, draw_key(real.device, generator))[0]
+        mixed = _apply(_InterpolateRandom, real, fake, draw_key(real.device, generator))[0]
         return mixed
     if torch.is_grad_enabled() and eps.requires_grad:  # rare enough to leave to PyTorch
         return reference.interpolate(real, fake, eps)
@@ -229,8 +231,11 @@ def gradient_norm_penalty(
     or "none", which gives (N,). target = 0 is the zero-centred penalty |g_n|^2. Where |g_n| = 0 the subgradient is 0.
     Differentiable to any order in grad. Raises TypeError or ValueError for bad input.
     """
-    check_batch("grad", grad)
     options = check_nonnegative("target", target), bool(one_sided), ops.check_reduction(reduction)
+    plain = ops.gradient_norm_penalty.plainly(grad, *options)
+    if plain is not NotImplemented:
+        return plain[0]
+    check_batch("grad", grad)
     penalty: Tensor = _apply(_GradientNormPenalty, grad, *options)[0]
     return penalty
 
@@ -320,6 +325,10 @@ def consistency_term(
     features1, features2: the last feature layer of each pass, (N, *), both or neither. Differentiable to any order in
     every tensor. Raises TypeError or ValueError for bad input.
     """
+    constants = check_nonnegative("margin", margin), check_nonnegative("feature_weight", feature_weight)
+    plain = ops.consistency_term.plainly(score1, score2, features1, features2, *constants)
+    if plain is not NotImplemented:
+        return plain[0]
     check_pair("score1", score1, "score2", score2)
     if (features1 is None) != (features2 is None):
         missing = "features1" if features1 is None else "features2"
@@ -327,7 +336,6 @@ def consistency_term(
     if features1 is None or features2 is None:
         features1, features2 = (score1.new_empty((score1.shape[0], 0)) for _ in range(2))
     _check_second_pair("features", features1, features2, score1)
-    constants = check_nonnegative("margin", margin), check_nonnegative("feature_weight", feature_weight)
     term: Tensor = _apply(_ConsistencyTerm, *promote(score1, score2, features1, features2), *constants)[0]
     return term
 
@@ -338,11 +346,13 @@ def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor
     score1, score2: (N,), (N, 1) or (N, *); x1, x2: (N, *), the inputs they belong to. A pair with x1 = x2 contributes
     0. Differentiable to any order in every tensor. Raises TypeError or ValueError for bad input.
     """
+    margin = check_nonnegative("margin", margin)
+    plain = ops.lipschitz_consistency.plainly(score1, score2, x1, x2, margin)
+    if plain is not NotImplemented:
+        return plain[0]
     check_pair("score1", score1, "score2", score2)
     _check_second_pair("x", x1, x2, score1)
-    term: Tensor = _apply(_LipschitzConsistency, *promote(score1, score2, x1, x2), check_nonnegative("margin", margin))[
-        0
-    ]
+    term: Tensor = _apply(_LipschitzConsistency, *promote(score1, score2, x1, x2), margin)[0]
     return term
 
 
@@ -398,12 +408,15 @@ def _present(first: Tensor, second: Tensor | None) -> list[Tensor]:
 def _score_loss(**scores: tuple[Tensor, str]) -> Tensor:
     """The sum of mean phi(s) over one or two named score tensors, each with its kind of phi."""
     tensors = [tensor for tensor, _ in scores.values()]
+    kinds = tuple(SCORE_LOSSES[kind] for _, kind in scores.values())
+    plain = ops.score_loss.plainly(tensors, kinds)
+    if plain is not NotImplemented:
+        return plain
     for name, tensor in zip(scores, tensors, strict=True):
         ops.check_floating(name, tensor)
         if tensor.numel() == 0:
             raise ValueError(f"{name}: expected at least one score, got shape {tuple(tensor.shape)}")
         check_same_device(next(iter(scores)), tensors[0], name, tensor)
-    kinds = tuple(SCORE_LOSSES[kind] for _, kind in scores.values())
     first, *rest = promote(*tensors)
     loss: Tensor = _apply(_ScoreLoss, first, rest[0] if rest else None, kinds)
     return loss
@@ -457,6 +470,9 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
     """
     c = check_nonnegative("c", c)
     tensors = [params] if isinstance(params, Tensor) else list(params)
+    if ops.clip_weights_.plainly(tensors, c) is not NotImplemented:
+        torch.autograd.graph.increment_version(tensors)
+        return
     by_device: dict[torch.device, list[Tensor]] = {}
     for i, p in enumerate(tensors):
         ops.check_floating(f"params[{i}]", p)

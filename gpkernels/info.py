@@ -29,6 +29,7 @@ def facts() -> dict[str, Any]:
         "backends": {"reference": "available", **usable},
         "build": extension.build_info() if extension is not None else None,
         "build_error": backends.extension_error,
+        "direct": backends.direct is not None,
         "instruction_set": extension.instruction_set() if extension is not None else None,
         "ops": {
             name: {device: backends.running_op(name, device) for device in ("cpu", *backends.GPUS)}
@@ -67,6 +68,7 @@ def render() -> str:
             f"extension: built with torch {build['torch']}, {build['compiler']}, revision {build['revision']}",
             f"  flags             {build['flags']}",
             f"  instruction sets  {', '.join(build['instruction_sets'])}; this machine runs {known['instruction_set']}",
+            f"  from Python       {'directly' if known['direct'] else 'through torch.ops: not built for this torch'}",
         ]
     else:
         lines.append(f"extension: not loaded: {known['build_error']}")

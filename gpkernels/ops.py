@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gpkernels import backends, reference
@@ -29,6 +30,7 @@ class Op:
     def __init__(self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.name = schema.partition("(")[0]
         self.schema, self.implementation, self.fake = schema, implementation, fake
+        self.direct = backends.declined
         self.overload = self.define_in(_LIBRARY)
         _LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
 
@@ -42,7 +44,18 @@ class Op:
             torch.library.register_vmap(qualified, self._vmap, lib=library)
         return overload
 
+    def plainly(self, *args: Any) -> Any:
+        """What the op gives for dense CPU tensors that nothing watches, checked by its kernel alone.
+
+        NotImplemented where it has to be called in another way: for other tensors and numbers, and where the kernel
+        finds the arguments wrong.
+        """
+        return NotImplemented if is_compiling() else self.direct(*args)
+
     def __call__(self, *args: Any) -> Any:
+        given = self.plainly(*args)
+        if given is not NotImplemented:
+            return given
         if backends.forced() is None:
             return self.overload(*args)
         return backends.implementation(self, args)(*args)
@@ -390,3 +403,4 @@ column_sums = Op(
 
 ALL: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}
 backends.register_device_kernels(_LIBRARY, ALL)
+backends.bind_directly(ALL)

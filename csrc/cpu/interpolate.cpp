@@ -56,6 +56,8 @@ Shape check(const Tensor& real, const Tensor& fake) {
 Tensor interpolate_cpu(Tensor real, Tensor fake, Tensor eps) {
   const Shape shape = check(real, fake);
   check_per_row("eps", eps, shape);
+  STD_TORCH_CHECK(eps.dim() == 1 || (eps.dim() == real.dim() && eps.size(0) == shape.rows),
+                  "eps: expected (N, 1, ...)");
   Tensor out;
   dispatch(real, [&](auto zero) {
     using T = decltype(zero);

@@ -11,7 +11,7 @@ namespace gpk::cpu {
 // A cotangent, coefficient or eps may come in any float dtype or stride; these vectors have one number per row.
 template <typename A>
 std::vector<A> small_vector(const Tensor& x) {
-  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor dense = in_format(x, MemoryFormat::Contiguous);
   std::vector<A> values(dense.numel());
   dispatch(dense, [&](auto zero) {
     using T = decltype(zero);

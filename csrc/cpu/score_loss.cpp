@@ -26,7 +26,7 @@ Tensor score_loss_cpu(std::vector<Tensor> scores, std::vector<int64_t> kinds) {
   check(scores, kinds);
   double total = 0;
   for (size_t i = 0; i < scores.size(); ++i) {
-    const Tensor dense = torch::stable::contiguous(scores[i]);
+    const Tensor dense = in_format(scores[i], MemoryFormat::Contiguous);
     dispatch(dense, [&](auto zero) {
       using T = decltype(zero);
       const auto sum = [&](int64_t, int64_t begin, int64_t end) {
@@ -43,7 +43,7 @@ std::vector<Tensor> score_loss_backward_cpu(Tensor cotangent, std::vector<Tensor
   STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
   std::vector<Tensor> grads;
   for (size_t i = 0; i < scores.size(); ++i) {
-    const Tensor dense = torch::stable::contiguous(scores[i]), out = empty_like(scores[i], MemoryFormat::Contiguous);
+    const Tensor dense = in_format(scores[i], MemoryFormat::Contiguous), out = empty_like(scores[i], MemoryFormat::Contiguous);
     dispatch(dense, [&](auto zero) {
       using T = decltype(zero);
       using A = Accumulate<T>;

@@ -1,0 +1,191 @@
+// Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense CPU tensors that
+// nothing watches. It is built against one version of PyTorch, on its C++ interface for Python.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+#include <vector>
+
+namespace {
+
+enum class Kind { kTensor, kMaybeTensor, kTensors, kFloat, kMaybeFloat, kFloats, kInt, kInts, kBool };
+
+std::optional<Kind> kind_of(const c10::Type& type) {
+  using c10::TypeKind;
+  const bool list = type.kind() == TypeKind::ListType, maybe = type.kind() == TypeKind::OptionalType;
+  const c10::Type& inner = list || maybe ? *type.containedType(0) : type;
+  switch (inner.kind()) {
+    case TypeKind::TensorType: return list ? Kind::kTensors : maybe ? Kind::kMaybeTensor : Kind::kTensor;
+    case TypeKind::FloatType: return list ? Kind::kFloats : maybe ? Kind::kMaybeFloat : Kind::kFloat;
+    case TypeKind::IntType: return list ? std::optional(Kind::kInts) : maybe ? std::nullopt : std::optional(Kind::kInt);
+    case TypeKind::BoolType: return list || maybe ? std::nullopt : std::optional(Kind::kBool);
+    default: return std::nullopt;
+  }
+}
+
+// The keys of a dense CPU tensor: not quantised, batched, fake, conjugate, lazy or made in inference mode.
+constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                      c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+
+// Whether a mode, a transform, autocast or a tracer looks on.
+bool watched() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  return keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set ||
+         at::impl::torch_function_mode_enabled();
+}
+
+// Arguments as the dispatcher takes them; each `add` says whether the argument is one that can be taken this way.
+class Arguments {
+ public:
+  Arguments(size_t count, bool wants_graph) : wants_graph_(wants_graph) { stack_.reserve(count); }
+  torch::jit::Stack& stack() { return stack_; }
+
+  bool add(Kind kind, PyObject* x) {
+    switch (kind) {
+      case Kind::kTensor: return add_tensor(x);
+      case Kind::kMaybeTensor: return x == Py_None ? put(c10::IValue()) : add_tensor(x);
+      case Kind::kTensors: return add_list<at::Tensor>(x, [this](PyObject* item) { return tensor(item); });
+      case Kind::kFloat: return PyFloat_CheckExact(x) && put(PyFloat_AS_DOUBLE(x));
+      case Kind::kMaybeFloat: return x == Py_None ? put(c10::IValue()) : add(Kind::kFloat, x);
+      case Kind::kFloats:
+        return add_list<double>(x, [](PyObject* item) -> std::optional<double> {
+          return PyFloat_CheckExact(item) ? std::optional(PyFloat_AS_DOUBLE(item)) : std::nullopt;
+        });
+      case Kind::kInt: {
+        const std::optional<int64_t> value = integer(x);
+        return value && put(*value);
+      }
+      case Kind::kInts: return add_list<int64_t>(x, &integer);
+      case Kind::kBool: return PyBool_Check(x) && put(x == Py_True);
+    }
+    return false;
+  }
+
+ private:
+  bool put(c10::IValue value) {
+    stack_.push_back(std::move(value));
+    return true;
+  }
+
+  bool add_tensor(PyObject* x) {
+    const at::Tensor* found = tensor(x);
+    return found && put(*found);
+  }
+
+  template <typename T, typename Read>
+  bool add_list(PyObject* x, const Read& read) {
+    if (!PyList_CheckExact(x) && !PyTuple_CheckExact(x)) return false;
+    PyObject** items = PySequence_Fast_ITEMS(x);
+    c10::List<T> values;
+    values.reserve(PySequence_Fast_GET_SIZE(x));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(x); ++i) {
+      const auto value = read(items[i]);
+      if (!value) return false;
+      values.push_back(*value);
+    }
+    return put(std::move(values));
+  }
+
+  static std::optional<int64_t> integer(PyObject* x) {
+    if (!PyLong_CheckExact(x)) return std::nullopt;
+    int overflow = 0;
+    const int64_t value = PyLong_AsLongLongAndOverflow(x, &overflow);
+    return overflow ? std::nullopt : std::optional(value);
+  }
+
+  // Null unless it is plain, wants no graph, and has the floating-point type of those before it.
+  const at::Tensor* tensor(PyObject* x) {
+    if (!THPVariable_CheckExact(x)) return nullptr;
+    const at::Tensor& found = THPVariable_Unpack(x);
+    if (!found.defined() || found.key_set() != kPlain) return nullptr;
+    if (wants_graph_ && found.requires_grad()) return nullptr;
+    if (at::isFloatingType(found.scalar_type())) {
+      if (type_.value_or(found.scalar_type()) != found.scalar_type()) return nullptr;
+      type_ = found.scalar_type();
+    }
+    if (torch::autograd::impl::get_autograd_meta(found) && found._fw_grad(0).defined()) return nullptr;
+    return &found;
+  }
+
+  torch::jit::Stack stack_;
+  std::optional<at::ScalarType> type_;
+  const bool wants_graph_;
+};
+
+PyObject* wrapped(c10::IValue& value) {
+  if (value.isTensor()) return THPVariable_Wrap(std::move(value).toTensor());
+  const c10::List<at::Tensor> tensors = value.toTensorList();
+  PyObject* list = PyList_New(Py_ssize_t(tensors.size()));
+  for (size_t i = 0; list && i < tensors.size(); ++i)
+    PyList_SET_ITEM(list, Py_ssize_t(i), THPVariable_Wrap(at::Tensor(tensors[i])));
+  return list;
+}
+
+PyObject* results(torch::jit::Stack& stack) {
+  if (stack.empty()) Py_RETURN_NONE;
+  if (stack.size() == 1) return wrapped(stack[0]);
+  PyObject* tuple = PyTuple_New(Py_ssize_t(stack.size()));
+  for (size_t i = 0; tuple && i < stack.size(); ++i) PyTuple_SET_ITEM(tuple, Py_ssize_t(i), wrapped(stack[i]));
+  return tuple;
+}
+
+// An op that is called directly, and what it takes.
+struct Target {
+  c10::OperatorHandle op;
+  std::vector<Kind> kinds;
+  bool writes;  // into its arguments, which takes no part in a graph
+};
+
+const char* const kTarget = "gpkernels.target";
+
+PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const auto* target = static_cast<const Target*>(PyCapsule_GetPointer(self, kTarget));
+  if (!target) return nullptr;
+  if (size_t(count) != target->kinds.size() || watched()) Py_RETURN_NOTIMPLEMENTED;
+  try {
+    Arguments arguments(target->kinds.size(), !target->writes && at::GradMode::is_enabled());
+    for (size_t i = 0; i < target->kinds.size(); ++i)
+      if (!arguments.add(target->kinds[i], args[i])) Py_RETURN_NOTIMPLEMENTED;
+    {
+      const pybind11::gil_scoped_release released;
+      const at::AutoDispatchBelowADInplaceOrView below;
+      target->op.callBoxed(arguments.stack());
+    }
+    return results(arguments.stack());
+  } catch (const std::exception&) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+}
+
+PyObject* direct(PyObject*, PyObject* name) {
+  static PyMethodDef method = {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call)), METH_FASTCALL,
+                               nullptr};
+  const char* text = PyUnicode_AsUTF8(name);
+  if (!text) return nullptr;
+  const std::optional<c10::OperatorHandle> op = c10::Dispatcher::singleton().findSchema({text, ""});
+  if (!op) return PyErr_Format(PyExc_ValueError, "name: expected an op that is defined, got %s", text);
+  std::vector<Kind> kinds;
+  for (const c10::Argument& argument : op->schema().arguments()) {
+    const std::optional<Kind> kind = kind_of(*argument.real_type());
+    if (!kind) return PyErr_Format(PyExc_ValueError, "name: %s takes what cannot be given directly", text);
+    kinds.push_back(*kind);
+  }
+  PyObject* target =
+      PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable()}, kTarget,
+                    [](PyObject* capsule) { delete static_cast<Target*>(PyCapsule_GetPointer(capsule, kTarget)); });
+  PyObject* bound = target ? PyCFunction_New(&method, target) : nullptr;
+  Py_XDECREF(target);
+  return bound;
+}
+
+PyMethodDef kMethods[] = {
+    {"direct", &direct, METH_O,
+     "direct(name) -> a callable that gives what the op gives, or NotImplemented where the op has to be called in "
+     "another way: something looks on, the arguments are not all plain, or the op raises."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__direct() { return PyModule_Create(&kModule); }

@@ -1,0 +1,258 @@
+"""The short way from Python to the C++ kernels: what it gives, and what it leaves to PyTorch's own way."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gpkernels as gpk
+from cases import raw_arguments
+from gpkernels import backends, ops
+
+pytestmark = pytest.mark.skipif(backends.direct is None, reason="the direct way is not built")
+
+OPEN = [name for name in ops.ALL if backends.running_op(name, "cpu") == "cpu"]
+
+
+def interpolated(real: Any, fake: Any, eps: Any) -> Any:
+    return ops.interpolate.direct(real, fake, eps)
+
+
+def three(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(4, 3, **options), torch.randn(4, 3, **options), torch.rand(4, **options)
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_it_gives_the_bits_that_the_dispatcher_gives(name: str) -> None:
+    op, taken = ops.ALL[name], 0
+    for arguments in raw_arguments()[name]:
+        mine, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
+        got, expected = op.direct(*mine), op.overload(*theirs)
+        if got is NotImplemented:
+            continue
+        taken += 1
+        assert type(got) is type(expected)
+        for ours, other in zip(tree_leaves((got, mine)), tree_leaves((expected, theirs)), strict=True):
+            if isinstance(other, Tensor):
+                assert ours.dtype == other.dtype
+                assert ours.stride() == other.stride()
+                assert torch.equal(ours, other)
+            else:
+                assert ours == other
+    assert taken
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_it_keeps_no_reference_to_what_it_was_given_or_gave(name: str) -> None:
+    arguments = raw_arguments()[name][0]
+    held = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    counts = [sys.getrefcount(x) for x in held]
+    for _ in range(3):
+        given = tree_leaves(ops.ALL[name].direct(*arguments))
+    assert [sys.getrefcount(x) for x in held] == counts
+    assert all(sys.getrefcount(x) <= 4 for x in given if isinstance(x, Tensor))  # the list, the loop, the call, x
+
+
+class _Passes(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class _PassesFunctions(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _dual_level() -> Iterator[None]:
+    with forward_ad.dual_level():
+        yield
+
+
+WATCHERS: dict[str, Callable[[], Any]] = {
+    "a dispatch mode": _Passes,
+    "a function mode": _PassesFunctions,
+    "fake tensors": FakeTensorMode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "the reference backend": lambda: gpk.backend("reference"),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_it_declines_while_something_looks_on(watcher: str) -> None:
+    x, y, eps = three()
+    assert interpolated(x, y, eps) is not NotImplemented
+    with WATCHERS[watcher]():
+        assert interpolated(x, y, eps) is NotImplemented
+    assert interpolated(x, y, eps) is not NotImplemented
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "vjp", "functionalize"])
+def test_it_declines_under_every_transform(transform: str) -> None:
+    seen: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(interpolated(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2)))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    {
+        "grad": lambda: torch.func.grad(function)(x),
+        "vmap": lambda: torch.func.vmap(function)(x),
+        "jvp": lambda: torch.func.jvp(function, (x,), (x,)),
+        "vjp": lambda: torch.func.vjp(function, x),
+        "functionalize": lambda: torch.func.functionalize(function)(x),
+    }[transform]()
+    assert seen == [NotImplemented]
+
+
+def test_it_declines_while_a_tracer_records() -> None:
+    seen: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(interpolated(x, x, torch.ones(2)))
+        return x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(function, torch.ones(2, 3), check_trace=False)
+    assert seen == [NotImplemented]
+
+
+class _Own(Tensor):
+    pass
+
+
+ODD: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "a subclass": lambda: (torch.randn(4, 3).as_subclass(_Own), *three()[1:]),
+    "a meta tensor": lambda: three(device="meta"),
+    "a sparse tensor": lambda: (torch.randn(4, 3).to_sparse(), *three()[1:]),
+    "a negative view": lambda: (torch._neg_view(torch.randn(4, 3)), *three()[1:]),
+    "a leaf that wants its gradient": lambda: (torch.randn(4, 3, requires_grad=True), *three()[1:]),
+    "a result that has a graph": lambda: (torch.randn(4, 3, requires_grad=True) * 2, *three()[1:]),
+    "two dtypes": lambda: (torch.randn(4, 3, dtype=torch.float64), *three()[1:]),
+    "integers": lambda: (torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.int64), torch.ones(4)),
+    "other shapes": lambda: (torch.randn(4, 3), torch.randn(3, 4), torch.ones(4)),
+    "an eps for another batch": lambda: (*three()[:2], torch.ones(3)),
+    "an eps in a row": lambda: (*three()[:2], torch.ones(1, 4)),
+    "no batch": lambda: (torch.randn(0, 3), torch.randn(0, 3), torch.ones(0)),
+    "a list": lambda: ([1.0], *three()[1:]),
+    "None": lambda: (None, *three()[1:]),
+    "too few arguments": lambda: three()[:2],
+    "too many arguments": lambda: (*three(), True),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_it_declines(kind: str) -> None:
+    assert ops.interpolate.direct(*ODD[kind]()) is NotImplemented
+
+
+def test_it_declines_a_tensor_with_a_tangent() -> None:
+    x, y, eps = three()
+    with _dual_level():
+        assert interpolated(forward_ad.make_dual(x, y), y, eps) is NotImplemented
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(1, False, 0), (1.0, 0, 0), (1.0, False, 0.0), (1.0, False, True), (1.0, False, 2**70), ("1", False, 0)],
+    ids=["an int for a float", "an int for a bool", "a float for an int", "a bool for an int", "too large", "a text"],
+)
+def test_it_declines_a_number_of_another_kind(arguments: tuple[Any, ...]) -> None:
+    assert ops.gradient_norm_penalty.direct(torch.randn(4, 3), *arguments) is NotImplemented
+
+
+def test_it_takes_weights_where_no_graph_is_wanted_and_writes_into_them_always() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    assert ops.gradient_norm_penalty.direct(weight, 1.0, False, 0) is NotImplemented
+    with torch.no_grad():
+        assert ops.gradient_norm_penalty.direct(weight, 1.0, False, 0) is not NotImplemented
+    assert ops.clip_weights_.direct([weight], 0.1) is None
+    assert weight.detach().abs().max() <= 0.1
+
+
+def test_clipping_counts_as_a_change_of_the_weight() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    before, loss = weight._version, (weight**2).sum()
+    gpk.clip_weights_([weight], 0.1)
+    assert weight._version == before + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_it_gives_has_no_graph_and_can_start_one() -> None:
+    mixed = interpolated(*three())
+    assert not mixed.requires_grad
+    mixed.requires_grad_()
+    gpk.gradient_norm_penalty(mixed).backward()
+    assert mixed.grad is not None
+
+
+def test_a_profiler_sees_the_op() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        interpolated(*three())
+    assert "gpkernels::interpolate" in {event.key for event in profile.key_averages()}
+
+
+def test_it_declines_what_no_op_is_called() -> None:
+    assert backends.direct is not None
+    with pytest.raises(ValueError, match="gpkernels::nothing"):
+        backends.direct("gpkernels::nothing")
+    with pytest.raises(TypeError):
+        backends.direct(7)  # type: ignore[arg-type]
+
+
+def test_a_binary_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert backends._load_direct() is None
+
+
+PUBLIC: dict[str, Callable[..., Tensor]] = {
+    "interpolate": lambda x, y, eps: gpk.interpolate(x, y, eps),
+    "gradient_norm_penalty": lambda x, y, eps: gpk.gradient_norm_penalty(x, 0.5, one_sided=True),
+    "consistency_term": lambda x, y, eps: gpk.consistency_term(x[:, 0], y[:, 0], x, y),
+    "lipschitz_consistency": lambda x, y, eps: gpk.lipschitz_consistency(x[:, 0], y[:, 0], x, y),
+    "wgan_critic_loss": lambda x, y, eps: gpk.wgan_critic_loss(x, y),
+    "gan_discriminator_loss": lambda x, y, eps: gpk.gan_discriminator_loss(x, y),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_take_it_and_give_the_same_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = three()
+    op = ops.score_loss if name.endswith("_loss") else ops.ALL[name]
+    taken: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        taken.append(bound(*args))
+        return taken[-1]
+
+    bound = op.direct
+    monkeypatch.setattr(op, "direct", counted)
+    with_it = PUBLIC[name](*arguments)
+    assert len(taken) == 1
+    assert taken[0] is not NotImplemented
+    monkeypatch.setattr(op, "direct", backends.declined)
+    assert torch.equal(with_it, PUBLIC[name](*arguments))
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "reference"])
+def test_it_is_open_where_cpu_tensors_take_the_kernels(name: str) -> None:
+    with gpk.backend(name) if name != "auto" else nullcontext():
+        closed = ops.interpolate.direct is backends.declined
+    assert closed == (name == "reference")
