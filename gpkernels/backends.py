@@ -27,7 +27,7 @@ CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
 _forced: str | None = None
 _tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
-_ops: Mapping[str, Op] = {}
+_short_ways: list[tuple[Op, Callable[..., Any]]] = []
 extension: Any = None
 direct: Callable[[str], Callable[..., Any]] | None = None  # by an op's name, the short way to it
 extension_error: str | None = None
@@ -108,17 +108,18 @@ def declined(*args: Any) -> Any:
 
 
 def bind_directly(ops: Mapping[str, Op]) -> None:
-    """Give each op its short way; from then on ``set_backend`` opens and closes it."""
-    global _ops
-    _ops = ops
+    """Give each op with a C++ kernel its short way; from then on ``set_backend`` opens and closes it."""
+    if direct is not None:
+        _short_ways.extend(
+            (op, direct(f"gpkernels::{name}")) for name, op in ops.items() if running_op(name, "cpu") == "cpu"
+        )
     _open_short_ways()
 
 
 def _open_short_ways() -> None:
     """They lead to the C++ kernels, so they are open where CPU tensors take these."""
-    for name, op in _ops.items():
-        leads = _forced in (None, "cpu") and running_op(name, "cpu") == "cpu"
-        op.direct = direct(f"gpkernels::{name}") if direct is not None and leads else declined
+    for op, way in _short_ways:
+        op.direct = way if _forced in (None, "cpu") else declined
 
 
 def _later(name: str) -> Callable[..., Any]:

@@ -53,9 +53,10 @@ class Op:
         return NotImplemented if is_compiling() else self.direct(*args)
 
     def __call__(self, *args: Any) -> Any:
-        given = self.plainly(*args)
-        if given is not NotImplemented:
-            return given
+        if not is_compiling():
+            given = self.direct(*args)
+            if given is not NotImplemented:
+                return given
         if backends.forced() is None:
             return self.overload(*args)
         return backends.implementation(self, args)(*args)

@@ -32,8 +32,8 @@ def output(code: str, path: Path | str = ROOT, **environment: str) -> str:
 
 
 def copy_package(to: Path) -> Path:
-    """gpkernels without its extension, in a folder of its own."""
-    shutil.copytree(ROOT / "gpkernels", to / "gpkernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    """gpkernels without its extensions, in a folder of its own."""
+    shutil.copytree(ROOT / "gpkernels", to / "gpkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return to
 
 
@@ -43,7 +43,7 @@ def copy_tree(to: Path) -> Path:
     for name in (*names, "LICENSE", "README.md", "CHANGELOG.md"):
         source = ROOT / name
         if source.is_dir():
-            ignore = shutil.ignore_patterns("_C*", "__pycache__", "*.egg-info")
+            ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
             shutil.copytree(source, to / name, ignore=ignore)
         elif source.is_file():
             shutil.copy2(source, to / name)

@@ -222,6 +222,12 @@ def test_a_binary_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert backends._load_direct() is None
 
 
+def test_without_its_binary_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gpkernels._direct", None)
+    monkeypatch.delattr(gpk, "_direct")
+    assert backends._load_direct() is None
+
+
 PUBLIC: dict[str, Callable[..., Tensor]] = {
     "interpolate": lambda x, y, eps: gpk.interpolate(x, y, eps),
     "gradient_norm_penalty": lambda x, y, eps: gpk.gradient_norm_penalty(x, 0.5, one_sided=True),

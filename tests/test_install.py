@@ -85,7 +85,7 @@ def test_a_wheel_without_kernels_is_pure_and_works(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "unpacked")
     assert set(PACKAGES) <= set(names)
-    assert not [name for name in names if "_C" in name]
+    assert not [name for name in names if name.endswith(".so")]
     code = "import torch, gpkernels as gpk; from gpkernels import backends; x = torch.ones(2)\n"
     printed = output(
         code + "gpk.clip_weights_(x, 0.1); print(gpk.__file__, backends.running('cpu'))", tmp_path / "unpacked"
@@ -103,7 +103,8 @@ def test_a_wheel_has_kernels_and_works_from_anywhere(tmp_path: Path) -> None:
     assert roots == {"gpkernels", "gptrainer", f"gpkernels-{__version__}.dist-info"}
     sources = {f"gpkernels/{p.relative_to(ROOT / 'gpkernels')}" for p in (ROOT / "gpkernels").rglob("*.py")}
     assert {*PACKAGES, *sources} <= set(names)
-    assert len([name for name in names if name.startswith("gpkernels/_C.")]) == 1
+    for module in ("_C", "_direct"):
+        assert len([name for name in names if name.startswith(f"gpkernels/{module}.")]) == 1
     code = (
         "import json, torch, gpkernels as gpk; from gpkernels import info\n"
         "gpk.set_backend('cpu'); x = torch.randn(3, 5, requires_grad=True); gpk.gradient_norm_penalty(x).backward()\n"
@@ -114,6 +115,7 @@ def test_a_wheel_has_kernels_and_works_from_anywhere(tmp_path: Path) -> None:
     assert trainer.startswith(str(tmp_path / "unpacked"))
     assert facts["running"]["cpu"] == "cpu"
     assert facts["build"]["torch"] == torch.__version__
+    assert facts["direct"] is True
     assert "-march=native" not in facts["build"]["flags"]
     scripts = (tmp_path / f"unpacked/gpkernels-{__version__}.dist-info/entry_points.txt").read_text()
     assert "gpkernels = gpkernels.cli:main" in scripts

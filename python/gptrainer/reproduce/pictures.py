@@ -12,6 +12,7 @@ from typing import Any
 from gptrainer.plots import BLUE, GREEN, INK, ORANGE, PURPLE, STYLE
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b3892b", "#4a5560")
+PUBLISHED: Any = {"color": INK, "dashes": (4, 3), "linewidth": 1.2}  # of a curve
 PANEL: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "svg.hashsalt": "gpkernels"}
 
 

@@ -113,7 +113,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
             alpha=0.35,
             label=f"{len(gradient):,} draws",
         )
-        ax.plot(axis, stats.cauchy.pdf(axis), color=plots.INK, dashes=(4, 3), linewidth=1.2, label="published: Cauchy")
+        ax.plot(axis, stats.cauchy.pdf(axis), **pictures.PUBLISHED, label="published: Cauchy")
         ax.plot(
             axis,
             stats.norm.pdf(axis, scale=shown["spread"]),
@@ -127,14 +127,14 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         share = np.arange(1, len(size) + 1) / len(size)
         ax.loglog(size, share, color=plots.BLUE, linewidth=4, alpha=0.35, label="measured")
         x = np.logspace(-1, np.log10(size[0]), 100)
-        ax.loglog(x, 2 * stats.cauchy.sf(x), color=plots.INK, dashes=(4, 3), linewidth=1.2, label="published: Cauchy")
+        ax.loglog(x, 2 * stats.cauchy.sf(x), **pictures.PUBLISHED, label="published: Cauchy")
         ax.loglog(x, 2 * stats.norm.sf(x, scale=shown["spread"]), color=plots.ORANGE, label="normal of the same sd")
         ax.set(xlabel="|gradient| over its scale", ylabel="share of draws beyond", ylim=(0.5 / len(size), 1.5))
         ax.legend(frameon=False)
     with pictures.panel(panels, "Goodness of fit, coordinate by coordinate") as ax:
         values = sorted(value for one in findings for value in one.series["cauchy_p"])
         ax.plot(np.linspace(0, 1, len(values)), values, "o", color=plots.BLUE, markersize=4, label="Cauchy")
-        ax.plot([0, 1], [0, 1], color=plots.INK, dashes=(4, 3), linewidth=1, label="if the theorem is true")
+        ax.plot([0, 1], [0, 1], **pictures.PUBLISHED, label="if the theorem is true")
         pictures.reference(ax, LEVEL, "rejected below", at=1.0)
         ax.set(xlabel="share of coordinates", ylabel="p-value")
         ax.legend(frameon=False)

@@ -104,9 +104,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.plot(
             theory,
             [best_accuracy(sigma) for sigma in theory],
-            color=plots.INK,
-            dashes=(4, 3),
-            linewidth=1,
+            **pictures.PUBLISHED,
             label=r"best, $\Phi(1/2\sigma)$",
         )
         for one in findings:
@@ -118,9 +116,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.semilogy(
             theory,
             [best_gradient(sigma) for sigma in theory],
-            color=plots.INK,
-            dashes=(4, 3),
-            linewidth=1,
+            **pictures.PUBLISHED,
             label="through the best one",
         )
         for one in findings:

@@ -122,9 +122,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.loglog(
             sizes,
             needed.mean(axis=0)[0] * (sizes / sizes[0]) ** 0.5,
-            color=plots.INK,
-            dashes=(4, 3),
-            linewidth=1,
+            **pictures.PUBLISHED,
             label=r"published: $\sqrt{N}$",
         )
         ax.loglog(sizes, needed.T, "o", color=plots.BLUE, markersize=5)

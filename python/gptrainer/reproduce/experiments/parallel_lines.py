@@ -105,9 +105,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.plot(
             theta,
             [abs(t) for t in theta],
-            color=plots.INK,
-            dashes=(4, 3),
-            linewidth=1,
+            **pictures.PUBLISHED,
             label=r"published, $|\theta|$",
         )
         ax.plot(theta, shown["exact"], color=plots.BLUE, linewidth=4, alpha=0.35, label="exact transport")
@@ -136,9 +134,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.plot(
             [-1.05, 0, 0, 1.05],
             [-1, -1, 1, 1],
-            color=plots.INK,
-            dashes=(4, 3),
-            linewidth=1,
+            **pictures.PUBLISHED,
             label=r"published, $\mathrm{sign}\,\theta$",
         )
         ax.plot(tried, [g for _, g in shown["critics"]], "o", color=plots.ORANGE, label="through the WGAN-GP critic")
