@@ -72,14 +72,18 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
         direct = subprocess.run([cmake, "--build", str(build), "--target", "_direct"], env=environment)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        others = [target.name.replace("_C", "_direct", 1)] if direct.returncode == 0 else []
-        if not others:  # it leans on what PyTorch may change in any version
+        short = target.name.replace("_C", "_direct", 1)
+        made = [target.name, *(["_cuda.so"] if WANTED == "cuda" else [])]
+        if direct.returncode == 0 and (build / short).exists():
+            made.append(short)
+        else:  # it leans on what PyTorch may change in any version
             print("gpkernels: building without the direct way to the ops: small ones are slower", file=sys.stderr)
-        others += ["_cuda.so"] if WANTED == "cuda" else []
-        for name in (target.name, *others):
-            # setuptools knows of one module: beside an editable package it would leave the others out.
-            for folder in (target.parent, *([source / "gpkernels"] if self.editable_mode else [])):
-                folder.mkdir(parents=True, exist_ok=True)
+        # setuptools knows of one module: beside an editable package it would leave the others out.
+        for folder in (target.parent, *([source / "gpkernels"] if self.editable_mode else [])):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in {*made, short}:
+                (folder / name).unlink(missing_ok=True)  # an older one, which a running process may have mapped
+            for name in made:
                 shutil.copy2(build / name, folder / name)
 
 

@@ -1,8 +1,11 @@
 // Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense CPU tensors that
-// nothing watches. It is built against one version of PyTorch, on its C++ interface for Python.
+// nothing watches. Kernels at autograd's keys are passed over, as there is no graph. It is built against one version of
+// PyTorch, on its C++ interface for Python.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 #include <optional>
 #include <vector>
@@ -113,21 +116,29 @@ class Arguments {
   const bool wants_graph_;
 };
 
+// New references; null with Python's error set where there is no memory for them.
 PyObject* wrapped(c10::IValue& value) {
   if (value.isTensor()) return THPVariable_Wrap(std::move(value).toTensor());
   const c10::List<at::Tensor> tensors = value.toTensorList();
-  PyObject* list = PyList_New(Py_ssize_t(tensors.size()));
-  for (size_t i = 0; list && i < tensors.size(); ++i)
-    PyList_SET_ITEM(list, Py_ssize_t(i), THPVariable_Wrap(at::Tensor(tensors[i])));
-  return list;
+  THPObjectPtr list(PyList_New(Py_ssize_t(tensors.size())));
+  for (size_t i = 0; list && i < tensors.size(); ++i) {
+    PyObject* item = THPVariable_Wrap(at::Tensor(tensors[i]));
+    if (!item) return nullptr;
+    PyList_SET_ITEM(list.get(), Py_ssize_t(i), item);
+  }
+  return list.release();
 }
 
 PyObject* results(torch::jit::Stack& stack) {
   if (stack.empty()) Py_RETURN_NONE;
   if (stack.size() == 1) return wrapped(stack[0]);
-  PyObject* tuple = PyTuple_New(Py_ssize_t(stack.size()));
-  for (size_t i = 0; tuple && i < stack.size(); ++i) PyTuple_SET_ITEM(tuple, Py_ssize_t(i), wrapped(stack[i]));
-  return tuple;
+  THPObjectPtr tuple(PyTuple_New(Py_ssize_t(stack.size())));
+  for (size_t i = 0; tuple && i < stack.size(); ++i) {
+    PyObject* item = wrapped(stack[i]);
+    if (!item) return nullptr;
+    PyTuple_SET_ITEM(tuple.get(), Py_ssize_t(i), item);
+  }
+  return tuple.release();
 }
 
 // An op that is called directly, and what it takes.
@@ -153,7 +164,13 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       target->op.callBoxed(arguments.stack());
     }
     return results(arguments.stack());
-  } catch (const std::exception&) {
+  } catch (python_error& error) {  // Ctrl-C, say: nothing to try again
+    error.restore();
+    return nullptr;
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const std::exception&) {  // kernels check before they write, so that another call may say what is wrong
     Py_RETURN_NOTIMPLEMENTED;
   }
 }
@@ -188,4 +205,8 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, kMethods, 
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__direct() { return PyModule_Create(&kModule); }
+PyMODINIT_FUNC PyInit__direct() {
+  PyObject* module = PyModule_Create(&kModule);
+  if (module && PyModule_AddStringConstant(module, "TORCH", GPK_TORCH_VERSION) < 0) Py_CLEAR(module);
+  return module;
+}

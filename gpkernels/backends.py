@@ -59,14 +59,14 @@ def load_extension() -> None:
 
 def _load_direct() -> Callable[[str], Callable[..., Any]] | None:
     """The short way to ops, where it was built for this very version of PyTorch."""
-    if extension.build_info()["torch"] != torch.__version__:
+    if extension.build_info()["torch"] != torch.__version__:  # then it is not even safe to load
         return None
     try:
         from gpkernels import _direct  # type: ignore[attr-defined]
-    except (ImportError, OSError):
+    except (ImportError, OSError, RuntimeError):
         return None
     found: Callable[[str], Callable[..., Any]] = _direct.direct
-    return found
+    return found if torch.__version__ == _direct.TORCH else None
 
 
 @cache

@@ -5,7 +5,7 @@ order exists and is exact. The pairs work under ``torch.func`` and ``torch.compi
 Inputs: float64, float32, float16 or bfloat16 tensors on one device, in any memory layout; mixed dtypes promote as in
 PyTorch. Losses and penalties of float16 and bfloat16 tensors are float32.
 Errors: TypeError for what is not a floating-point tensor or a number, ValueError for shapes, devices, empty batches and
-constants out of range; both name the argument, before anything is computed.
+constants out of range; both name the argument, before anything is changed.
 """
 
 from __future__ import annotations

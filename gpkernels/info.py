@@ -68,7 +68,7 @@ def render() -> str:
             f"extension: built with torch {build['torch']}, {build['compiler']}, revision {build['revision']}",
             f"  flags             {build['flags']}",
             f"  instruction sets  {', '.join(build['instruction_sets'])}; this machine runs {known['instruction_set']}",
-            f"  from Python       {'directly' if known['direct'] else 'through torch.ops: not built for this torch'}",
+            f"  from Python       {'directly' if known['direct'] else 'through torch.ops, as no direct way is built'}",
         ]
     else:
         lines.append(f"extension: not loaded: {known['build_error']}")

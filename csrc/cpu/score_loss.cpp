@@ -43,7 +43,8 @@ std::vector<Tensor> score_loss_backward_cpu(Tensor cotangent, std::vector<Tensor
   STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
   std::vector<Tensor> grads;
   for (size_t i = 0; i < scores.size(); ++i) {
-    const Tensor dense = in_format(scores[i], MemoryFormat::Contiguous), out = empty_like(scores[i], MemoryFormat::Contiguous);
+    const Tensor dense = in_format(scores[i], MemoryFormat::Contiguous),
+                 out = empty_like(scores[i], MemoryFormat::Contiguous);
     dispatch(dense, [&](auto zero) {
       using T = decltype(zero);
       using A = Accumulate<T>;

@@ -27,6 +27,13 @@ void for_chunks(const std::vector<Tensor>& tensors, const F& f) {
   });
 }
 
+// Before anything is written: a tensor whose elements share a place would be refused only when it is stored.
+void check_writable(const char* name, const std::vector<Tensor>& tensors) {
+  for (const Tensor& t : tensors)
+    for (int64_t dim = 0; dim < t.dim(); ++dim)
+      STD_TORCH_CHECK(t.size(dim) < 2 || t.stride(dim) != 0, name, ": expected tensors that do not overlap themselves");
+}
+
 // Tensors that kernels may write through flat pointers: themselves, or copies that `store` brings back.
 class Flat {
  public:
@@ -50,6 +57,7 @@ GPK_SIMD void clip_chunk(T* p, A c, int64_t begin, int64_t end) {
 }
 
 void clip_weights_cpu(std::vector<Tensor> params, double c) {
+  check_writable("params", params);
   std::vector<bool> direct;
   for (const Tensor& p : params) {
     dispatch(p, [](auto) {});
@@ -98,6 +106,10 @@ void rmsprop_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
   check_list("square_avgs", square_avgs, params, false);
   check_list("grad_avgs", grad_avgs, params, true);
   check_list("momentum_buffers", momentum_buffers, params, true);
+  check_writable("params", params);
+  check_writable("square_avgs", square_avgs);
+  check_writable("grad_avgs", grad_avgs);
+  check_writable("momentum_buffers", momentum_buffers);
   const bool centered = !grad_avgs.empty(), with_momentum = !momentum_buffers.empty();
   std::vector<bool> direct(params.size());
   for (size_t i = 0; i < params.size(); ++i) {

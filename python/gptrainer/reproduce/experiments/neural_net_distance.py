@@ -184,7 +184,7 @@ EXPERIMENT = Experiment(
             "supports": [8, 32, 128, 512, 2048],
         },
     },
-    seeds={"quick": 1, "full": 3},
+    seeds={"quick": 1, "full": 2},
     measure=measure,
     claims=(
         Claim(
