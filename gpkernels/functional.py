@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 from gpkernels import ops, reference
 from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair, check_same_device
@@ -64,7 +65,7 @@ class _Differentiable(Function):
 
 def _apply(function: type[_Differentiable], *args: Any) -> Any:
     """``function.apply`` without what costs more than a small op: a graph that nobody wants, and binding arguments."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*args)
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return function.forward(*args)
@@ -137,8 +138,10 @@ def interpolate(
     ``generator`` if given. Returns (N, *) in the promoted dtype of real and fake. Differentiable to any order in every
     tensor. Raises TypeError or ValueError for bad input.
     """
-    if eps is not None and (mixed := ops.interpolate.plainly(real, fake, eps)) is not NotImplemented:
-        return mixed
+    if eps is not None and not is_compiling():
+        mixed = ops.interpolate.direct(real, fake, eps)
+        if mixed is not NotImplemented:
+            return mixed
     check_pair("real", real, "fake", fake)
     if eps is not None:
         check_eps(eps, real)
@@ -232,7 +235,7 @@ def gradient_norm_penalty(
     Differentiable to any order in grad. Raises TypeError or ValueError for bad input.
     """
     options = check_nonnegative("target", target), bool(one_sided), ops.check_reduction(reduction)
-    plain = ops.gradient_norm_penalty.plainly(grad, *options)
+    plain = NotImplemented if is_compiling() else ops.gradient_norm_penalty.direct(grad, *options)
     if plain is not NotImplemented:
         return plain[0]
     check_batch("grad", grad)
@@ -326,7 +329,11 @@ def consistency_term(
     every tensor. Raises TypeError or ValueError for bad input.
     """
     constants = check_nonnegative("margin", margin), check_nonnegative("feature_weight", feature_weight)
-    plain = ops.consistency_term.plainly(score1, score2, features1, features2, *constants)
+    plain = (
+        NotImplemented
+        if is_compiling()
+        else ops.consistency_term.direct(score1, score2, features1, features2, *constants)
+    )
     if plain is not NotImplemented:
         return plain[0]
     check_pair("score1", score1, "score2", score2)
@@ -347,7 +354,7 @@ def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor
     0. Differentiable to any order in every tensor. Raises TypeError or ValueError for bad input.
     """
     margin = check_nonnegative("margin", margin)
-    plain = ops.lipschitz_consistency.plainly(score1, score2, x1, x2, margin)
+    plain = NotImplemented if is_compiling() else ops.lipschitz_consistency.direct(score1, score2, x1, x2, margin)
     if plain is not NotImplemented:
         return plain[0]
     check_pair("score1", score1, "score2", score2)
@@ -409,7 +416,7 @@ def _score_loss(**scores: tuple[Tensor, str]) -> Tensor:
     """The sum of mean phi(s) over one or two named score tensors, each with its kind of phi."""
     tensors = [tensor for tensor, _ in scores.values()]
     kinds = tuple(SCORE_LOSSES[kind] for _, kind in scores.values())
-    plain = ops.score_loss.plainly(tensors, kinds)
+    plain = NotImplemented if is_compiling() else ops.score_loss.direct(tensors, kinds)
     if plain is not NotImplemented:
         return plain
     for name, tensor in zip(scores, tensors, strict=True):
@@ -470,7 +477,7 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
     """
     c = check_nonnegative("c", c)
     tensors = [params] if isinstance(params, Tensor) else list(params)
-    if ops.clip_weights_.plainly(tensors, c) is not NotImplemented:
+    if not is_compiling() and ops.clip_weights_.direct(tensors, c) is not NotImplemented:
         torch.autograd.graph.increment_version(tensors)
         return
     by_device: dict[torch.device, list[Tensor]] = {}

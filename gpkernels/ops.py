@@ -25,7 +25,11 @@ _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Op:
-    """One schema: callable, and the place where the implementation that runs is chosen."""
+    """One schema: callable, and the place where the implementation that runs is chosen.
+
+    direct: gives what the op gives for dense CPU tensors that nothing watches, checked by the kernel alone, and
+    NotImplemented where the op has to be called in another way. ``torch.compile`` cannot trace it.
+    """
 
     def __init__(self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.name = schema.partition("(")[0]
@@ -43,14 +47,6 @@ class Op:
         if not overload._schema.is_mutable:
             torch.library.register_vmap(qualified, self._vmap, lib=library)
         return overload
-
-    def plainly(self, *args: Any) -> Any:
-        """What the op gives for dense CPU tensors that nothing watches, checked by its kernel alone.
-
-        NotImplemented where it has to be called in another way: for other tensors and numbers, and where the kernel
-        finds the arguments wrong.
-        """
-        return NotImplemented if is_compiling() else self.direct(*args)
 
     def __call__(self, *args: Any) -> Any:
         if not is_compiling():
