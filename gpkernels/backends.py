@@ -62,7 +62,7 @@ def _load_direct() -> Callable[[str], Callable[..., Any]] | None:
     if extension.build_info()["torch"] != torch.__version__:  # then it is not even safe to load
         return None
     try:
-        from gpkernels import _direct  # type: ignore[attr-defined]
+        from gpkernels import _direct  # type: ignore[attr-defined]  # a binary: it has no types
     except (ImportError, OSError, RuntimeError):
         return None
     found: Callable[[str], Callable[..., Any]] = _direct.direct

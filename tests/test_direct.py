@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -72,12 +72,6 @@ class _Passes(TorchDispatchMode):
 class _PassesFunctions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _dual_level() -> Iterator[None]:
-    with forward_ad.dual_level():
-        yield
 
 
 WATCHERS: dict[str, Callable[[], Any]] = {
@@ -162,7 +156,7 @@ def test_it_declines(kind: str) -> None:
 
 def test_it_declines_a_tensor_with_a_tangent() -> None:
     x, y, eps = three()
-    with _dual_level():
+    with forward_ad.dual_level():
         assert interpolated(forward_ad.make_dual(x, y), y, eps) is NotImplemented
 
 
@@ -211,8 +205,9 @@ def test_it_declines_what_no_op_is_called() -> None:
     assert backends.direct is not None
     with pytest.raises(ValueError, match="gpkernels::nothing"):
         backends.direct("gpkernels::nothing")
+    number: Any = 7
     with pytest.raises(TypeError):
-        backends.direct(7)  # type: ignore[arg-type]
+        backends.direct(number)
 
 
 def test_a_binary_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +216,7 @@ def test_a_binary_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_binary_that_an_older_build_left_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpk._direct, "TORCH", "2.12.0")  # type: ignore[attr-defined]
+    monkeypatch.setattr("gpkernels._direct.TORCH", "2.12.0")
     assert backends._load_direct() is None
 
 
