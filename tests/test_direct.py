@@ -230,6 +230,10 @@ def test_weights_that_overlap_themselves_are_refused_before_others_are_changed()
     assert plain.tolist() == [1.0] * 4
 
 
+def test_weights_without_elements_overlap_nothing() -> None:
+    gpk.clip_weights_([torch.empty_strided((0, 2), (2, 0)), torch.empty(0, 0, 2)], 0.1)
+
+
 def test_ctrl_c_in_a_kernel_is_not_tried_again() -> None:
     code = (
         "import torch, gpkernels as gpk\n"

@@ -31,7 +31,8 @@ void for_chunks(const std::vector<Tensor>& tensors, const F& f) {
 void check_writable(const char* name, const std::vector<Tensor>& tensors) {
   for (const Tensor& t : tensors)
     for (int64_t dim = 0; dim < t.dim(); ++dim)
-      STD_TORCH_CHECK(t.size(dim) < 2 || t.stride(dim) != 0, name, ": expected tensors that do not overlap themselves");
+      STD_TORCH_CHECK(t.numel() == 0 || t.size(dim) < 2 || t.stride(dim) != 0, name,
+                      ": expected tensors that do not overlap themselves");
 }
 
 // Tensors that kernels may write through flat pointers: themselves, or copies that `store` brings back.
