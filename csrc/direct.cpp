@@ -1,6 +1,8 @@
 // Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense CPU tensors that
 // nothing watches. Kernels at autograd's keys are passed over, as there is no graph. It is built against one version of
 // PyTorch, on its C++ interface for Python.
+#include "direct.h"
+
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
@@ -9,6 +11,12 @@
 
 #include <optional>
 #include <vector>
+
+bool watched() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  return keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set ||
+         at::impl::torch_function_mode_enabled();
+}
 
 namespace {
 
@@ -30,13 +38,6 @@ std::optional<Kind> kind_of(const c10::Type& type) {
 // The keys of a dense CPU tensor: not quantised, batched, fake, conjugate, lazy or made in inference mode.
 constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-
-// Whether a mode, a transform, autocast or a tracer looks on.
-bool watched() {
-  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  return keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set ||
-         at::impl::torch_function_mode_enabled();
-}
 
 // Arguments as the dispatcher takes them; each `add` says whether the argument is one that can be taken this way.
 class Arguments {
@@ -200,6 +201,9 @@ PyMethodDef kMethods[] = {
     {"direct", &direct, METH_O,
      "direct(name) -> a callable that gives what the op gives, or NotImplemented where the op has to be called in "
      "another way: something looks on, the arguments are not all plain, or the op raises."},
+    {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
+     "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
+     "something looks on or the tensors are not all plain."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 

@@ -28,8 +28,16 @@ GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
 _forced: str | None = None
 _tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
 _short_ways: list[tuple[Op, Callable[..., Any]]] = []
+
+
+def declined(*args: Any) -> Any:
+    """A short way that there is not."""
+    return NotImplemented
+
+
 extension: Any = None
 direct: Callable[[str], Callable[..., Any]] | None = None  # by an op's name, the short way to it
+deliver: Callable[..., Any] = declined  # (value, gradients, tensors): critic/deliver.py in C++
 extension_error: str | None = None
 cuda_error: str | None = "the package was built without them"  # None once they are loaded
 
@@ -39,7 +47,7 @@ cuda_error: str | None = "the package was built without them"  # None once they 
 
 def load_extension() -> None:
     """Load the native kernels; a failure is kept for ``info`` and for a forced backend's message."""
-    global extension, extension_error, cuda_error, direct
+    global extension, extension_error, cuda_error, direct, deliver
     try:
         from gpkernels import _C  # type: ignore[attr-defined]
     except (ImportError, OSError, RuntimeError) as error:
@@ -48,7 +56,9 @@ def load_extension() -> None:
         extension_error = "the package was built without it" if missing else reason
     else:
         extension = _C
-        direct = _load_direct()
+        module = _load_direct()
+        if module is not None:
+            direct, deliver = module.direct, module.deliver
     if CUDA_LIBRARY.exists():
         try:
             torch.ops.load_library(str(CUDA_LIBRARY))
@@ -57,16 +67,15 @@ def load_extension() -> None:
             cuda_error = " ".join(str(error).split())
 
 
-def _load_direct() -> Callable[[str], Callable[..., Any]] | None:
-    """The short way to ops, where it was built for this very version of PyTorch."""
+def _load_direct() -> Any:
+    """The module of short ways; None where it was not built for this very version of PyTorch."""
     if extension.build_info()["torch"] != torch.__version__:  # then it is not even safe to load
         return None
     try:
         from gpkernels import _direct  # type: ignore[attr-defined]  # a binary: it has no types
     except (ImportError, OSError, RuntimeError):
         return None
-    found: Callable[[str], Callable[..., Any]] = _direct.direct
-    return found if torch.__version__ == _direct.TORCH else None
+    return _direct if torch.__version__ == _direct.TORCH else None
 
 
 @cache
@@ -100,11 +109,6 @@ def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op
                 library.impl(name, _later(name), device.upper())
         elif running(device) != "reference":
             library.impl("mlp_critic_step", composed_step, device.upper())
-
-
-def declined(*args: Any) -> Any:
-    """The short way to an op that has none."""
-    return NotImplemented
 
 
 def bind_directly(ops: Mapping[str, Op]) -> None:

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as _kept
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from gpkernels import backends
 
 
 class _Deliver(Function):
-    """A value whose gradients are known: backward multiplies them by the cotangent, in place if they are done with."""
+    """A value whose gradients are known: backward multiplies them by the cotangent, in place if they are done with.
+
+    csrc/deliver.cpp is the same as a node in C++, for plain tensors that nothing watches.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Any:
@@ -30,7 +36,9 @@ class _Deliver(Function):
         gradients = ctx.gradients
         if gradients is None:
             raise RuntimeError("backward through this penalty a second time: the first needs retain_graph=True")
-        if _kept() or is_batchedtensor(cotangent):
+        if is_batchedtensor(cotangent) or is_legacy_batchedtensor(cotangent):  # for which lists have no rule
+            return None, None, *(g * cotangent for g in gradients)
+        if _kept():
             return None, None, *torch._foreach_mul(gradients, cotangent)
         ctx.gradients = None
         if not _is_one(cotangent):
@@ -47,5 +55,6 @@ def deliver(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor
     """The value, with a known gradient for each given tensor."""
     if not gradients:
         return value
-    delivered: Tensor = _Deliver.apply(value, [g for _, g in gradients], *(x for x, _ in gradients))
-    return delivered
+    known, tensors = [g for _, g in gradients], [x for x, _ in gradients]
+    delivered: Tensor = NotImplemented if is_compiling() else backends.deliver(value, known, tensors)
+    return _Deliver.apply(value, known, *tensors) if delivered is NotImplemented else delivered

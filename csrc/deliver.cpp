@@ -1,0 +1,89 @@
+// A value whose gradients are known, as a node of the graph: gpkernels/critic/deliver.py says what it does, and is what
+// runs where this gives NotImplemented.
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "direct.h"
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+bool is_one(const at::Tensor& cotangent) { return cotangent.device().is_cpu() && cotangent.item<double>() == 1.0; }
+
+// saved_data, not saved variables: hooks on what is saved have no business with gradients. One entry for each of them,
+// as compiled autograd does not look into lists.
+struct Deliver : torch::autograd::Function<Deliver> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& value, const std::vector<at::Tensor>& gradients,
+                            at::TensorList) {
+    for (const at::Tensor& gradient : gradients)
+      context->saved_data[std::to_string(context->saved_data.size())] = gradient;
+    return value;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "this penalty holds its weight gradients and cannot be differentiated twice; call it inside "
+                "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations");
+    TORCH_CHECK(!context->saved_data.empty(),
+                "backward through this penalty a second time: the first needs retain_graph=True");
+    std::vector<at::Tensor> gradients;
+    for (size_t i = 0; i < context->saved_data.size(); ++i)
+      gradients.push_back(context->saved_data.at(std::to_string(i)).toTensor());
+    const at::Tensor& cotangent = cotangents[0];
+    if (at::isTensorSubclassLike(cotangent)) {  // a batch of cotangents, say, for which lists have no rule
+      for (at::Tensor& gradient : gradients) gradient = at::mul(gradient, cotangent);
+    } else if (torch::autograd::get_current_graph_task_keep_graph()) {
+      gradients = at::_foreach_mul(gradients, cotangent);
+    } else {
+      context->saved_data.clear();  // so that weights may take the gradients without a copy
+      if (!is_one(cotangent)) at::_foreach_mul_(gradients, cotangent);
+    }
+    variable_list results(2);  // for the value and the gradients
+    results.insert(results.end(), std::make_move_iterator(gradients.begin()), std::make_move_iterator(gradients.end()));
+    return results;
+  }
+};
+
+// Null unless it is a tensor of PyTorch's own classes, under no transform and with no tangent.
+const at::Tensor* tensor(PyObject* x) {
+  if (!THPVariable_CheckExact(x)) return nullptr;
+  const at::Tensor& found = THPVariable_Unpack(x);
+  if (!found.defined() || found.is_inference() || at::isTensorSubclassLike(found)) return nullptr;
+  if (torch::autograd::impl::get_autograd_meta(found) && found._fw_grad(0).defined()) return nullptr;
+  return &found;
+}
+
+std::optional<std::vector<at::Tensor>> tensors(PyObject* list) {
+  if (!PyList_CheckExact(list)) return std::nullopt;
+  std::vector<at::Tensor> found;
+  found.reserve(size_t(PyList_GET_SIZE(list)));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    const at::Tensor* item = tensor(PyList_GET_ITEM(list, i));
+    if (!item) return std::nullopt;
+    found.push_back(*item);
+  }
+  return found;
+}
+
+}  // namespace
+
+PyObject* deliver(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "deliver takes 3 arguments, got %zd", count);
+  if (watched() || !at::GradMode::is_enabled()) Py_RETURN_NOTIMPLEMENTED;
+  HANDLE_TH_ERRORS
+  const at::Tensor* value = tensor(args[0]);
+  const auto gradients = tensors(args[1]), given = tensors(args[2]);
+  if (!value || !gradients || !given || gradients->size() != given->size()) Py_RETURN_NOTIMPLEMENTED;
+  return THPVariable_Wrap(Deliver::apply(*value, *gradients, at::TensorList(*given)));
+  END_HANDLE_TH_ERRORS
+}

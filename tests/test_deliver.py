@@ -1,0 +1,199 @@
+"""A value whose gradients are known: as a node in C++, and in Python where that one does not go."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpkernels as gpk
+from comparing import batch
+from critics import mlp
+from gpkernels import backends
+from gpkernels.critic.deliver import deliver
+
+WAYS = [
+    "the node in Python",
+    pytest.param(
+        "the node in C++",
+        marks=pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built"),
+    ),
+]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "the node in Python":
+        monkeypatch.setattr(backends, "deliver", backends.declined)
+    name: str = request.param
+    return name
+
+
+def delivered(**options: Any) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]:
+    """A value, two weights, and gradients for them that nothing else holds on to."""
+    weights = [nn.Parameter(torch.randn(3, 2, **options)), nn.Parameter(torch.randn(4, **options))]
+    gradients = [torch.randn_like(w) for w in weights]
+    copies = [g.clone() for g in gradients]
+    return deliver(torch.tensor(2.5, **options), list(zip(weights, gradients, strict=True))), weights, copies
+
+
+def test_the_way_is_the_one_that_is_asked_for(way: str) -> None:
+    value, _, _ = delivered()
+    assert type(value.grad_fn).__name__ == ("CppFunction" if way == "the node in C++" else "_DeliverBackward")
+    assert value.item() == 2.5
+    assert value.requires_grad
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_are_scaled_by_the_cotangent(way: str, scale: float, dtype: torch.dtype) -> None:
+    value, weights, gradients = delivered(dtype=dtype)
+    (value * scale).backward()
+    for w, g in zip(weights, gradients, strict=True):
+        assert w.grad is not None
+        assert torch.equal(w.grad, g * scale)
+
+
+def test_a_kept_graph_gives_its_gradients_again(way: str) -> None:
+    value, weights, gradients = delivered()
+    value.backward(retain_graph=True)
+    weights[0].grad.mul_(7)  # type: ignore[union-attr]  # the user's own from now on
+    first = torch.autograd.grad(value, weights, retain_graph=True)
+    first[1].zero_()
+    (value * 3).backward()
+    assert torch.equal(weights[0].grad, 7 * gradients[0] + 3 * gradients[0])  # type: ignore[arg-type]
+    assert torch.equal(weights[1].grad, gradients[1] + 3 * gradients[1])  # type: ignore[arg-type]
+
+
+def test_a_second_backward_says_what_is_missing(way: str) -> None:
+    value, _, _ = delivered()
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time: the first needs retain_graph=True"):
+        value.backward()
+
+
+def test_a_second_derivative_says_where_there_is_one(way: str) -> None:
+    value, weights, _ = delivered()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice; call it inside"):
+        torch.autograd.grad(value, weights, create_graph=True)
+
+
+def test_weights_take_the_gradients_without_a_copy(way: str) -> None:
+    weight = nn.Parameter(torch.randn(5))
+    gradient = torch.randn(5)
+    place = gradient.data_ptr()
+    value = deliver(torch.tensor(0.0), [(weight, gradient)])
+    del gradient
+    value.backward()
+    assert weight.grad is not None
+    assert weight.grad.data_ptr() == place
+
+
+def test_gradients_die_with_the_graph(way: str) -> None:
+    weight, gradient = nn.Parameter(torch.randn(5)), torch.randn(5)
+    alive = weakref.ref(gradient)
+    value = deliver(torch.tensor(0.0), [(weight, gradient)])
+    del gradient
+    gc.collect()
+    assert alive() is not None
+    del value
+    gc.collect()
+    assert alive() is None
+
+
+def test_batched_cotangents_give_a_batch_of_gradients(way: str) -> None:
+    value, weights, gradients = delivered()
+    cotangents = torch.tensor([1.0, 2.0, -3.0])
+    found = torch.autograd.grad(value, weights, cotangents, is_grads_batched=True)
+    for got, g in zip(found, gradients, strict=True):
+        assert torch.equal(got, torch.stack([g * c for c in cotangents]))
+
+
+def test_hooks_on_saved_tensors_see_no_gradients(way: str) -> None:
+    seen: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
+        value, weights, gradients = delivered()
+        value.backward()
+    assert not seen
+    assert torch.equal(weights[0].grad, gradients[0])  # type: ignore[arg-type]
+
+
+def test_part_of_the_weights_may_be_asked_for(way: str) -> None:
+    value, weights, gradients = delivered()
+    (found,) = torch.autograd.grad(value, weights[1:])
+    assert torch.equal(found, gradients[1])
+
+
+def test_compiled_autograd_takes_the_whole_loss(way: str) -> None:
+    critic = mlp(6, 8, 1)
+    real, fake, eps = batch(5, 6, dtype=torch.float32)
+    loss = gpk.CriticLoss(critic)
+    loss(real, fake, eps=eps).loss.backward()
+    plain = [p.grad.clone() for p in critic.parameters()]
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        for _ in range(2):  # traced, then from the cache with other gradients
+            critic.zero_grad()
+            (2 * loss(real, fake, eps=eps).loss).backward()
+    for p, g in zip(critic.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g)
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Seeing(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    pass
+
+
+@pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built")
+@pytest.mark.parametrize("mode", [Watching, Seeing, FakeTensorMode, torch.no_grad, torch.inference_mode])
+def test_the_node_in_cpp_is_not_for_what_is_watched(mode: Any) -> None:
+    weight = nn.Parameter(torch.randn(5))
+    arguments = torch.tensor(0.0), [torch.randn(5)], [weight]
+    assert backends.deliver(*arguments) is not NotImplemented
+    with mode():
+        assert backends.deliver(*arguments) is NotImplemented
+
+
+@pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built")
+@pytest.mark.parametrize("odd", ["subclass", "tangent", "transform", "count", "tuple", "no tensor"])
+def test_the_node_in_cpp_is_not_for_odd_tensors(odd: str) -> None:
+    value, gradients, tensors = torch.tensor(0.0), [torch.randn(5)], [torch.randn(5, requires_grad=True)]
+    with forward_ad.dual_level() if odd == "tangent" else nullcontext():
+        if odd == "transform":
+            answers: list[bool] = []
+
+            def asked(x: Tensor) -> Tensor:
+                answers.append(backends.deliver(value, gradients, [x]) is NotImplemented)
+                return x.sum()
+
+            torch.func.grad(asked)(torch.randn(5))
+            assert answers == [True]
+            return
+        given: dict[str, tuple[Any, Any, Any]] = {
+            "subclass": (value, gradients, [torch.randn(5).as_subclass(Own).requires_grad_()]),
+            "tangent": (value, gradients, tensors),
+            "count": (value, gradients, tensors * 2),
+            "tuple": (value, tuple(gradients), tensors),
+            "no tensor": (value, [1.0], tensors),
+        }
+        if odd == "tangent":
+            given[odd] = forward_ad.make_dual(value, torch.tensor(1.0)), gradients, tensors
+        assert backends.deliver(*given[odd]) is NotImplemented
