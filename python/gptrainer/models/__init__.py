@@ -60,6 +60,7 @@ NETWORKS = {
     "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, _convolutional, dcgan.build_mlp),
     "resnet": Network("WGAN-GP's residual networks", 128, 128, _32_pixels, resnet.build),
     "ct": Network("as dcgan, else mlp, with CT-GAN's dropout in the critic", 128, 64, _any, dcgan.build_ct),
+    "ct-mlp": Network("as mlp, with CT-GAN's dropout in the critic", 2, 512, _any, mlp.build_ct),
     "ct-resnet": Network("as resnet, with CT-GAN's dropout in the critic", 128, 128, _32_pixels, resnet.build_ct),
     "semi-supervised": Network("CT-GAN's classifier and generator", 100, 250, _labelled, semi_supervised.build),
     "lines": Network("one parameter: the place of a line", 1, 128, _planar, closed_form.build_line),

@@ -9,10 +9,9 @@ from torch import nn
 
 from gptrainer.data import DataSet
 from gptrainer.models import mlp
-from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range, transposed
+from gptrainer.models.layers import CT_DROPOUT, FeatureCritic, convolution, linear, to_range, transposed
 
 Pair = tuple[nn.Module, nn.Module]
-CT_DROPOUT = 0.5
 
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
@@ -34,7 +33,7 @@ def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
 def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Dropout after each activation of the critic (Wei et al. 2018); fully connected where images are small."""
     if data.shape[-1] < 28:
-        return mlp.build_ct(data, latent, width, CT_DROPOUT)
+        return mlp.build_ct(data, latent, width, batch_norm)
     generator, _ = build(data, latent, width, batch_norm)
     return generator, _critic(data, width, batch_norm, CT_DROPOUT)
 

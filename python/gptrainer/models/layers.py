@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from gptrainer.data import DataSet
 
+CT_DROPOUT = 0.5  # after each activation, but for residual networks
+
 
 class FeatureCritic(nn.Sequential):
     """A critic whose last layer is its head; what goes into that are the features."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from gptrainer.data import DataSet
-from gptrainer.models.layers import FeatureCritic, to_range
+from gptrainer.models.layers import CT_DROPOUT, FeatureCritic, to_range
 
 Pair = tuple[nn.Module, nn.Module]
 DEPTH = 12
@@ -32,12 +32,12 @@ def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> 
     return generator, critic
 
 
-def build_ct(data: DataSet, latent: int, width: int, dropout: float) -> Pair:
-    """The same with dropout after each activation of the critic."""
+def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
+    """The same with dropout after each activation of the critic (Wei et al. 2018)."""
     generator = _generator(data, latent, width)
     critic: list[nn.Module] = []
     for layer in _critic(data, width):
-        critic += [layer, nn.Dropout(dropout)] if isinstance(layer, nn.ReLU | nn.LeakyReLU) else [layer]
+        critic += [layer, nn.Dropout(CT_DROPOUT)] if isinstance(layer, nn.ReLU | nn.LeakyReLU) else [layer]
     return generator, FeatureCritic(*critic)
 
 

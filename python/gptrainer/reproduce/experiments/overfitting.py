@@ -16,6 +16,9 @@ from gptrainer.reproduce.training import start, train
 
 CT = "Wei et al. 2018, section 4.1 and figure 3"
 WAYS = {"wgan-gp": "penalty alone", "ct-gan": "penalty and consistency"}
+NETWORKS = {"wgan-gp": "mlp", "ct-gan": "ct-mlp"}
+SMALL = {"width": 64, "latent": 10, "n_critic": 5, "lr": 1e-4}
+LARGE = {"width": 256, "latent": 64, "n_critic": 5, "lr": 5e-4}
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
@@ -35,8 +38,8 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
 
 
 def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
-    data, images, batch = settings["data"], settings["images"], settings["batch"]
-    values = {"width": settings["width"], "batch_size": batch, "n_critic": settings["n_critic"]}
+    data, images = settings["data"], settings["images"]
+    values = {name: settings[name] for name in SMALL} | {"batch_size": settings["batch"], "network": NETWORKS[way]}
     trainer = start(way, data, settings["steps"], seed, context, limit=images, **values)
     known = load_images(data, data_dir=context.data_dir, limit=images)[torch.arange(500)]
     unknown = load_images(data, data_dir=context.data_dir, split="held-out", limit=images)[torch.arange(500)]
@@ -92,15 +95,13 @@ EXPERIMENT = Experiment(
     title="Few images: the critic overfits, and consistency holds it back",
     source=f"Gulrajani et al. 2017, figure 5b; {CT}",
     about=(
-        "WGAN-GP and CT-GAN, the same but for dropout and the consistency term in the critic, on the first "
-        "images of a data "
-        "set; the critic's loss on 500 of them and on 500 it has never seen. The Fréchet distance is to "
-        "images that were held out "
-        "where the data has test images."
+        "WGAN-GP and CT-GAN, the same but for dropout and the consistency term in the critic, fully connected, on the "
+        "first images of a data set; the critic's loss on 500 of them and on 500 it has never seen. The Fréchet "
+        "distance is to images that were held out where the data has test images."
     ),
     settings={
-        "quick": {"data": "digits", "images": 500, "steps": 360, "batch": 48, "width": 64, "n_critic": 5},
-        "full": {"data": "fashion-mnist", "images": 1000, "steps": 500, "batch": 50, "width": 16, "n_critic": 5},
+        "quick": {"data": "digits", "images": 500, "steps": 360, "batch": 48, **SMALL},
+        "full": {"data": "fashion-mnist", "images": 1000, "steps": 3000, "batch": 50, **LARGE},
     },
     seeds={"quick": 1, "full": 3},
     measure=measure,
@@ -147,7 +148,7 @@ EXPERIMENT = Experiment(
     ),
     exhibit=exhibit,
     limits=(
-        "The published runs are of 50,000 steps and more; here it is 700 generator steps, where the gap has "
-        "opened but not all of it."
+        "The published networks are convolutional and trained for 50,000 steps and more; here it is 3,000 generator "
+        "steps of fully connected ones at five times the rate, where the gap has opened but not all of it."
     ),
 )
