@@ -222,6 +222,7 @@ def test_the_residual_critic_shrinks_images_to_a_mean_over_8x8_places() -> None:
         ("ct", "folder", [0.5] * 4),
         ("ct", "digits", [0.5] * 2),
         ("ct", "8gaussians", [0.5] * 3),
+        ("ct-mlp", "fashion-mnist", [0.5] * 2),
         ("ct-resnet", "cifar10", [0.8, 0.5, 0.5]),
     ],
 )
