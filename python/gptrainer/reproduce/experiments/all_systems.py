@@ -22,14 +22,14 @@ PENALISED = ("wgan-gp", "ct-gan", "r1", "r2", "dragan")
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Every system with as many critic steps; its best and last quality, and the time its training took."""
+    """Every system with as many critic steps; its quality along them, and the time its training took."""
     rows = {name: _run(name, settings, seed, context) for name in SYSTEMS}
-    last = {name: row["frechet"][-1] for name, row in rows.items()}
+    early, last = ({name: row["frechet"][at] for name, row in rows.items()} for at in (1, -1))
     return Findings(
         {
             "worst_improvement": min(rows[name]["frechet"][0] / last[name] for name in PENALISED),
             "gp_over_clipping": last["wgan-gp"] / last["wgan"],
-            "ns_over_saturating": last["nsgan"] / last["gan"],
+            "ns_over_saturating": early["nsgan"] / early["gan"],
         },
         {"rows": rows, "data": settings["data"], "critic_steps": settings["critic_steps"]},
     )
@@ -158,11 +158,11 @@ EXPERIMENT = Experiment(
             "order",
         ),
         Claim(
-            "The non-saturating loss is ahead of the saturating one",
+            "Early on the non-saturating loss is ahead of the saturating one",
             "Goodfellow et al. 2014, section 3",
-            "stronger gradients early on",
+            "the same fixed point, but stronger gradients early in learning",
             "ns_over_saturating",
-            "Fréchet distance, nsgan over gan",
+            "Fréchet distance after a fifth of the steps, nsgan over gan",
             Bound(at_most=1.0, of="the mean"),
             "order",
         ),
@@ -172,4 +172,5 @@ EXPERIMENT = Experiment(
         "R1 and R2 are measured by a moving average of the generator, as published, with a memory of 100 steps where "
         "the paper has 1000."
     ),
+    version=2,
 )
