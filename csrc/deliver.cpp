@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,7 +19,16 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool is_one(const at::Tensor& cotangent) { return cotangent.device().is_cpu() && cotangent.item<double>() == 1.0; }
+constexpr c10::DispatchKeySet kBatched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+
+// Whether there is nothing to scale, where looking costs nothing.
+bool is_one(const at::Tensor& cotangent) {
+  return cotangent.device().is_cpu() && !cotangent.key_set().has(c10::DispatchKey::Python) &&
+         cotangent.item<double>() == 1.0;
+}
+
+// Whether nobody else holds it: as autograd asks before it takes a gradient without a copy.
+bool owned(const at::Tensor& x) { return torch::autograd::impl::is_tensor_stealable(x); }
 
 // saved_data, not saved variables: hooks on what is saved have no business with gradients. One entry for each of them,
 // as compiled autograd does not look into lists.
@@ -39,14 +49,14 @@ struct Deliver : torch::autograd::Function<Deliver> {
     std::vector<at::Tensor> gradients;
     for (size_t i = 0; i < context->saved_data.size(); ++i)
       gradients.push_back(context->saved_data.at(std::to_string(i)).toTensor());
+    if (!torch::autograd::get_current_graph_task_keep_graph()) context->saved_data.clear();
     const at::Tensor& cotangent = cotangents[0];
-    if (at::isTensorSubclassLike(cotangent)) {  // a batch of cotangents, say, for which lists have no rule
+    if (cotangent.key_set().has_any(kBatched)) {  // lists have no rule for it
       for (at::Tensor& gradient : gradients) gradient = at::mul(gradient, cotangent);
-    } else if (torch::autograd::get_current_graph_task_keep_graph()) {
-      gradients = at::_foreach_mul(gradients, cotangent);
-    } else {
-      context->saved_data.clear();  // so that weights may take the gradients without a copy
-      if (!is_one(cotangent)) at::_foreach_mul_(gradients, cotangent);
+    } else if (!std::all_of(gradients.begin(), gradients.end(), &owned)) {
+      gradients = at::_foreach_mul(gradients, cotangent);  // kept, or compiled autograd holds them
+    } else if (!is_one(cotangent)) {
+      at::_foreach_mul_(gradients, cotangent);
     }
     variable_list results(2);  // for the value and the gradients
     results.insert(results.end(), std::make_move_iterator(gradients.begin()), std::make_move_iterator(gradients.end()));

@@ -117,6 +117,8 @@ def test_batched_cotangents_give_a_batch_of_gradients(way: str) -> None:
     found = torch.autograd.grad(value, weights, cotangents, is_grads_batched=True)
     for got, g in zip(found, gradients, strict=True):
         assert torch.equal(got, torch.stack([g * c for c in cotangents]))
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
 
 
 def test_hooks_on_saved_tensors_see_no_gradients(way: str) -> None:
@@ -134,18 +136,34 @@ def test_part_of_the_weights_may_be_asked_for(way: str) -> None:
     assert torch.equal(found, gradients[1])
 
 
-def test_compiled_autograd_takes_the_whole_loss(way: str) -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_compiled_autograd_takes_the_whole_loss_and_changes_nothing_of_it(way: str, scale: float) -> None:
     critic = mlp(6, 8, 1)
     real, fake, eps = batch(5, 6, dtype=torch.float32)
-    loss = gpk.CriticLoss(critic)
-    loss(real, fake, eps=eps).loss.backward()
+    module = gpk.CriticLoss(critic)
+    module(real, fake, eps=eps).loss.backward()
     plain = [p.grad.clone() for p in critic.parameters()]
-    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
-        for _ in range(2):  # traced, then from the cache with other gradients
-            critic.zero_grad()
-            (2 * loss(real, fake, eps=eps).loss).backward()
-    for p, g in zip(critic.parameters(), plain, strict=True):
-        torch.testing.assert_close(p.grad, 2 * g)
+    for _ in range(2):  # traced, then from the cache with other gradients
+        critic.zero_grad()
+        loss = scale * module(real, fake, eps=eps).loss
+        with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+            loss.backward(retain_graph=True)
+        for p, g in zip(critic.parameters(), plain, strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad, scale * g)
+            p.grad.mul_(3)
+        loss.backward()
+        for p, g in zip(critic.parameters(), plain, strict=True):
+            torch.testing.assert_close(p.grad, 4 * scale * g)
+
+
+def test_a_backward_in_a_mode_that_watches_is_like_any_other(way: str) -> None:
+    value, weights, gradients = delivered()
+    with Seeing():
+        (value * 2).backward()
+    assert torch.equal(weights[0].grad, 2 * gradients[0])  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
 
 
 class Watching(TorchFunctionMode):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as _kept
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_compiling
 
 from gpkernels import backends
@@ -36,11 +37,13 @@ class _Deliver(Function):
         gradients = ctx.gradients
         if gradients is None:
             raise RuntimeError("backward through this penalty a second time: the first needs retain_graph=True")
-        if is_batchedtensor(cotangent) or is_legacy_batchedtensor(cotangent):  # for which lists have no rule
+        kept = _kept() or not isinstance(ctx, BackwardCFunction)  # compiled autograd's stand-in: the node keeps them
+        if not kept:
+            ctx.gradients = None
+        if is_batchedtensor(cotangent) or is_legacy_batchedtensor(cotangent):  # lists have no rule for it
             return None, None, *(g * cotangent for g in gradients)
-        if _kept():
+        if kept:
             return None, None, *torch._foreach_mul(gradients, cotangent)
-        ctx.gradients = None
         if not _is_one(cotangent):
             torch._foreach_mul_(gradients, cotangent)
         return None, None, *gradients
