@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gpkernels.losses import CriticLossParts
 from gptrainer.config import TrainConfig, filled
+from gptrainer.optimiser import Adam
 from gptrainer.processes import Draws, Processes
 
 Told = dict[str, Tensor]
@@ -133,6 +134,6 @@ def adam(setup: Setup) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Adam for both networks, all of a network's weights in one pass."""
     config, betas = setup.config, filled(setup.config.betas)
     return (
-        torch.optim.Adam(setup.critic.parameters(), lr=filled(config.lr), betas=betas, fused=True),
-        torch.optim.Adam(setup.generator.parameters(), lr=filled(config.generator_lr), betas=betas, fused=True),
+        Adam(setup.critic.parameters(), filled(config.lr), betas),
+        Adam(setup.generator.parameters(), filled(config.generator_lr), betas),
     )

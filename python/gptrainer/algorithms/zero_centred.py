@@ -11,6 +11,7 @@ import gpkernels
 from gpkernels.losses import CriticLossParts
 from gptrainer.algorithms.system import Setup, System
 from gptrainer.config import filled
+from gptrainer.optimiser import Adam
 
 
 class ZeroCentred(System):
@@ -27,15 +28,8 @@ class ZeroCentred(System):
         correction = lazy / (lazy + 1) if lazy > 1 else 1.0
         first, second = filled(config.betas)
         optimisers = (
-            torch.optim.Adam(
-                setup.critic.parameters(),
-                lr=filled(config.lr) * correction,
-                betas=(first**correction, second**correction),
-                fused=True,
-            ),
-            torch.optim.Adam(
-                setup.generator.parameters(), lr=filled(config.generator_lr), betas=(first, second), fused=True
-            ),
+            Adam(setup.critic.parameters(), filled(config.lr) * correction, (first**correction, second**correction)),
+            Adam(setup.generator.parameters(), filled(config.generator_lr), (first, second)),
         )
         super().__init__(setup, loss, gpkernels.nonsaturating_generator_loss, optimisers, ("penalty",))
         self.lazy = lazy
