@@ -22,13 +22,8 @@ from critics import mlp
 from gpkernels import backends
 from gpkernels.critic.deliver import deliver
 
-WAYS = [
-    "the node in Python",
-    pytest.param(
-        "the node in C++",
-        marks=pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built"),
-    ),
-]
+needs_cpp = pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built")
+WAYS = ["the node in Python", pytest.param("the node in C++", marks=needs_cpp)]
 
 
 @pytest.fixture(params=WAYS)
@@ -47,6 +42,11 @@ def delivered(**options: Any) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]
     return deliver(torch.tensor(2.5, **options), list(zip(weights, gradients, strict=True))), weights, copies
 
 
+def gradient_of(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
 def test_the_way_is_the_one_that_is_asked_for(way: str) -> None:
     value, _, _ = delivered()
     assert type(value.grad_fn).__name__ == ("CppFunction" if way == "the node in C++" else "_DeliverBackward")
@@ -60,19 +60,18 @@ def test_gradients_are_scaled_by_the_cotangent(way: str, scale: float, dtype: to
     value, weights, gradients = delivered(dtype=dtype)
     (value * scale).backward()
     for w, g in zip(weights, gradients, strict=True):
-        assert w.grad is not None
-        assert torch.equal(w.grad, g * scale)
+        assert torch.equal(gradient_of(w), g * scale)
 
 
 def test_a_kept_graph_gives_its_gradients_again(way: str) -> None:
     value, weights, gradients = delivered()
     value.backward(retain_graph=True)
-    weights[0].grad.mul_(7)  # type: ignore[union-attr]  # the user's own from now on
+    gradient_of(weights[0]).mul_(7)  # the user's own from now on
     first = torch.autograd.grad(value, weights, retain_graph=True)
     first[1].zero_()
     (value * 3).backward()
-    assert torch.equal(weights[0].grad, 7 * gradients[0] + 3 * gradients[0])  # type: ignore[arg-type]
-    assert torch.equal(weights[1].grad, gradients[1] + 3 * gradients[1])  # type: ignore[arg-type]
+    assert torch.equal(gradient_of(weights[0]), 7 * gradients[0] + 3 * gradients[0])
+    assert torch.equal(gradient_of(weights[1]), gradients[1] + 3 * gradients[1])
 
 
 def test_a_second_backward_says_what_is_missing(way: str) -> None:
@@ -95,8 +94,7 @@ def test_weights_take_the_gradients_without_a_copy(way: str) -> None:
     value = deliver(torch.tensor(0.0), [(weight, gradient)])
     del gradient
     value.backward()
-    assert weight.grad is not None
-    assert weight.grad.data_ptr() == place
+    assert gradient_of(weight).data_ptr() == place
 
 
 def test_gradients_die_with_the_graph(way: str) -> None:
@@ -127,7 +125,7 @@ def test_hooks_on_saved_tensors_see_no_gradients(way: str) -> None:
         value, weights, gradients = delivered()
         value.backward()
     assert not seen
-    assert torch.equal(weights[0].grad, gradients[0])  # type: ignore[arg-type]
+    assert torch.equal(gradient_of(weights[0]), gradients[0])
 
 
 def test_part_of_the_weights_may_be_asked_for(way: str) -> None:
@@ -161,7 +159,7 @@ def test_a_backward_in_a_mode_that_watches_is_like_any_other(way: str) -> None:
     value, weights, gradients = delivered()
     with Seeing():
         (value * 2).backward()
-    assert torch.equal(weights[0].grad, 2 * gradients[0])  # type: ignore[arg-type]
+    assert torch.equal(gradient_of(weights[0]), 2 * gradients[0])
     with pytest.raises(RuntimeError, match="second time"):
         value.backward()
 
@@ -180,7 +178,7 @@ class Own(Tensor):
     pass
 
 
-@pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built")
+@needs_cpp
 @pytest.mark.parametrize("mode", [Watching, Seeing, FakeTensorMode, torch.no_grad, torch.inference_mode])
 def test_the_node_in_cpp_is_not_for_what_is_watched(mode: Any) -> None:
     weight = nn.Parameter(torch.randn(5))
@@ -190,7 +188,7 @@ def test_the_node_in_cpp_is_not_for_what_is_watched(mode: Any) -> None:
         assert backends.deliver(*arguments) is NotImplemented
 
 
-@pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built")
+@needs_cpp
 @pytest.mark.parametrize("odd", ["subclass", "tangent", "transform", "count", "tuple", "no tensor"])
 def test_the_node_in_cpp_is_not_for_odd_tensors(odd: str) -> None:
     value, gradients, tensors = torch.tensor(0.0), [torch.randn(5)], [torch.randn(5, requires_grad=True)]
