@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpkernels as gpk
 from comparing import batch
 from critics import mlp
 from gpkernels import backends
 from gpkernels.critic.deliver import deliver
+from watchers import PassesFunctions, PassesOps
 
 needs_cpp = pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built")
 WAYS = ["the node in Python", pytest.param("the node in C++", marks=needs_cpp)]
@@ -157,21 +156,11 @@ def test_compiled_autograd_takes_the_whole_loss_and_changes_nothing_of_it(way: s
 
 def test_a_backward_in_a_mode_that_watches_is_like_any_other(way: str) -> None:
     value, weights, gradients = delivered()
-    with Seeing():
+    with PassesOps():
         (value * 2).backward()
     assert torch.equal(gradient_of(weights[0]), 2 * gradients[0])
     with pytest.raises(RuntimeError, match="second time"):
         value.backward()
-
-
-class Watching(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class Seeing(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
 
 
 class Own(Tensor):
@@ -179,7 +168,7 @@ class Own(Tensor):
 
 
 @needs_cpp
-@pytest.mark.parametrize("mode", [Watching, Seeing, FakeTensorMode, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [PassesFunctions, PassesOps, FakeTensorMode, torch.no_grad, torch.inference_mode])
 def test_the_node_in_cpp_is_not_for_what_is_watched(mode: Any) -> None:
     weight = nn.Parameter(torch.randn(5))
     arguments = torch.tensor(0.0), [torch.randn(5)], [weight]

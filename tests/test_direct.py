@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gpkernels as gpk
 from cases import raw_arguments
 from gpkernels import backends, ops
 from installed import output
+from watchers import PassesFunctions, PassesOps
 
 pytestmark = pytest.mark.skipif(backends.direct is None, reason="the direct way is not built")
 
@@ -64,19 +63,9 @@ def test_it_keeps_no_reference_to_what_it_was_given_or_gave(name: str) -> None:
     assert all(sys.getrefcount(x) <= 3 for x in given if isinstance(x, Tensor))  # of the list, of x and of the call
 
 
-class _Passes(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class _PassesFunctions(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
 WATCHERS: dict[str, Callable[[], Any]] = {
-    "a dispatch mode": _Passes,
-    "a function mode": _PassesFunctions,
+    "a dispatch mode": PassesOps,
+    "a function mode": PassesFunctions,
     "fake tensors": FakeTensorMode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,

@@ -68,7 +68,8 @@ class Adam(torch.optim.Adam):
         """Parameters with a gradient, and their state, which torch makes where there is none."""
         if count == len(group["params"]) and index in self._found:
             return self._found[index]
-        params, grads, means, squares, steps = ([] for _ in range(5))  # type: ignore[var-annotated]
+        lists: list[list[Tensor]] = [[] for _ in range(5)]
+        params, grads, means, squares, steps = lists
         self._init_group(group, params, grads, means, squares, [], steps)
         if count == len(group["params"]):
             self._found[index] = params, means, squares, steps
