@@ -48,6 +48,8 @@ class Trainer:
         torch.manual_seed(dropout_seed + self.processes.rank)
         self.system = build_system(Setup(config, self.generator, self.critic, self.processes, self.draws))
         self.averages = parts.averages(config, self.networks)
+        # The generator stands still between its steps: one pass serves n_critic batches, unless it mixes samples.
+        self.batches_a_pass = 1 if parts.mixes_samples(self.generator) else filled(config.n_critic)
         self.batches = parts.batches(config, self.processes, self.device)
         self.quality = parts.quality(config, self.device)
         self.step = 0
@@ -100,15 +102,11 @@ class Trainer:
         return told
 
     def next_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of batches for the critic: real, and generated without a graph.
-
-        The generator stands still meanwhile: one pass of it serves n_critic batches, unless it mixes samples.
-        """
+        """This process's share of batches for the critic: real, and generated without a graph."""
         size = filled(self.config.batch_size)
-        together = 1 if parts.mixes_samples(self.generator) else filled(self.config.n_critic)
-        for first in range(0, count, together):
+        for first in range(0, count, self.batches_a_pass):
             with torch.no_grad():
-                fakes: Tensor = self.generator(self.noise(size * min(together, count - first)))
+                fakes: Tensor = self.generator(self.noise(size * min(self.batches_a_pass, count - first)))
                 fakes = fakes.clone()  # some generators give a view of their weights, which are about to change
             for fake in fakes.split(size // self.processes.size):
                 yield self.batches.next(), fake

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.optim import Optimizer, optimizer
+
+Step = Callable[..., Any]
+
+
+def _where_wanted(update: Step) -> Step:
+    """The step of an optimiser whose update this is.
+
+    What torch puts around it, hooks and a mark for the profiler, takes as long as the update of a toy network: it is
+    there only where there are hooks, or the profiler runs.
+    """
+    whole = Optimizer.profile_hook_step(update)
+
+    @wraps(update)
+    def step(self: Optimizer, *args: Any, **options: Any) -> Any:
+        wanted = (
+            profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or optimizer._global_optimizer_pre_hooks
+            or optimizer._global_optimizer_post_hooks
+        )
+        return (whole if wanted else update)(self, *args, **options)
+
+    vars(step)["hooked"] = True  # torch's own sign not to wrap it again
+    return step
 
 
 class Adam(torch.optim.Adam):
@@ -34,6 +62,7 @@ class Adam(torch.optim.Adam):
             for p in group["params"]:
                 p.grad = None
 
+    @_where_wanted
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; the closure's loss, if there is one."""

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import profile
 
 from gptrainer.optimiser import Adam
 
@@ -99,6 +101,44 @@ def test_a_second_group_has_its_own_rate() -> None:
             optimiser.step()
     assert_same(mine, theirs)
     assert torch.equal(*more)
+
+
+def test_hooks_on_all_optimisers_run_once_a_step() -> None:
+    mine, ours, _, _ = beside_torchs()
+    seen: list[str] = []
+    handles = (
+        register_optimizer_step_pre_hook(lambda *args: seen.append("before")),
+        register_optimizer_step_post_hook(lambda *args: seen.append("after")),
+    )
+    try:
+        step(mine, ours, torch.ones(2, 3))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == ["before", "after"]
+    step(mine, ours, torch.ones(2, 3))
+    assert seen == ["before", "after"]
+
+
+def test_a_hook_may_change_the_arguments() -> None:
+    _, ours, _, _ = beside_torchs()
+    ours.register_step_pre_hook(lambda optimiser, args, kwargs: ((args[0], lambda: "of the hook"), {}))
+    assert ours.step(lambda: "given") == "of the hook"
+
+
+def test_the_profiler_sees_steps() -> None:
+    mine, ours, _, _ = beside_torchs()
+    with profile() as seen:
+        step(mine, ours, torch.ones(2, 3))
+    assert [event.name for event in seen.events()].count("Optimizer.step#Adam.step") == 1
+
+
+def test_a_scheduler_sets_the_rate() -> None:
+    mine, ours, _, _ = beside_torchs()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(ours, 0.5)
+    step(mine, ours, torch.ones(2, 3))
+    schedule.step()
+    assert ours.param_groups[0]["lr"] == 5e-3
 
 
 def test_hooks_run_once_a_step_and_a_closure_is_called() -> None:

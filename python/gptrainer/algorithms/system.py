@@ -52,6 +52,7 @@ class System:
         self.critic_loss = setup.processes.parallel(critic_loss)
         self.parallel_generator = setup.processes.parallel(setup.generator)
         self.generator_loss = generator_loss
+        self.generator_weights = [p for p in setup.generator.parameters() if p.requires_grad]
         self.critic_optimiser, self.generator_optimiser = optimisers
         self.terms = terms
         self._rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
@@ -77,7 +78,7 @@ class System:
         """One update of the generator; its loss before the update. real: the critic's last batch."""
         self.generator_optimiser.zero_grad()
         loss = self.loss_of_generated(self.parallel_generator(latent), real)
-        loss.backward(inputs=[p for p in self.generator.parameters() if p.requires_grad])  # and none to the critic
+        loss.backward(inputs=self.generator_weights)  # and none to the critic
         self.generator_optimiser.step()
         return {"generator_loss": loss.detach()}
 
