@@ -8,9 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "direct.h"
 
@@ -73,7 +71,9 @@ const at::Tensor* tensor(PyObject* x) {
   return &found;
 }
 
-std::optional<std::vector<at::Tensor>> tensors(PyObject* list) {
+}  // namespace
+
+std::optional<std::vector<at::Tensor>> plain_tensors(PyObject* list) {
   if (!PyList_CheckExact(list)) return std::nullopt;
   std::vector<at::Tensor> found;
   found.reserve(size_t(PyList_GET_SIZE(list)));
@@ -85,15 +85,17 @@ std::optional<std::vector<at::Tensor>> tensors(PyObject* list) {
   return found;
 }
 
-}  // namespace
+at::Tensor delivered(const at::Tensor& value, const std::vector<at::Tensor>& gradients, at::TensorList tensors) {
+  return Deliver::apply(value, gradients, tensors);
+}
 
 PyObject* deliver(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3) return PyErr_Format(PyExc_TypeError, "deliver takes 3 arguments, got %zd", count);
   if (watched() || !at::GradMode::is_enabled()) Py_RETURN_NOTIMPLEMENTED;
   HANDLE_TH_ERRORS
   const at::Tensor* value = tensor(args[0]);
-  const auto gradients = tensors(args[1]), given = tensors(args[2]);
+  const auto gradients = plain_tensors(args[1]), given = plain_tensors(args[2]);
   if (!value || !gradients || !given || gradients->size() != given->size()) Py_RETURN_NOTIMPLEMENTED;
-  return THPVariable_Wrap(Deliver::apply(*value, *gradients, at::TensorList(*given)));
+  return THPVariable_Wrap(delivered(*value, *gradients, *given));
   END_HANDLE_TH_ERRORS
 }

@@ -35,6 +35,13 @@ std::optional<Kind> kind_of(const c10::Type& type) {
   }
 }
 
+std::optional<int64_t> integer(PyObject* x) {
+  if (!PyLong_CheckExact(x)) return std::nullopt;
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(x, &overflow);
+  return overflow ? std::nullopt : std::optional(value);
+}
+
 // The keys of a dense CPU tensor: not quantised, batched, fake, conjugate, lazy or made in inference mode.
 constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
@@ -91,13 +98,6 @@ class Arguments {
     return put(std::move(values));
   }
 
-  static std::optional<int64_t> integer(PyObject* x) {
-    if (!PyLong_CheckExact(x)) return std::nullopt;
-    int overflow = 0;
-    const int64_t value = PyLong_AsLongLongAndOverflow(x, &overflow);
-    return overflow ? std::nullopt : std::optional(value);
-  }
-
   // Null unless it is plain, wants no graph, and has the floating-point type of those before it.
   const at::Tensor* tensor(PyObject* x) {
     if (!THPVariable_CheckExact(x)) return nullptr;
@@ -130,23 +130,57 @@ PyObject* wrapped(c10::IValue& value) {
   return list.release();
 }
 
-PyObject* results(torch::jit::Stack& stack) {
-  if (stack.empty()) Py_RETURN_NONE;
-  if (stack.size() == 1) return wrapped(stack[0]);
-  THPObjectPtr tuple(PyTuple_New(Py_ssize_t(stack.size())));
-  for (size_t i = 0; tuple && i < stack.size(); ++i) {
-    PyObject* item = wrapped(stack[i]);
+PyObject* tuple_of(torch::jit::Stack& values) {
+  THPObjectPtr tuple(PyTuple_New(Py_ssize_t(values.size())));
+  for (size_t i = 0; tuple && i < values.size(); ++i) {
+    PyObject* item = wrapped(values[i]);
     if (!item) return nullptr;
     PyTuple_SET_ITEM(tuple.get(), Py_ssize_t(i), item);
   }
   return tuple.release();
 }
 
+PyObject* results(torch::jit::Stack& stack) {
+  if (stack.empty()) Py_RETURN_NONE;
+  return stack.size() == 1 ? wrapped(stack[0]) : tuple_of(stack);
+}
+
+// Tensors, and which of an op's gradients is whose.
+struct Receivers {
+  std::vector<at::Tensor> tensors;
+  std::vector<size_t> places;
+};
+
+std::optional<Receivers> receivers(PyObject* list, PyObject* places) {
+  std::optional<std::vector<at::Tensor>> tensors = plain_tensors(list);
+  if (!tensors || !PyList_CheckExact(places) || PyList_GET_SIZE(places) != Py_ssize_t(tensors->size()))
+    return std::nullopt;
+  Receivers found{*std::move(tensors), {}};
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(places); ++i) {
+    const std::optional<int64_t> place = integer(PyList_GET_ITEM(places, i));
+    if (!place || *place < 0) return std::nullopt;
+    found.places.push_back(size_t(*place));
+  }
+  return found;
+}
+
+// Of an op that gives values and gradients of their first: the values, one by one, with a graph for that one.
+PyObject* results_with_graph(const torch::jit::Stack& stack, const Receivers& to) {
+  const c10::List<at::Tensor> all = stack.at(1).toTensorList();
+  std::vector<at::Tensor> gradients;
+  for (const size_t place : to.places) gradients.push_back(all.get(place));
+  torch::jit::Stack values;
+  for (at::Tensor& value : stack.at(0).toTensor().unbind()) values.emplace_back(std::move(value));
+  values.at(0) = delivered(values.at(0).toTensor(), gradients, to.tensors);
+  return tuple_of(values);
+}
+
 // An op that is called directly, and what it takes.
 struct Target {
   c10::OperatorHandle op;
   std::vector<Kind> kinds;
-  bool writes;  // into its arguments, which takes no part in a graph
+  bool writes;          // into its arguments, which takes no part in a graph
+  bool differentiates;  // gives values and gradients
 };
 
 const char* const kTarget = "gpkernels.target";
@@ -154,17 +188,22 @@ const char* const kTarget = "gpkernels.target";
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const auto* target = static_cast<const Target*>(PyCapsule_GetPointer(self, kTarget));
   if (!target) return nullptr;
-  if (size_t(count) != target->kinds.size() || watched()) Py_RETURN_NOTIMPLEMENTED;
+  const size_t own = target->kinds.size();
+  const bool delivers = target->differentiates && size_t(count) == own + 2;
+  if ((size_t(count) != own && !delivers) || watched()) Py_RETURN_NOTIMPLEMENTED;
+  if (delivers && !at::GradMode::is_enabled()) Py_RETURN_NOTIMPLEMENTED;
   try {
-    Arguments arguments(target->kinds.size(), !target->writes && at::GradMode::is_enabled());
-    for (size_t i = 0; i < target->kinds.size(); ++i)
+    Arguments arguments(own, !delivers && !target->writes && at::GradMode::is_enabled());
+    for (size_t i = 0; i < own; ++i)
       if (!arguments.add(target->kinds[i], args[i])) Py_RETURN_NOTIMPLEMENTED;
+    const std::optional<Receivers> to = delivers ? receivers(args[own], args[own + 1]) : std::nullopt;
+    if (delivers && !to) Py_RETURN_NOTIMPLEMENTED;
     {
       const pybind11::gil_scoped_release released;
       const at::AutoDispatchBelowADInplaceOrView below;
       target->op.callBoxed(arguments.stack());
     }
-    return results(arguments.stack());
+    return to ? results_with_graph(arguments.stack(), *to) : results(arguments.stack());
   } catch (python_error& error) {  // Ctrl-C, say: nothing to try again
     error.restore();
     return nullptr;
@@ -189,8 +228,11 @@ PyObject* direct(PyObject*, PyObject* name) {
     if (!kind) return PyErr_Format(PyExc_ValueError, "name: %s takes what cannot be given directly", text);
     kinds.push_back(*kind);
   }
+  const std::vector<c10::Argument>& returns = op->schema().returns();
+  const bool differentiates = returns.size() == 2 && kind_of(*returns[0].real_type()) == Kind::kTensor &&
+                              kind_of(*returns[1].real_type()) == Kind::kTensors;
   PyObject* target =
-      PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable()}, kTarget,
+      PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), differentiates}, kTarget,
                     [](PyObject* capsule) { delete static_cast<Target*>(PyCapsule_GetPointer(capsule, kTarget)); });
   PyObject* bound = target ? PyCFunction_New(&method, target) : nullptr;
   Py_XDECREF(target);
@@ -200,7 +242,10 @@ PyObject* direct(PyObject*, PyObject* name) {
 PyMethodDef kMethods[] = {
     {"direct", &direct, METH_O,
      "direct(name) -> a callable that gives what the op gives, or NotImplemented where the op has to be called in "
-     "another way: something looks on, the arguments are not all plain, or the op raises."},
+     "another way: something looks on, the arguments are not all plain, or the op raises. Given tensors and places "
+     "after the arguments of an op of values and gradients, it gives the values, the first of which has the gradient "
+     "at "
+     "each place for the tensor there."},
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
      "something looks on or the tensors are not all plain."},

@@ -58,6 +58,15 @@ GPK_SIMD void mask(T* to, const T* x, const T* y, T slope, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = leaky_pull(x[i], y[i], slope);
 }
 
+// to = (seeds w^T) f'(y): the cotangents below one score a row
+template <typename T>
+GPK_SIMD void masked_outer(T* to, const T* seeds, const T* w, const T* y, T slope, int64_t rows, int64_t cols) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = row * cols;
+    for (int64_t i = 0; i < cols; ++i) to[at + i] = leaky_pull(seeds[row] * w[i], y[at + i], slope);
+  }
+}
+
 // kept = t + scale * kept
 template <typename T>
 GPK_SIMD void join(T* kept, const T* t, const T* scale, int64_t rows, int64_t cols) {
@@ -254,11 +263,14 @@ class Pass {
         c_.add_bias_gradient(l, deltas_[l], nullptr);
       }
       if (l == 0) return;
-      const Matrix<T>&to = deltas_[l - 1], &y = acts_[l];
-      multiply(to, deltas_[l], false, c_.weights[l], false);
+      const Matrix<T>&to = deltas_[l - 1], &y = acts_[l], &from = deltas_[l], &w = c_.weights[l];
+      if (from.cols > 1) multiply(to, from, false, w, false);
       for_rows(to, [&](int64_t row, int64_t rows) {
         const int64_t at = row * to.cols;
-        mask<T>(to.data + at, to.data + at, y.data + at, c_.slopes[l - 1], rows * to.cols);
+        if (from.cols > 1)
+          mask<T>(to.data + at, to.data + at, y.data + at, c_.slopes[l - 1], rows * to.cols);
+        else
+          masked_outer<T>(to.data + at, from.data + row, w.data, y.data + at, c_.slopes[l - 1], rows, to.cols);
       });
     }
   }
@@ -322,7 +334,9 @@ class Pass {
   T* spare_[2];
 };
 
-constexpr int64_t kBatched = 1 << 17;  // elements of the widest layer's output up to which all groups are one batch
+// Elements of the widest layer's output up to which all groups are one batch: half as many where a group alone has rows
+// enough for products at full speed.
+constexpr int64_t kBatched = 1 << 17, kEnoughRows = 256;
 
 // Group by group where that keeps activations in cache, and memory low.
 template <typename T>
@@ -330,7 +344,8 @@ void run_groups(Critic<T>& critic, const std::vector<Tensor>& plain, const std::
                 const Options& options, double& adversarial, double& penalty) {
   const int64_t n = (plain.empty() ? points : plain)[0].size(0);
   if (options.gradients) critic.allocate_gradients();
-  if (n * int64_t(plain.size() + !points.empty()) * critic.widest <= kBatched) {
+  const int64_t elements = n * int64_t(plain.size() + !points.empty()) * critic.widest;
+  if (elements <= (n < kEnoughRows ? kBatched : kBatched / 2)) {
     Pass<T>(critic, n, plain, points, options).run(adversarial, penalty);
     return;
   }

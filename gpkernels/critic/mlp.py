@@ -40,13 +40,7 @@ def _watched() -> bool:
 
 def native_penalty(layers: Layers, points: Tensor | Between, penalty: Penalty) -> Tensor:
     """The penalty of an MLP, by the op that does everything."""
-    wanted = torch.is_grad_enabled()
-    with torch.no_grad():
-        parts, gradients = ops.mlp_critic_step(
-            [], _rows(points), layers.weights, layers.biases, layers.slopes, -1, -1, 0, 0, *penalty, wanted
-        )
-    value = parts[2]
-    return deliver(value, layers.with_gradients(gradients)) if wanted else value
+    return _whole(layers, [], points, -1, -1, 0, 0, *penalty).loss
 
 
 def native_step(
@@ -58,24 +52,24 @@ def native_step(
     penalty: Penalty | None,
 ) -> Parts:
     """The whole loss of an MLP."""
-    wanted = torch.is_grad_enabled()
     plain = [x for x in (real, fake) if x is not points]
     groups = [*plain, points]
     scored = (next((i for i, x in enumerate(groups) if x is one), -1) for one in (real, fake))
+    options = (*scored, adversarial.real, adversarial.fake, *(penalty or Penalty(0.0, 0.0, False)))
+    return _whole(layers, [_flat(x) for x in plain], points, *options)
+
+
+def _whole(layers: Layers, plain: list[Tensor], points: Tensor | Between | None, *options: Any) -> Parts:
+    """What the op gives, with the loss's gradients where they are wanted."""
+    wanted = torch.is_grad_enabled()
+    args = (plain, _rows(points), layers.weights, layers.biases, layers.slopes, *options, wanted)
+    if wanted:
+        parts = ops.mlp_critic_step.direct(*args, layers.trained, layers.places)
+        if parts is not NotImplemented:
+            return Parts(*parts)
     with torch.no_grad():
-        parts, gradients = ops.mlp_critic_step(
-            [x.flatten(1) for x in plain],
-            _rows(points),
-            layers.weights,
-            layers.biases,
-            layers.slopes,
-            *scored,
-            adversarial.real,
-            adversarial.fake,
-            *(penalty or Penalty(0.0, 0.0, False)),
-            wanted,
-        )
-    loss, *others = parts.unbind()
+        values, gradients = ops.mlp_critic_step(*args)
+    loss, *others = values.unbind()
     return Parts(deliver(loss, layers.with_gradients(gradients)) if wanted else loss, *others)
 
 
@@ -84,5 +78,9 @@ def _rows(points: Tensor | Between | None) -> list[Tensor]:
     if points is None:
         return []
     if isinstance(points, Between):
-        return [points.real.flatten(1), points.fake.flatten(1), points.eps_or_key]
-    return [points.flatten(1)]
+        return [_flat(points.real), _flat(points.fake), points.eps_or_key]
+    return [_flat(points)]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.flatten(1)

@@ -255,7 +255,7 @@ def name_of(func: Any) -> str:
 
 def unwrapped(critic: Any) -> Any:
     """The module inside what ``torch.compile`` returned: its layers are what a tape can see."""
-    while isinstance(critic, nn.Module) and hasattr(critic, "_orig_mod"):
+    while isinstance(critic, nn.Module) and "_orig_mod" in critic._modules:
         critic = critic._orig_mod
     return critic
 
