@@ -20,6 +20,7 @@ from gpkernels.bench.zoo import (
     Case,
     dcgan,
     first,
+    in_scale,
     mlp,
     plain_loss,
     plain_penalty,
@@ -86,7 +87,7 @@ def growth(device: torch.device) -> Iterator[Trial]:
     """A WGAN-GP step as batch, width, depth and image grow, to ten times what the zoo has."""
 
     def mlp_of(width: int, depth: int, batch: int) -> Case:
-        return Case(lambda: mlp(2, *[width] * depth, 1), (batch, 2))
+        return Case(lambda: in_scale(mlp(2, *[width] * depth, 1)), (batch, 2))
 
     def dcgan_of(size: int, batch: int) -> Case:
         return Case(lambda: dcgan(3, 64, size), (batch, 3, size, size))

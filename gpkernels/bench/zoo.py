@@ -35,6 +35,14 @@ def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool =
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
+def in_scale(critic: nn.Sequential) -> nn.Sequential:
+    """He's initialisation: by PyTorch's own, gradients vanish to denormal numbers in 120 layers, slow for everybody."""
+    for layer in critic:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return critic
+
+
 def dcgan(channels: int = 3, dim: int = 64, size: int = 32) -> nn.Sequential:
     """The DCGAN critic of WGAN-GP's code: 5 x 5 kernels of stride 2, LeakyReLU."""
     widths = [channels, dim, 2 * dim, 4 * dim]
