@@ -20,6 +20,7 @@ from gptrainer.reproduce.experiment import (
     Exhibits,
     Experiment,
     Findings,
+    Judgement,
     NotRun,
     Settings,
     Size,
@@ -31,8 +32,8 @@ from gptrainer.reproduce.pictures import Panel, Picture, panel
 Measure = Callable[[Settings, int, Context], Findings]
 
 
-def claim(bound: Bound, only_full: str = "") -> Claim:
-    return Claim("It is small", "a paper, eq. 1", "0.1", "size", "the size", bound, "sizes", only_full)
+def claim(bound: Bound, only_full: str = "", if_failed: str = "") -> Claim:
+    return Claim("It is small", "a paper, eq. 1", "0.1", "size", "the size", bound, "sizes", only_full, if_failed)
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
@@ -90,6 +91,13 @@ def test_what_only_the_full_size_can_show_is_not_judged_in_the_quick_one() -> No
     quick = late.judge(findings_of(9), "quick")
     assert (quick.verdict, quick.values) == ("not run", (9,))
     assert late.judge(findings_of(9), "full").verdict == "failed"
+
+
+def test_a_failure_in_the_full_set_says_what_it_owes_to() -> None:
+    explained = claim(Bound(at_most=1), if_failed="the budget")
+    assert explained.judge(findings_of(9), "full") == Judgement("failed", (9,), "the budget")
+    assert explained.judge(findings_of(9), "quick").reason == ""
+    assert explained.judge(findings_of(0), "full").reason == ""
 
 
 def test_mean_and_spread_are_over_the_seeds() -> None:

@@ -52,7 +52,8 @@ class Claim:
     """One published statement, and the bound by which ours is judged.
 
     measure: the name in ``Findings.measures``; what: that number in words, with its unit; picture: the picture that
-    shows it, by its name; only_full: why the quick size cannot show it, if it cannot.
+    shows it, by its name; only_full: why the quick size cannot show it, if it cannot; if_failed: whether a failure in
+    the full size owes to the code, the budget or the claim, where that was found out.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Claim:
     bound: Bound
     picture: str = ""
     only_full: str = ""
+    if_failed: str = ""
 
     def judge(self, findings: Sequence[Findings], size: Size) -> Judgement:
         """The verdict over seeds."""
@@ -71,7 +73,9 @@ class Claim:
         values = tuple(one.measures.get(self.measure, math.nan) for one in findings)
         if size == "quick" and self.only_full:
             return Judgement("not run", values, f"judged only in the full set: {self.only_full}")
-        return Judgement("held" if self.bound.holds(values) else "failed", values)
+        if self.bound.holds(values):
+            return Judgement("held", values)
+        return Judgement("failed", values, self.if_failed if size == "full" else "")
 
 
 @dataclass(frozen=True)

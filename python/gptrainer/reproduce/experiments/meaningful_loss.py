@@ -156,6 +156,10 @@ EXPERIMENT = Experiment(
             Bound(at_least=0.9),
             "losses",
             only_full="the first steps, in which the discriminator is still learning, weigh too much",
+            if_failed=(
+                "the budget: a discriminator in training lags behind its optimum, by how much differs from run to run; "
+                "the next claim is of one at its optimum"
+            ),
         ),
         Claim(
             "The estimate says log 2 however good the samples are",

@@ -17,6 +17,10 @@ from gptrainer.reproduce.training import start, train
 
 PAPER = "Metz et al. 2017, section 3.1 and figure 1"
 SHOWN = 8  # snapshots
+PLAIN_HOLDS_MODES = (
+    "the budget: at the authors' rates no run leaves its first plateau in so few steps, and at six times those the "
+    "generator without look-ahead holds several modes at a time, too"
+)
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
@@ -128,6 +132,7 @@ EXPERIMENT = Experiment(
             Bound(at_least=2),
             "ring",
             only_full="280 steps are the first encounter with the ring",
+            if_failed=PLAIN_HOLDS_MODES,
         ),
         Claim(
             "Without it the generator moves from mode to mode",
@@ -138,6 +143,7 @@ EXPERIMENT = Experiment(
             Bound(at_least=2),
             "ring",
             only_full="280 steps do not get that far",
+            if_failed=PLAIN_HOLDS_MODES,
         ),
     ),
     exhibit=exhibit,
