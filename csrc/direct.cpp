@@ -1,6 +1,6 @@
 // Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense CPU tensors that
-// nothing watches. Kernels at autograd's keys are passed over, as there is no graph. It is built against one version of
-// PyTorch, on its C++ interface for Python.
+// nothing watches. Kernels at autograd's keys are passed over: there is no graph, or it is made here of gradients that
+// the op gives. It is built against one version of PyTorch, on its C++ interface for Python.
 #include "direct.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>

@@ -28,7 +28,9 @@ class Op:
     """One schema: callable, and the place where the implementation that runs is chosen.
 
     direct: gives what the op gives for dense CPU tensors that nothing watches, checked by the kernel alone, and
-    NotImplemented where the op has to be called in another way. ``torch.compile`` cannot trace it.
+    NotImplemented where the op has to be called in another way. An op that gives values and gradients of their first
+    takes tensors and their places among these as well: it gives the values, the first with a graph. ``torch.compile``
+    cannot trace it.
     """
 
     def __init__(self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
