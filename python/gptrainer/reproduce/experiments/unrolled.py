@@ -15,7 +15,7 @@ from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
 from gptrainer.reproduce.training import start, train
 
-PAPER = "Metz et al. 2017, section 3.1 and figure 1"
+PAPER = "Metz et al. 2017, section 3.1 and figure 2"
 SHOWN = 8  # snapshots
 PLAIN_HOLDS_MODES = (
     "the budget: at the authors' rates no run leaves its first plateau in so few steps, and at six times those the "

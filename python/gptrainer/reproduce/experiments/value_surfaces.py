@@ -18,7 +18,7 @@ from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
 from gptrainer.reproduce.training import system_of
 
-FIGURE = "Gulrajani et al. 2017, figure 2"
+FIGURE = "Gulrajani et al. 2017, figure 1a"
 DATA = {"8gaussians": "8 Gaussians", "25gaussians": "25 Gaussians", "swissroll": "Swiss roll"}
 WAYS = {"wgan": "clipping", "wgan-gp": "penalty"}
 REACH = 3.0
