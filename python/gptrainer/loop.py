@@ -93,9 +93,10 @@ class Trainer:
         """n_critic steps of the critic and one of the generator; the losses of the last of each."""
         self.system.begin_step(self.step)
         for real, fake in self.next_batches(self._critic_steps()):
-            told = self.system.critic_step(real, fake)
+            minimised = self.system.critic_step(real, fake)
         self.real, self.fake = real, fake
-        told |= self.system.generator_step(self.noise(filled(self.config.generator_batch_size)), self.real)
+        latent = self.noise(filled(self.config.generator_batch_size))
+        told = self.system.told(minimised) | self.system.generator_step(latent, self.real)
         for name, average in self.averages.items():
             average.update_parameters(self.networks[name])
         self.step += 1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpkernels
-from gptrainer.algorithms.system import Setup, System, Told, adam
+from gptrainer.algorithms.system import Setup, System, adam
 from gptrainer.config import filled
 from gptrainer.data import load_images
 from gptrainer.labels import LabelledBatches, error_rate
@@ -23,7 +23,7 @@ class Losses(NamedTuple):
 
     loss: Tensor
     adversarial: Tensor
-    labelled: Tensor
+    labelled_loss: Tensor
     consistency: Tensor
 
 
@@ -64,7 +64,9 @@ class SemiSupervisedCTGAN(System):
     def __init__(self, setup: Setup) -> None:
         config = setup.config
         loss = SemiSupervisedLoss(setup.critic, filled(config.consistency_weight))
-        super().__init__(setup, loss, gpkernels.saturating_generator_loss, adam(setup))
+        super().__init__(
+            setup, loss, gpkernels.saturating_generator_loss, adam(setup), ("labelled_loss", "consistency")
+        )
         device = setup.draws.device
         train, self.held_out = (
             load_images(config.data, data_dir=config.data_dir, split=part, limit=config.limit)
@@ -75,18 +77,10 @@ class SemiSupervisedCTGAN(System):
         if isinstance(setup.critic, Classifier):
             setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(device))
 
-    def critic_step(self, real: Tensor, fake: Tensor) -> Told:
+    def critic_parts(self, real: Tensor, fake: Tensor) -> Losses:
         images, labels = (self.processes.rows(x) for x in self.labelled.next())
-        self.critic_optimiser.zero_grad()
         losses: Losses = self.critic_loss(images, labels, real, fake)
-        losses.loss.backward()
-        self.critic_optimiser.step()
-        return {
-            self.estimate: self.estimated(losses.adversarial),
-            "critic_loss": losses.loss.detach(),
-            "labelled_loss": losses.labelled,
-            "consistency": losses.consistency,
-        }
+        return losses
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
         critic: Any = self.critic

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gpkernels.losses import CriticLossParts
 from gptrainer.config import TrainConfig, filled
 from gptrainer.optimiser import Adam
 from gptrainer.processes import Draws, Processes
 
 Told = dict[str, Tensor]
 """Scalars of a step by name, without a graph."""
+
+
+class Parts(Protocol):
+    """What a critic minimises, and the game's share of it; others go by the name of their term."""
+
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def adversarial(self) -> Tensor: ...
 
 
 class Setup(NamedTuple):
@@ -31,7 +40,7 @@ class Setup(NamedTuple):
 class System:
     """A critic loss and a generator loss, each with its optimiser.
 
-    critic_loss: a module that maps (real, fake) to ``CriticLossParts``. generator_loss: of the critic's scores on
+    critic_loss: a module that maps (real, fake) to ``Parts``. generator_loss: of the critic's scores on
     generated samples. terms: which parts beyond the adversarial one are worth a curve.
     A system overrides what is different in it.
     """
@@ -65,12 +74,16 @@ class System:
                 for group, rate in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * left
 
-    def critic_step(self, real: Tensor, fake: Tensor) -> Told:
-        """One update of the critic; its losses before the update."""
+    def critic_step(self, real: Tensor, fake: Tensor) -> Parts:
+        """One update of the critic; the parts of its loss before the update, for ``told``."""
         self.critic_optimiser.zero_grad()
         parts = self.critic_parts(self.shown(real), self.shown(fake))
         parts.loss.backward()
         self.critic_optimiser.step()
+        return parts
+
+    def told(self, parts: Parts) -> Told:
+        """What a critic step is worth telling of."""
         losses = {term: getattr(parts, term) for term in self.terms}
         return {self.estimate: self.estimated(parts.adversarial), "critic_loss": parts.loss.detach(), **losses}
 
@@ -82,9 +95,9 @@ class System:
         self.generator_optimiser.step()
         return {"generator_loss": loss.detach()}
 
-    def critic_parts(self, real: Tensor, fake: Tensor) -> CriticLossParts:
+    def critic_parts(self, real: Tensor, fake: Tensor) -> Parts:
         """What the critic minimises."""
-        parts: CriticLossParts = self.critic_loss(real, fake)
+        parts: Parts = self.critic_loss(real, fake)
         return parts
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:

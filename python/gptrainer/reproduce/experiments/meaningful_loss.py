@@ -55,7 +55,7 @@ def _run(algorithm: str, data: str, quality: str, settings: Settings, seed: int,
 
     train(trainer, settings["steps"] // settings["looks"], look)
     further = [
-        trainer.system.critic_step(*batch)[estimate].item()
+        trainer.system.told(trainer.system.critic_step(*batch))[estimate].item()
         for batch in trainer.next_batches(settings.get("further", 0))
     ]
     curve["optimal"] = sum(further[-20:]) / 20
