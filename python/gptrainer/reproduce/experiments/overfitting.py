@@ -145,8 +145,7 @@ EXPERIMENT = Experiment(
             "overfitting",
             only_full="360 steps on digits are too few for the difference",
             if_failed=(
-                "the budget: in so short a run the distance varies from look to look by more than the term changes it, "
-                "and the gap has cost the samples nothing yet"
+                "the budget: in so short a run the distance varies from look to look by more than the term changes it"
             ),
         ),
     ),
