@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 WANTED = os.environ.get("GPKERNELS_BUILD", "auto")
+SHORT_WAYS = {"_direct": "small ops", "_program": "the steps of small critics"}
 NEEDS = ("torch", "pybind11", "cmake", "ninja")
 
 
@@ -70,18 +71,19 @@ class CMakeBuild(build_ext):
             configure += ["-DGPK_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
         subprocess.run(configure, check=True, env=environment)
         subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
-        direct = subprocess.run([cmake, "--build", str(build), "--target", "_direct"], env=environment)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        short = target.name.replace("_C", "_direct", 1)
         made = [target.name, *(["_cuda.so"] if WANTED == "cuda" else [])]
-        if direct.returncode == 0 and (build / short).exists():
-            made.append(short)
-        else:  # it leans on what PyTorch may change in any version
-            print("gpkernels: building without the direct way to the ops: small ones are slower", file=sys.stderr)
+        short = {name: target.name.replace("_C", name, 1) for name in SHORT_WAYS}
+        for name, file in short.items():  # they lean on what PyTorch may change in any version
+            done = subprocess.run([cmake, "--build", str(build), "--target", name], env=environment)
+            if done.returncode == 0 and (build / file).exists():
+                made.append(file)
+            else:
+                print(f"gpkernels: building without {name}: {SHORT_WAYS[name]} are slower", file=sys.stderr)
         # setuptools knows of one module: beside an editable package it would leave the others out.
         for folder in (target.parent, *([source / "gpkernels"] if self.editable_mode else [])):
             folder.mkdir(parents=True, exist_ok=True)
-            for name in {*made, short}:
+            for name in {*made, *short.values()}:
                 (folder / name).unlink(missing_ok=True)  # an older one, which a running process may have mapped
             for name in made:
                 shutil.copy2(build / name, folder / name)

@@ -7,6 +7,7 @@ raises on the first call, with the cure; importing never fails because of a back
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -38,6 +39,7 @@ def declined(*args: Any) -> Any:
 extension: Any = None
 direct: Callable[[str], Callable[..., Any]] | None = None  # by an op's name, the short way to it
 deliver: Callable[..., Any] = declined  # (value, gradients, tensors): critic/deliver.py in C++
+program: Any = None  # the module whose loop runs the passes of a critic, and which reads autograd's graph
 extension_error: str | None = None
 cuda_error: str | None = "the package was built without them"  # None once they are loaded
 
@@ -47,7 +49,7 @@ cuda_error: str | None = "the package was built without them"  # None once they 
 
 def load_extension() -> None:
     """Load the native kernels; a failure is kept for ``info`` and for a forced backend's message."""
-    global extension, extension_error, cuda_error, direct, deliver
+    global extension, extension_error, cuda_error, direct, deliver, program
     try:
         from gpkernels import _C  # type: ignore[attr-defined]
     except (ImportError, OSError, RuntimeError) as error:
@@ -56,9 +58,10 @@ def load_extension() -> None:
         extension_error = "the package was built without it" if missing else reason
     else:
         extension = _C
-        module = _load_direct()
+        module = _load_short_way("_direct")
         if module is not None:
             direct, deliver = module.direct, module.deliver
+        program = _load_short_way("_program")
     if CUDA_LIBRARY.exists():
         try:
             torch.ops.load_library(str(CUDA_LIBRARY))
@@ -67,15 +70,15 @@ def load_extension() -> None:
             cuda_error = " ".join(str(error).split())
 
 
-def _load_direct() -> Any:
-    """The module of short ways; None where it was not built for this very version of PyTorch."""
+def _load_short_way(name: str) -> Any:
+    """A module of short ways; None where it was not built for this very version of PyTorch."""
     if extension.build_info()["torch"] != torch.__version__:  # then it is not even safe to load
         return None
     try:
-        from gpkernels import _direct  # type: ignore[attr-defined]  # a binary: it has no types
+        module = importlib.import_module(f"gpkernels.{name}")
     except (ImportError, OSError, RuntimeError):
         return None
-    return _direct if torch.__version__ == _direct.TORCH else None
+    return module if torch.__version__ == module.TORCH else None
 
 
 @cache

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from gpkernels.critic.double_backward import depth
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Penalty
-from gpkernels.critic.record import scores_of
-from gpkernels.critic.step import critic_step
-from gpkernels.critic.tape import NoRule
+from gpkernels.critic.step import critic_step, scores_of
+from gpkernels.critic.together import Seen
 from gpkernels.functional import consistency_term, draw_key, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.ops import check_eps, check_nonnegative, check_pair
 from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, traced
@@ -54,6 +53,7 @@ class CriticLoss(nn.Module):
         consistency_weight: float = 0.0,
         consistency_margin: float = 0.0,
         feature_weight: float = 0.1,
+        together: bool | None = None,
     ) -> None:
         super().__init__()
         if not callable(critic):
@@ -71,6 +71,10 @@ class CriticLoss(nn.Module):
         self.consistency_weight = check_nonnegative("consistency_weight", consistency_weight)
         self.consistency_margin = check_nonnegative("consistency_margin", consistency_margin)
         self.feature_weight = check_nonnegative("feature_weight", feature_weight)
+        if together not in (None, True, False):
+            raise TypeError(f"together: expected None, True or False, got {together!r}")
+        self.together = together
+        self._seen = Seen()
 
     def forward(self, real: Tensor, fake: Tensor, *, eps: Tensor | None = None) -> CriticLossParts:
         """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Gives scalars, of which loss has the graph."""
@@ -83,14 +87,11 @@ class CriticLoss(nn.Module):
         if fake is real:  # told apart by identity from here on
             fake = fake.view_as(fake)
         if not (traced() or depth()):
-            try:
-                return self._recorded(real, fake, eps)
-            except NoRule:
-                pass
+            return self._recorded(real, fake, eps)
         return self._composed(real, fake, eps)
 
     def _recorded(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
-        """One batch, and the weight gradients with it; NoRule if the critic has a layer without a rule."""
+        """All parts, and the weight gradients with them."""
         points = self._points(real, fake, eps)
         on_real, on_fake = (SCORE_LOSSES[kind] for kind in OBJECTIVES[self.objective])
         adversarial = Adversarial(on_real, on_fake, self.objective == "wgan")
@@ -100,7 +101,7 @@ class CriticLoss(nn.Module):
         consistency = None
         if self.consistency_weight > 0:
             consistency = Consistency(self.consistency_weight, self.consistency_margin, self.feature_weight)
-        parts = critic_step(self.critic, real, fake, points, adversarial, penalty, consistency)
+        parts = critic_step(self.critic, real, fake, points, adversarial, penalty, consistency, self.together, self._seen)
         return CriticLossParts(*parts)
 
     def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | Between | None:

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from gpkernels import ops
 from gpkernels.critic.double_backward import depth, fast_double_backward
 from gpkernels.critic.parts import Between, points_of
-from gpkernels.critic.record import scores_of
-from gpkernels.critic.step import penalty_on_gradient
-from gpkernels.critic.tape import NoRule, unwrapped
+from gpkernels.critic.step import penalty_on_gradient, scores_of
 from gpkernels.functional import draw_key, gradient_norm_penalty, promote
 from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair
 
@@ -115,14 +113,12 @@ def _penalty(
     kwargs: Mapping[str, Any] | None = None,
     by_point: bool = False,
 ) -> Tensor:
-    """The penalty at the points: recorded where every layer has a rule, otherwise by PyTorch's double backward."""
+    """The penalty at the points; of PyTorch's own operations where more derivatives are to be taken."""
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
     if not (traced() or depth()):
-        try:
-            return penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)
-        except NoRule:
-            pass
+        _warn_of_batch_norm(critic)
+        return penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)
     grad = input_gradient(critic, points_of(points), args, kwargs)
     return gradient_norm_penalty(grad.reshape(-1, grad.shape[-1]) if by_point else grad, target, one_sided=one_sided)
 
@@ -134,7 +130,6 @@ def input_gradient(
 
     Raises TypeError if the critic gives no tensor, ValueError if its scores do not depend on x.
     """
-    critic = unwrapped(critic)
     _warn_of_batch_norm(critic)
     kwargs = critic_kwargs or {}
     if traced():  # one graph for everything: the compiler, or the transform around this, differentiates it

@@ -17,93 +17,81 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from gpkernels.critic.activation import Elementwise, piecewise
-from gpkernels.critic.pooling import DIMS, gathered, pooled, scattered
+from gpkernels.critic.graph import rule_of
+from gpkernels.critic.rules.base import Meta, Rule
+from gpkernels.critic.rules.elementwise import Hardtanh, LeakyReLUInPlace, ReLU
 
 
-class _Piecewise(Function):
-    """A piecewise-linear activation."""
+class _Forward(Function):
+    """A layer that is linear but for what it saves: its rule goes back, forth, back and so on, to any order."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], slope: Elementwise, from_output: bool
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
+        with torch.enable_grad():
+            y = function(x.detach().requires_grad_())
+        assert y.grad_fn is not None
+        ctx.rule, saved = rule_of(y.grad_fn)
+        ctx.save_for_backward(*saved)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return _Pull.apply(cotangent, ctx.rule, *ctx.saved_tensors), None
+
+
+class _InPlace(Function):
+    """The same for a layer that overwrites its input, and whose rule reads the output alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], rule: type[Rule], constants: Any) -> Any:
         y = function(x)
-        if y is x:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(y if from_output else x)
-        ctx.slope = slope
+        ctx.mark_dirty(x)
+        meta = Meta(tuple(x.shape), x.dtype, x.device)
+        ctx.rule = rule(constants, (meta,), (meta,))
+        ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Slope.apply(cotangent, ctx.saved_tensors[0].detach(), ctx.slope), None, None, None
+        return _Pull.apply(cotangent, ctx.rule, *ctx.saved_tensors), None, None, None
 
 
-class _Slope(Function):
-    """cotangent * f'(x): linear in the cotangent, and constant in x almost everywhere."""
-
+class _Pull(Function):
     @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, saved: Tensor, slope: Elementwise) -> Any:
-        ctx.save_for_backward(saved)
-        ctx.slope = slope
-        return slope(cotangent, saved)
+    def forward(ctx: Any, cotangent: Tensor, rule: Rule, *saved: Tensor) -> Any:
+        ctx.rule = rule
+        ctx.save_for_backward(*saved)
+        return rule.pull(saved, (cotangent,), (True,))[0]
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
-        return _Slope.apply(tangent, ctx.saved_tensors[0], ctx.slope), None, None
+        return (_Push.apply(tangent, ctx.rule, *ctx.saved_tensors), *_nothing(ctx))
 
 
-class _MaxPool(Function):
+class _Push(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[..., Any], args: Any, kwargs: Any, dims: int) -> Any:
-        output, places = pooled(function, (x, *args), kwargs)
-        ctx.save_for_backward(places)
-        ctx.shape, ctx.dims = x.shape[1:], dims
-        return output
+    def forward(ctx: Any, tangent: Tensor, rule: Rule, *saved: Tensor) -> Any:
+        ctx.rule = rule
+        ctx.save_for_backward(*saved)
+        return rule.push(saved, (tangent,))[0]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Scatter.apply(cotangent, ctx.saved_tensors[0], ctx.shape, ctx.dims), None, None, None, None
+        return (_Pull.apply(cotangent, ctx.rule, *ctx.saved_tensors), *_nothing(ctx))
 
 
-class _Scatter(Function):
-    @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, places: Tensor, shape: Sequence[int], dims: int) -> Any:
-        ctx.save_for_backward(places)
-        ctx.dims = dims
-        return scattered(cotangent, places, shape, dims)
-
-    @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> Any:
-        return gathered(tangent, ctx.saved_tensors[0], ctx.dims), None, None, None
+def _nothing(ctx: Any) -> Sequence[None]:
+    """For the rule and the saved tensors: the layer is constant in them almost everywhere."""
+    return (None,) * (1 + len(ctx.saved_tensors))
 
 
-class _Linear(Function):
-    """A function that is linear in x, such as average pooling; its transpose is PyTorch's backward."""
+def _layer(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("return_indices"):
+            return function(x, *args, **kwargs)
+        return _Forward.apply(x, lambda x: function(x, *args, **kwargs))
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
-        ctx.shape, ctx.function = x.shape, function
-        return function(x)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Transpose.apply(cotangent, ctx.shape, ctx.function), None
-
-
-class _Transpose(Function):
-    @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, shape: torch.Size, function: Callable[[Tensor], Tensor]) -> Any:
-        ctx.function = function
-        with torch.enable_grad():
-            x = cotangent.new_zeros(shape, requires_grad=True)
-            y = function(x)
-        return torch.autograd.grad(y, x, cotangent)[0]
-
-    @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> Any:
-        return ctx.function(tangent), None, None
+    return call
 
 
 def _unwritable(x: Tensor) -> bool:
@@ -112,54 +100,39 @@ def _unwritable(x: Tensor) -> bool:
 
 
 def _relu(x: Tensor, inplace: bool = False) -> Any:
-    if inplace and _unwritable(x):
-        return F.relu(x, True)
-    return _Piecewise.apply(x, torch.relu_ if inplace else torch.relu, *piecewise("relu"))
+    if not inplace:
+        return _Forward.apply(x, torch.relu)
+    return F.relu(x, True) if _unwritable(x) else _InPlace.apply(x, torch.relu_, ReLU, ())
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
-    slope, from_output = piecewise("leaky_relu", negative_slope)
-    if inplace and (_unwritable(x) or not from_output):
+    if not inplace:
+        return _Forward.apply(x, lambda x: F.leaky_relu(x, negative_slope))
+    if _unwritable(x) or negative_slope <= 0:  # the output does not tell the sign of the input
         return F.leaky_relu(x, negative_slope, True)
-    if not inplace:  # the input is kept, as in PyTorch: the output may be written later
-        slope, from_output = piecewise("leaky_relu_of_input", negative_slope)
-    return _Piecewise.apply(x, lambda x: F.leaky_relu(x, negative_slope, inplace), slope, from_output)
+    return _InPlace.apply(x, lambda x: F.leaky_relu_(x, negative_slope), LeakyReLUInPlace, (negative_slope,))
 
 
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    if inplace and _unwritable(x):
+    if not inplace:
+        return _Forward.apply(x, lambda x: F.hardtanh(x, min_val, max_val))
+    if _unwritable(x):
         return F.hardtanh(x, min_val, max_val, True)
-    slope, _ = piecewise("hardtanh", min_val, max_val)  # tells the same from input and output
-    return _Piecewise.apply(x, lambda x: F.hardtanh(x, min_val, max_val, inplace), slope, inplace)
+    return _InPlace.apply(x, lambda x: F.hardtanh_(x, min_val, max_val), Hardtanh, (min_val, max_val))
 
 
 def _relu6(x: Tensor, inplace: bool = False) -> Any:
     return _hardtanh(x, 0.0, 6.0, inplace)
 
 
-def _max_pool(function: Callable[..., Any], dims: int) -> Callable[..., Any]:
-    def layer(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("return_indices") or x.dim() != dims + 2:
-            return function(x, *args, **kwargs)
-        return _MaxPool.apply(x, function, args, kwargs, dims)
-
-    return layer
-
-
-def _average_pool(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    return lambda x, *args, **kwargs: _Linear.apply(x, lambda t: function(t, *args, **kwargs))
-
-
-_AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_ADAPTIVE_AVERAGES = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 LAYERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, torch.Tensor.relu_), lambda x: _relu(x, True)),
     F.leaky_relu: _leaky_relu,
     F.hardtanh: _hardtanh,
     F.relu6: _relu6,
-    **{function: _max_pool(function, dims) for function, dims in DIMS.items()},
-    **{function: _average_pool(function) for function in (*_AVERAGES, *_ADAPTIVE_AVERAGES)},
+    **{f: _layer(f) for f in (F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)},
+    **{f: _layer(f) for f in (F.avg_pool2d, F.adaptive_avg_pool2d)},
 }
 
 

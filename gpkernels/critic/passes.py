@@ -1,115 +1,342 @@
-"""The passes over a tape, in the order that wastes nothing.
+"""The passes over a graph, in the order that wastes nothing, as the rules tell.
 
-Rows of the batch come in two kinds: plain rows, whose scores have a cotangent, come first; penalised rows, at which the
-gradient of the score itself is penalised, come last. See ``gpkernels.critic.tape`` for pull, push and curvature.
+Rows of a batch come in two kinds: plain rows, whose scores have cotangents, come first; penalised rows, at which the
+gradient of the score itself is penalised, come last. With a the activations and J their Jacobians:
+
+- pull the scores' cotangents down: weight gradients at plain rows, delta = J^T 1 at penalised ones
+- push v, the penalty's derivative by the gradient at the input, up through the penalised rows: t = J v
+- bend: each call's derivative of <delta, J t> by its arguments, weights among them; where an activation has one, it is
+  pulled down once more, together with the cotangents of a loss that has those rows' scores in it
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from gpkernels.critic.tape import ALL_ROWS, Node, Tape
+from gpkernels.critic.generic import fitted
+from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
+from gpkernels.critic.rules.base import Layout
+from gpkernels.critic.rules.products import Lazy
+from gpkernels.critic.rules.shapes import T
+
+Outsider = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
+Cotangents = dict[Place, Tensor]
 
 
-def record_input_gradient(tape: Tape, seeds: Mapping[Node, Tensor], plain: int) -> Tensor | None:
-    """Pull the seeds down to the input; the plain rows' weight gradients are added on the way.
+class Passes:
+    """The passes over one graph. outsider: makes the calls without a rule, by what is wanted of which call."""
 
-    The cotangents of trainable and curved layers at the penalised rows stay on the tape. Returns the gradient at the
-    input: of the penalised rows, or of all rows where the input's gradient is wanted.
-    """
-    penalised = slice(plain, None)
-    cotangents: dict[int, Tensor] = {node.index: seed for node, seed in seeds.items()}
-    for node in reversed(tape.nodes[1:]):
-        cotangent = cotangents.pop(node.index, None)
-        if cotangent is None:
-            continue
-        rows = ALL_ROWS
-        every = cotangent.shape[0] == tape.rows
-        if node.trainable and plain:
-            part = slice(0, plain)
-            node.add_gradients(tape, cotangent[part], part)
-        if plain < tape.rows and (node.trainable or node.curved):
-            node.delta = cotangent[penalised] if every and plain else cotangent
-        if node.free:
-            if plain == tape.rows:
+    def __init__(self, plan: Plan, saved: Sequence[Tensor | None], outsider: Outsider) -> None:
+        self.plan, self.saved, self.outsider = plan, saved, outsider
+        self.to_weights: dict[Place, list[Any]] = {}
+        self._deltas: dict[int, list[Tensor | None]] = {}
+        self._tangents: dict[int, list[Tensor | None]] = {}
+        self._cut: dict[tuple[int, str], list[Tensor | None]] = {}
+        self._bent: dict[int, dict[Place, Tensor]] = {}
+
+    # --- pull ---------------------------------------------------------------------------------------------------------
+
+    def pull(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
+        """Take the scores' cotangents down; the gradient at the input: at the penalised rows, or where it is wanted."""
+        plan = self.plan
+        cotangents: Cotangents = {p: u if plan.calls[p[0]].trains or not plan.plain else self._rows(p[0], [u], PENALISED)[0] for p, u in seeds.items()}
+        penalised = plan.plain < plan.rows
+        for i in range(len(plan.calls) - 1, -1, -1):
+            call = plan.calls[i]
+            if call.leaf or not (call.moves or not penalised):
                 continue
-            rows = penalised
-            cotangent = cotangent[penalised] if every and plain else cotangent
-        _hand_down(tape, node, node.pull(cotangent, rows), cotangents, plain)
-    return cotangents.get(0)
+            c = self._taken(cotangents, i)
+            if c is None:
+                continue
+            if penalised and call.moves:
+                self._pull_penalised(i, call, c, cotangents)
+            elif not penalised and call.moves:
+                self._hand(call, self._call_pull(i, ALL, c, self._wanted(call, True, True)), ALL, cotangents)
+            else:
+                self._keep(i, c)
+        for place in list(cotangents):
+            if not plan.calls[place[0]].moves:
+                self.to_weights.setdefault(place, []).append(cotangents.pop(place))
+        return None if plan.x is None else cotangents.get(plan.x)
+
+    def _keep(self, i: int, c: Sequence[Tensor | None]) -> None:
+        for nr, u in enumerate(c):
+            if u is not None:
+                self.to_weights.setdefault((i, nr), []).append(u)
+
+    def _pull_penalised(self, i: int, call: Call, c: list[Tensor | None], cotangents: Cotangents) -> None:
+        """At a call that plain and penalised rows may both go through; the latter's cotangents are kept."""
+        plan = self.plan
+        both = plan.plain > 0 and call.trains
+        lower = self._rows(i, c, PENALISED) if both else c
+        if call.uses_tangents:
+            self._deltas[i] = lower
+        which = PENALISED if plan.plain else ALL
+        if call.rule is None:
+            self._hand(call, self._generic_first(i, call, c), ALL, cotangents)
+            return
+        if both:
+            weights = self._wanted(call, False, True)
+            if any(weights):
+                self._hand(call, self._call_pull(i, PLAIN, self._rows(i, c, PLAIN), weights), PLAIN, cotangents)
+            trained = [p is not None and plan.calls[p[0]].moves and plan.calls[p[0]].trains for p in call.parents]
+            if any(trained):
+                self._hand(call, self._call_pull(i, ALL, c, trained), ALL, cotangents)
+            others = [w and not t for w, t in zip(self._wanted(call, True, False, frozen=True), trained, strict=True)]
+            if any(others):
+                self._hand(call, self._call_pull(i, which, lower, others), which, cotangents)
+            return
+        self._hand(call, self._call_pull(i, which, c, self._wanted(call, True, False, frozen=True)), which, cotangents)
+
+    def _wanted(self, call: Call, moving: bool, weights: bool, frozen: bool = False) -> list[bool]:
+        """Which parents to give cotangents: moving ones (also those that lead to no trained weight), weights."""
+        found = []
+        for p in call.parents:
+            parent = None if p is None else self.plan.calls[p[0]]
+            if parent is None:
+                found.append(False)
+            else:
+                found.append((moving and (parent.trains or frozen)) if parent.moves else weights)
+        return found
+
+    def _call_pull(self, i: int, which: str, c: Sequence[Tensor | None], wanted: Sequence[bool]) -> Sequence[Any]:
+        if not any(wanted):
+            return [None] * len(wanted)
+        call = self.plan.calls[i]
+        if call.rule is None:
+            found = self.outsider(("pull", i), list(c))
+            return [u if w else None for u, w in zip(found, wanted, strict=True)]
+        return self.plan.variant(i, which)[0].pull(self._saved(i, which), c, wanted)
+
+    def _generic_first(self, i: int, call: Call, c: Sequence[Tensor | None]) -> Sequence[Any]:
+        found = self.outsider(("first", i), list(c))
+        wanted = self._wanted(call, True, False, frozen=True)
+        return [u if w else None for u, w in zip(found, wanted, strict=True)]
+
+    # --- push ---------------------------------------------------------------------------------------------------------
+
+    def push(self, direction: Tensor) -> None:
+        """Take the direction at the input up through the penalised rows, as far as it is needed."""
+        plan = self.plan
+        assert plan.x is not None
+        which = PENALISED if plan.plain else ALL
+        tangents: Cotangents = {plan.x: direction}
+        last = {p: i for i, call in enumerate(plan.calls) for p in call.parents if p is not None}
+        for i, call in enumerate(plan.calls):
+            if not call.moves or call.leaf or not (call.pushed or call.uses_tangents):
+                continue
+            t = [None if p is None else tangents.get(p) for p in call.parents]
+            if call.uses_tangents and i in self._deltas:
+                self._tangents[i] = t
+            if call.rule is None:
+                self._push_generic(i, call, t, tangents)
+            elif call.pushed and any(u is not None for u in t):
+                pushed = plan.variant(i, which)[0].push(self._saved(i, which), t)
+                for nr, u in enumerate(pushed):
+                    if u is not None:
+                        tangents[i, nr] = self._widened(u, (i, nr), which)
+            for p in call.parents:
+                if p is not None and last[p] == i:
+                    tangents.pop(p, None)
+
+    def _widened(self, t: Tensor, place: Place, which: str) -> Tensor:
+        """A tangent in the shape and dtype of its value."""
+        meta = self.plan.cut_meta(place, self.plan.window(which))
+        t = t if tuple(t.shape) == meta.shape else t.expand(meta.shape)
+        return t if t.dtype == meta.dtype else t.to(meta.dtype)
+
+    def _push_generic(self, i: int, call: Call, t: Sequence[Tensor | None], tangents: Cotangents) -> None:
+        if not any(u is not None for u in t):
+            return
+        places = [(i, nr) for nr in range(len(call.outputs))] + [p for p in call.parents if p is not None]
+        found = self.outsider(("push", i, *places), list(t))
+        own = len(call.outputs)
+        for nr, u in enumerate(found[:own]):
+            if u is not None and call.pushed:
+                tangents[i, nr] = u
+        self._bent[i] = {p: u for p, u in zip(places, found[own:], strict=True) if u is not None}
+
+    # --- bend ---------------------------------------------------------------------------------------------------------
+
+    def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> None:
+        """Add what the penalised rows give to the weights.
+
+        seeds: cotangents of a loss of those rows' own scores. scale: in place of these, for scores whose cotangents are
+        multiples, one a row, of the ones that were pulled: then both share a product, delta x (t + scale a).
+        """
+        plan = self.plan
+        which = PENALISED if plan.plain else ALL
+        adjoints: Cotangents = dict(seeds)
+        for i in range(len(plan.calls) - 1, -1, -1):
+            call = plan.calls[i]
+            if call.leaf or not call.moves:
+                continue
+            a = self._taken(adjoints, i)
+            d, t = self._deltas.pop(i, None), self._tangents.pop(i, None)
+            if call.rule is None:
+                for place, u in self._bent.pop(i, {}).items():
+                    self._give(place, u, ALL, adjoints)
+                a = self._joined(a, self._taken(adjoints, i))
+            wanted = self._wanted(call, True, True)
+            if a is not None:
+                self._hand(call, self._call_pull(i, which, a, wanted), which, adjoints)
+            if call.rule is None or d is None:
+                continue
+            if scale is not None:
+                self._bend_scaled(i, call, d, t, scale, which, adjoints)
+            elif t is not None and any(u is not None for u in t) and any(wanted):
+                rule = plan.variant(i, which)[0]
+                self._hand(call, rule.bend(self._saved(i, which), t, d, wanted), which, adjoints)
+        for place in list(adjoints):
+            if not plan.calls[place[0]].moves:
+                self.to_weights.setdefault(place, []).append(adjoints.pop(place))
+
+    def _bend_scaled(
+        self,
+        i: int,
+        call: Call,
+        d: Sequence[Tensor | None],
+        t: list[Tensor | None] | None,
+        scale: Tensor,
+        which: str,
+        adjoints: Cotangents,
+    ) -> None:
+        plan = self.plan
+        rule, _ = plan.variant(i, which)
+        saved = self._saved(i, which)
+        wanted = self._wanted(call, False, True)
+        t = [None] * len(call.parents) if t is None else t
+        place = rule.shared_operand
+        layouts = plan.layouts
+        assert layouts is not None
+        if place is not None and wanted[place + 1] and saved[0] is not None:
+            p = call.parents[place]
+            own = by_row(saved[0], scale, None if p is None else layouts[p[0]])
+            known = t[place]
+            t = [own if k == place and known is None else known + own if k == place else u for k, u in enumerate(t)]  # type: ignore[operator]
+            one = [k == place + 1 for k in range(len(wanted))]
+            self._hand(call, rule.bend(saved, t, d, one), which, adjoints)
+            wanted = [w and not o for w, o in zip(wanted, one, strict=True)]
+        if any(wanted):
+            scaled = [None if u is None else by_row(u, scale, layouts[i]) for u in d]
+            self._hand(call, rule.pull(saved, scaled, wanted), which, adjoints)
+            if any(u is not None for u in t):
+                self._hand(call, rule.bend(saved, t, d, wanted), which, adjoints)
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def leaves(self) -> dict[int, Any]:
+        """The gradient of each leaf that has one, through the calls that make weights of them."""
+        plan = self.plan
+        for i in range(len(plan.calls) - 1, -1, -1):
+            call = plan.calls[i]
+            if call.leaf or call.moves:
+                continue
+            parts = [self.to_weights.pop((i, nr), None) for nr in range(len(call.outputs))]
+            if all(p is None for p in parts):
+                continue
+            if isinstance(call.rule, T):
+                (place,) = call.parents
+                if place is not None:
+                    self.to_weights.setdefault(place, []).extend(u.t() for u in parts[0] or ())
+                continue
+            c = [None if p is None else total(p) for p in parts]
+            self._hand(call, self._call_pull(i, ALL, c, [p is not None for p in call.parents]), ALL, {})
+        found = {}
+        for i, call in enumerate(plan.calls):
+            if call.leaf and (i, 0) != plan.x and (i, 0) in self.to_weights:
+                found[call.number] = self.to_weights.pop((i, 0))
+        return found
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _taken(self, cotangents: Cotangents, i: int) -> list[Tensor | None] | None:
+        found = [cotangents.pop((i, nr), None) for nr in range(len(self.plan.calls[i].outputs))]
+        return None if all(u is None for u in found) else found
+
+    @staticmethod
+    def _joined(a: list[Tensor | None] | None, b: list[Tensor | None] | None) -> list[Tensor | None] | None:
+        if a is None or b is None:
+            return b if a is None else a
+        return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+    def _hand(self, call: Call, contributions: Sequence[Any], which: str, cotangents: Cotangents) -> None:
+        """Give a call's contributions to its parents."""
+        for place, u in zip(call.parents, contributions, strict=False):
+            if place is not None and u is not None:
+                self._give(place, u, which, cotangents)
+
+    def _give(self, place: Place, u: Any, which: str, cotangents: Cotangents) -> None:
+        parent = self.plan.calls[place[0]]
+        if not parent.moves:
+            meta = parent.outputs[place[1]]
+            if isinstance(u, Lazy) and u.left.dtype != meta.dtype:
+                u = u.value()
+            u = u if isinstance(u, Lazy) else fitted(self._whole(u, meta.shape, which), meta.shape, meta.dtype)
+            self.to_weights.setdefault(place, []).append(u)
+            return
+        meta = self.plan.cut_meta(place, self.plan.window(which))
+        u = fitted(u.value() if isinstance(u, Lazy) else u, meta.shape, meta.dtype)
+        cotangents[place] = cotangents[place] + u if place in cotangents else u
+
+    def _whole(self, u: Tensor, shape: Sequence[int], which: str) -> Tensor:
+        """What some rows give to a weight that has all rows: zeros at the others."""
+        if which == ALL or u.dim() != len(shape):
+            return u
+        start, stop = self.plan.window(which)
+        for axis, (own, n) in enumerate(zip(u.shape, shape, strict=True)):
+            block, rest = divmod(own, stop - start)
+            if own != n and n != 1 and not rest and block * self.plan.rows == n:
+                pads = [0, 0] * (u.dim() - 1 - axis) + [start * block, n - stop * block]
+                return torch.nn.functional.pad(u, pads)
+        return u
+
+    def _rows(self, i: int, c: Sequence[Tensor | None], which: str) -> list[Tensor | None]:
+        assert self.plan.layouts is not None
+        layout, window = self.plan.layouts[i], self.plan.window(which)
+        assert layout is not None
+        start, size = window.start * layout.block, (window.stop - window.start) * layout.block
+        return [None if u is None else u.narrow(layout.axis, start, size) for u in c]
+
+    def _saved(self, i: int, which: str) -> list[Tensor | None]:
+        """A call's saved tensors, cut to some rows."""
+        if which != ALL and not self.plan.plain:
+            which = ALL
+        known = self._cut.get((i, which))
+        if known is None:
+            tensors = self.saved[self.plan.calls[i].saved]
+            cuts = self.plan.variant(i, which)[1]
+            known = [
+                x if x is None or cut is None else x.narrow(*cut) for x, cut in zip(tensors, cuts, strict=True)
+            ]
+            self._cut[i, which] = known
+        return known
 
 
-def add_penalty_gradients(tape: Tape, direction: Tensor, plain: int, scale: Tensor | None) -> None:
-    """Push the direction through the penalised rows of a tape without curvature, adding the weights' gradients.
-
-    ``scale``, one number per penalised row, adds the gradient of scale * score: its cotangents are multiples of those
-    that the penalty has, so both share one product, delta (t + scale a)^T.
-    """
-    rows = slice(plain, None)
-    for node, tangents in _pushed(tape, direction, rows):
-        if not node.trainable or node.delta is None:
-            continue
-        operand = tangents[0]
-        if scale is not None:
-            by_row = scale.reshape(-1, *[1] * (node.x.dim() - 1)).to(node.x.dtype)
-            own = node.x[rows]
-            operand = own * by_row if operand is None else operand.addcmul(own, by_row)
-            node.add_bias_gradient(tape, node.delta * scale.reshape(-1, *[1] * (node.delta.dim() - 1)))
-        if operand is not None:
-            node.add_weight_gradient(tape, node.delta, operand, rows)
-        node.delta = None
+def by_row(x: Tensor, scale: Tensor, layout: Layout | None) -> Tensor:
+    """x times one number for each of its samples."""
+    if layout is None:
+        return x * scale
+    scale = scale.to(x.dtype)
+    if layout.block > 1:
+        scale = scale[:, None].expand(-1, layout.block).reshape(-1)
+    return x * scale.reshape([-1 if axis == layout.axis else 1 for axis in range(x.dim())])
 
 
-def add_curved_penalty_gradients(tape: Tape, direction: Tensor, plain: int, seeds: Mapping[Node, Tensor]) -> None:
-    """The same for a tape with curvature: push, then pull the activations' own adjoints, which start from ``seeds``."""
-    rows = slice(plain, None)
-    for node, reached in _pushed(tape, direction, rows):
-        node.tangents = reached
-    adjoints: dict[int, Tensor] = {node.index: seed for node, seed in seeds.items()}
-    for node in reversed(tape.nodes[1:]):
-        adjoint = adjoints.pop(node.index, None)
-        delta, tangents, node.delta, node.tangents = node.delta, tuple(node.tangents), None, ()
-        if node.trainable:
-            if adjoint is not None:
-                node.add_gradients(tape, adjoint, rows)
-            if delta is not None and tangents and tangents[0] is not None:
-                node.add_weight_gradient(tape, delta, tangents[0], rows)
-        if node.free:
-            continue
-        if adjoint is not None:
-            _hand_down(tape, node, node.pull(adjoint, rows), adjoints, plain)
-        if node.curved and delta is not None and any(t is not None for t in tangents):
-            _hand_down(tape, node, node.curvature(tangents, delta, rows), adjoints, plain)
+def total(parts: Sequence[Any]) -> Tensor:
+    """The sum of gradients, products of matrices among them."""
+    dense = [p for p in parts if not isinstance(p, Lazy)]
+    whole: Tensor | None = None
+    for u in dense:
+        whole = u if whole is None else whole + u
+    for u in parts:
+        if isinstance(u, Lazy):
+            whole = u.value(whole)
+    assert whole is not None
+    return whole
 
 
-def _pushed(tape: Tape, direction: Tensor, rows: slice) -> Iterator[tuple[Node, tuple[Tensor | None, ...]]]:
-    """Each call that is reached with the tangents of its parents, as far as the last one that needs them."""
-    last = max((node.index for node in tape.nodes if node.trainable or node.curved), default=0)
-    known: dict[int, Tensor] = {0: direction}
-    for node in tape.nodes[1 : last + 1]:
-        tangents = tuple(None if p is None else known.get(p.index) for p in node.parents)
-        yield node, tangents
-        if node.index < last:
-            tangent = node.push(tangents, rows)
-            if tangent is not None:
-                known[node.index] = tangent if tangent.dtype == node.dtype else tangent.to(node.dtype)
-        for parent in node.parents:
-            if parent is not None and parent.last_use == node.index:
-                known.pop(parent.index, None)
-
-
-def _hand_down(
-    tape: Tape, node: Node, contributions: tuple[Tensor | None, ...], cotangents: dict[int, Tensor], plain: int
-) -> None:
-    """Add a call's contributions to its parents' cotangents."""
-    for parent, contribution in zip(node.parents, contributions, strict=True):
-        if parent is None or contribution is None:
-            continue
-        if parent.free and not parent.trainable and plain and contribution.shape[0] == tape.rows:
-            contribution = contribution[plain:]
-        if contribution.dtype != parent.dtype:
-            contribution = contribution.to(parent.dtype)
-        known = cotangents.get(parent.index)
-        cotangents[parent.index] = contribution if known is None else known + contribution

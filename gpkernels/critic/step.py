@@ -1,7 +1,7 @@
 """A critic's penalty or whole loss with its weight gradients, computed together in the forward call.
 
-Real, fake and penalised samples go through the critic one after the other: it sees the batches that it would see in
-PyTorch, and no more than one group's activations are held at a time. Nothing is ever differentiated twice.
+The critic is called as it is; what autograd then knows of the call is gone through once, in the order that wastes
+nothing, and nothing is ever differentiated twice.
 """
 
 from __future__ import annotations
@@ -14,19 +14,359 @@ import torch
 from torch import Tensor, nn
 
 from gpkernels import ops
+from gpkernels.critic import program
 from gpkernels.critic.deliver import deliver
-from gpkernels.critic.mlp import native_layers, native_penalty, native_step
+from gpkernels.critic.generic import Outsider
+from gpkernels.critic.graph import Graph, read
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty, points_of
-from gpkernels.critic.passes import add_curved_penalty_gradients, add_penalty_gradients, record_input_gradient
-from gpkernels.critic.record import node_of_scores, record, scores_of
-from gpkernels.critic.tape import Gradients, Node, NoRule, Tape, unwrapped
+from gpkernels.critic.passes import Passes, total
+from gpkernels.critic.plan import Place, Plan
+from gpkernels.critic.together import Check, Differs, Seen, Watch, keeps_apart, settled
 from gpkernels.reference import REDUCTIONS, accumulation_dtype
+
+
+def scores_of(output: Any) -> Tensor:
+    """The scores in a critic's output: a tensor, or the first of a tuple."""
+    scores = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"critic: expected scores as a tensor, or first in a tuple, got {type(output).__name__}")
+    return scores
+
+
+def features_of(output: Any) -> Tensor | None:
+    """What a critic gives beside its scores."""
+    found = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
+    return found if isinstance(found, Tensor) else None
+
+
+class Group(NamedTuple):
+    """Samples by what they are: "fake", "real", "again" (real once more) or "points"."""
+
+    name: str
+    x: Tensor
+    penalised: bool
+
+
+class Pass:
+    """One call of the critic, on one group of samples or several, and the graph that autograd kept of it.
+
+    wants: whether the gradient at the batch is wanted.
+    """
+
+    def __init__(
+        self,
+        critic: Any,
+        groups: Sequence[Group],
+        wants: bool,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        pools: bool = False,
+        looks_on: Watch | Check | None = None,
+    ) -> None:
+        self.groups = tuple([(g.name, g.penalised) for g in groups])
+        self.each = len(groups[0].x)
+        penalised = any(g.penalised for g in groups)
+        self.x = _batch([g.x for g in groups], penalised or wants)
+        if isinstance(looks_on, Watch):
+            looks_on.follow(self.x)
+        with torch.enable_grad(), looks_on or nullcontext():
+            output = critic(self.x, *args, **(kwargs or {}))
+        given = [scores_of(output)]
+        features = features_of(output)
+        given += [] if features is None else [features]
+        if not pools and given[0].numel() < len(self.x):
+            raise ValueError(
+                f"critic: expected a score for each of {len(self.x)} samples, got shape {tuple(given[0].shape)}; "
+                "for scores of several samples at once there is the option pack"
+            )
+        self.roots = [u for u in given if u.requires_grad]
+        key, self.nodes, self.saved, self.leaves = read(self.roots)
+        self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is self.x), None)
+        if penalised and self.x_leaf is None:
+            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+        metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in given])
+        self.key = key, self.x_leaf, wants, self.groups, self.each, metas
+        self.given = [u.detach() for u in given]
+
+
+def _batch(groups: list[Tensor], moves: bool) -> Tensor:
+    """What the critic is called with; ``moves``: a leaf of its own, whose gradient can be had."""
+    if len(groups) > 1:
+        return torch.cat([g.detach() for g in groups]).requires_grad_(moves)
+    (x,) = groups
+    return x.detach().requires_grad_() if moves or x.requires_grad else x
+
+
+class Task(NamedTuple):
+    """What the passes are for. adversarial: None for a penalty alone; by_point: the norm is over the last axis alone."""
+
+    adversarial: Adversarial | None
+    target: float
+    one_sided: bool
+    by_point: bool
+    consistency: Consistency | None
+    gradients: bool
+
+
+class Known:
+    """What a signature says, once for all its runs."""
+
+    def __init__(self, passes: Sequence[Pass], leaves: list[tuple[int, ...]]) -> None:
+        keys = [(Graph(one.roots).key, *one.key[1:]) for one in passes]
+        self.keys, self.leaves = keys, leaves
+        self.count = max((n for numbers in leaves for n in numbers), default=-1) + 1
+        self.plans = []
+        for graph, x_leaf, wants, groups, each, _ in keys:
+            plain = sum(not penalised for _, penalised in groups)
+            self.plans.append(Plan(graph, x_leaf, wants, each * len(groups), each * plain))
+        self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
+        self.generic = [any(c.rule is None and not c.leaf for c in plan.calls) for plan in self.plans]
+
+
+class Signed:
+    """Calls of the critic with their signature. ``run`` uses them up."""
+
+    def __init__(self, passes: list[Pass], task: Task) -> None:
+        self.passes, self.task = passes, task
+        self.leaves: list[Tensor] = []
+        numbers: dict[int, int] = {}
+        mine = []
+        for one in passes:
+            for leaf in one.leaves:
+                if numbers.setdefault(id(leaf), len(self.leaves)) == len(self.leaves):
+                    self.leaves.append(leaf)
+            mine.append(tuple([numbers[id(leaf)] for leaf in one.leaves]))
+        key = tuple([one.key for one in passes]), tuple(mine), task
+        self.signature = program.signatures.get(key, lambda: Known(passes, mine))
+        self.known: Known = self.signature.known
+
+    def run(self, weight: Tensor) -> tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]:
+        """loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted."""
+        known, task = self.known, self.task
+        outsiders = [Outsider(one.nodes) if g else None for one, g in zip(self.passes, known.generic, strict=True)]
+        inputs: list[Tensor | None] = [weight]
+        names = []
+        while self.passes:  # their tensors are let go of as soon as they have been read
+            one = self.passes.pop(0)
+            inputs += one.given
+            inputs += one.saved
+            names += [name for name, _ in one.groups]
+            del one
+
+        def outsider(what: Any, given: Sequence[Tensor | None]) -> list[Tensor | None]:
+            chosen = outsiders[what[0]]
+            assert chosen is not None
+            return chosen(what[1:], given)
+
+        results = self.signature.run(inputs, lambda tensors, outsider: work(known, task, tensors, outsider), outsider)
+        gradients, at_samples = results[4 : 4 + known.count], results[4 + known.count :]
+        found = [(leaf, g) for leaf, g in zip(self.leaves, gradients, strict=True) if g is not None]
+        return list(results[:4]), found, [(n, g) for n, g in zip(names, at_samples, strict=True) if g is not None]
+
+
+# --- what is traced ---------------------------------------------------------------------------------------------------
+
+
+class _One:
+    """A pass in the traced work."""
+
+    def __init__(self, key: Any, plan: Plan, tensors: list[Tensor | None], passes: Passes) -> None:
+        _, _, self.wants, self.groups, self.each, metas = key
+        self.plan, self.passes = plan, passes
+        self.scores, self.features = tensors[0], tensors[1] if len(metas) > 1 else None
+        places = iter(plan.outputs)
+        self.places = [next(places) if meta[4] else None for meta in metas]
+
+    def rows(self, x: Tensor, name: str) -> Tensor:
+        """A group's part of scores or features."""
+        if len(self.groups) == 1:
+            return x
+        at = [n for n, _ in self.groups].index(name)
+        return x.narrow(0, at * self.each, self.each)
+
+
+def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: program.Outsider) -> list[Tensor | None]:
+    """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone."""
+    weight, at, ones = tensors[0], 1, []
+    assert weight is not None
+    for k, (key, plan) in enumerate(zip(known.keys, known.plans, strict=True)):
+        given, saved = len(key[5]), plan.saved_count
+        own = list(tensors[at : at + given])
+        call = lambda what, u, k=k: outsider((k, *what), u)  # noqa: E731
+        ones.append(_One(key, plan, own, Passes(plan, tensors[at + given : at + given + saved], call)))
+        at += given + saved
+    wide = accumulation_dtype(ones[0].scores.dtype)  # type: ignore[union-attr]
+    own, term, seeds = _heads(ones, task, wide)
+    value, at_samples = None, []
+    for one in ones:
+        penalty, gradients = _one_pass(one, task, weight, {p: u for p, u in seeds.items() if p[0] is one})
+        value = penalty if penalty is not None else value
+        at_samples += gradients
+    loss = own
+    if term is not None and task.consistency is not None:
+        scaled = term * task.consistency.weight
+        loss = scaled if loss is None else loss + scaled
+    if value is not None:
+        scaled = value * weight
+        loss = scaled if loss is None else loss + scaled
+    found = _gradients(known, ones) if task.gradients else [None] * known.count
+    whole: list[Tensor | None] = [loss.clone() if loss is own and loss is not None else loss, own, value, term, *found]
+    return _apart([*whole, *at_samples], tensors)
+
+
+Seeds = dict[tuple[Any, str], Tensor]
+
+
+def _heads(ones: list[_One], task: Task, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None, Seeds]:
+    """The adversarial loss, the consistency term, and cotangents of scores ("real", "fake", "again") and of features."""
+    if task.adversarial is None:
+        return None, None, {}
+    kinds = {"real": task.adversarial.real, "fake": task.adversarial.fake}
+    scored = [(one, name) for one in ones for name, _ in one.groups if name in kinds]
+    seeds: Seeds = {}
+    loss = None
+    if scored:
+        scores = [one.rows(one.scores, name) for one, name in scored]  # type: ignore[arg-type]
+        chosen = [kinds[name] for _, name in scored]
+        loss = ops.score_loss(scores, chosen)
+        if task.gradients:
+            one = torch.ones((), dtype=wide, device=scores[0].device)
+            seeds = dict(zip(scored, ops.score_loss_backward(one, scores, chosen), strict=True))
+    if task.consistency is None or not any(name == "again" for one in ones for name, _ in one.groups):
+        return loss, None, seeds
+    return loss, _consistency(ones, task, wide, seeds), seeds
+
+
+def _consistency(ones: list[_One], task: Task, wide: torch.dtype, seeds: Seeds) -> Tensor:
+    """CT-GAN's term; its cotangents are added."""
+    options = task.consistency
+    assert options is not None
+    at = {name: one for one in ones for name, _ in one.groups}
+    names = "real", "again"
+    scores = [at[n].rows(at[n].scores, n) for n in names]  # type: ignore[arg-type]
+    features = [at[n].rows(at[n].features, n) if at[n].features is not None else None for n in names]  # type: ignore[arg-type]
+    pair = [scores[i].new_empty(len(scores[i]), 0) if f is None else f for i, f in enumerate(features)]
+    tensors = [x.to(wide) for x in (*scores, *pair)]
+    term, *coefficients = ops.consistency_term(*tensors, options.margin, options.feature_weight)
+    if not task.gradients:
+        return term
+    cotangent = torch.full((), options.weight, dtype=wide, device=term.device)
+    grads = ops.consistency_backward(cotangent, *tensors, *coefficients, features[0] is not None)
+    for i, name in enumerate(names):
+        known = seeds.get((at[name], name))
+        own = grads[i].to(scores[i].dtype)
+        seeds[at[name], name] = own if known is None else known + own
+        feature = features[i]
+        if feature is not None:
+            seeds[at[name], f"features of {name}"] = grads[2 + i].to(feature.dtype)
+    return term
+
+
+def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The penalty of a pass, if it has one, and its groups' gradients at the samples where these are wanted."""
+    plain = [(name, penalised) for name, penalised in one.groups if not penalised]
+    penalised = next((name for name, is_so in one.groups if is_so), None)
+    top, at_features = one.places[0], one.places[1] if len(one.places) > 1 else None
+    nothing: list[Tensor | None] = [None] * len(one.groups)
+    cotangents: dict[Place, Tensor] = {}
+    own: dict[Place, Tensor] = {}
+    scores = one.scores
+    assert scores is not None
+    parts = []
+    for name, is_penalised in one.groups:
+        rows = one.rows(scores, name)
+        seed = seeds.get((one, name))
+        parts.append(torch.ones_like(rows) if is_penalised else torch.zeros_like(rows) if seed is None else seed)
+        if is_penalised and seed is not None and top is not None:
+            own[top] = seed
+    if top is not None:
+        cotangents[top] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    features = {name: seeds.get((one, f"features of {name}")) for name, _ in one.groups}
+    if at_features is not None and any(u is not None for u in features.values()):
+        parts = []
+        for name, is_penalised in one.groups:
+            u = features[name]
+            if is_penalised and u is not None:
+                own[at_features] = own[at_features] + u if at_features in own else u
+            blank = torch.zeros_like(one.rows(one.features, name))  # type: ignore[arg-type]
+            parts.append(blank if u is None or is_penalised else u)
+        if plain:
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            cotangents[at_features] = cotangents[at_features] + joined if at_features in cotangents else joined
+    if penalised is None and not (task.gradients and cotangents):
+        return None, nothing
+    gradient = one.passes.pull(cotangents)
+    if penalised is None:
+        return None, [None if gradient is None or not one.wants else one.rows(gradient, n) for n, _ in one.groups]
+    meta = one.plan.x_meta
+    if gradient is None:
+        gradient = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+    at_points = gradient if len(gradient) == one.each else gradient.narrow(0, one.plan.plain, one.each)
+    rows = at_points.reshape(-1, at_points.shape[-1]) if task.by_point else at_points
+    value, coefficient = ops.gradient_norm_penalty(rows, task.target, task.one_sided, REDUCTIONS["mean"])
+    if task.gradients:
+        direction = ops.gradient_norm_penalty_backward(weight.to(value.dtype), rows, coefficient)
+        one.passes.push(direction.reshape(at_points.shape))
+        scale = _scale(one, task, own, top)
+        one.passes.bend({} if scale is not None else own, scale)
+    if not one.wants:
+        return value, nothing
+    return value, [None if is_so else one.rows(gradient, name) for name, is_so in one.groups]
+
+
+def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -> Tensor | None:
+    """Of penalised rows that are scored: one factor a row, where the scores' cotangents are multiples of ones."""
+    if list(own) != [top] or top is None or one.plan.layouts is None or one.plan.curved:
+        return None
+    seed = own[top]
+    linear = task.adversarial is not None and task.adversarial.linear and task.consistency is None
+    if not (linear or seed.numel() == one.each):
+        return None
+    return seed.reshape(one.each, -1)[:, 0]
+
+
+def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
+    """Of every leaf; zeros where PyTorch has zeros, None where it has None."""
+    parts: list[list[Any]] = [[] for _ in range(known.count)]
+    blank: dict[int, Any] = {}
+    for one, numbers in zip(ones, known.leaves, strict=True):
+        for k, found in one.passes.leaves().items():
+            parts[numbers[k]] += found
+        for k, meta in one.plan.reached():
+            blank[numbers[k]] = meta
+    gradients: list[Tensor | None] = []
+    for number, found in enumerate(parts):
+        meta = blank.get(number)
+        if number in known.x or (not found and meta is None):
+            gradients.append(None)
+        elif found:
+            gradients.append(total(found))
+        else:
+            gradients.append(torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device))
+    return gradients
+
+
+def _apart(results: list[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Results that share no memory with each other or an input: they are scaled in place, and are the user's."""
+    taken = {x.untyped_storage()._cdata for x in inputs if x is not None}
+    found: list[Tensor | None] = []
+    for x in results:
+        if x is not None:
+            storage = x.untyped_storage()
+            if storage._cdata in taken or storage.nbytes() != x.numel() * x.element_size():
+                x = x.clone()
+            taken.add(x.untyped_storage()._cdata)
+        found.append(x)
+    return found
 
 
 def _passes(device: torch.device) -> Any:
     """The passes choose their own dtypes."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
+# --- penalties and steps ----------------------------------------------------------------------------------------------
 
 
 def penalty_on_gradient(
@@ -38,33 +378,22 @@ def penalty_on_gradient(
     kwargs: Mapping[str, Any] | None = None,
     by_point: bool = False,
 ) -> Tensor:
-    """Mean (|grad| - target)^2 of the summed scores at the points, weight gradients included; NoRule if it cannot be.
+    """Mean (|grad| - target)^2 of the summed scores at the points, weight gradients included.
 
     by_point: the norm is over the last axis alone.
     """
-    if not (args or kwargs or by_point):
-        layers = native_layers(unwrapped(critic), points[0] if isinstance(points, Between) else points)
-        if layers is not None:
-            return native_penalty(layers, points, Penalty(1.0, target, one_sided))
-    points = points_of(points).detach()
-    tape, output = record(critic, points, args, kwargs)
-    wanted = torch.is_grad_enabled() and tape.gradients.weights
-    with torch.no_grad(), _passes(points.device):
-        scores = scores_of(output)
-        gradient = record_input_gradient(tape, {node_of_scores(tape, scores): torch.ones_like(scores)}, 0)
-        if gradient is None:
-            raise NoRule("the scores do not depend on the input")
-        rows = gradient.reshape(-1, gradient.shape[-1]) if by_point else gradient
-        value, coefficient = ops.gradient_norm_penalty(rows, target, one_sided, REDUCTIONS["mean"])
-        if not wanted:
-            return value
-        direction = ops.gradient_norm_penalty_backward(torch.ones_like(value), rows, coefficient)
-        direction = direction.reshape(gradient.shape)
-        if tape.curved:
-            add_curved_penalty_gradients(tape, direction, 0, {})
-        else:
-            add_penalty_gradients(tape, direction, 0, None)
-    return deliver(value, tape.gradients.all())
+    points = points_of(points)
+    wanted = torch.is_grad_enabled()
+    task = Task(None, target, one_sided, by_point, None, wanted)
+    with torch.no_grad():
+        passes = [Pass(critic, [Group("points", points, True)], False, args, kwargs, by_point)]
+        with _passes(points.device):
+            (_, _, value, _), found, _ = Signed(passes, task).run(_number(1.0, points))
+    return deliver(value, found) if wanted else value
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, dtype=accumulation_dtype(like.dtype), device=like.device)
 
 
 def critic_step(
@@ -75,106 +404,133 @@ def critic_step(
     adversarial: Adversarial,
     penalty: Penalty | None,
     consistency: Consistency | None,
+    together: bool | None = False,
+    seen: Seen | None = None,
 ) -> Parts:
-    """All parts of a critic's loss; NoRule where the critic cannot be recorded.
+    """All parts of a critic's loss.
 
     points: where the gradient is penalised; the very tensor ``real`` or ``fake`` shares its pass with the scores.
+    together: whether all samples go through the critic as one batch; None: if that was ``seen`` to be the same.
     """
-    differentiable = torch.is_grad_enabled()
-    wants = differentiable and (real.requires_grad or fake.requires_grad)
+    wanted = torch.is_grad_enabled()
+    wants = wanted and (real.requires_grad or fake.requires_grad)
     shared = points if points is real or points is fake else None
     if shared is not None and (wants or _changes_in_passes(critic)):  # then two passes are not one
         points, shared = points.detach(), None  # type: ignore[union-attr]
-    if consistency is None and not wants:
-        layers = native_layers(unwrapped(critic), real)
-        if layers is not None and (shared is None or adversarial.linear or layers.weights[-1].shape[0] == 1):
-            return native_step(layers, real, fake, points, adversarial, penalty)
     points = None if points is None else points_of(points)
-    plain = [_Group(name, x) for name, x in (("real", real), ("fake", fake)) if x is not shared]
+    groups = [Group("fake", fake, fake is shared), Group("real", real, real is shared)]
     if consistency is not None:
-        plain.insert(1, _Group("again", real))
-    penalised = (
-        None if points is None else _Group({id(real): "real", id(fake): "fake"}.get(id(shared), "points"), points)
-    )
-    gradients = Gradients(differentiable)
-    parts, inputs = [], []
-    for unit in _units(plain, penalised):
-        part, to_inputs = _run(critic, unit, adversarial, penalty, consistency, wants, gradients)
-        parts.append(part)
-        inputs += to_inputs
-    loss, own, value, term = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
-    if differentiable:
-        loss = deliver(loss, [*gradients.all(), *_merged(inputs, real, fake)])
+        groups.append(Group("again", real, False))
+    if points is not None and shared is None:
+        groups.append(Group("points", points, True))
+    target, one_sided = (penalty.target, penalty.one_sided) if penalty is not None else (0.0, False)
+    task = Task(adversarial, target, one_sided, False, consistency, wanted)
+    weight = _number(0.0 if penalty is None else penalty.weight, real)
+    with torch.no_grad():
+        done = None
+        if together or (together is None and seen is not None):
+            done = _as_one(critic, groups, task, weight, wants, seen if together is None else None)
+        if done is None:
+            done = _one_by_one(critic, groups, task, weight, wants, seen if together is None else None)
+        values, gradients, inputs = done
+        loss, own, value, term = (torch.zeros_like(weight) if x is None else x for x in values)
+    if wanted:
+        loss = deliver(loss, [*gradients, *_merged(inputs, real, fake)])
     return Parts(loss, own, value, term)
 
 
-def _changes_in_passes(critic: Any) -> bool:
-    """Whether a pass may leave the critic changed, as spectral norm's does: it has buffers and trains."""
-    critic = unwrapped(critic)
-    return isinstance(critic, nn.Module) and critic.training and any(True for _ in critic.buffers())
+Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
 
 
-class _Group(NamedTuple):
-    """A batch by the name of what it is: "fake", "real", "again" (real once more) or "points"."""
-
-    name: str
-    x: Tensor
-
-
-class _Unit(NamedTuple):
-    """Groups that go through the critic as one batch; the penalised one is last."""
-
-    plain: list[_Group]
-    penalised: _Group | None
-
-    def groups(self) -> list[_Group]:
-        return self.plain if self.penalised is None else [*self.plain, self.penalised]
-
-
-def _units(plain: list[_Group], penalised: _Group | None) -> list[_Unit]:
-    """As many units as can be: the consistency term's two passes stay together."""
-    twice = any(group.name == "again" for group in plain)
-    tied = [group for group in plain if group.name in ("real", "again")] if twice else []
-    units = [_Unit([group], None) for group in plain if not any(group is one for one in tied)]
-    if tied and penalised is not None and penalised.name == "real":
-        return [*units, _Unit(tied, penalised)]
-    first = [_Unit(tied, None)] if tied else []
-    return [*first, *units, *([] if penalised is None else [_Unit([], penalised)])]
-
-
-def _run(
-    critic: Any,
-    unit: _Unit,
-    adversarial: Adversarial,
-    penalty: Penalty | None,
-    consistency: Consistency | None,
-    wants: bool,
-    gradients: Gradients,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[tuple[str, Tensor]]]:
-    """A unit's share of the parts, with its weight gradients on ``gradients``, and its inputs' if they are wanted."""
-    groups = unit.groups()
+def _as_one(
+    critic: Any, groups: list[Group], task: Task, weight: Tensor, wants: bool, seen: Seen | None
+) -> Results | None:
+    """All groups as one batch, by force or, with ``seen``, where nothing is known against it; None where there is."""
+    mode = None if seen is None else seen.mode(critic, groups[0].x)
+    log = None if seen is None else seen.get(mode)
+    if seen is not None and not isinstance(log, list):
+        return None
+    ordered = sorted(groups, key=lambda group: group.penalised)
     n = len(groups[0].x)
-    batch = torch.cat([g.x.detach() for g in groups]) if len(groups) > 1 else groups[0].x.detach()
-    rows, plain = {group.name: slice(i * n, (i + 1) * n) for i, group in enumerate(groups)}, n * len(unit.plain)
-    tape, output = record(critic, batch, wants_input=wants, onto=gradients)
-    with torch.no_grad(), _passes(batch.device):
-        own, term, seeds = _scores_and_seeds(tape, output, rows, adversarial, consistency)
-        loss = own if consistency is None else own + consistency.weight * term
-        value, gradient = torch.zeros_like(loss), None
-        if unit.penalised is not None and penalty is not None:
-            shared = unit.penalised.name != "points"
-            top = node_of_scores(tape, scores_of(output))
-            linear = adversarial.linear and consistency is None
-            value, gradient = _penalised(tape, top, seeds, plain, shared, linear, penalty)
-            loss = loss + penalty.weight * value
-        elif gradients.wanted:
-            gradient = record_input_gradient(tape, seeds, plain)
-        to_inputs = []
-        if wants:
-            if gradient is None:
-                raise NoRule("the scores do not depend on the input")
-            to_inputs = [(group.name, gradient[rows[group.name]]) for group in unit.plain]
-    return (loss, own, value, term), to_inputs
+    check = None if log is None else Check(log, n, n * len(groups))
+    try:
+        one = Pass(critic, ordered, wants, looks_on=check)
+    except Differs:
+        one = None
+    except Exception:
+        if seen is None:
+            raise
+        one = None  # it may be the larger batch that it cannot take; if not, it raises again
+    if seen is not None and (one is None or (check is not None and not check.done())):
+        seen.set(mode, None)
+        return None
+    assert one is not None
+    with _passes(weight.device):
+        signed = Signed([one], task)
+        plan = signed.known.plans[0]
+        why = keeps_apart(plan, plan.outputs[0][0]) if one.x_leaf is not None else "nothing in the graph tells its samples"
+        if why is not None:
+            if seen is None:
+                raise ValueError(f"together: expected a critic in which samples do not meet, got one in which they do: {why}")
+            seen.set(mode, None)
+            return None
+        return signed.run(weight)
+
+
+def _one_by_one(
+    critic: Any, groups: list[Group], task: Task, weight: Tensor, wants: bool, seen: Seen | None
+) -> Results:
+    """Each group as a batch of its own, in the order fake, real, points."""
+    sums: list[Any] = [None] * 4
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    inputs: list[tuple[str, Tensor]] = []
+    passes: list[Pass] = []
+    tied = task.consistency is not None
+    for group in groups:
+        last = group is groups[-1]
+        mode, watch = _to_see(critic, group, seen) if last else (None, None)
+        passes.append(Pass(critic, [group], wants and not group.penalised, looks_on=watch))
+        if not last and (tied or _bytes(passes) < SMALL):
+            continue
+        with _passes(weight.device):
+            nodes = passes[-1].nodes
+            size = _bytes(passes[-1:])
+            signed = Signed(passes, task)
+            if last and seen is not None and mode is not None:
+                _note(seen, mode, watch, signed.known.plans[-1], nodes, size)
+            values, gradients, at_samples = signed.run(weight)
+        passes = []
+        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, values, strict=True)]
+        for leaf, g in gradients:
+            known = found.get(id(leaf))
+            found[id(leaf)] = leaf, g if known is None else known[1].add_(g)
+        inputs += at_samples
+    return sums, list(found.values()), inputs
+
+
+def _to_see(critic: Any, group: Group, seen: Seen | None) -> tuple[Any, Watch | None]:
+    """The mode that something is to be learnt of, and who looks on."""
+    if seen is None or not group.penalised:
+        return None, None
+    mode = seen.mode(critic, group.x)
+    what = seen.get(mode)
+    return (mode, Watch()) if what == "looked" else (mode, None) if what == "new" else (None, None)
+
+
+def _note(seen: Seen, mode: Any, watch: Watch | None, plan: Plan, nodes: Sequence[Any], size: int) -> None:
+    """Remember what was seen of the penalised samples' pass."""
+    if keeps_apart(plan, plan.outputs[0][0]) is not None or size > LARGE[mode[2] == "cpu"]:
+        seen.set(mode, None)
+    else:
+        seen.set(mode, "looked" if watch is None else settled(watch, plan, nodes))
+
+
+SMALL = 1 << 22  # bytes of activations: passes of less are gone through at once
+LARGE = {True: 1 << 22, False: 1 << 28}  # of one group: with more, on the CPU or elsewhere, one batch gains nothing
+
+
+def _bytes(passes: Sequence[Pass]) -> int:
+    return sum(x.nbytes for one in passes for x in one.saved if x is not None)
 
 
 def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -187,69 +543,6 @@ def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) ->
     return found
 
 
-def _penalised(
-    tape: Tape, top: Node, seeds: dict[Node, Tensor], plain: int, shared: bool, linear: bool, penalty: Penalty
-) -> tuple[Tensor, Tensor]:
-    """The penalty's value and the gradient at the input; the weights' gradients of everything are on the tape.
-
-    shared: the penalised rows' scores count in the loss too, so their seeds become adjoints of their own.
-    """
-    own = {node: seed[plain:].clone() for node, seed in seeds.items()} if shared else {}
-    for node, seed in seeds.items():  # at penalised rows the gradient of the summed scores is pulled, not the loss's
-        seed[plain:] = 1.0 if node is top else 0.0
-    gradient = record_input_gradient(tape, seeds, plain)
-    if gradient is None:
-        raise NoRule("the scores do not depend on the input")
-    at_points = gradient[plain:] if plain and gradient.shape[0] == tape.rows else gradient
-    value, coefficient = ops.gradient_norm_penalty(at_points, penalty.target, penalty.one_sided, REDUCTIONS["mean"])
-    if not tape.gradients.weights:
-        return value, gradient
-    weight = torch.full_like(value, penalty.weight)
-    direction = ops.gradient_norm_penalty_backward(weight, at_points, coefficient)
-    multiples = list(own) == [top] and (linear or own[top].numel() == own[top].shape[0])
-    if tape.curved or (own and not multiples):
-        add_curved_penalty_gradients(tape, direction, plain, own)
-    else:
-        scale = own[top].reshape(len(own[top]), -1)[:, 0] if own else None
-        add_penalty_gradients(tape, direction, plain, scale)
-    return value, gradient
-
-
-def _scores_and_seeds(
-    tape: Tape,
-    output: Any,
-    rows: Mapping[str, slice],
-    adversarial: Adversarial,
-    consistency: Consistency | None,
-) -> tuple[Tensor, Tensor, dict[Node, Tensor]]:
-    """The adversarial loss of the scores here, the consistency term, and the cotangents of scores and features."""
-    scores = scores_of(output)
-    kinds = {"real": adversarial.real, "fake": adversarial.fake}
-    scored = [name for name in ("real", "fake") if name in rows]
-    to_scores = torch.zeros_like(scores)
-    seeds = {node_of_scores(tape, scores): to_scores}
-    loss = scores.new_zeros((), dtype=accumulation_dtype(scores.dtype))
-    one = torch.ones_like(loss)
-    if scored:
-        here = [scores[rows[name]] for name in scored]
-        chosen = [kinds[name] for name in scored]
-        loss = ops.score_loss(here, chosen)
-        for name, seed in zip(scored, ops.score_loss_backward(one, here, chosen), strict=True):
-            to_scores[rows[name]] = seed
-    if consistency is None or "again" not in rows:
-        return loss, torch.zeros_like(loss), seeds
-    first, second = rows["real"], rows["again"]
-    features = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
-    pair = (scores[first], scores[second])
-    both = (features[first], features[second]) if features is not None else (scores.new_empty(len(pair[0]), 0),) * 2
-    tensors = [x.to(loss.dtype) for x in (*pair, *both)]
-    term, *coefficients = ops.consistency_term(*tensors, consistency.margin, consistency.feature_weight)
-    grads = ops.consistency_backward(one * consistency.weight, *tensors, *coefficients, features is not None)
-    to_scores[first] += grads[0]
-    to_scores[second] += grads[1]
-    node = None if features is None else tape.node_of(features)
-    if features is not None and node is not None:
-        to_features = torch.zeros_like(features)
-        to_features[first], to_features[second] = grads[2], grads[3]
-        seeds[node] = seeds[node] + to_features if node in seeds else to_features
-    return loss, term, seeds
+def _changes_in_passes(critic: Any) -> bool:
+    """Whether a pass may leave the critic changed, as spectral norm's does: it has buffers and trains."""
+    return isinstance(critic, nn.Module) and critic.training and any(True for _ in critic.buffers())

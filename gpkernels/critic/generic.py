@@ -1,0 +1,143 @@
+"""The rule of every call that has none: that call alone is left to autograd.
+
+Its pullback is the node of autograd's graph, called by itself; the derivatives of the pullback, which is linear in the
+cotangents, are its tangent (by the cotangents) and its curvature (by whatever it saved). So a custom function, a
+scripted part or an operation that nobody wrote a rule for costs what it costs in PyTorch, and no other call does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+
+Edge = tuple[Any, int]
+Place = tuple[int, int]
+
+
+def fitted(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As autograd's engine makes it: summed over axes that were broadcast, in the right dtype."""
+    shape = tuple(shape)
+    if tuple(x.shape) != shape:
+        extra = x.dim() - len(shape)
+        spread = extra > 0 and tuple(x.shape[extra:]) == shape
+        x = x.sum(list(range(extra))) if spread else x.sum_to_size(shape)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def pull(node: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A node's pullback: what it gives to each of its parents."""
+    parents = node.next_functions
+    if isinstance(node, BackwardCFunction):  # written in Python
+        given = [_or_zeros(c, meta) for c, meta in zip(cotangents, node._input_metadata, strict=True)]
+        results = _tuple(node.apply(*given))
+        wanted = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
+        results = tuple([None if p is None else next(wanted, None) for p, _ in parents])
+    else:
+        results = _tuple(node(*cotangents))
+    return [
+        None if p is None or u is None else fitted(u, tuple(p._input_metadata[nr].shape), p._input_metadata[nr].dtype)
+        for (p, nr), u in zip(parents, results, strict=True)
+    ]
+
+
+def _tuple(x: Any) -> tuple[Any, ...]:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def _or_zeros(c: Tensor | None, meta: Any) -> Tensor:
+    return torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device) if c is None else c
+
+
+class Pullback:
+    """A node's pullback at some cotangents, kept with its graph for one more derivative."""
+
+    def __init__(self, node: Any, cotangents: Sequence[Tensor | None]) -> None:
+        self.name = node.name()
+        with torch.enable_grad():
+            self.cotangents = [None if c is None else c.detach().requires_grad_() for c in cotangents]
+            self.results = pull(node, self.cotangents)
+
+    def values(self) -> list[Tensor | None]:
+        return [None if r is None else r.detach() for r in self.results]
+
+    def push(self, tangents: Sequence[Tensor | None], nodes: Sequence[Any], wanted: Sequence[Place]) -> list[Tensor | None]:
+        """Tangents of the parents -> tangents of the outputs, then the curvature at the wanted places of the graph."""
+        pairs = [(r, t) for r, t in zip(self.results, tangents, strict=True) if r is not None and t is not None]
+        pairs = [(r, t) for r, t in pairs if r.requires_grad]
+        found: dict[Edge, Tensor] = {}
+        for edge, g in _backward([r for r, _ in pairs], [t for _, t in pairs], set(nodes)):
+            found[edge] = found[edge] + g if edge in found else g
+        out = [None if c is None else found.pop((get_gradient_edge(c).node, 0), None) for c in self.cotangents]
+        bent = [found.pop((nodes[i], nr), None) for i, nr in wanted]
+        if found:
+            raise RuntimeError(f"{self.name} depends on a tensor of the critic that it was not given as an argument")
+        return [*out, *bent]
+
+
+class Outsider:
+    """Makes the calls without a rule, of the graphs of one run."""
+
+    def __init__(self, nodes: Sequence[Any]) -> None:
+        self.nodes = nodes
+        self._pullbacks: dict[int, Pullback] = {}
+
+    def __call__(self, what: tuple[Any, ...], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        kind, i, *places = what
+        if kind == "pull":
+            return pull(self.nodes[i], given)
+        if kind == "first":
+            pullback = self._pullbacks[i] = Pullback(self.nodes[i], given)
+            return pullback.values()
+        return self._pullbacks.pop(i).push(given, self.nodes, places)
+
+
+def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], ends: set[Any]) -> list[tuple[Edge, Tensor]]:
+    """Go back through a small graph by hand, as far as the nodes in ``ends`` and leaves.
+
+    autograd.grad would go on through the critic's own graph, from one recorded value to another.
+    """
+    ready: dict[Any, dict[int, Tensor]] = {}
+    found: list[tuple[Edge, Tensor]] = []
+
+    def give(node: Any, nr: int, g: Tensor) -> None:
+        if node in ends or not node.next_functions:
+            found.append(((node, nr), g))
+            return
+        slots = ready.setdefault(node, {})
+        slots[nr] = slots[nr] + g if nr in slots else g
+
+    roots = [get_gradient_edge(x) for x in outputs]
+    order = _order([edge.node for edge in roots], ends)
+    with torch.no_grad():
+        for edge, g in zip(roots, cotangents, strict=True):
+            give(edge.node, edge.output_nr, g)
+        for node in order:
+            slots = ready.pop(node, None)
+            if slots is None:
+                continue
+            results = pull(node, [slots.get(i) for i in range(len(node._input_metadata))])
+            for (parent, nr), g in zip(node.next_functions, results, strict=True):
+                if parent is not None and g is not None:
+                    give(parent, nr, g)
+    return found
+
+
+def _order(roots: Sequence[Any], ends: set[Any]) -> list[Any]:
+    """The nodes of a small graph, those that are called later first."""
+    done: dict[Any, None] = {}
+    stack = [(node, False) for node in roots]
+    while stack:
+        node, seen = stack.pop()
+        if node in done or node in ends:
+            continue
+        if seen:
+            done[node] = None
+            continue
+        stack.append((node, True))
+        stack += [(p, False) for p, _ in node.next_functions if p is not None]
+    return list(reversed(done))

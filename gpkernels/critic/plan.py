@@ -1,0 +1,196 @@
+"""What can be known of a graph from its key alone: the rule of every call, what moves with the input, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from gpkernels.critic.graph import LEAF
+from gpkernels.critic.rules import RULES
+from gpkernels.critic.rules.base import Elementwise, Layout, Meta, Mixed, Rule, Unfit
+from gpkernels.critic.rules.shapes import Cat, Expand
+
+Place = tuple[int, int]  # a call, and which of its outputs
+Cut = tuple[int, int, int]  # axis, start, length
+ALL, PLAIN, PENALISED = "all", "plain", "penalised"
+
+
+class Window(NamedTuple):
+    """Rows of a batch."""
+
+    start: int
+    stop: int
+
+
+class Call:
+    """A node of the graph. Parents are places, None where nothing wants a gradient."""
+
+    def __init__(self, entry: tuple[Any, ...], saved: int) -> None:
+        self.name, outputs = entry[0], entry[1]
+        self.leaf = self.name == LEAF
+        if self.name == LEAF:
+            outputs = [(shape, dtype, device) for shape, _, dtype, device in outputs]
+        self.outputs = [Meta(tuple(shape), dtype, device) for shape, dtype, device in outputs]
+        self.parents: tuple[Place | None, ...] = () if self.leaf else entry[2]
+        self.constants: tuple[Any, ...] = entry[3] if len(entry) > 3 else ()
+        self.shapes = [None if m is None else tuple(m[0]) for m in entry[4]] if len(entry) > 4 else []
+        self.saved = slice(saved, saved + len(self.shapes))
+        self.rule: Rule | None = None  # None: autograd's
+        self.moves = self.trains = self.sent = self.pushed = self.uses_tangents = self.curved = False
+        self.number = -1  # among the leaves
+
+
+class Plan:
+    """The calls of a graph in order, for a batch of ``rows`` rows of which those in ``plain`` have cotangents of their own
+    and the others are penalised. x: which of the leaves is the batch; wanted: whether its gradient is, too.
+    """
+
+    def __init__(self, key: Any, x: int | None, wanted: bool, rows: int, plain: int) -> None:
+        entries, self.outputs = key
+        self.rows, self.plain = rows, plain
+        self.calls: list[Call] = []
+        self.leaves = 0
+        self.x: Place | None = None
+        saved = 0
+        for i, entry in enumerate(entries):
+            call = Call(entry, saved)
+            saved = call.saved.stop
+            self.calls.append(call)
+            if call.leaf:
+                call.number = self.leaves
+                call.moves, call.trains = call.number == x, wanted or call.number != x
+                self.x = (i, 0) if call.moves else self.x
+                self.leaves += 1
+            self._tie(call)
+        self.saved_count = saved
+        self._look_back()
+        self.curved = any(call.moves and call.curved for call in self.calls)
+        self.layouts: list[Layout | None] | None = None
+        self.mixes: str | None = None  # the call in which samples meet
+        self._variants: dict[tuple[int, str], tuple[Rule, list[Cut | None]]] = {}
+        try:
+            self.layouts = self._lay_out()
+        except Mixed as at:
+            self.mixes = str(at)
+
+    def _tie(self, call: Call) -> None:
+        """What follows from the parents."""
+        parents = [self.calls[p[0]] for p in call.parents if p is not None]
+        call.moves |= any(p.moves for p in parents)
+        call.trains |= any(p.trains for p in parents)
+        rule = RULES.get(call.name)
+        if rule is None or call.leaf:
+            return
+        try:
+            call.rule = rule(call.constants, self.metas(call), call.outputs)
+        except Unfit:
+            return
+
+    def metas(self, call: Call) -> list[Meta | None]:
+        """Of the arguments."""
+        return [None if p is None else self.calls[p[0]].outputs[p[1]] for p in call.parents]
+
+    def _look_back(self) -> None:
+        """What depends on the calls that come later."""
+        for call in reversed(self.calls):
+            parents = [None if p is None else self.calls[p[0]] for p in call.parents]
+            moving = [p is not None and p.moves for p in parents]
+            sends: Sequence[bool] = [False] * len(parents)
+            if call.moves and not call.leaf:
+                call.curved = call.rule is None or call.rule.curved(moving)
+                call.uses_tangents = call.curved or any(p is not None and not p.moves for p in parents)
+                sends = [True] * len(parents) if call.rule is None else call.rule.sends_to(moving)
+            for p, sent in zip(parents, sends, strict=True):
+                if p is not None:
+                    p.pushed |= call.moves and (call.uses_tangents or call.pushed)
+                    p.sent |= call.sent or sent
+
+    @property
+    def x_meta(self) -> Meta:
+        """Of the batch, cut to the penalised rows."""
+        assert self.x is not None
+        return self.cut_meta(self.x, Window(self.plain, self.rows))
+
+    def reached(self) -> Iterator[tuple[int, Meta]]:
+        """The leaves that have a gradient in PyTorch, perhaps of zeros."""
+        for call in self.calls:
+            if call.leaf and (call.sent or self.plain):
+                yield call.number, call.outputs[0]
+
+    # --- samples ------------------------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> list[Layout | None]:
+        """Where every call's outputs have their samples; Mixed where a call mixes them."""
+        found: list[Layout | None] = []
+        for i, call in enumerate(self.calls):
+            if self.x is not None and i == self.x[0]:
+                found.append(Layout(0, 1))
+                continue
+            if not call.moves:
+                found.append(None)
+                continue
+            if call.rule is None:
+                raise Mixed(call.name)
+            try:
+                found.append(call.rule.layout([None if p is None else found[p[0]] for p in call.parents]))
+                self._look_for_rows(call, found[-1])
+            except Mixed:
+                raise Mixed(call.name) from None
+        return found
+
+    def _look_for_rows(self, call: Call, out: Layout | None) -> None:
+        """Mixed where a weight has a row for each sample, but for one that is the same in all."""
+        if out is None or self.rows == 1 or not isinstance(call.rule, (Elementwise, Cat)):
+            return
+        for p in call.parents:
+            parent = None if p is None else self.calls[p[0]]
+            if p is None or parent is None or parent.moves:
+                continue
+            shape = parent.outputs[p[1]].shape
+            axis = out.axis - len(call.outputs[0].shape) + len(shape)
+            if axis < 0 or shape[axis] != self.rows * out.block:
+                continue
+            before = self.metas(parent)[0] if isinstance(parent.rule, Expand) else None
+            at = axis - len(shape) + (0 if before is None else len(before.shape))
+            if before is None or (at >= 0 and before.shape[at] != 1):
+                raise Mixed
+
+    def variant(self, i: int, which: str) -> tuple[Rule, list[Cut | None]]:
+        """A call's rule for some rows of the batch, and how to cut its saved tensors to them."""
+        known = self._variants.get((i, which))
+        if known is None:
+            known = self._variants[i, which] = self._cut_down(self.calls[i], i, self.window(which))
+        return known
+
+    def window(self, which: str) -> Window:
+        if which == ALL:
+            return Window(0, self.rows)
+        return Window(0, self.plain) if which == PLAIN else Window(self.plain, self.rows)
+
+    def _cut_down(self, call: Call, i: int, window: Window) -> tuple[Rule, list[Cut | None]]:
+        assert call.rule is not None
+        if window == (0, self.rows) or not call.moves:
+            return call.rule, [None] * len(call.shapes)
+        assert self.layouts is not None
+        inputs = [None if p is None else self.cut_meta(p, window) for p in call.parents]
+        outputs = [self.cut_meta((i, nr), window) for nr in range(len(call.outputs))]
+        given = [None if p is None else self.layouts[p[0]] for p in call.parents]
+        layouts = call.rule.saved_layouts(given, self.layouts[i], call.shapes)
+        cuts = [self._cut(layout, shape, window) for layout, shape in zip(layouts, call.shapes, strict=True)]
+        return type(call.rule)(call.constants, inputs, outputs), cuts
+
+    def _cut(self, layout: Layout | None, shape: tuple[int, ...] | None, window: Window) -> Cut | None:
+        """How to cut a saved tensor; None where it is the same for all rows."""
+        if layout is None or shape is None or layout.axis < 0 or shape[layout.axis] != self.rows * layout.block:
+            return None
+        return layout.axis, window.start * layout.block, (window.stop - window.start) * layout.block
+
+    def cut_meta(self, place: Place, window: Window) -> Meta:
+        """A value's shape for some rows."""
+        meta = self.calls[place[0]].outputs[place[1]]
+        layout = None if self.layouts is None else self.layouts[place[0]]
+        if layout is None or window == (0, self.rows):
+            return meta
+        shape = list(meta.shape)
+        shape[layout.axis] = (window.stop - window.start) * layout.block
+        return meta._replace(shape=tuple(shape))

@@ -1,0 +1,333 @@
+"""Programs: what the passes of a signature call, as a flat list.
+
+What the passes do depends on the signature alone. The second time that one is met they are traced, while they run, into a
+list of ATen and gpkernels calls with numbered slots for the tensors; from then on the list is run, by a loop in C++ where
+that was built, otherwise from Python: no rule, no autograd per call. A call that cannot be in such a list, because it is
+a node of autograd's graph of this very pass, parts the list in two. Programs hold no tensors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+
+from gpkernels import backends
+
+CAPACITY = 256
+aten = torch.ops.aten
+_DETACH = aten.detach.default
+_VIEWS = {aten.t.default, aten.view.default, aten.transpose.int, aten.slice.Tensor, aten.expand.default}
+Tensors = Sequence[Tensor | None]
+Outsider = Callable[[Hashable, Tensors], Tensors]  # makes a call that is told by its name
+Work = Callable[[Tensors, Outsider], Tensors]  # (inputs, outsider) -> results
+
+
+class Slot(int):
+    """A number that stands for a tensor."""
+
+
+class Outside:
+    """A call that is made anew, by its name, in each run."""
+
+    def __init__(self, name: Hashable, inputs: list[Slot | None], outputs: list[Slot | None]) -> None:
+        self.name, self.inputs, self.outputs = name, inputs, outputs
+
+
+class Changed(Exception):
+    """A call outside gave something else than when the program was traced."""
+
+
+class Untraceable(Exception):
+    """The passes use a tensor that no input and no call gave."""
+
+
+class Recorder(TorchDispatchMode):
+    """Runs calls and writes them down."""
+
+    def __init__(self, inputs: Tensors) -> None:
+        super().__init__()
+        self.known: dict[int, Slot] = {}
+        self.alive: list[Any] = []  # so that ids stay theirs
+        self.calls: list[Any] = []
+        self.views: dict[Any, Slot | None] = {}
+        self.count = 0
+        self.inputs = [None if x is None else self._new(x) for x in inputs]
+
+    def _new(self, x: Tensor) -> Slot:
+        slot = Slot(self.count)
+        self.count += 1
+        self.known[id(x)] = slot
+        self.alive.append(x)
+        return slot
+
+    def _same(self, x: Tensor, slot: Slot) -> None:
+        self.known[id(x)] = slot
+        self.alive.append(x)
+
+    def slot(self, x: Any) -> Any:
+        """An argument with slots in place of tensors."""
+        if isinstance(x, Tensor):
+            known = self.known.get(id(x))
+            if known is None:
+                raise Untraceable(f"a tensor of shape {tuple(x.shape)} that nothing gave")
+            return known
+        if isinstance(x, (list, tuple)):
+            return [self.slot(y) for y in x]
+        return x
+
+    def _result(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return None if id(x) in self.known else self._new(x)
+        if isinstance(x, (list, tuple)):
+            return [self._result(y) for y in x]
+        return None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = self.slot(args), {name: self.slot(x) for name, x in kwargs.items()}
+        out = func(*args, **kwargs)
+        if func is _DETACH:  # there is no graph to leave
+            self._same(out, given[0][0])
+            return out
+        if func in _VIEWS:
+            key = func, str(given)
+            known = self.views.setdefault(key, None)
+            if known is not None:
+                self._same(out, known)
+                return out
+            self.views[key] = self._new(out)
+            self.calls.append((func, *given, self.views[key]))
+            return out
+        self.calls.append((func, *given, self._result(out)))
+        return out
+
+    def outside(self, outsider: Outsider, name: Hashable, given: Tensors) -> Tensors:
+        """Make a call that is not traced."""
+        with _disable_current_modes():
+            out = outsider(name, given)
+        inputs = [None if x is None else self.slot(x) for x in given]
+        self.calls.append(Outside(name, inputs, [None if x is None else self._new(x) for x in out]))
+        return out
+
+
+class Program:
+    """A list of calls, for tensors that are laid out as those that it was traced with."""
+
+    def __init__(self, recorder: Recorder, results: Tensors) -> None:
+        self.count = recorder.count
+        self.inputs = recorder.inputs
+        self.results = [None if x is None else recorder.slot(x) for x in results]
+        self.parts = self._parted(self._needed(recorder.calls))
+
+    def _needed(self, calls: list[Any]) -> list[Any]:
+        """Without the calls whose results nobody reads."""
+        read = {s for s in self.results if s is not None}
+        kept = []
+        for call in reversed(calls):
+            if isinstance(call, Outside):
+                read.update(s for s in call.inputs if s is not None)
+                kept.append(call)
+                continue
+            func, args, kwargs, out = call
+            made = [s for s in _flat(out) if isinstance(s, Slot)]
+            if func._schema.is_mutable or any(s in read for s in made):
+                read.update(s for s in (*_flat(args), *_flat(list(kwargs.values()))) if isinstance(s, Slot))
+                kept.append(call)
+        return kept[::-1]
+
+    def _parted(self, calls: list[Any]) -> list[Any]:
+        """Stretches of calls with what they take and give, and the calls outside between them."""
+        stretches: list[list[Any]] = [[]]
+        between: list[Outside] = []
+        for call in calls:
+            if isinstance(call, Outside):
+                between.append(call)
+                stretches.append([])
+            else:
+                stretches[-1].append(call)
+        later = {s for s in self.results if s is not None}
+        parts: list[Any] = []
+        for k in range(len(stretches) - 1, -1, -1):
+            if k < len(between):
+                parts.append(between[k])
+                later -= {s for s in between[k].outputs if s is not None}
+                later |= {s for s in between[k].inputs if s is not None}
+            stretch = Stretch(stretches[k], later)
+            parts.append(stretch)
+            later = (later - set(stretch.outputs)) | set(stretch.inputs)
+        return parts[::-1]
+
+    def run(self, inputs: list[Tensor | None], outsider: Outsider) -> list[Tensor | None]:
+        """The results; the list of inputs is emptied, so that tensors can be freed as soon as nobody reads them."""
+        if len(self.parts) == 1:
+            (stretch,) = self.parts
+            return stretch.run(inputs, self.inputs, self.results)
+        memory: dict[Any, Tensor | None] = {s: x for s, x in zip(self.inputs, inputs, strict=True) if s is not None}
+        inputs.clear()
+        for part in self.parts:
+            if isinstance(part, Stretch):
+                given = [memory[s] for s in part.inputs]
+                for s in part.done:
+                    del memory[s]
+                memory.update(zip(part.outputs, part.run(given, part.inputs, part.outputs), strict=True))
+                continue
+            made = outsider(part.name, [None if s is None else memory[s] for s in part.inputs])
+            if [x is None for x in made] != [s is None for s in part.outputs]:
+                raise Changed
+            memory.update({s: x for s, x in zip(part.outputs, made, strict=True) if s is not None})
+        return [None if s is None else memory[s] for s in self.results]
+
+
+class Stretch:
+    """Calls that run without a stop."""
+
+    def __init__(self, calls: list[Any], later: set[Any]) -> None:
+        made: set[Any] = set()
+        inputs: dict[Any, None] = {}
+        for _, args, kwargs, out in calls:
+            for s in (*_flat(args), *_flat(list(kwargs.values()))):
+                if isinstance(s, Slot) and s not in made:
+                    inputs[s] = None
+            made.update(s for s in _flat(out) if isinstance(s, Slot))
+        self.calls, self.inputs = calls, list(inputs)
+        self.outputs = sorted(s for s in later if s in made)
+        self.done = [s for s in self.inputs if s not in later]
+        self.frees = self._last_uses(later)
+        self._native: Any = None
+
+    def _last_uses(self, kept: set[Any]) -> list[list[Any]]:
+        """For each call, the slots that nobody reads after it."""
+        frees: list[list[Any]] = []
+        seen = set(kept)
+        for _, args, kwargs, out in reversed(self.calls):
+            mine = {s for s in (*_flat(args), *_flat(list(kwargs.values())), *_flat(out)) if isinstance(s, Slot)}
+            frees.append(sorted(mine - seen))
+            seen |= mine
+        return frees[::-1]
+
+    def run(self, given: list[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        """Outputs from what is given for the inputs; None for None. The list is emptied."""
+        if backends.program is None:
+            return self._run_here(given, inputs, outputs)
+        if self._native is None:
+            self._native = self._translated(inputs, outputs)
+        return self._native(given)  # type: ignore[no-any-return]
+
+    def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        """The same list for the loop in C++."""
+        calls = []
+        for func, args, kwargs, out in self.calls:
+            name = func._schema.name, func._schema.overload_name
+            calls.append((name, args, kwargs, out if isinstance(out, list) else [out]))
+        numbers = [[-1 if s is None else s for s in slots] for slots in (inputs, outputs)]
+        return backends.program.Program(calls, *numbers, self.frees, Slot)
+
+    def _run_here(self, given: list[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        memory = {s: x for s, x in zip(inputs, given, strict=True) if s is not None}
+        given.clear()
+        with torch.no_grad():
+            for (func, args, kwargs, out), frees in zip(self.calls, self.frees, strict=True):
+                _store(memory, out, func(*_filled(args, memory), **{k: _filled(v, memory) for k, v in kwargs.items()}))
+                for s in frees:
+                    memory.pop(s, None)
+        return [None if s is None else memory[s] for s in outputs]
+
+
+def _flat(x: Any) -> list[Any]:
+    if isinstance(x, (list, tuple)):
+        return [z for y in x for z in _flat(y)]
+    return [x]
+
+
+def _filled(x: Any, memory: dict[Any, Any]) -> Any:
+    if isinstance(x, Slot):
+        return memory[x]
+    return [_filled(y, memory) for y in x] if isinstance(x, list) else x
+
+
+def _store(memory: dict[Any, Any], slots: Any, values: Any) -> None:
+    if isinstance(slots, Slot):
+        memory[slots] = values
+    elif isinstance(slots, list):
+        for s, x in zip(slots, values, strict=True):
+            _store(memory, s, x)
+
+
+# --- by signature -----------------------------------------------------------------------------------------------------
+
+
+class Signature:
+    """What is known of a signature: ``known`` of it, as its user made it, and its program once it has been met twice."""
+
+    def __init__(self, known: Any) -> None:
+        self.known, self.met, self.program = known, False, None
+        self.program: Program | None
+
+    def run(self, inputs: list[Tensor | None], work: Work, outsider: Outsider) -> Tensors:
+        """What ``work`` gives of the inputs, by the program where there is one. The list of inputs is emptied."""
+        if not _traceable(inputs):
+            return work(inputs, outsider)
+        if self.program is not None:
+            given = list(inputs) if self.program.parts[1:] else []
+            try:
+                return self.program.run(inputs, outsider)
+            except Changed:
+                self.program, self.met = None, False
+                return work(given, outsider)
+        if not self.met:
+            self.met = True
+            return work(inputs, outsider)
+        recorder = Recorder(inputs)
+        with recorder:
+            results = work(inputs, lambda name, given: recorder.outside(outsider, name, given))
+        self.program = Program(recorder, results)
+        return results
+
+
+class Cache:
+    """Signatures by key, the latest ``capacity``."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self.capacity, self._entries, self._lock = capacity, OrderedDict[Hashable, Signature](), Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Signature:
+        """The key's signature; ``make`` gives what is to be known of a new one."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+                return found
+        found = Signature(make())
+        with self._lock:
+            self._entries[key] = found
+            while len(self._entries) > self.capacity:
+                self._entries.popitem(last=False)
+        return found
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+signatures = Cache()
+
+
+def _traceable(inputs: Tensors) -> bool:
+    """Whether nothing looks on, all tensors are PyTorch's own, and ops are chosen by the dispatcher alone."""
+    if backends.forced() is not None or torch.compiler.is_compiling() or _watched():
+        return False
+    return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in inputs)
+
+
+def _watched() -> bool:
+    """Whether a mode or a transform looks on, which has to see every call."""
+    return _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active()

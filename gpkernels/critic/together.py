@@ -1,0 +1,249 @@
+"""Whether several groups of samples may go through the critic as one batch: told by what was seen to run.
+
+Nothing is read from the critic's modules. Of two calls with the groups apart, the first has the graph tell whether each
+sample keeps to itself there, the second is watched for what a graph does not show: values that leave it, constants with a
+row for each sample, numbers that depend on the size of the batch. If all is well, the calls that follow take one batch,
+and each function that the critic calls is held against those that were watched before it runs; at the first that differs
+the batch is given up, and the groups go apart from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from gpkernels.critic.plan import Plan
+from gpkernels.critic.rules.base import Layout
+
+_T = torch.Tensor
+# Calls that read a tensor's description, not its values.
+_DESCRIBE: set[Any] = {
+    *(_T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.stride, _T.__len__, _T.is_floating_point),
+    *(torch.is_floating_point, _T.is_contiguous, _T.get_device, torch.is_tensor, _T.data_ptr, _T.element_size),
+    *(
+        getattr(_T, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "is_leaf", "itemsize")
+    ),
+    *(_T.grad_fn.__get__, _T.is_sparse.__get__, _T.is_quantized.__get__, _T.is_nested.__get__),
+}
+# Calls that make a tensor without looking at values, alike for every row or drawn anew.
+_FRESH: set[Any] = {
+    *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like),
+    *(_T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, torch.zeros, torch.ones, torch.full, torch.empty),
+    *(torch.rand, torch.randn),
+}
+_COMPARE: set[Any] = {
+    *(_T.__gt__, _T.__lt__, _T.__ge__, _T.__le__, _T.gt, _T.lt, _T.ge, _T.le, torch.gt, torch.lt, torch.ge, torch.le),
+}
+_SELECT: set[Any] = {torch.where, _T.where, torch.masked_fill, _T.masked_fill}
+# Calls whose whole numbers are sizes or axes, which go with the batch; any other's are values.
+_SHAPES: set[Any] = {
+    *(_T.view, _T.reshape, torch.reshape, _T.expand, _T.flatten, torch.flatten, _T.unflatten, torch.unflatten),
+    *(_T.repeat, torch.tile, _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, torch.zeros, torch.ones),
+    *(torch.full, torch.empty, torch.rand, torch.randn, torch.broadcast_to, _T.broadcast_to, _T.view_as),
+}
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (tuple, list)):
+            yield from (x for x in arg if isinstance(x, Tensor))
+
+
+Call = tuple[Any, tuple[Any, ...], tuple[int, ...] | None]  # the function, numbers that are values, sizes
+
+
+def _described(func: Any, args: Any, kwargs: Any) -> Call:
+    """What a call is given besides tensors: values, which must not depend on the batch, and sizes, which may."""
+    values = [a for a in args if type(a) in (float, bool, str)]
+    if kwargs:
+        values += [(k, a) for k, a in kwargs.items() if type(a) in (float, bool, str, int)]
+    whole = [a for a in args if type(a) is int]
+    if func not in _SHAPES:
+        return func, (*values, *whole), None
+    for a in args:
+        if isinstance(a, (tuple, list)):
+            whole += [n for n in a if type(n) is int]
+    return func, tuple(values), tuple(whole)
+
+
+class Watch(TorchFunctionMode):
+    """Looks on while the critic is called with samples that do not mix in its graph, for all that a graph does not show.
+
+    reason: why the groups have to stay apart, if they do. log: the calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+        self.reason: str | None = None
+        self.log: list[Call] = []
+        self.reshaped: dict[int, Any] = {}  # by place in the log, the node of what a reshape gave
+        self._kinds: dict[int, str] = {}  # of tensors that depend on the batch: "graph" or "mask"
+        self._masks: dict[int, Any] = {}  # the node of what a mask was computed from
+        self.pairs: list[tuple[Any, Any]] = []  # nodes that must have their samples in the same place
+        self._alive: list[Any] = []
+        self._fresh: set[int] = set()
+
+    def follow(self, x: Tensor) -> None:
+        """The batch that the critic is about to be called with."""
+        self.rows = x.shape[0]
+        self.log.clear()
+        self._alive.append(x)
+        self._kinds[id(x)] = "graph"
+        self._masks[id(x)] = get_gradient_edge(x).node
+
+    def _stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.log.append(_described(func, args, kwargs))
+        given = list(_tensors((*args, *kwargs.values())))
+        versions = [x._version for x in given]
+        out = func(*args, **kwargs)
+        self._alive += [given, out]
+        if func in _DESCRIBE:
+            return out
+        tracked = [x for x in given if id(x) in self._kinds]
+        if func in _FRESH:
+            self._fresh.update(id(x) for x in _tensors((out,)))
+            return out
+        name = getattr(func, "__name__", str(func))
+        if any(x._version != v and not x.requires_grad for x, v in zip(given, versions, strict=True)):
+            self._stop(f"{name} changes a tensor in place that is no activation")
+        if not tracked:
+            return out
+        self._look(name, func, given, tracked, out)
+        return out
+
+    def _look(self, name: str, func: Any, given: list[Tensor], tracked: list[Tensor], out: Any) -> None:
+        for x in given:
+            own = isinstance(x, nn.Parameter) or x.requires_grad or id(x) in self._kinds or id(x) in self._fresh
+            if not own and x.dim() and self.rows > 1 and self.rows in (x.shape[0], x.shape[-1]) and not _is_product(name):
+                self._stop(f"{name} takes a constant with a row for each sample")
+        results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
+        if not results:
+            self._stop(f"{name} takes a value out of the graph")
+        masks = [x for x in tracked if self._kinds[id(x)] == "mask"]
+        for y in results:
+            if y.grad_fn is not None or y is self._alive[0]:
+                self._kinds[id(y)] = "graph"
+                self._masks[id(y)] = get_gradient_edge(y).node
+                if func in _SHAPES:
+                    self.reshaped[len(self.log) - 1] = self._masks[id(y)]
+                if masks and func not in _SELECT:
+                    self._stop(f"{name} takes a value that is not in the graph")
+                for m in masks:
+                    if m.shape != y.shape:
+                        self._stop(f"{name} spreads a mask")
+                    self.pairs.append((self._masks[id(m)], self._masks[id(y)]))
+            elif func in _COMPARE and len(tracked) == 1 and all(x.numel() == 1 for x in given if x is not tracked[0]):
+                self._kinds[id(y)] = "mask"
+                self._masks[id(y)] = self._masks[id(tracked[0])]
+            elif y.is_floating_point() or len(results) == 1:
+                self._stop(f"{name} computes something of the samples that is not in the graph")
+            else:  # places of the largest, say: who uses them is seen
+                self._kinds[id(y)] = "mask"
+                self._masks[id(y)] = None
+
+
+def _is_product(name: str) -> bool:
+    """Whether a function's constants may have any sizes: the graph tells what it does to samples."""
+    return name in ("linear", "matmul", "mm", "bmm", "addmm", "einsum", "bilinear") or "conv" in name or "norm" in name
+
+
+class Differs(BaseException):
+    """The critic does not call what it called when it was watched. Not an Exception, which a critic might catch."""
+
+
+Expected = list[tuple[Call, int | None]]  # a call, and which of its sizes is that of the batch, if that is known
+
+
+class Check(TorchFunctionMode):
+    """Holds each call against those that were watched, before it is made. rows: of the batch then and now."""
+
+    def __init__(self, log: Expected, then: int, now: int) -> None:
+        super().__init__()
+        self._log, self._at, self._then, self._now = log, 0, then, now
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        at = self._at
+        if at >= len(self._log):
+            raise Differs
+        (known, values, sizes), place = self._log[at]
+        called = _described(func, args, kwargs)
+        if called[0] != known or called[1] != values or (sizes is not None and not self._fits(called[2], sizes, place)):
+            raise Differs
+        self._at = at + 1
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _fits(self, sizes: Any, known: tuple[int, ...], place: int | None) -> bool:
+        """Whether sizes go with the batch where they have to, and nowhere else."""
+        if len(sizes) != len(known):
+            return False
+        for i, (a, b) in enumerate(zip(sizes, known, strict=True)):
+            scaled = b > 0 and a * self._then == b * self._now
+            if place is None and not (scaled if b == self._then else a == b or scaled):
+                return False
+            if place is not None and not ((scaled or a == b == -1) if i == place else a == b):
+                return False
+        return True
+
+    def done(self) -> bool:
+        return self._at == len(self._log)
+
+
+class Seen:
+    """What was seen of a critic, kept by whoever calls it."""
+
+    def __init__(self) -> None:
+        self._of: dict[Any, Any] = {}  # by mode: "looked", a log, or None: apart
+
+    @staticmethod
+    def mode(critic: Any, x: Tensor) -> Any:
+        """What has to be as it was for anything seen to be of use."""
+        device = x.device.type
+        return getattr(critic, "training", None), x.dtype, device, torch.is_autocast_enabled(device)
+
+    def get(self, mode: Any) -> Any:
+        """"new", "looked", a log to check against, or None where the groups go apart."""
+        return self._of.get(mode, "new")
+
+    def set(self, mode: Any, what: Any) -> None:
+        if len(self._of) >= 16:
+            self._of.clear()
+        self._of[mode] = what
+
+
+def keeps_apart(plan: Plan, place: int) -> str | None:
+    """Why samples mix in a graph, or None; ``place`` is that of the scores."""
+    if plan.layouts is None:
+        return plan.mixes
+    return None if plan.layouts[place] == Layout(0, 1) else "the scores' first axis is not the samples'"
+
+
+def settled(watch: Watch, plan: Plan, nodes: Sequence[Any]) -> Expected | None:
+    """What to check later calls against; None where samples have to stay apart."""
+    places = {node: i for i, node in enumerate(nodes)}
+    layouts = plan.layouts
+    if watch.reason is not None or layouts is None:
+        return None
+    for a, b in watch.pairs:
+        if a is None or a not in places or b not in places or layouts[places[a]] != layouts[places[b]]:
+            return None
+    expected: Expected = []
+    for i, call in enumerate(watch.log):
+        node = watch.reshaped.get(i)
+        layout = layouts[places[node]] if node in places else None
+        if node is not None and layout is None:
+            return None
+        expected.append((call, None if layout is None else layout.axis))
+    return expected
