@@ -29,13 +29,14 @@ bool is_one(const at::Tensor& cotangent) {
 bool owned(const at::Tensor& x) { return torch::autograd::impl::is_tensor_stealable(x); }
 
 // saved_data, not saved variables: hooks on what is saved have no business with gradients. One entry for each of them,
-// as compiled autograd does not look into lists.
+// as compiled autograd does not look into lists. The value comes in a vector, as what comes as a tensor is an argument,
+// and would be given back as a view of itself.
 struct Deliver : torch::autograd::Function<Deliver> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& value, const std::vector<at::Tensor>& gradients,
-                            at::TensorList) {
+  static at::Tensor forward(AutogradContext* context, const std::vector<at::Tensor>& value,
+                            const std::vector<at::Tensor>& gradients, at::TensorList) {
     for (const at::Tensor& gradient : gradients)
       context->saved_data[std::to_string(context->saved_data.size())] = gradient;
-    return value;
+    return value[0];
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
@@ -86,7 +87,7 @@ std::optional<std::vector<at::Tensor>> plain_tensors(PyObject* list) {
 }
 
 at::Tensor delivered(const at::Tensor& value, const std::vector<at::Tensor>& gradients, at::TensorList tensors) {
-  return Deliver::apply(value, gradients, tensors);
+  return Deliver::apply(std::vector<at::Tensor>{value}, gradients, tensors);
 }
 
 PyObject* deliver(PyObject*, PyObject* const* args, Py_ssize_t count) {

@@ -8,15 +8,32 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <iterator>
+#include <map>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "program.h"
+
+namespace py = pybind11;
+
 namespace {
 
 using torch::autograd::Edge;
 using torch::autograd::Node;
+
+// A tensor without values of its own, by which a graph can be joined to an output of a node.
+at::Tensor handle_of(const Edge& edge) {
+  const auto& meta = edge.function->input_metadata(edge.input_nr);
+  std::vector<int64_t> sizes;
+  for (const c10::SymInt& n : meta.shape_as_dim_vector()) sizes.push_back(n.guard_int(__FILE__, __LINE__));
+  at::Tensor made = at::empty({}, meta.options()).expand(sizes);
+  torch::autograd::impl::set_gradient_edge(made, edge);
+  return made;
+}
 
 // Facts one after the other, each with its length where that can differ.
 class Key {
@@ -60,7 +77,7 @@ class Key {
       text(value.data(), value.size());
     }
   }
-  py::bytes bytes() const { return py::bytes(bytes_); }
+  const std::string& bytes() const { return bytes_; }
 
  private:
   std::string bytes_;
@@ -82,19 +99,24 @@ class Reader {
     }
   }
 
-  py::tuple read(const py::list& outputs) const {
+  // What one graph has.
+  struct Found {
+    std::vector<at::Tensor> saved, leaves;
+  };
+
+  // start: the number of the first node that is the critic's own; older ones are where its graph ends.
+  void read_into(const py::list& outputs, uint64_t start, Key& key, Found& found) const {
     std::vector<Edge> roots;
-    for (const py::handle& x : outputs) roots.push_back(torch::autograd::impl::gradient_edge(x.cast<at::Tensor>()));
-    std::unordered_map<const Node*, int64_t> places;
-    const std::vector<c10::intrusive_ptr<Node>> order = in_order(roots, places);
-    Key key;
-    py::list nodes, saved, leaves;
-    for (const auto& node : order) one(node, places, key, nodes, saved, leaves);
+    for (const py::handle& x : outputs) {
+      const at::Tensor& output = THPVariable_Unpack(x.ptr());
+      if (output.requires_grad()) roots.push_back(torch::autograd::impl::gradient_edge(output));
+    }
+    Places places;
+    for (const Edge& edge : in_order(roots, start, places)) one(edge, start, places, key, found);
     for (const Edge& edge : roots) {
-      key.number(places.at(edge.function.get()));
+      key.number(place_of(edge, start, places));
       key.number(edge.input_nr);
     }
-    return py::make_tuple(key.bytes(), nodes, saved, leaves);
   }
 
  private:
@@ -105,37 +127,59 @@ class Reader {
     return py::reinterpret_steal<py::object>(name);
   }
 
+  // Where each node is, or each output of an older one.
+  using Places = std::map<std::pair<const Node*, uint32_t>, int64_t>;
+
+  static bool is_older(const Node* node, uint64_t start) { return node->sequence_nr() < start; }
+
+  static std::pair<const Node*, uint32_t> name_of(const Edge& edge, uint64_t start) {
+    return {edge.function.get(), is_older(edge.function.get(), start) ? edge.input_nr : 0};
+  }
+
+  static int64_t place_of(const Edge& edge, uint64_t start, const Places& places) {
+    return places.at(name_of(edge, start));
+  }
+
   // Parents before children.
-  static std::vector<c10::intrusive_ptr<Node>> in_order(const std::vector<Edge>& roots,
-                                                        std::unordered_map<const Node*, int64_t>& places) {
-    std::vector<c10::intrusive_ptr<Node>> order, stack;
-    for (const Edge& edge : roots) stack.push_back(edge.function);
+  static std::vector<Edge> in_order(const std::vector<Edge>& roots, uint64_t start, Places& places) {
+    std::vector<Edge> order, stack = roots;
     while (!stack.empty()) {
-      const c10::intrusive_ptr<Node> node = stack.back();
-      if (places.count(node.get())) {
+      const Edge edge = stack.back();
+      const auto name = name_of(edge, start);
+      if (places.count(name)) {
         stack.pop_back();
         continue;
       }
       const size_t before = stack.size();
-      for (const Edge& edge : node->next_edges())
-        if (edge.function && !places.count(edge.function.get())) stack.push_back(edge.function);
+      if (!is_older(edge.function.get(), start))
+        for (const Edge& parent : edge.function->next_edges())
+          if (parent.function && !places.count(name_of(parent, start))) stack.push_back(parent);
       if (stack.size() > before) continue;
-      places.emplace(node.get(), int64_t(order.size()));
-      order.push_back(node);
+      places.emplace(name, int64_t(order.size()));
+      order.push_back(edge);
       stack.pop_back();
     }
     return order;
   }
 
-  void one(const c10::intrusive_ptr<Node>& node, const std::unordered_map<const Node*, int64_t>& places, Key& key,
-           py::list& nodes, py::list& saved, py::list& leaves) const {
-    const py::object wrapped = py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node));
-    if (!wrapped) throw py::error_already_set();
-    nodes.append(wrapped);
+  static py::object wrapped_in_python(const c10::intrusive_ptr<Node>& node) {
+    const py::object found = py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node));
+    if (!found) throw py::error_already_set();
+    return found;
+  }
+
+  void one(const Edge& at, uint64_t start, const Places& places, Key& key, Found& to) const {
+    const auto& node = at.function;
+    if (is_older(node.get(), start)) {
+      to.leaves.push_back(handle_of(at));
+      key.number(-2);
+      key.tensor(to.leaves.back());
+      return;
+    }
     if (const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(node.get())) {
       key.number(-2);
       key.tensor(leaf->variable);
-      leaves.append(py::cast(leaf->variable));
+      to.leaves.push_back(leaf->variable);
       return;
     }
     const std::string name = node->name();
@@ -154,37 +198,117 @@ class Reader {
     }
     key.number(int64_t(node->num_outputs()));
     for (const Edge& edge : node->next_edges()) {
-      key.number(edge.function ? places.at(edge.function.get()) : -1);
+      key.number(edge.function ? place_of(edge, start, places) : -1);
       key.number(edge.input_nr);
     }
     const auto found = names_.find(name);
     if (found == names_.end()) return;
+    const py::object wrapped = wrapped_in_python(node);
     for (const py::object& attribute : found->second.saved) {
       const py::object value = wrapped.attr(attribute);
       if (PyTuple_Check(value.ptr())) {
         key.number(int64_t(PyTuple_GET_SIZE(value.ptr())));
-        for (const py::handle& item : value.cast<py::tuple>()) tensor(item, key, saved);
+        for (const py::handle& item : value.cast<py::tuple>()) tensor(item, key, to);
       } else {
-        tensor(value, key, saved);
+        tensor(value, key, to);
       }
     }
     for (const py::object& attribute : found->second.constants) key.constant(wrapped.attr(attribute));
   }
 
-  static void tensor(const py::handle& x, Key& key, py::list& saved) {
-    saved.append(x);
+  static void tensor(const py::handle& x, Key& key, Found& to) {
     if (x.is_none()) {
       key.number(-4);
+      to.saved.emplace_back();
       return;
     }
-    key.tensor(THPVariable_Unpack(x.ptr()));
+    to.saved.push_back(THPVariable_Unpack(x.ptr()));
+    if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {  // as graph.py has it: it would be a constant
+      to.saved.back() = to.saved.back().detach();
+      to.saved.back().unsafeGetTensorImpl()->set_wrapped_number(false);
+    }
+    key.number(THPVariable_CheckExact(x.ptr()) ? -5 : -6);
+    key.tensor(to.saved.back());
   }
 
   std::unordered_map<std::string, Names> names_;
 };
 
+// Programs by all that they depend on, which is looked up without a word of Python.
+class Shelf {
+ public:
+  Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
+
+  // passes: [(outputs, the batch, the number of the critic's first node)]. With a program for them: (its results, the graph's leaves, each once); else the key.
+  py::object run(const py::list& passes, int64_t tag, const at::Tensor& weight, const at::Tensor& unit) const {
+    Key key;
+    key.number(tag);
+    std::vector<at::Tensor> given{weight, unit}, leaves;
+    std::unordered_map<const c10::TensorImpl*, int64_t> numbers;
+    for (const py::handle& pass : passes) {
+      const py::tuple all = pass.cast<py::tuple>();
+      const py::list outputs = all[0];
+      const at::Tensor& x = THPVariable_Unpack(all[1].ptr());
+      Reader::Found found;
+      reader_.read_into(outputs, all[2].cast<uint64_t>(), key, found);
+      key.sizes(x.sizes());
+      for (const at::Tensor& leaf : found.leaves) {
+        const auto [at, is_new] = numbers.emplace(leaf.unsafeGetTensorImpl(), int64_t(leaves.size()));
+        if (is_new) leaves.push_back(leaf);
+        key.number(leaf.is_same(x) ? -at->second - 1 : at->second);
+      }
+      for (const py::handle& output : outputs) {
+        const at::Tensor& value = THPVariable_Unpack(output.ptr());
+        key.number(value.requires_grad());
+        key.tensor(value);
+        given.push_back(value.detach());
+      }
+      std::move(found.saved.begin(), found.saved.end(), std::back_inserter(given));
+    }
+    const auto known = programs_.find(key.bytes());
+    if (known == programs_.end() || watched()) return py::bytes(key.bytes());
+    for (const py::handle& pass : passes) {  // the graph may go, and each tensor as soon as nobody reads it
+      PyObject* outputs = PyTuple_GET_ITEM(pass.ptr(), 0);
+      PyList_SetSlice(outputs, 0, PyList_GET_SIZE(outputs), nullptr);
+    }
+    py::list results = known->second->run(std::move(given));
+    return py::make_tuple(results, py::cast(leaves));
+  }
+
+  // The tensors at which a graph ends; handles where that is an older node.
+  py::object leaves(const py::list& outputs, uint64_t start) const {
+    Key key;
+    Reader::Found found;
+    reader_.read_into(outputs, start, key, found);
+    return py::cast(found.leaves);
+  }
+
+  void add(const std::string& key, std::shared_ptr<Program> program) {
+    if (programs_.size() >= capacity_) programs_.clear();
+    programs_[key] = std::move(program);
+  }
+
+  void clear() { programs_.clear(); }
+
+ private:
+  // Whether a mode, a transform or autocast is on, for which the passes go another way.
+  static bool watched() {
+    const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+    return keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set;
+  }
+
+  const Reader reader_;
+  const size_t capacity_;
+  std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
+};
+
 }  // namespace
 
 void add_reader(pybind11::module_& module) {
-  py::class_<Reader>(module, "Reader").def(py::init<py::dict>()).def("__call__", &Reader::read);
+  py::class_<Shelf>(module, "Shelf")
+      .def(py::init<py::dict, size_t>())
+      .def("run", &Shelf::run)
+      .def("leaves", &Shelf::leaves)
+      .def("add", &Shelf::add)
+      .def("clear", &Shelf::clear);
 }

@@ -3,5 +3,5 @@
 
 #include <pybind11/pybind11.h>
 
-// Adds the class Reader to the module.
+// Adds the classes Reader and Shelf to the module.
 void add_reader(pybind11::module_& module);

@@ -1,7 +1,7 @@
 // Runs a list of calls with no Python between them: gpkernels/critic/program.py makes the list, and runs it itself where
 // this was not built. PyTorch's stable ABI cannot carry it, as it knows no argument that is a Scalar (add's alpha, a leaky
 // ReLU's slope), so it is built against one version of PyTorch.
-#include "graph.h"
+#include "program.h"
 
 #include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -10,27 +10,16 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "graph.h"
+
 namespace py = pybind11;
 
 namespace {
-
-// An argument: a tensor by its slot, several (-1: none there), or a constant.
-struct Argument {
-  enum class Kind { kSlot, kTensors, kMaybeTensors, kConstant } kind;
-  std::vector<int> slots;
-  c10::IValue constant;
-};
-
-struct Call {
-  c10::OperatorHandle op;
-  std::vector<Argument> arguments;
-  std::vector<int> results;  // slots; -1: nobody reads it, or it is an argument
-  std::vector<int> frees;    // slots that are empty from here on
-};
 
 bool is_slot(const py::handle& x, const py::handle& slot_type) { return py::isinstance(x, slot_type); }
 
@@ -62,105 +51,114 @@ Argument argument_of(const py::handle& x, const c10::Argument& declared, const p
   return {Kind::kConstant, {}, torch::jit::toIValue(x, declared.real_type())};
 }
 
-class Program {
- public:
-  Program(py::list calls, std::vector<int> inputs, std::vector<int> outputs, std::vector<std::vector<int>> frees,
-          const py::object& slot_type)
-      : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
-    for (size_t i = 0; i < calls.size(); ++i) add(calls[i].cast<py::tuple>(), std::move(frees[i]), slot_type);
-    for (const int slot : inputs_) count_ = std::max(count_, slot + 1);
-    for (const Call& call : calls_)
-      for (const int slot : call.results) count_ = std::max(count_, slot + 1);
-  }
-
-  // What ``outputs`` names of the slots, None for -1. The list is emptied: tensors are freed as soon as nobody reads them.
-  py::list run(py::list given) const {
-    TORCH_CHECK(given.size() == inputs_.size(), "given: expected ", inputs_.size(), " tensors, got ", given.size());
-    std::vector<c10::IValue> memory(count_);
-    for (size_t i = 0; i < inputs_.size(); ++i)
-      if (inputs_[i] >= 0) memory[inputs_[i]] = THPVariable_Unpack(PyList_GET_ITEM(given.ptr(), Py_ssize_t(i)));
-    PyList_SetSlice(given.ptr(), 0, PyList_GET_SIZE(given.ptr()), nullptr);
-    {
-      const py::gil_scoped_release released;
-      const at::AutoDispatchBelowADInplaceOrView below;
-      torch::jit::Stack stack;
-      for (const Call& call : calls_) make(call, memory, stack);
+void push(const Argument& argument, const std::vector<c10::IValue>& memory, torch::jit::Stack& stack) {
+  switch (argument.kind) {
+    case Argument::Kind::kSlot: stack.push_back(memory[argument.slots[0]]); return;
+    case Argument::Kind::kConstant: stack.push_back(argument.constant); return;
+    case Argument::Kind::kTensors: {
+      c10::List<at::Tensor> list;
+      list.reserve(argument.slots.size());
+      for (const int slot : argument.slots) list.push_back(memory[slot].toTensor());
+      stack.emplace_back(std::move(list));
+      return;
     }
-    py::list results(outputs_.size());
-    for (size_t i = 0; i < outputs_.size(); ++i)
-      results[i] = outputs_[i] < 0 ? py::none() : py::reinterpret_steal<py::object>(THPVariable_Wrap(memory[outputs_[i]].toTensor()));
-    return results;
-  }
-
- private:
-  void add(const py::tuple& call, std::vector<int> frees, const py::object& slot_type) {
-    const auto name = call[0].cast<std::pair<std::string, std::string>>();
-    const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
-    Call made{op, {}, {}, std::move(frees)};
-    const py::list args = call[1];
-    const py::dict kwargs = call[2];
-    const std::vector<c10::Argument>& declared = op.schema().arguments();
-    for (size_t i = 0; i < declared.size(); ++i) {
-      if (i < args.size()) {
-        made.arguments.push_back(argument_of(args[i], declared[i], slot_type));
-      } else if (kwargs.contains(declared[i].name())) {
-        made.arguments.push_back(argument_of(kwargs[declared[i].name().c_str()], declared[i], slot_type));
-      } else {
-        made.arguments.push_back({Argument::Kind::kConstant, {}, *declared[i].default_value()});
-      }
+    case Argument::Kind::kMaybeTensors: {
+      c10::List<std::optional<at::Tensor>> list;
+      list.reserve(argument.slots.size());
+      for (const int slot : argument.slots)
+        list.push_back(slot < 0 ? std::nullopt : std::optional(memory[slot].toTensor()));
+      stack.emplace_back(std::move(list));
+      return;
     }
-    for (const py::handle& slot : call[3].cast<py::list>())
-      made.results.push_back(slot.is_none() ? -1 : slot.cast<int>());
-    calls_.push_back(std::move(made));
   }
+}
 
-  static void make(const Call& call, std::vector<c10::IValue>& memory, torch::jit::Stack& stack) {
+void make(const Call& call, std::vector<c10::IValue>& memory, torch::jit::Stack& stack) {
+  stack.clear();
+  for (const Argument& argument : call.arguments) push(argument, memory, stack);
+  call.op.callBoxed(stack);
+  if (stack.size() == 1 && stack[0].isTensorList()) {
+    const c10::List<at::Tensor> several = std::move(stack[0]).toTensorList();
     stack.clear();
-    for (const Argument& argument : call.arguments) push(argument, memory, stack);
-    call.op.callBoxed(stack);
-    if (stack.size() == 1 && stack[0].isTensorList()) {
-      const c10::List<at::Tensor> several = std::move(stack[0]).toTensorList();
-      stack.clear();
-      for (const at::Tensor& x : several) stack.emplace_back(x);
-    }
-    for (size_t i = 0; i < call.results.size() && i < stack.size(); ++i)
-      if (call.results[i] >= 0) memory[call.results[i]] = std::move(stack[i]);
-    for (const int slot : call.frees) memory[slot] = c10::IValue();
+    for (const at::Tensor& x : several) stack.emplace_back(x);
   }
-
-  static void push(const Argument& argument, const std::vector<c10::IValue>& memory, torch::jit::Stack& stack) {
-    switch (argument.kind) {
-      case Argument::Kind::kSlot: stack.push_back(memory[argument.slots[0]]); return;
-      case Argument::Kind::kConstant: stack.push_back(argument.constant); return;
-      case Argument::Kind::kTensors: {
-        c10::List<at::Tensor> list;
-        list.reserve(argument.slots.size());
-        for (const int slot : argument.slots) list.push_back(memory[slot].toTensor());
-        stack.emplace_back(std::move(list));
-        return;
-      }
-      case Argument::Kind::kMaybeTensors: {
-        c10::List<std::optional<at::Tensor>> list;
-        list.reserve(argument.slots.size());
-        for (const int slot : argument.slots)
-          list.push_back(slot < 0 ? std::nullopt : std::optional(memory[slot].toTensor()));
-        stack.emplace_back(std::move(list));
-        return;
-      }
-    }
-  }
-
-  std::vector<Call> calls_;
-  std::vector<int> inputs_, outputs_;
-  int count_ = 0;
-};
+  for (size_t i = 0; i < call.results.size() && i < stack.size(); ++i)
+    if (call.results[i] >= 0) memory[call.results[i]] = std::move(stack[i]);
+  for (const int slot : call.frees) memory[slot] = c10::IValue();
+}
 
 }  // namespace
 
+Program::Program(const py::list& calls, std::vector<int> inputs, std::vector<int> outputs,
+                 std::vector<std::vector<int>> frees, const py::object& slot_type)
+    : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
+  for (size_t i = 0; i < calls.size(); ++i) add(calls[i].cast<py::tuple>(), std::move(frees[i]), slot_type);
+  for (const int slot : inputs_) count_ = std::max(count_, slot + 1);
+  for (const Call& call : calls_)
+    for (const int slot : call.results) count_ = std::max(count_, slot + 1);
+}
+
+py::list Program::run(const py::list& given) const {
+  std::vector<at::Tensor> tensors(given.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* item = PyList_GET_ITEM(given.ptr(), Py_ssize_t(i));
+    if (item != Py_None) tensors[i] = THPVariable_Unpack(item);
+  }
+  PyList_SetSlice(given.ptr(), 0, PyList_GET_SIZE(given.ptr()), nullptr);
+  return run(std::move(tensors));
+}
+
+py::list Program::run(std::vector<at::Tensor> given) const {
+  TORCH_CHECK(given.size() == inputs_.size(), "given: expected ", inputs_.size(), " tensors, got ", given.size());
+  std::vector<c10::IValue> memory(count_);
+  for (size_t i = 0; i < inputs_.size(); ++i)
+    if (inputs_[i] >= 0) memory[inputs_[i]] = std::move(given[i]);
+  given.clear();
+  return run_on(std::move(memory));
+}
+
+py::list Program::run_on(std::vector<c10::IValue> memory) const {
+  {
+    const py::gil_scoped_release released;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    torch::jit::Stack stack;
+    for (const Call& call : calls_) make(call, memory, stack);
+  }
+  py::list results(outputs_.size());
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    const int slot = outputs_[i];
+    PyObject* result = slot < 0 ? Py_NewRef(Py_None) : THPVariable_Wrap(memory[slot].toTensor());
+    if (!result) throw py::error_already_set();
+    PyList_SET_ITEM(results.ptr(), Py_ssize_t(i), result);
+  }
+  return results;
+}
+
+void Program::add(const py::tuple& call, std::vector<int> frees, const py::object& slot_type) {
+  const auto name = call[0].cast<std::pair<std::string, std::string>>();
+  const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
+  Call made{op, {}, {}, std::move(frees)};
+  const py::list args = call[1];
+  const py::dict kwargs = call[2];
+  const std::vector<c10::Argument>& declared = op.schema().arguments();
+  for (size_t i = 0; i < declared.size(); ++i) {
+    if (i < args.size()) {
+      made.arguments.push_back(argument_of(args[i], declared[i], slot_type));
+    } else if (kwargs.contains(declared[i].name())) {
+      made.arguments.push_back(argument_of(kwargs[declared[i].name().c_str()], declared[i], slot_type));
+    } else {
+      made.arguments.push_back({Argument::Kind::kConstant, {}, *declared[i].default_value()});
+    }
+  }
+  for (const py::handle& slot : call[3].cast<py::list>())
+    made.results.push_back(slot.is_none() ? -1 : slot.cast<int>());
+  calls_.push_back(std::move(made));
+}
+
 PYBIND11_MODULE(_program, m) {
-  add_reader(m);
   m.attr("TORCH") = GPK_TORCH_VERSION;
-  py::class_<Program>(m, "Program")
+  py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init<py::list, std::vector<int>, std::vector<int>, std::vector<std::vector<int>>, py::object>())
-      .def("__call__", &Program::run);
+      .def("__call__", py::overload_cast<const py::list&>(&Program::run, py::const_));
+  add_reader(m);
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -36,3 +38,24 @@ def assert_same(ours: list[Tensor], exact: list[Tensor], tolerance: float = 1e-1
 
 def batch(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(shape, dtype=dtype), 0.7 * torch.randn(shape, dtype=dtype), torch.rand(shape[0], dtype=dtype)
+
+
+def assert_exactly_as(
+    ours: Tensor, exact: Tensor, critic: nn.Module, tolerance: float = 1e-9, inputs: Sequence[Tensor] = ()
+) -> None:
+    """The same value and gradients, gradients of zeros where PyTorch has them, and None where it has None.
+
+    tolerance: relative. Weights and gradients are about 1, and what cancels to nothing may leave a few roundings.
+    """
+    torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+    named = {name: p for name, p in critic.named_parameters() if p.requires_grad}
+    named |= {f"input {i}": x for i, x in enumerate(inputs)}
+    pairs = [torch.autograd.grad(loss, list(named.values()), allow_unused=True) for loss in (ours, exact)]
+    scale = max([1.0, *(float(g.abs().max()) for g in pairs[1] if g is not None)])
+    for name, a, b in zip(named, *pairs, strict=True):
+        assert (a is None) == (b is None), f"{name}: {a} where PyTorch has {b}"
+        if a is None or b is None:
+            continue
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        error, largest = float((a - b).abs().max()), float(b.abs().max())
+        assert error <= tolerance * (largest + 1e-4 * scale), f"{name}: {error} of {largest}"

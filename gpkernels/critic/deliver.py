@@ -23,9 +23,9 @@ class _Deliver(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, value: list[Tensor], gradients: list[Tensor], *tensors: Tensor) -> Any:
         ctx.gradients = gradients
-        return value.view_as(value)
+        return value[0]  # in a list: a tensor would be an argument, and be given back as a view of itself
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
@@ -60,4 +60,4 @@ def deliver(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor
         return value
     known, tensors = [g for _, g in gradients], [x for x, _ in gradients]
     delivered: Tensor = NotImplemented if is_compiling() else backends.deliver(value, known, tensors)
-    return _Deliver.apply(value, known, *tensors) if delivered is NotImplemented else delivered
+    return _Deliver.apply([value], known, *tensors) if delivered is NotImplemented else delivered

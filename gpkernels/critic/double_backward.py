@@ -7,18 +7,19 @@ nothing instead. Everything else is PyTorch's own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from gpkernels.critic.graph import rule_of
-from gpkernels.critic.rules.base import Meta, Rule
+from gpkernels.critic.graph import LEAF, rule_of
+from gpkernels.critic.rules import RULES
+from gpkernels.critic.rules.base import Meta, Rule, Saved, Unfit
 from gpkernels.critic.rules.elementwise import Hardtanh, LeakyReLUInPlace, ReLU
 
 
@@ -29,8 +30,10 @@ class _Forward(Function):
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
         with torch.enable_grad():
             y = function(x.detach().requires_grad_())
-        assert y.grad_fn is not None
-        ctx.rule, saved = rule_of(y.grad_fn)
+        node = y.grad_fn
+        if node is None or node.name() not in RULES or any(p.name() != LEAF for p, _ in node.next_functions if p):
+            raise Unfit("it is not one node with a rule")
+        ctx.rule, saved = rule_of(node)
         ctx.save_for_backward(*saved)
         return y.detach()
 
@@ -61,7 +64,7 @@ class _Pull(Function):
     def forward(ctx: Any, cotangent: Tensor, rule: Rule, *saved: Tensor) -> Any:
         ctx.rule = rule
         ctx.save_for_backward(*saved)
-        return rule.pull(saved, (cotangent,), (True,))[0]
+        return rule.pull(Saved(saved), (cotangent,), (True,))[0]
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
@@ -73,7 +76,7 @@ class _Push(Function):
     def forward(ctx: Any, tangent: Tensor, rule: Rule, *saved: Tensor) -> Any:
         ctx.rule = rule
         ctx.save_for_backward(*saved)
-        return rule.push(saved, (tangent,))[0]
+        return rule.push(Saved(saved), (tangent,))[0]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
@@ -85,11 +88,18 @@ def _nothing(ctx: Any) -> Sequence[None]:
     return (None,) * (1 + len(ctx.saved_tensors))
 
 
+def _called(x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
+    try:
+        return _Forward.apply(x, function)
+    except Unfit:  # an image of channels-last order that is pooled to one pixel, say
+        return function(x)
+
+
 def _layer(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("return_indices"):
             return function(x, *args, **kwargs)
-        return _Forward.apply(x, lambda x: function(x, *args, **kwargs))
+        return _called(x, lambda x: function(x, *args, **kwargs))
 
     return call
 
@@ -101,13 +111,13 @@ def _unwritable(x: Tensor) -> bool:
 
 def _relu(x: Tensor, inplace: bool = False) -> Any:
     if not inplace:
-        return _Forward.apply(x, torch.relu)
+        return _called(x, torch.relu)
     return F.relu(x, True) if _unwritable(x) else _InPlace.apply(x, torch.relu_, ReLU, ())
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not inplace:
-        return _Forward.apply(x, lambda x: F.leaky_relu(x, negative_slope))
+        return _called(x, lambda x: F.leaky_relu(x, negative_slope))
     if _unwritable(x) or negative_slope <= 0:  # the output does not tell the sign of the input
         return F.leaky_relu(x, negative_slope, True)
     return _InPlace.apply(x, lambda x: F.leaky_relu_(x, negative_slope), LeakyReLUInPlace, (negative_slope,))
@@ -115,7 +125,7 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) 
 
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
     if not inplace:
-        return _Forward.apply(x, lambda x: F.hardtanh(x, min_val, max_val))
+        return _called(x, lambda x: F.hardtanh(x, min_val, max_val))
     if _unwritable(x):
         return F.hardtanh(x, min_val, max_val, True)
     return _InPlace.apply(x, lambda x: F.hardtanh_(x, min_val, max_val), Hardtanh, (min_val, max_val))
@@ -136,33 +146,37 @@ LAYERS: dict[Any, Callable[..., Any]] = {
 }
 
 
-_entered = threading.local()
-
-
-def depth() -> int:
-    """How many ``fast_double_backward()`` contexts this thread is in."""
-    return getattr(_entered, "depth", 0)
-
-
 class fast_double_backward(TorchFunctionMode):
     """Context: layers called inside it have the efficient double backward.
 
     Values and gradients are PyTorch's, for derivatives of any order; the weight gradients of an MLP's penalty are the
-    same to the last bit. Layers: ReLU, LeakyReLU, Hardtanh, ReLU6, max, average and adaptive pooling, also in place;
-    every other layer runs as it is. The penalties of this library use it by themselves where a critic has a layer
-    without a rule; called inside it, they can be differentiated to any order.
+    same to the last bit. Where PyTorch's are zeros because nothing depends on a weight, there may be None. Layers:
+    ReLU, LeakyReLU, Hardtanh, ReLU6, also in place; max, average and adaptive pooling of images. Every other layer runs
+    as it is, and so does everything in ``torch.compile`` and in transforms of ``torch.func``. The penalties of this
+    library can be differentiated to any order where they are called inside it.
+
+    Example:
+        >>> with gpkernels.fast_double_backward():
+        ...     (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     """
 
-    def __enter__(self) -> fast_double_backward:
-        _entered.depth = depth() + 1
-        return super().__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        _entered.depth = depth() - 1
-        super().__exit__(*exception)
+    # Enter and exit are the base's: a graph break inside a mode that has its own is more than torch.compile can do.
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_compiling() or _transformed():  # these have derivatives of their own
+            return func(*args, **kwargs)
         layer = LAYERS.get(func)
         if layer is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
-            return layer(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return layer(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def depth() -> int:
+    """How many ``fast_double_backward()`` contexts this thread is in."""
+    return sum(isinstance(mode, fast_double_backward) for mode in _get_current_function_mode_stack())

@@ -16,7 +16,6 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 Edge = tuple[Any, int]
-Place = tuple[int, int]
 
 
 def fitted(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -65,35 +64,38 @@ class Pullback:
     def values(self) -> list[Tensor | None]:
         return [None if r is None else r.detach() for r in self.results]
 
-    def push(self, tangents: Sequence[Tensor | None], nodes: Sequence[Any], wanted: Sequence[Place]) -> list[Tensor | None]:
-        """Tangents of the parents -> tangents of the outputs, then the curvature at the wanted places of the graph."""
+    def push(self, tangents: Sequence[Tensor | None], ends: Sequence[Edge], wanted: Sequence[Edge]) -> list[Tensor | None]:
+        """Tangents of the parents -> tangents of the outputs, then the curvature at the wanted edges of the graph."""
         pairs = [(r, t) for r, t in zip(self.results, tangents, strict=True) if r is not None and t is not None]
         pairs = [(r, t) for r, t in pairs if r.requires_grad]
         found: dict[Edge, Tensor] = {}
-        for edge, g in _backward([r for r, _ in pairs], [t for _, t in pairs], set(nodes)):
+        for edge, g in _backward([r for r, _ in pairs], [t for _, t in pairs], {node for node, _ in ends}):
             found[edge] = found[edge] + g if edge in found else g
         out = [None if c is None else found.pop((get_gradient_edge(c).node, 0), None) for c in self.cotangents]
-        bent = [found.pop((nodes[i], nr), None) for i, nr in wanted]
+        bent = [found.pop(edge, None) for edge in wanted]
         if found:
             raise RuntimeError(f"{self.name} depends on a tensor of the critic that it was not given as an argument")
         return [*out, *bent]
 
 
 class Outsider:
-    """Makes the calls without a rule, of the graphs of one run."""
+    """Makes the calls without a rule, of one graph. nodes: as the graph has them; leaves: which of them are leaves."""
 
-    def __init__(self, nodes: Sequence[Any]) -> None:
-        self.nodes = nodes
+    def __init__(self, nodes: Sequence[Edge], leaves: frozenset[int] = frozenset()) -> None:
+        self.nodes, self._leaves = nodes, leaves
         self._pullbacks: dict[int, Pullback] = {}
 
     def __call__(self, what: tuple[Any, ...], given: Sequence[Tensor | None]) -> list[Tensor | None]:
         kind, i, *places = what
+        node = self.nodes[i][0]
         if kind == "pull":
-            return pull(self.nodes[i], given)
+            return pull(node, given)
         if kind == "first":
-            pullback = self._pullbacks[i] = Pullback(self.nodes[i], given)
+            pullback = self._pullbacks[i] = Pullback(node, given)
             return pullback.values()
-        return self._pullbacks.pop(i).push(given, self.nodes, places)
+        # A leaf is known by the one output that the graph reaches.
+        edges = [self.nodes[j] if j in self._leaves else (self.nodes[j][0], number) for j, number in places]
+        return self._pullbacks.pop(i).push(given, self.nodes, edges)
 
 
 def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], ends: set[Any]) -> list[tuple[Edge, Tensor]]:

@@ -8,7 +8,7 @@ kinds of nodes, how they hang together, shapes, strides, dtypes, constants, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from gpkernels import backends
+from gpkernels.critic.program import watched
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule
 
 LEAF = "torch::autograd::AccumulateGrad"
 _WRAP = 1 << 64
+Edge = tuple[Any, int]  # a node of autograd's graph and which of its outputs
 
 
 class _Reader:
@@ -48,30 +49,39 @@ _READERS = {name: _Reader(rule) for name, rule in RULES.items()}
 class Graph:
     """The nodes of autograd that outputs come from, parents before children.
 
-    saved: the tensors that the nodes' rules read, one after the other. leaves: the tensors at which the graph ends.
+    nodes: each with the output by which it was reached first. saved: the tensors that their rules read, one after the
+    other. leaves: the tensors at which the graph ends; None for an output of an older node.
     key: (facts of each node, the place of each output's node and which of its outputs it is).
     """
 
     __slots__ = ("nodes", "saved", "leaves", "key")
 
-    def __init__(self, outputs: Sequence[Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Tensor], start: int = 0) -> None:
+        """start: the number of the first node that is the critic's own; older ones are where the graph ends."""
         self.saved: list[Tensor | None] = []
-        self.leaves: list[Tensor] = []
-        edges = [get_gradient_edge(x) for x in outputs]
-        places: dict[Any, int] = {}
-        self.nodes = _in_order([edge.node for edge in edges], places)
-        facts = tuple([self._read(node, places) for node in self.nodes])
-        self.key = facts, tuple([(places[edge.node], edge.output_nr) for edge in edges])
+        self.leaves: list[Tensor | None] = []
+        edges = [(edge.node, edge.output_nr) for edge in map(get_gradient_edge, outputs)]
+        places: dict[Edge, int] = {}
+        self.nodes = _in_order(edges, start, places)
+        facts = tuple([self._read(edge, start, places) for edge in self.nodes])
+        self.key = facts, tuple([(places[_name(edge, start)], edge[1]) for edge in edges])
 
-    def _read(self, node: Any, places: Mapping[Any, int]) -> tuple[Any, ...]:
-        """The node's part of the key; its tensors are kept."""
+    def _read(self, edge: Edge, start: int, places: Mapping[Edge, int]) -> tuple[Any, ...]:
+        """The node's part of the key; its tensors are kept. An older node's output is a leaf without a tensor."""
+        node, number = edge
+        if _is_older(node, start):
+            self.leaves.append(None)
+            meta = node._input_metadata[number]
+            return LEAF, ((tuple(meta.shape), None, meta.dtype, meta.device),)
         name = node.name()
         if name == LEAF:
             variable = node.variable
             self.leaves.append(variable)
             return name, (_meta(variable),)
         outputs = tuple([(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
-        parents = tuple([None if p is None else (places[p], nr) for p, nr in node.next_functions])
+        parents = tuple(
+            [None if p is None else (places[_name((p, nr), start)], nr) for p, nr in node.next_functions]
+        )
         reader = _READERS.get(name)
         if reader is None:
             return name, outputs, parents
@@ -79,27 +89,40 @@ class Graph:
         flat: list[Tensor | None] = []
         for x in tensors:
             flat.extend(x) if isinstance(x, (tuple, list)) else flat.append(x)
-        self.saved += flat
+        # A Python number beside a tensor is saved as a tensor that PyTorch turns back into a number, a constant, wherever
+        # calls are traced. A copy is none.
+        self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
         return name, outputs, parents, _hashable(reader.constants(node)), tuple([_meta(x) for x in flat])
 
 
-def _in_order(roots: Iterable[Any], places: dict[Any, int]) -> list[Any]:
+def _is_older(node: Any, start: int) -> bool:
+    return bool(start) and node._sequence_nr() < start
+
+
+def _name(edge: Edge, start: int) -> Edge:
+    """A node, or one output of an older node."""
+    return edge if _is_older(edge[0], start) else (edge[0], 0)
+
+
+def _in_order(roots: Sequence[Edge], start: int, places: dict[Edge, int]) -> list[Edge]:
     """All nodes that roots lead to, parents first; ``places`` gets where each is."""
-    nodes: list[Any] = []
+    order: list[Edge] = []
     stack = list(roots)
     while stack:
-        node = stack[-1]
-        if node in places:
+        edge = stack[-1]
+        name = _name(edge, start)
+        if name in places:
             stack.pop()
             continue
-        pending = [p for p, _ in node.next_functions if p is not None and p not in places]
+        parents = () if _is_older(edge[0], start) else edge[0].next_functions
+        pending = [p for p in parents if p[0] is not None and _name(p, start) not in places]
         if pending:
             stack += pending
             continue
-        places[node] = len(nodes)
-        nodes.append(node)
+        places[name] = len(order)
+        order.append(edge)
         stack.pop()
-    return nodes
+    return order
 
 
 def _meta(x: Tensor | None) -> Any:
@@ -125,19 +148,9 @@ def _full_meta(meta: Any) -> Meta:
     return Meta(tuple(meta.shape), meta.dtype, meta.device)
 
 
-_native: Any = None
-
-
-def read(outputs: list[Tensor]) -> tuple[Any, list[Any], list[Tensor | None], list[Tensor]]:
-    """(key, nodes, saved, leaves) of a graph; the key is the graph's own, or bytes that tell the same."""
-    global _native
-    if backends.program is None:
-        graph = Graph(outputs)
-        return graph.key, graph.nodes, graph.saved, graph.leaves
-    if _native is None:
-        attributes = {
-            name: tuple([tuple([f"_saved_{n}" for n in names]) for names in (rule.saved, rule.constants)])
-            for name, rule in RULES.items()
-        }
-        _native = backends.program.Reader(attributes)
-    return _native(outputs)  # type: ignore[no-any-return]
+def attributes() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """What is read of each kind of node: its tensors and its constants, by the names of attributes."""
+    return {
+        name: (tuple([f"_saved_{n}" for n in rule.saved]), tuple([f"_saved_{n}" for n in rule.constants]))
+        for name, rule in RULES.items()
+    }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpkernels.critic.generic import fitted
 from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
-from gpkernels.critic.rules.base import Layout
+from gpkernels.critic.rules.base import Layout, Saved, Unary
 from gpkernels.critic.rules.products import Lazy
 from gpkernels.critic.rules.shapes import T
 
@@ -35,8 +35,9 @@ class Passes:
         self.to_weights: dict[Place, list[Any]] = {}
         self._deltas: dict[int, list[Tensor | None]] = {}
         self._tangents: dict[int, list[Tensor | None]] = {}
-        self._cut: dict[tuple[int, str], list[Tensor | None]] = {}
+        self._cut: dict[tuple[int, str], Saved] = {}
         self._bent: dict[int, dict[Place, Tensor]] = {}
+        self._joint: dict[int, Sequence[Tensor | None]] = {}
 
     # --- pull ---------------------------------------------------------------------------------------------------------
 
@@ -81,6 +82,10 @@ class Passes:
             return
         if both:
             weights = self._wanted(call, False, True)
+            place = self._joint_product(i, call, weights)
+            if place is not None:  # with the penalised rows' share, when their tangents are known
+                self._joint[i] = c
+                weights[place + 1] = False
             if any(weights):
                 self._hand(call, self._call_pull(i, PLAIN, self._rows(i, c, PLAIN), weights), PLAIN, cotangents)
             trained = [p is not None and plan.calls[p[0]].moves and plan.calls[p[0]].trains for p in call.parents]
@@ -91,6 +96,16 @@ class Passes:
                 self._hand(call, self._call_pull(i, which, lower, others), which, cotangents)
             return
         self._hand(call, self._call_pull(i, which, c, self._wanted(call, True, False, frozen=True)), which, cotangents)
+
+    def _joint_product(self, i: int, call: Call, weights: Sequence[bool]) -> int | None:
+        """The argument whose product with the cotangents is a weight's gradient, if one product can be for all rows."""
+        rule = call.rule
+        place = None if rule is None else rule.shared_operand
+        if place is None or not weights[place + 1] or self.saved[call.saved.start] is None:
+            return None
+        layouts = self.plan.layouts
+        p = call.parents[place]
+        return place if p is not None and layouts is not None and layouts[p[0]] == layouts[i] == (0, 1) else None
 
     def _wanted(self, call: Call, moving: bool, weights: bool, frozen: bool = False) -> list[bool]:
         """Which parents to give cotangents: moving ones (also those that lead to no trained weight), weights."""
@@ -152,7 +167,7 @@ class Passes:
     def _push_generic(self, i: int, call: Call, t: Sequence[Tensor | None], tangents: Cotangents) -> None:
         if not any(u is not None for u in t):
             return
-        places = [(i, nr) for nr in range(len(call.outputs))] + [p for p in call.parents if p is not None]
+        places = list(dict.fromkeys(self.plan.around(i)))
         found = self.outsider(("push", i, *places), list(t))
         own = len(call.outputs)
         for nr, u in enumerate(found[:own]):
@@ -171,23 +186,24 @@ class Passes:
         plan = self.plan
         which = PENALISED if plan.plain else ALL
         adjoints: Cotangents = dict(seeds)
+        for bent in self._bent.values():
+            for place, u in bent.items():
+                self._give(place, u, ALL, adjoints)
         for i in range(len(plan.calls) - 1, -1, -1):
             call = plan.calls[i]
             if call.leaf or not call.moves:
                 continue
             a = self._taken(adjoints, i)
             d, t = self._deltas.pop(i, None), self._tangents.pop(i, None)
-            if call.rule is None:
-                for place, u in self._bent.pop(i, {}).items():
-                    self._give(place, u, ALL, adjoints)
-                a = self._joined(a, self._taken(adjoints, i))
             wanted = self._wanted(call, True, True)
             if a is not None:
                 self._hand(call, self._call_pull(i, which, a, wanted), which, adjoints)
             if call.rule is None or d is None:
                 continue
+            if i in self._joint:
+                wanted = self._multiply_jointly(i, call, t, scale, wanted, adjoints)
             if scale is not None:
-                self._bend_scaled(i, call, d, t, scale, which, adjoints)
+                self._bend_scaled(i, call, d, t, scale, which, wanted, adjoints)
             elif t is not None and any(u is not None for u in t) and any(wanted):
                 rule = plan.variant(i, which)[0]
                 self._hand(call, rule.bend(self._saved(i, which), t, d, wanted), which, adjoints)
@@ -203,12 +219,13 @@ class Passes:
         t: list[Tensor | None] | None,
         scale: Tensor,
         which: str,
+        wanted: Sequence[bool],
         adjoints: Cotangents,
     ) -> None:
         plan = self.plan
         rule, _ = plan.variant(i, which)
         saved = self._saved(i, which)
-        wanted = self._wanted(call, False, True)
+        wanted = [w and v for w, v in zip(wanted, self._wanted(call, False, True), strict=True)]
         t = [None] * len(call.parents) if t is None else t
         place = rule.shared_operand
         layouts = plan.layouts
@@ -226,6 +243,34 @@ class Passes:
             self._hand(call, rule.pull(saved, scaled, wanted), which, adjoints)
             if any(u is not None for u in t):
                 self._hand(call, rule.bend(saved, t, d, wanted), which, adjoints)
+
+    def _multiply_jointly(
+        self,
+        i: int,
+        call: Call,
+        t: Sequence[Tensor | None] | None,
+        scale: Tensor | None,
+        wanted: Sequence[bool],
+        adjoints: Cotangents,
+    ) -> list[bool]:
+        """One product for plain and penalised rows: cotangents x [a; t]. What is still wanted."""
+        plan, rule = self.plan, call.rule
+        assert rule is not None and rule.shared_operand is not None and plan.layouts is not None
+        place, c = rule.shared_operand, self._joint.pop(i)
+        operand = None if t is None else t[place]
+        plain, penalised = (self._saved(i, which)[0] for which in (PLAIN, PENALISED))
+        assert plain is not None and penalised is not None
+        if scale is not None:
+            own = by_row(penalised, scale, Layout(0, 1))
+            operand = own if operand is None else operand + own
+        one = [k == place + 1 for k in range(len(wanted))]
+        if operand is None:
+            found = self._call_pull(i, PLAIN, self._rows(i, c, PLAIN), one)
+        else:
+            tangents = [torch.cat([plain, operand.to(plain.dtype)]) if k == place else None for k in range(len(wanted))]
+            found = rule.bend(self._saved(i, ALL), tangents, c, one)
+        self._hand(call, found, ALL, adjoints)
+        return [w and not o for w, o in zip(wanted, one, strict=True)]
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -257,12 +302,6 @@ class Passes:
     def _taken(self, cotangents: Cotangents, i: int) -> list[Tensor | None] | None:
         found = [cotangents.pop((i, nr), None) for nr in range(len(self.plan.calls[i].outputs))]
         return None if all(u is None for u in found) else found
-
-    @staticmethod
-    def _joined(a: list[Tensor | None] | None, b: list[Tensor | None] | None) -> list[Tensor | None] | None:
-        if a is None or b is None:
-            return b if a is None else a
-        return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
 
     def _hand(self, call: Call, contributions: Sequence[Any], which: str, cotangents: Cotangents) -> None:
         """Give a call's contributions to its parents."""
@@ -302,19 +341,23 @@ class Passes:
         start, size = window.start * layout.block, (window.stop - window.start) * layout.block
         return [None if u is None else u.narrow(layout.axis, start, size) for u in c]
 
-    def _saved(self, i: int, which: str) -> list[Tensor | None]:
+    def _saved(self, i: int, which: str) -> Saved:
         """A call's saved tensors, cut to some rows."""
         if which != ALL and not self.plan.plain:
             which = ALL
         known = self._cut.get((i, which))
         if known is None:
-            tensors = self.saved[self.plan.calls[i].saved]
-            cuts = self.plan.variant(i, which)[1]
-            known = [
-                x if x is None or cut is None else x.narrow(*cut) for x, cut in zip(tensors, cuts, strict=True)
-            ]
-            self._cut[i, which] = known
+            known = self._cut[i, which] = self._cut_down(i, which)
         return known
+
+    def _cut_down(self, i: int, which: str) -> Saved:
+        call = self.plan.calls[i]
+        rule, cuts = self.plan.variant(i, which)
+        tensors = self.saved[call.saved]
+        found = Saved([x if x is None or cut is None else x.narrow(*cut) for x, cut in zip(tensors, cuts, strict=True)])
+        if call.curved and which == (PENALISED if self.plan.plain else ALL) and isinstance(rule, Unary):
+            rule.prepared(found)  # these rows go back, forth and back again
+        return found
 
 
 def by_row(x: Tensor, scale: Tensor, layout: Layout | None) -> Tensor:

@@ -36,7 +36,7 @@ class Call:
         self.shapes = [None if m is None else tuple(m[0]) for m in entry[4]] if len(entry) > 4 else []
         self.saved = slice(saved, saved + len(self.shapes))
         self.rule: Rule | None = None  # None: autograd's
-        self.moves = self.trains = self.sent = self.pushed = self.uses_tangents = self.curved = False
+        self.moves = self.trains = self.tangible = self.sent = self.pushed = self.uses_tangents = self.curved = False
         self.number = -1  # among the leaves
 
 
@@ -61,7 +61,9 @@ class Plan:
                 call.moves, call.trains = call.number == x, wanted or call.number != x
                 self.x = (i, 0) if call.moves else self.x
                 self.leaves += 1
+            call.parents = tuple([self._place(p) for p in call.parents])
             self._tie(call)
+        self.outputs = tuple([p for p in map(self._place, self.outputs) if p is not None])
         self.saved_count = saved
         self._look_back()
         self.curved = any(call.moves and call.curved for call in self.calls)
@@ -73,18 +75,35 @@ class Plan:
         except Mixed as at:
             self.mixes = str(at)
 
+    def _place(self, p: Place | None) -> Place | None:
+        """A leaf has one output, whichever of an older node it is."""
+        return (p[0], 0) if p is not None and self.calls[p[0]].leaf else p
+
     def _tie(self, call: Call) -> None:
         """What follows from the parents."""
         parents = [self.calls[p[0]] for p in call.parents if p is not None]
         call.moves |= any(p.moves for p in parents)
         call.trains |= any(p.trains for p in parents)
+        call.tangible = (call.leaf and call.moves) or any(p.tangible for p in parents)
         rule = RULES.get(call.name)
-        if rule is None or call.leaf:
+        metas = [m for m in (*self.metas(call), *call.outputs) if m is not None]
+        if rule is None or call.leaf or any(m.dtype.is_complex for m in metas):
             return
         try:
             call.rule = rule(call.constants, self.metas(call), call.outputs)
         except Unfit:
             return
+        call.tangible &= not call.rule.flat
+
+    def around(self, i: int) -> list[Place]:
+        """Where the derivatives of a call's pullback may lead: its outputs, its arguments, and views of its outputs."""
+        call = self.calls[i]
+        views = [(j, nr) for j, c in enumerate(self.calls) for nr in range(len(c.outputs)) if self._is_child(c, i)]
+        return [*((i, nr) for nr in range(len(call.outputs))), *(p for p in call.parents if p is not None), *views]
+
+    @staticmethod
+    def _is_child(call: Call, i: int) -> bool:
+        return any(p is not None and p[0] == i for p in call.parents)
 
     def metas(self, call: Call) -> list[Meta | None]:
         """Of the arguments."""
@@ -100,10 +119,11 @@ class Plan:
                 call.curved = call.rule is None or call.rule.curved(moving)
                 call.uses_tangents = call.curved or any(p is not None and not p.moves for p in parents)
                 sends = [True] * len(parents) if call.rule is None else call.rule.sends_to(moving)
+            tangible = any(p is not None and p.tangible for p in parents)
             for p, sent in zip(parents, sends, strict=True):
                 if p is not None:
                     p.pushed |= call.moves and (call.uses_tangents or call.pushed)
-                    p.sent |= call.sent or sent
+                    p.sent |= call.sent or (sent and tangible)
 
     @property
     def x_meta(self) -> Meta:

@@ -199,7 +199,7 @@ class Stretch:
         self.outputs = sorted(s for s in later if s in made)
         self.done = [s for s in self.inputs if s not in later]
         self.frees = self._last_uses(later)
-        self._native: Any = None
+        self.native: Any = None
 
     def _last_uses(self, kept: set[Any]) -> list[list[Any]]:
         """For each call, the slots that nobody reads after it."""
@@ -215,9 +215,9 @@ class Stretch:
         """Outputs from what is given for the inputs; None for None. The list is emptied."""
         if backends.program is None:
             return self._run_here(given, inputs, outputs)
-        if self._native is None:
-            self._native = self._translated(inputs, outputs)
-        return self._native(given)  # type: ignore[no-any-return]
+        if self.native is None:
+            self.native = self._translated(inputs, outputs)
+        return self.native(given)  # type: ignore[no-any-return]
 
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """The same list for the loop in C++."""
@@ -323,11 +323,11 @@ signatures = Cache()
 
 def _traceable(inputs: Tensors) -> bool:
     """Whether nothing looks on, all tensors are PyTorch's own, and ops are chosen by the dispatcher alone."""
-    if backends.forced() is not None or torch.compiler.is_compiling() or _watched():
+    if backends.forced() is not None or torch.compiler.is_compiling() or watched():
         return False
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in inputs)
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a mode or a transform looks on, which has to see every call."""
     return _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active()

@@ -6,22 +6,27 @@ nothing, and nothing is ever differentiated twice.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _get_sequence_nr, forward_ad
+from torch.compiler import is_compiling
 
-from gpkernels import ops
+from gpkernels import backends, ops
 from gpkernels.critic import program
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.graph import Graph, read
+from gpkernels.critic.graph import Graph, attributes
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty, points_of
 from gpkernels.critic.passes import Passes, total
 from gpkernels.critic.plan import Place, Plan
-from gpkernels.critic.together import Check, Differs, Seen, Watch, keeps_apart, settled
+from gpkernels.critic.together import Check, Differs, Seen, Watch, autocasts, keeps_apart, settled
 from gpkernels.reference import REDUCTIONS, accumulation_dtype
 
 
@@ -67,26 +72,51 @@ class Pass:
         self.each = len(groups[0].x)
         penalised = any(g.penalised for g in groups)
         self.x = _batch([g.x for g in groups], penalised or wants)
+        self.start = 0 if backends.program is None else _get_sequence_nr()
         if isinstance(looks_on, Watch):
             looks_on.follow(self.x)
-        with torch.enable_grad(), looks_on or nullcontext():
+        with torch.enable_grad(), _uncompiled(), looks_on or nullcontext():
             output = critic(self.x, *args, **(kwargs or {}))
-        given = [scores_of(output)]
-        features = features_of(output)
-        given += [] if features is None else [features]
-        if not pools and given[0].numel() < len(self.x):
+        scores, features = scores_of(output), features_of(output)
+        self.outputs = [scores] if features is None else [scores, features]
+        self.wants = wants
+        if not pools and scores.numel() < len(self.x):
             raise ValueError(
-                f"critic: expected a score for each of {len(self.x)} samples, got shape {tuple(given[0].shape)}; "
+                f"critic: expected a score for each of {len(self.x)} samples, got shape {tuple(scores.shape)}; "
                 "for scores of several samples at once there is the option pack"
             )
-        self.roots = [u for u in given if u.requires_grad]
-        key, self.nodes, self.saved, self.leaves = read(self.roots)
-        self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is self.x), None)
-        if penalised and self.x_leaf is None:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
+            raise RuntimeError(
+                "the critic has a forward-mode tangent, which this penalty would not carry on; call it inside "
+                "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
+            )
+        if penalised and not scores.requires_grad:
             raise ValueError("critic: expected scores that depend on the input, got scores that do not")
-        metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in given])
-        self.key = key, self.x_leaf, wants, self.groups, self.each, metas
-        self.given = [u.detach() for u in given]
+
+    def read(self) -> None:
+        """Read the graph: nodes, saved tensors, leaves, which of these is the batch, and the key."""
+        roots = [u for u in self.outputs if u.requires_grad]
+        self._read(roots)
+        self.told = True  # whether C++ reads the same
+        if self.x_leaf is None and self.start and self.x.requires_grad:  # made by another thread, which counts for itself?
+            self.start, self.told = 0, False
+            self._read(roots)
+        if self.x_leaf is None and any(penalised for _, penalised in self.groups):
+            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+        metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in self.outputs])
+        self.key = self.graph_key, self.x_leaf, self.wants, self.groups, self.each, metas
+
+    def _read(self, roots: list[Tensor]) -> None:
+        graph = Graph(roots, self.start)
+        self.graph_key, self.nodes, self.saved = graph.key, graph.nodes, graph.saved
+        found = shelf.leaves(roots, self.start) if any(leaf is None for leaf in graph.leaves) else graph.leaves
+        self.leaves = [leaf for leaf in found if leaf is not None]
+        self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is self.x), None)
+
+
+def _uncompiled() -> Any:
+    """Compiled parts of a critic run as they were written: PyTorch cannot differentiate a compiled part twice."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _batch(groups: list[Tensor], moves: bool) -> Tensor:
@@ -108,11 +138,14 @@ class Task(NamedTuple):
     gradients: bool
 
 
+Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
+
+
 class Known:
     """What a signature says, once for all its runs."""
 
     def __init__(self, passes: Sequence[Pass], leaves: list[tuple[int, ...]]) -> None:
-        keys = [(Graph(one.roots).key, *one.key[1:]) for one in passes]
+        keys = [one.key for one in passes]
         self.keys, self.leaves = keys, leaves
         self.count = max((n for numbers in leaves for n in numbers), default=-1) + 1
         self.plans = []
@@ -132,23 +165,28 @@ class Signed:
         numbers: dict[int, int] = {}
         mine = []
         for one in passes:
+            one.read()
             for leaf in one.leaves:
                 if numbers.setdefault(id(leaf), len(self.leaves)) == len(self.leaves):
                     self.leaves.append(leaf)
             mine.append(tuple([numbers[id(leaf)] for leaf in one.leaves]))
+        self.told = all(one.told for one in passes)
         key = tuple([one.key for one in passes]), tuple(mine), task
         self.signature = program.signatures.get(key, lambda: Known(passes, mine))
         self.known: Known = self.signature.known
 
-    def run(self, weight: Tensor) -> tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]:
+    def run(self, weight: Tensor) -> Results:
         """loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted."""
         known, task = self.known, self.task
-        outsiders = [Outsider(one.nodes) if g else None for one, g in zip(self.passes, known.generic, strict=True)]
-        inputs: list[Tensor | None] = [weight]
+        outsiders = [
+            Outsider(one.nodes, frozenset(i for i, call in enumerate(plan.calls) if call.leaf)) if generic else None
+            for one, plan, generic in zip(self.passes, known.plans, known.generic, strict=True)
+        ]
+        inputs: list[Tensor | None] = [weight, _number(1.0, weight)]
         names = []
         while self.passes:  # their tensors are let go of as soon as they have been read
             one = self.passes.pop(0)
-            inputs += one.given
+            inputs += [u.detach() for u in one.outputs]
             inputs += one.saved
             names += [name for name, _ in one.groups]
             del one
@@ -159,9 +197,67 @@ class Signed:
             return chosen(what[1:], given)
 
         results = self.signature.run(inputs, lambda tensors, outsider: work(known, task, tensors, outsider), outsider)
-        gradients, at_samples = results[4 : 4 + known.count], results[4 + known.count :]
-        found = [(leaf, g) for leaf, g in zip(self.leaves, gradients, strict=True) if g is not None]
-        return list(results[:4]), found, [(n, g) for n, g in zip(names, at_samples, strict=True) if g is not None]
+        return _sorted(list(results), self.leaves, names)
+
+
+def _sorted(results: list[Any], leaves: Sequence[Tensor], names: Sequence[str]) -> Results:
+    gradients, at_samples = results[4 : 4 + len(leaves)], results[4 + len(leaves) :]
+    found = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
+    return results[:4], found, [(n, g) for n, g in zip(names, at_samples, strict=True) if g is not None]
+
+
+class _Shelf:
+    """Programs that C++ finds by itself, from the outputs of the critic's calls; where that was built."""
+
+    def __init__(self) -> None:
+        self._native: Any = None
+        self._tags: dict[Any, int] = {}
+        self._count = count()
+
+    def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
+        """The results, or the key under which to ``keep`` a program; None where C++ has no say."""
+        if backends.program is None or backends.forced() is not None or is_compiling():
+            return None
+        key = task, tuple([(one.groups, one.each, one.wants) for one in passes])
+        tag = self._tags.get(key)
+        if tag is None:
+            if len(self._tags) >= program.CAPACITY:
+                self._tags.clear()
+            tag = self._tags[key] = next(self._count)
+        found = self.native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, _number(1.0, weight))
+        if type(found) is bytes:
+            return found
+        return _sorted(*found, [name for one in passes for name, _ in one.groups])
+
+    def native(self) -> Any:
+        if self._native is None:
+            self._native = backends.program.Shelf(attributes(), program.CAPACITY)
+        return self._native
+
+    def leaves(self, outputs: list[Tensor], start: int) -> list[Tensor]:
+        """The tensors at which a graph ends; for an older node's output one that can be joined to it."""
+        return self.native().leaves(outputs, start)  # type: ignore[no-any-return]
+
+    def keep(self, key: bytes, signature: program.Signature) -> None:
+        known = signature.program
+        if known is not None and len(known.parts) == 1 and known.parts[0].native is not None:
+            self._native.add(key, known.parts[0].native)
+
+
+shelf = _Shelf()
+
+
+def run(passes: list[Pass], task: Task, weight: Tensor) -> Results:
+    """loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted."""
+    found = shelf.run(passes, task, weight)
+    if isinstance(found, tuple):
+        return found
+    with _passes(weight.device):
+        signed = Signed(passes, task)
+        results = signed.run(weight)
+    if found is not None and signed.told:
+        shelf.keep(found, signed.signature)
+    return results
 
 
 # --- what is traced ---------------------------------------------------------------------------------------------------
@@ -187,8 +283,9 @@ class _One:
 
 def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: program.Outsider) -> list[Tensor | None]:
     """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone."""
-    weight, at, ones = tensors[0], 1, []
-    assert weight is not None
+    weight, unit, *_ = tensors
+    at, ones = 2, []
+    assert weight is not None and unit is not None
     for k, (key, plan) in enumerate(zip(known.keys, known.plans, strict=True)):
         given, saved = len(key[5]), plan.saved_count
         own = list(tensors[at : at + given])
@@ -196,7 +293,7 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: p
         ones.append(_One(key, plan, own, Passes(plan, tensors[at + given : at + given + saved], call)))
         at += given + saved
     wide = accumulation_dtype(ones[0].scores.dtype)  # type: ignore[union-attr]
-    own, term, seeds = _heads(ones, task, wide)
+    own, term, seeds = _heads(ones, task, wide, unit)
     value, at_samples = None, []
     for one in ones:
         penalty, gradients = _one_pass(one, task, weight, {p: u for p, u in seeds.items() if p[0] is one})
@@ -217,7 +314,7 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: p
 Seeds = dict[tuple[Any, str], Tensor]
 
 
-def _heads(ones: list[_One], task: Task, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None, Seeds]:
+def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tuple[Tensor | None, Tensor | None, Seeds]:
     """The adversarial loss, the consistency term, and cotangents of scores ("real", "fake", "again") and of features."""
     if task.adversarial is None:
         return None, None, {}
@@ -230,8 +327,7 @@ def _heads(ones: list[_One], task: Task, wide: torch.dtype) -> tuple[Tensor | No
         chosen = [kinds[name] for _, name in scored]
         loss = ops.score_loss(scores, chosen)
         if task.gradients:
-            one = torch.ones((), dtype=wide, device=scores[0].device)
-            seeds = dict(zip(scored, ops.score_loss_backward(one, scores, chosen), strict=True))
+            seeds = dict(zip(scored, ops.score_loss_backward(unit.to(wide), scores, chosen), strict=True))
     if task.consistency is None or not any(name == "again" for one in ones for name, _ in one.groups):
         return loss, None, seeds
     return loss, _consistency(ones, task, wide, seeds), seeds
@@ -362,8 +458,7 @@ def _apart(results: list[Tensor | None], inputs: Sequence[Tensor | None]) -> lis
 
 def _passes(device: torch.device) -> Any:
     """The passes choose their own dtypes."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
 # --- penalties and steps ----------------------------------------------------------------------------------------------
@@ -387,13 +482,23 @@ def penalty_on_gradient(
     task = Task(None, target, one_sided, by_point, None, wanted)
     with torch.no_grad():
         passes = [Pass(critic, [Group("points", points, True)], False, args, kwargs, by_point)]
-        with _passes(points.device):
-            (_, _, value, _), found, _ = Signed(passes, task).run(_number(1.0, points))
+        (_, _, value, _), found, _ = run(passes, task, _number(1.0, points))
     return deliver(value, found) if wanted else value
 
 
 def _number(value: float, like: Tensor) -> Tensor:
-    return torch.full((), value, dtype=accumulation_dtype(like.dtype), device=like.device)
+    """A number as a tensor, which nobody writes to."""
+    return _scalar(value, accumulation_dtype(like.dtype), like.device)
+
+
+@lru_cache(64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    known = device.type in ("cpu", "cuda") and not program.watched() and not torch.is_inference_mode_enabled()
+    return (_constant if known else _constant.__wrapped__)(value, dtype, device)
 
 
 def critic_step(
@@ -428,7 +533,7 @@ def critic_step(
     weight = _number(0.0 if penalty is None else penalty.weight, real)
     with torch.no_grad():
         done = None
-        if together or (together is None and seen is not None):
+        if points is not None and (together or (together is None and seen is not None)):
             done = _as_one(critic, groups, task, weight, wants, seen if together is None else None)
         if done is None:
             done = _one_by_one(critic, groups, task, weight, wants, seen if together is None else None)
@@ -437,9 +542,6 @@ def critic_step(
     if wanted:
         loss = deliver(loss, [*gradients, *_merged(inputs, real, fake)])
     return Parts(loss, own, value, term)
-
-
-Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
 
 
 def _as_one(
@@ -465,8 +567,12 @@ def _as_one(
         seen.set(mode, None)
         return None
     assert one is not None
+    passes = [one]
+    found = shelf.run(passes, task, weight)
+    if isinstance(found, tuple):
+        return found
     with _passes(weight.device):
-        signed = Signed([one], task)
+        signed = Signed(passes, task)
         plan = signed.known.plans[0]
         why = keeps_apart(plan, plan.outputs[0][0]) if one.x_leaf is not None else "nothing in the graph tells its samples"
         if why is not None:
@@ -474,7 +580,10 @@ def _as_one(
                 raise ValueError(f"together: expected a critic in which samples do not meet, got one in which they do: {why}")
             seen.set(mode, None)
             return None
-        return signed.run(weight)
+        results = signed.run(weight)
+    if found is not None and signed.told:
+        shelf.keep(found, signed.signature)
+    return results
 
 
 def _one_by_one(
@@ -486,19 +595,22 @@ def _one_by_one(
     inputs: list[tuple[str, Tensor]] = []
     passes: list[Pass] = []
     tied = task.consistency is not None
+    to_note: tuple[Any, Watch | None, Pass] | None = None
     for group in groups:
-        last = group is groups[-1]
-        mode, watch = _to_see(critic, group, seen) if last else (None, None)
+        mode, watch = _to_see(critic, group, seen)
         passes.append(Pass(critic, [group], wants and not group.penalised, looks_on=watch))
-        if not last and (tied or _bytes(passes) < SMALL):
+        if mode is not None:
+            to_note = mode, watch, passes[-1]
+        if group is not groups[-1] and (tied or passes[0].x.nbytes < SMALL):
             continue
-        with _passes(weight.device):
-            nodes = passes[-1].nodes
-            size = _bytes(passes[-1:])
-            signed = Signed(passes, task)
-            if last and seen is not None and mode is not None:
-                _note(seen, mode, watch, signed.known.plans[-1], nodes, size)
-            values, gradients, at_samples = signed.run(weight)
+        if to_note is not None:
+            with _passes(weight.device):
+                signed = Signed(passes, task)
+                _note(seen, *to_note, signed.known.plans[passes.index(to_note[2])])
+                to_note = None
+                values, gradients, at_samples = signed.run(weight)
+        else:
+            values, gradients, at_samples = run(passes, task, weight)
         passes = []
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, values, strict=True)]
         for leaf, g in gradients:
@@ -517,20 +629,18 @@ def _to_see(critic: Any, group: Group, seen: Seen | None) -> tuple[Any, Watch | 
     return (mode, Watch()) if what == "looked" else (mode, None) if what == "new" else (None, None)
 
 
-def _note(seen: Seen, mode: Any, watch: Watch | None, plan: Plan, nodes: Sequence[Any], size: int) -> None:
+def _note(seen: Seen | None, mode: Any, watch: Watch | None, one: Pass, plan: Plan) -> None:
     """Remember what was seen of the penalised samples' pass."""
+    assert seen is not None
+    size = sum(x.nbytes for x in one.saved if x is not None)
     if keeps_apart(plan, plan.outputs[0][0]) is not None or size > LARGE[mode[2] == "cpu"]:
         seen.set(mode, None)
     else:
-        seen.set(mode, "looked" if watch is None else settled(watch, plan, nodes))
+        seen.set(mode, "looked" if watch is None else settled(watch, plan, one.nodes))
 
 
-SMALL = 1 << 22  # bytes of activations: passes of less are gone through at once
-LARGE = {True: 1 << 22, False: 1 << 28}  # of one group: with more, on the CPU or elsewhere, one batch gains nothing
-
-
-def _bytes(passes: Sequence[Pass]) -> int:
-    return sum(x.nbytes for one in passes for x in one.saved if x is not None)
+SMALL = 1 << 16  # bytes of a batch: the passes over smaller ones are gone through at once
+LARGE = {True: 1 << 22, False: 1 << 28}  # bytes of activations of one group: above, on the CPU or not, one batch gains nothing
 
 
 def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -43,9 +43,9 @@ _COMPARE: set[Any] = {
 _SELECT: set[Any] = {torch.where, _T.where, torch.masked_fill, _T.masked_fill}
 # Calls whose whole numbers are sizes or axes, which go with the batch; any other's are values.
 _SHAPES: set[Any] = {
-    *(_T.view, _T.reshape, torch.reshape, _T.expand, _T.flatten, torch.flatten, _T.unflatten, torch.unflatten),
-    *(_T.repeat, torch.tile, _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, torch.zeros, torch.ones),
-    *(torch.full, torch.empty, torch.rand, torch.randn, torch.broadcast_to, _T.broadcast_to, _T.view_as),
+    *(_T.view, _T.reshape, torch.reshape, _T.expand, torch.broadcast_to, _T.broadcast_to, _T.repeat, torch.tile),
+    *(_T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, torch.zeros, torch.ones, torch.full, torch.empty),
+    *(torch.rand, torch.randn),
 }
 
 
@@ -201,6 +201,10 @@ class Check(TorchFunctionMode):
         return self._at == len(self._log)
 
 
+def autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 class Seen:
     """What was seen of a critic, kept by whoever calls it."""
 
@@ -211,7 +215,7 @@ class Seen:
     def mode(critic: Any, x: Tensor) -> Any:
         """What has to be as it was for anything seen to be of use."""
         device = x.device.type
-        return getattr(critic, "training", None), x.dtype, device, torch.is_autocast_enabled(device)
+        return getattr(critic, "training", None), x.dtype, device, autocasts(device)
 
     def get(self, mode: Any) -> Any:
         """"new", "looked", a log to check against, or None where the groups go apart."""
@@ -232,7 +236,7 @@ def keeps_apart(plan: Plan, place: int) -> str | None:
 
 def settled(watch: Watch, plan: Plan, nodes: Sequence[Any]) -> Expected | None:
     """What to check later calls against; None where samples have to stay apart."""
-    places = {node: i for i, node in enumerate(nodes)}
+    places = {node: i for i, (node, _) in enumerate(nodes)}
     layouts = plan.layouts
     if watch.reason is not None or layouts is None:
         return None

@@ -123,7 +123,7 @@ def test_the_zero_centred_penalty_is_gamma_half_at_its_own_samples(penalty: str)
     torch.manual_seed(0)
     critic = mlp(2, 16, 1).double()
     real, fake = torch.randn(8, 2).double(), torch.randn(8, 2).double()
-    loss = LazyPenalty(critic, penalty, 10.0 / 2)(real, fake, True).loss
+    loss = LazyPenalty(critic, penalty, 10.0 / 2, False)(real, fake, True).loss
     points = (real if penalty == "r1" else fake).clone().requires_grad_()
     (grad,) = torch.autograd.grad(critic(points).sum(), points)
     adversarial = F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()

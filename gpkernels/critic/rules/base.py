@@ -22,6 +22,14 @@ Tensors = Sequence[Tensor | None]
 Wanted = Sequence[bool]
 
 
+class Saved(list[Any]):
+    """A call's saved tensors; ``notes`` keeps what a rule has made of them, for its next use."""
+
+    def __init__(self, tensors: Saved) -> None:
+        super().__init__(tensors)
+        self.notes: dict[str, Any] = {}
+
+
 class Meta(NamedTuple):
     """A value's shape, dtype and device."""
 
@@ -62,6 +70,7 @@ class Rule:
     constants: ClassVar[tuple[str, ...]] = ()
     origins: ClassVar[tuple[int, ...]] = ()
     sends: ClassVar[bool] = False
+    flat: bool = False  # whether no tangent goes through
     shared_operand: ClassVar[int | None] = None  # the argument, saved first, that ``bend`` multiplies to get the next one's
     def __init__(self, constants: tuple[Any, ...], inputs: Sequence[Meta | None], outputs: Sequence[Meta]) -> None:
         self.inputs, self.outputs = inputs, outputs
@@ -70,13 +79,13 @@ class Rule:
     def set_up(self, *constants: Any) -> None:
         """Take the constants, in the order of ``constants``; Unfit where the rule is not for them."""
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         raise NotImplementedError
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         raise NotImplementedError
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         return (None,) * len(self.inputs)
 
     def curved(self, moving: Sequence[bool]) -> bool:
@@ -133,16 +142,30 @@ class Unary(Elementwise):
     bent: Formula | None = None
     sends = True
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        return (self.slope(c[0], *s),)
+    def prepare(self, *s: Any) -> tuple[Tensor, Tensor] | None:
+        """f'(x) and f''(x), where they are dear enough to be made once for all passes."""
+        return None
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
-        return (self.slope(t[0], *s),)
+    def prepared(self, s: Saved) -> tuple[Tensor, Tensor] | None:
+        if "slopes" not in s.notes:
+            s.notes["slopes"] = self.prepare(*s)
+        return s.notes["slopes"]  # type: ignore[no-any-return]
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def _sloped(self, u: Tensor | None, s: Saved) -> Tensors:
+        known = s.notes.get("slopes")
+        return (self.slope(u, *s) if known is None else u * known[0],)  # type: ignore[operator]
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        return self._sloped(c[0], s)
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        return self._sloped(t[0], s)
+
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if self.bent is None or t[0] is None or c[0] is None:
             return (None,)
-        return (self.bent(t[0] * c[0], *s),)
+        u, known = t[0] * c[0], s.notes.get("slopes")
+        return (self.bent(u, *s) if known is None else u * known[1],)
 
 
 class Linear(Rule):
@@ -154,8 +177,8 @@ class Linear(Rule):
     def forth(self, t: Tensor, *s: Any) -> Tensor:
         raise NotImplementedError
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         return (self.back(c[0], *s), *[None] * (len(self.inputs) - 1))  # type: ignore[arg-type]
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         return (self.forth(t[0], *s),)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Elementwise, Rule, Tensors, Unary, Wanted
+from gpkernels.critic.rules.base import Elementwise, Rule, Saved, Tensors, Unary, Wanted
 
 aten = torch.ops.aten
 
@@ -180,15 +180,17 @@ class DivNumber(MulNumber):
         return c / self.factor
 
 
-class Sign(Unary):
-    """Flat: it sends zeros, which nobody has to compute."""
+class Flat(Unary):
+    """Constant almost everywhere: zeros go back, as in PyTorch, and nothing goes forth."""
 
     names = ("SignBackward0", "SgnBackward0", "RoundBackward0", "FloorBackward0", "CeilBackward0", "TruncBackward0")
+    flat = True
+    sends = False
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        return (None,)
+    def slope(self, c: Tensor) -> Tensor:
+        return torch.zeros_like(c)
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         return (None,)
 
 
@@ -226,6 +228,11 @@ class SiLU(Smooth):
     names = ("SiluBackward0",)
     saved, origins = ("self",), (0,)
 
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        s = x.sigmoid()
+        rest = 1 - s
+        return s * (1 + x * rest), s * rest * (2 + x * (rest - s))
+
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.silu_backward(c, x)
 
@@ -239,6 +246,11 @@ class Mish(Smooth):
 
     names = ("MishBackward0",)
     saved, origins = ("self",), (0,)
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        s, w = x.sigmoid(), torch.nn.functional.softplus(x).tanh()
+        first = (1 - w * w) * s
+        return w + x * first, 2 * first + x * first * (1 - s - 2 * w * s)
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.mish_backward(c, x)
@@ -256,6 +268,10 @@ class GELU(Smooth):
 
     def set_up(self, kind: str) -> None:
         self.kind = kind
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        one = torch.ones_like(x)
+        return self.slope(one, x), self.bent(one, x)
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.gelu_backward(c, x, approximate=self.kind)
@@ -317,6 +333,11 @@ class Softplus(Smooth):
 
     def set_up(self, beta: float, threshold: float) -> None:
         self.beta, self.threshold = beta, threshold
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inner = x * self.beta
+        slope = inner.sigmoid().masked_fill_(inner > self.threshold, 1)
+        return slope, (slope - slope * slope) * self.beta
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.softplus_backward(c, x, self.beta, self.threshold)
@@ -429,6 +450,9 @@ class Sin(Smooth):
     names = ("SinBackward0",)
     saved, origins = ("self",), (0,)
 
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.cos(), -x.sin()
+
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return c * x.cos()
 
@@ -439,6 +463,9 @@ class Sin(Smooth):
 class Cos(Smooth):
     names = ("CosBackward0",)
     saved, origins = ("self",), (0,)
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return -x.sin(), -x.cos()
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return -c * x.sin()
@@ -477,6 +504,11 @@ class Power(Smooth):
 
     def set_up(self, exponent: float) -> None:
         self.exponent = exponent
+        self.flat = exponent == 0
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        return (None,) if self.flat else super().push(s, t)
+
 
     def curved(self, moving: Sequence[bool]) -> bool:
         return self.exponent not in (0, 1)
@@ -505,10 +537,10 @@ class Add(Elementwise):
     def set_up(self, alpha: float) -> None:
         self.factors = (1.0, alpha)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         return [None if not w else _times(c[0], f) for w, f in zip(wanted, self.factors, strict=True)]
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         first, second = t
         if first is None or second is None:
             return (_times(first, self.factors[0]) if second is None else _times(second, self.factors[1]),)
@@ -544,14 +576,14 @@ class Mul(Elementwise):
     def curved(self, moving: Sequence[bool]) -> bool:
         return all(moving)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         a, b = s
         return (c[0] * b if wanted[0] else None, c[0] * a if wanted[1] else None)  # type: ignore[operator]
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         return (_sum(_product(t[0], s[1]), _product(s[0], t[1])),)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         return (_product(c[0], t[1]) if wanted[0] else None, _product(c[0], t[0]) if wanted[1] else None)
 
 
@@ -576,18 +608,18 @@ class Div(Elementwise):
     def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
         return moving[1], True
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         a, b = s
         to_first = c[0] / b  # type: ignore[operator]
         return (to_first if wanted[0] else None, -to_first * (a / b) if wanted[1] else None)  # type: ignore[operator]
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         a, b = s
         first = None if t[0] is None else t[0] / b  # type: ignore[operator]
         second = None if t[1] is None else t[1] * (-a / (b * b))  # type: ignore[operator]
         return (_sum(first, second),)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         a, b = s
         square = b * b  # type: ignore[operator]
         to_first = -c[0] * t[1] / square if wanted[0] and t[1] is not None else None  # type: ignore[operator]
@@ -602,13 +634,13 @@ class Div(Elementwise):
 class Chosen(Elementwise):
     """One of two arguments, element by element."""
 
-    def share(self, s: Tensors, u: Tensor, first: bool) -> Tensor:
+    def share(self, s: Saved, u: Tensor, first: bool) -> Tensor:
         raise NotImplementedError
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         return [self.share(s, c[0], i == 0) if w else None for i, w in enumerate(wanted)]  # type: ignore[arg-type]
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         shares = [None if u is None else self.share(s, u, i == 0) for i, u in enumerate(t)]
         return (_sum(*shares),)
 
@@ -617,7 +649,7 @@ class Where(Chosen):
     names = ("WhereBackward0",)
     saved, origins = ("condition",), (0,)
 
-    def share(self, s: Tensors, u: Tensor, first: bool) -> Tensor:
+    def share(self, s: Saved, u: Tensor, first: bool) -> Tensor:
         (condition,) = s
         return torch.where(condition, u, 0) if first else torch.where(condition, 0, u)  # type: ignore[arg-type]
 
@@ -628,7 +660,7 @@ class Maximum(Chosen):
     names = ("MaximumBackward0",)
     saved, origins = ("self", "other"), (0, 1)
 
-    def share(self, s: Tensors, u: Tensor, first: bool) -> Tensor:
+    def share(self, s: Saved, u: Tensor, first: bool) -> Tensor:
         a, b = s if first else s[::-1]
         return self._where_larger(torch.where(a == b, u / 2, u), a, b)  # type: ignore[arg-type]
 
@@ -667,7 +699,7 @@ class Addcmul(Elementwise):
     def curved(self, moving: Sequence[bool]) -> bool:
         return moving[1] and moving[2]
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         a, b = s
         scaled = _times(c[0], self.value)
         return (
@@ -676,11 +708,11 @@ class Addcmul(Elementwise):
             _product(scaled, a) if wanted[2] else None,
         )
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         products = _sum(_product(t[1], s[1]), _product(s[0], t[2]))
         return (_sum(t[0], _times(products, self.value)),)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         scaled = _times(c[0], self.value)
         return None, _product(scaled, t[2]) if wanted[1] else None, _product(scaled, t[1]) if wanted[2] else None
 
@@ -695,7 +727,7 @@ class PReLU(Elementwise):
     def curved(self, moving: Sequence[bool]) -> bool:
         return all(moving)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, w = s
         cotangent = c[0]
         positive = x > 0  # type: ignore[operator]
@@ -704,14 +736,14 @@ class PReLU(Elementwise):
             torch.where(positive, 0, cotangent * x) if wanted[1] else None,  # type: ignore[operator]
         )
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         x, w = s
         positive = x > 0  # type: ignore[operator]
         first = None if t[0] is None else torch.where(positive, t[0], t[0] * w)  # type: ignore[operator]
         second = None if t[1] is None else torch.where(positive, 0, t[1] * x)  # type: ignore[operator]
         return (_sum(first, second),)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         x, _ = s
         cotangent = c[0]
 
@@ -723,7 +755,7 @@ class PReLU(Elementwise):
 
 RULES: tuple[type[Rule], ...] = (
     *(ReLU, Threshold, LeakyReLU, LeakyReLUInPlace, Hardtanh, Hardsigmoid, Abs, Clamp, ClampMin, ClampMax, MaskedFill),
-    *(Negative, Copy, AddNumber, SubtractFromNumber, MulNumber, DivNumber, Sign),
+    *(Negative, Copy, AddNumber, SubtractFromNumber, MulNumber, DivNumber, Flat),
     *(Tanh, Sigmoid, SiLU, Mish, GELU, ELU, ELUInPlace, CELU, Softplus, Hardswish, LogSigmoid, Exp, Expm1, Log, Log1p),
     *(Sqrt, Rsqrt, Reciprocal, Sin, Cos, Atan, Erf, Power),
     *(Add, Sub, Rsub, Mul, Div, Where, Maximum, Minimum, Lerp, Addcmul, PReLU),

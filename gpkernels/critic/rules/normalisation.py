@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpkernels import ops
-from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Shapes, Tensors, Unfit, Wanted
+from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
 from gpkernels.critic.rules.shapes import Along, Sum
 
 aten = torch.ops.aten
@@ -35,11 +35,12 @@ class Normalise(Rule):
     def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
         return True, True, False
 
-    def split(self, u: Tensor) -> Tensor:
+    def split(self, u: Tensor, s: Saved) -> Tensor:
+        """In groups, all in the order of the saved input."""
         raise NotImplementedError
 
-    def join(self, u: Tensor, like: Tensor) -> Tensor:
-        return u.reshape(like.shape)
+    def join(self, u: Tensor, s: Saved) -> Tensor:
+        return u.reshape(s[0].shape)
 
     def spread(self, w: Tensor) -> Tensor:
         """A weight as it is broadcast against x."""
@@ -49,49 +50,58 @@ class Normalise(Rule):
         """The gradients of weight and bias: sums of c * operand and of c."""
         return c * operand if weight else None, c if bias else None
 
-    def _parts(self, s: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-        grouped = self.split(s[0])  # type: ignore[arg-type]
-        mean, inverse = (u.to(grouped.dtype).reshape(*grouped.shape[:2], 1) for u in s[2:4])  # type: ignore[union-attr]
-        return grouped, mean, inverse
+    def _parts(self, s: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        if "parts" not in s.notes:
+            grouped = self.split(s[0], s).contiguous()
+            s.notes["parts"] = grouped, *(u.to(grouped.dtype).reshape(*grouped.shape[:2], 1) for u in s[2:4])
+        return s.notes["parts"]  # type: ignore[no-any-return]
 
-    def _scaled(self, u: Tensor, s: Tensors) -> Tensor:
+    def _normal(self, s: Saved) -> Tensor:
+        if "normal" not in s.notes:
+            grouped, mean, inverse = self._parts(s)
+            s.notes["normal"] = (grouped - mean) * inverse
+        return s.notes["normal"]  # type: ignore[no-any-return]
+
+    def _scaled(self, u: Tensor, s: Saved) -> Tensor:
         return u if s[1] is None else u * self.spread(s[1])
 
-    def _jacobian(self, u: Tensor, s: Tensors) -> Tensor:
+    def _jacobian(self, u: Tensor, s: Saved) -> Tensor:
         grouped, mean, inverse = self._parts(s)
-        there = self.split(u).contiguous()
+        there = self.split(u, s).to(grouped.dtype).contiguous()
         mask, shape = [True, False, False], [grouped.shape[-1]]
-        back = aten.native_layer_norm_backward(there, grouped.contiguous(), shape, mean, inverse, None, None, mask)[0]
-        return self.join(back, u)
+        back = aten.native_layer_norm_backward(there, grouped, shape, mean, inverse, None, None, mask)[0]
+        return self.join(back, s)
 
     def curved(self, moving: Sequence[bool]) -> bool:
         return True
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         x, weight, bias = t
-        parts = [] if x is None else [self._scaled(self._jacobian(x, s), s)]
+        parts = []
+        if x is not None:
+            s.notes["pushed"] = self._jacobian(x, s)
+            parts.append(self._scaled(s.notes["pushed"], s))
         if weight is not None:
-            grouped, mean, inverse = self._parts(s)
-            parts.append(self.join((grouped - mean) * inverse, s[0]) * self.spread(weight))  # type: ignore[arg-type]
+            parts.append(self.join(self._normal(s), s) * self.spread(weight))
         if bias is not None:
             parts.append(self.spread(bias))
         return (sum(parts[1:], parts[0]),)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         x, weight, _ = t
         cotangent = c[0]
         assert cotangent is not None
         to_x = to_weight = None
         if wanted[0] and x is not None:
-            grouped, mean, inverse = self._parts(s)
-            normal = (grouped - mean) * inverse
-            scaled = self.split(self._scaled(cotangent, s))
-            to_x = self.join(ops.normalise_curvature(normal, inverse, self.split(x), scaled, True), x)
+            inverse = self._parts(s)[2]
+            pair = [self.split(u, s).to(inverse.dtype) for u in (x, self._scaled(cotangent, s))]
+            to_x = self.join(ops.normalise_curvature(self._normal(s), inverse, *pair, True), s)
         if wanted[0] and weight is not None:
             more = self._jacobian(cotangent * self.spread(weight), s)
             to_x = more if to_x is None else to_x + more
         if wanted[1] and x is not None:
-            to_weight = self.sums(cotangent, self._jacobian(x, s), True, False)[0]
+            pushed = s.notes.pop("pushed", None)
+            to_weight = self.sums(cotangent, self._jacobian(x, s) if pushed is None else pushed, True, False)[0]
         return to_x, to_weight, None
 
 
@@ -105,15 +115,15 @@ class LayerNorm(Normalise):
         self.shape = list(shape)
         self.entries = prod(shape)
 
-    def split(self, u: Tensor) -> Tensor:
+    def split(self, u: Tensor, s: Saved) -> Tensor:
         return u.reshape(1, -1, self.entries)
 
     def sums(self, c: Tensor, operand: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
-        rows = (u.reshape(-1, self.entries, 1) for u in (c, operand))
+        rows = (u.to(c.dtype).reshape(-1, self.entries, 1) for u in (c, operand))
         to_weight, to_bias = (u.reshape(self.shape) for u in ops.affine_gradients(*rows))
         return to_weight if weight else None, to_bias if bias else None
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, weight, mean, inverse, bias = s
         cotangent = c[0]
         given = (cotangent.contiguous(), x.contiguous())  # type: ignore[union-attr]
@@ -136,7 +146,7 @@ class PerChannel(Normalise):
         return w.reshape(1, -1, *[1] * (len(self.outputs[0].shape) - 2))
 
     def sums(self, c: Tensor, operand: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
-        channels = c.shape[1]
+        channels, operand = c.shape[1], operand.to(c.dtype)
         if layout_of(c) is torch.channels_last:
             rows = [u.permute(0, 2, 3, 1).reshape(-1, channels, 1) for u in (c, operand)]
         else:
@@ -152,17 +162,17 @@ class GroupNorm(PerChannel):
     def set_up(self, groups: int) -> None:
         self.groups = groups
 
-    def split(self, u: Tensor) -> Tensor:
-        last = self.groups == 1 and layout_of(u) is torch.channels_last
+    def split(self, u: Tensor, s: Saved) -> Tensor:
+        last = self.groups == 1 and layout_of(s[0]) is torch.channels_last
         return (u.permute(0, 2, 3, 1) if last else u).reshape(len(u), self.groups, -1)
 
-    def join(self, u: Tensor, like: Tensor) -> Tensor:
-        if self.groups > 1 or layout_of(like) is not torch.channels_last:
-            return u.reshape(like.shape)
-        n, c, h, w = like.shape
+    def join(self, u: Tensor, s: Saved) -> Tensor:
+        if self.groups > 1 or layout_of(s[0]) is not torch.channels_last:
+            return u.reshape(s[0].shape)
+        n, c, h, w = s[0].shape
         return u.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, weight, mean, inverse = s
         cotangent = c[0]
         assert x is not None and cotangent is not None
@@ -196,30 +206,30 @@ class BatchNorm(PerChannel):
     def curved(self, moving: Sequence[bool]) -> bool:
         return self.training
 
-    def split(self, u: Tensor) -> Tensor:
+    def split(self, u: Tensor, s: Saved) -> Tensor:
         return u.transpose(0, 1).reshape(1, u.shape[1], -1)
 
-    def join(self, u: Tensor, like: Tensor) -> Tensor:
-        n, channels, *image = like.shape
+    def join(self, u: Tensor, s: Saved) -> Tensor:
+        n, channels, *image = s[0].shape
         return u.reshape(channels, n, *image).transpose(0, 1)
 
-    def _slopes(self, s: Tensors) -> Tensor:
+    def _slopes(self, s: Saved) -> Tensor:
         return self.spread((s[5] + self.eps).rsqrt())  # type: ignore[operator]
 
-    def _jacobian(self, u: Tensor, s: Tensors) -> Tensor:
+    def _jacobian(self, u: Tensor, s: Saved) -> Tensor:
         return super()._jacobian(u, s) if self.training else u * self._slopes(s)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, weight, mean, inverse, *running = s
         options = (self.training, self.eps, list(wanted))
         return aten.native_batch_norm_backward(c[0], x, weight, *running, mean, inverse, *options)
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         if self.training or t[1] is None:
             return super().push(s, t)
         raise Unfit("a moving weight of a batch norm by running statistics")
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if self.training:
             return super().bend(s, t, c, wanted)
         x = t[0]
@@ -268,7 +278,7 @@ class Var(Sum):
     def forth(self, t: Tensor, *s: Any) -> Tensor:
         return (self._centred(s[0]) * t).sum(self.dims, self.keepdim) * (2 / self.degrees)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if t[0] is None:
             return (None,)
         return (self._centred(t[0]) * (self._kept(c[0]) * (2 / self.degrees)),)  # type: ignore[arg-type]
@@ -279,7 +289,7 @@ class VarMean(Var):
 
     names = ("VarMeanBackward0",)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         parts = []
         if c[0] is not None:
             parts.append(self.back(c[0], *s))
@@ -287,10 +297,10 @@ class VarMean(Var):
             parts.append((self._kept(c[1]) / self.count).expand(self.shape))
         return (parts[0] if len(parts) == 1 else parts[0] + parts[1],)
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         return self.forth(t[0], *s), t[0].mean(self.dims, self.keepdim)  # type: ignore[arg-type, union-attr]
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         return (None,) if c[0] is None else super().bend(s, t, c, wanted)
 
 
@@ -317,7 +327,7 @@ class Root(Sum):
     def forth(self, t: Tensor, *s: Any) -> Tensor:
         return (self._centred(s[0]) * t * self._inverse(s[1])).sum(self.dims, self.keepdim)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         x, y = s
         if t[0] is None:
             return (None,)
@@ -379,7 +389,7 @@ class Softmax(Along):
 
     forth = back
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         y, tangent, cotangent = s[0], t[0], c[0]
         if tangent is None:
             return (None,)
@@ -399,7 +409,7 @@ class LogSoftmax(Softmax):
     def forth(self, t: Tensor, *s: Any) -> Tensor:  # type: ignore[override]
         return t - (s[0].exp() * t).sum(self.dim, True)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         y, tangent, cotangent = s[0], t[0], c[0]
         if tangent is None:
             return (None,)
@@ -424,7 +434,7 @@ class LogSumExp(Sum):
     def forth(self, t: Tensor, *s: Any) -> Tensor:
         return (self._weights(*s) * t).sum(self.dims, self.keepdim)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if t[0] is None:
             return (None,)
         weights = self._weights(*s)  # type: ignore[arg-type]
@@ -456,7 +466,7 @@ class GLU(Along):
         gate = b.sigmoid()
         return ta * gate + a * aten.sigmoid_backward(tb, gate)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         x, tangent, cotangent = s[0], t[0], c[0]
         if tangent is None:
             return (None,)
@@ -480,7 +490,7 @@ class WeightNorm(Rule):
     def set_up(self, dim: int) -> None:
         self.dim = dim
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         return aten._weight_norm_interface_backward(c[0].contiguous(), *s, self.dim)  # type: ignore[union-attr]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Shapes, Tensors, Wanted
+from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Wanted
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ class Product(Rule):
     def curved(self, moving: Sequence[bool]) -> bool:
         return all(moving[self.first : self.first + 2])
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Any:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Any:
         (a, b), cotangent, i = s, c[0], self.first
         found: list[Any] = [None] * len(self.inputs)
         if i and wanted[0]:
@@ -80,7 +80,7 @@ class Product(Rule):
             found[i + 1] = self.to_b(scaled, a, b)  # type: ignore[arg-type]
         return found
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         (a, b), i = s, self.first
         parts = []
         if t[i] is not None:
@@ -93,7 +93,7 @@ class Product(Rule):
             whole = _sum([whole, self.extra(t[0])])
         return (whole,)
 
-    def bend(self, s: Tensors, t: Tensors, c: Tensors, wanted: Wanted) -> Any:
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Any:
         (a, b), cotangent, i = s, c[0], self.first
         found: list[Any] = [None] * len(self.inputs)
         scaled = self._scaled(cotangent)  # type: ignore[arg-type]
@@ -221,14 +221,17 @@ class Convolution(Product):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return aten.convolution(a, b, None, *self.geometry)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Any:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Any:
         (x, w), cotangent = s, c[0]
         bias = self.inputs[2]
         sizes = None if bias is None or not wanted[2] else list(bias.shape)
+        if sizes is not None and not wanted[1]:  # a sum; oneDNN would compute the weight's gradient as well
+            to_bias = cotangent.sum([axis for axis in range(cotangent.dim()) if axis != 1])
+            return (self.to_a(cotangent, w, x) if wanted[0] else None), None, to_bias
         mask = [bool(wanted[0]), bool(wanted[1]), sizes is not None]
         return aten.convolution_backward(cotangent, x, w, sizes, *self.geometry, mask)
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         (pushed,), bias = super().push(s, t), t[2]
         return (pushed if bias is None else _sum([pushed, bias.reshape(-1, *[1] * (len(self.outputs[0].shape) - 2))]),)
 

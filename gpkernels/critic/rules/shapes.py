@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpkernels import ops
-from gpkernels.critic.rules.base import Layout, Layouts, Linear, Mixed, Rule, Shapes, Tensors, Unfit, Wanted
+from gpkernels.critic.rules.base import Layout, Layouts, Linear, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
 
 aten = torch.ops.aten
 
@@ -294,7 +294,7 @@ class Repeat(Moving):
 class Split(Rule):
     """Several outputs; those that nobody read have no cotangent."""
 
-    names = ("SplitBackward0",)
+    names = ("SplitBackward0", "UnsafeSplitBackward0")
     constants = ("dim",)
     unbinds = False
 
@@ -303,12 +303,12 @@ class Split(Rule):
         assert x is not None
         self.dim = dim % len(x.shape)
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         known = next(u for u in c if u is not None)
         parts = [known.new_zeros(o.shape) if u is None else u for u, o in zip(c, self.outputs, strict=True)]
         return (torch.stack(parts, self.dim) if self.unbinds else torch.cat(parts, self.dim),)
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         (tangent,) = t
         assert tangent is not None
         if self.unbinds:
@@ -323,7 +323,7 @@ class Split(Rule):
 
 
 class SplitWithSizes(Split):
-    names = ("SplitWithSizesBackward0",)
+    names = ("SplitWithSizesBackward0", "UnsafeSplitWithSizesBackward0")
 
 
 class Unbind(Split):
@@ -351,7 +351,7 @@ class Cat(Rule):
         rest = output.shape[self.dim] - sum(x.shape[self.dim] for x in known)
         self.lengths = [rest if x is None else x.shape[self.dim] for x in self.inputs]
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         cotangent = c[0]
         assert cotangent is not None
         at, parts = 0, []
@@ -361,7 +361,7 @@ class Cat(Rule):
             at += n
         return parts
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         known = next(u for u in t if u is not None)
         parts = []
         for u, n in zip(t, self.lengths, strict=True):
@@ -396,13 +396,13 @@ class Index(Rule):
     names = ("IndexBackward0",)
     saved, origins = ("indices",), ()
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, cotangent = self.inputs[0], c[0]
         assert x is not None and cotangent is not None
         zeros = cotangent.new_zeros(x.shape)
         return (aten._index_put_impl_(zeros, list(s), cotangent, True, True),)
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         return (aten.index(t[0], list(s)),)
 
 
@@ -453,7 +453,7 @@ class Embedding(Rule):
     def set_up(self, padding: int, by_frequency: bool, sparse: bool, entries: int) -> None:
         self.padding, self.by_frequency, self.sparse, self.entries = padding, by_frequency, sparse, entries
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         options = (self.entries, self.padding, self.by_frequency, self.sparse)
         return (aten.embedding_backward(c[0], s[0], *options),)
 
@@ -693,11 +693,11 @@ class MaxAlong(Along):
     def axes(self) -> set[int]:
         return {self.dim}
 
-    def pull(self, s: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         cotangent, places = self._kept(c[0]), self._kept(s[0])  # type: ignore[arg-type]
         return (cotangent.new_zeros(self.shape).scatter_(self.dim, places, cotangent),)
 
-    def push(self, s: Tensors, t: Tensors) -> Tensors:
+    def push(self, s: Saved, t: Tensors) -> Tensors:
         picked = t[0].gather(self.dim, self._kept(s[0]))  # type: ignore[union-attr, arg-type]
         return picked if self.keepdim else picked.squeeze(self.dim), None
 

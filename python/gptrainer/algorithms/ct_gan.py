@@ -26,6 +26,7 @@ class CTGAN(WassersteinSystem):
             WithFeatures(setup.critic),
             penalty_weight=filled(config.penalty_weight),
             one_sided=config.one_sided,
+            together=setup.together,
             consistency_weight=weight,
             # The code weights the distance before it takes the margin off, CriticLoss after.
             consistency_margin=filled(config.consistency_margin) / weight if weight else 0.0,

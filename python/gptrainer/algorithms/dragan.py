@@ -15,5 +15,6 @@ def dragan(setup: Setup) -> System:
         penalty="dragan",
         penalty_weight=filled(setup.config.penalty_weight),
         dragan_scale=filled(setup.config.scale),
+        together=setup.together,
     )
     return System(setup, loss, gpkernels.nonsaturating_generator_loss, adam(setup), ("penalty",))

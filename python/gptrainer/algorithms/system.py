@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptrainer.config import TrainConfig, filled
 from gptrainer.optimiser import Adam
+from gptrainer.parts import mixes_samples
 from gptrainer.processes import Draws, Processes
 
 Told = dict[str, Tensor]
@@ -35,6 +36,11 @@ class Setup(NamedTuple):
     critic: nn.Module
     processes: Processes
     draws: Draws
+
+    @property
+    def together(self) -> bool:
+        """Whether all samples go through the critic as one batch; settled here, so that a run that goes on repeats its bits."""
+        return not mixes_samples(self.critic)
 
 
 class System:

@@ -24,7 +24,7 @@ class ZeroCentred(System):
 
     def __init__(self, setup: Setup) -> None:
         config, lazy = setup.config, filled(setup.config.lazy)
-        loss = LazyPenalty(setup.critic, config.algorithm, filled(config.gamma) / 2 * lazy)
+        loss = LazyPenalty(setup.critic, config.algorithm, filled(config.gamma) / 2 * lazy, setup.together)
         correction = lazy / (lazy + 1) if lazy > 1 else 1.0
         first, second = filled(config.betas)
         optimisers = (
@@ -60,9 +60,11 @@ class LazyPenalty(nn.Module):
     """The critic's loss with a penalty when it is due and without when it is not: one module, so that its gradients
     are averaged over processes in one place."""
 
-    def __init__(self, critic: nn.Module, penalty: str, weight: float) -> None:
+    def __init__(self, critic: nn.Module, penalty: str, weight: float, together: bool) -> None:
         super().__init__()
-        self.with_penalty = gpkernels.CriticLoss(critic, objective="gan", penalty=penalty, penalty_weight=weight)
+        self.with_penalty = gpkernels.CriticLoss(
+            critic, objective="gan", penalty=penalty, penalty_weight=weight, together=together
+        )
         self.without = gpkernels.CriticLoss(critic, objective="gan", penalty="none")
 
     def forward(self, real: Tensor, fake: Tensor, due: bool) -> CriticLossParts:

@@ -124,7 +124,8 @@ def field(system: System, state: Tensor) -> Tensor:
 
 
 def _down(loss: Loss, theta: Tensor, psi: Tensor, by: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(loss(theta, psi), by, create_graph=True)
+    with gpkernels.fast_double_backward():  # the step is differentiated once more
+        (gradient,) = torch.autograd.grad(loss(theta, psi), by, create_graph=True)
     return -gradient
 
 

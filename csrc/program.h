@@ -1,0 +1,41 @@
+#pragma once
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/python_headers.h>
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+// An argument: a tensor by its slot, several (-1: none there), or a constant.
+struct Argument {
+  enum class Kind { kSlot, kTensors, kMaybeTensors, kConstant } kind;
+  std::vector<int> slots;
+  c10::IValue constant;
+};
+
+struct Call {
+  c10::OperatorHandle op;
+  std::vector<Argument> arguments;
+  std::vector<int> results;  // slots; -1: nobody reads it, or it is an argument
+  std::vector<int> frees;    // slots that are empty from here on
+};
+
+// A list of calls, and the loop that runs it.
+class Program {
+ public:
+  Program(const pybind11::list& calls, std::vector<int> inputs, std::vector<int> outputs,
+          std::vector<std::vector<int>> frees, const pybind11::object& slot_type);
+
+  // What the outputs name of the slots, None for -1. The list is emptied: tensors are freed when nobody reads them.
+  pybind11::list run(const pybind11::list& given) const;
+  pybind11::list run(std::vector<at::Tensor> given) const;
+
+ private:
+  void add(const pybind11::tuple& call, std::vector<int> frees, const pybind11::object& slot_type);
+  pybind11::list run_on(std::vector<c10::IValue> memory) const;
+
+  std::vector<Call> calls_;
+  std::vector<int> inputs_, outputs_;
+  int count_ = 0;
+};

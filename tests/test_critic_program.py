@@ -1,0 +1,206 @@
+"""Programs: when they are made and used, what they hold, and what they do where something changes."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpkernels as gpk
+from comparing import assert_exactly_as, assert_same, batch, gradients
+from critics import mlp, plain_loss, plain_penalty, plain_points
+from gpkernels import backends
+from gpkernels.critic import program
+from watchers import PassesFunctions, PassesOps
+
+N, WIDTH = 5, 6
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    program.signatures.clear()
+    yield
+    program.signatures.clear()
+
+
+@pytest.fixture(params=["C++", "Python"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs the programs."""
+    if request.param == "Python":
+        monkeypatch.setattr(backends, "program", None)
+    elif backends.program is None:
+        pytest.skip("the loop in C++ is not built")
+
+
+def programs() -> list[program.Program | None]:
+    return [signature.program for signature in program.signatures._entries.values()]
+
+
+def penalise(critic: Any, n: int = N) -> None:
+    """Call a penalty and hold it against plain PyTorch's."""
+    real, fake, eps = batch(n, WIDTH)
+    points = plain_points(real, fake, eps, "wgan-gp")
+    assert_exactly_as(gpk.gradient_penalty(critic, real, fake, eps=eps), plain_penalty(critic, points), critic)
+
+
+def test_a_signature_that_is_met_twice_has_a_program(loop: None) -> None:
+    critic = mlp(WIDTH, 8, 1).double()
+    for count in (0, 1, 1, 1):
+        penalise(critic)
+        assert len(program.signatures) == 1
+        assert sum(p is not None for p in programs()) == count
+
+
+def test_critics_of_one_signature_share_a_program(loop: None) -> None:
+    for _ in range(4):
+        penalise(mlp(WIDTH, 8, 1).double())
+    assert len(program.signatures) == 1
+
+
+def test_another_size_shape_or_frozen_weight_is_another_signature(loop: None) -> None:
+    critic = mlp(WIDTH, 8, 8, 1).double()
+    penalise(critic)
+    penalise(critic, N + 1)
+    critic[2].weight.requires_grad_(False)
+    penalise(critic)
+    critic[1] = nn.LeakyReLU(0.1)
+    penalise(critic)
+    critic[1] = nn.LeakyReLU(0.3)
+    penalise(critic)
+    assert len(program.signatures) == 5
+
+
+def test_tied_weights_are_told_from_equal_ones(loop: None) -> None:
+    critic = mlp(WIDTH, 8, 8, 8, 1, activation=nn.Tanh).double()
+    for _ in range(3):
+        penalise(critic)
+    critic[4].weight = critic[2].weight
+    for _ in range(3):
+        penalise(critic)
+
+
+def test_only_the_latest_signatures_are_kept(loop: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program.signatures, "capacity", 3)
+    critic = mlp(WIDTH, 8, 1).double()
+    for n in (1, 2, 3, 4, 5, 4, 1, 1, 1, 2):
+        penalise(critic, n)
+        assert len(program.signatures) <= 3
+
+
+def test_programs_hold_no_tensors(loop: None) -> None:
+    def used() -> list[weakref.ref[Any]]:
+        critic = mlp(WIDTH, 8, 1).double()
+        refs: list[weakref.ref[Any]] = [weakref.ref(critic), *(weakref.ref(p) for p in critic.parameters())]
+        for _ in range(4):
+            real, fake, _ = batch(N, WIDTH)
+            refs += [weakref.ref(real), weakref.ref(fake)]
+            gpk.gradient_penalty(critic, real, fake)
+        return refs
+
+    refs = used()
+    gc.collect()
+    assert any(p is not None for p in programs())
+    assert [ref() for ref in refs] == [None] * len(refs)
+
+
+@pytest.mark.parametrize("watcher", [PassesOps, PassesFunctions])
+def test_who_looks_on_sees_the_same_numbers(watcher: Any, loop: None) -> None:
+    critic = mlp(WIDTH, 8, 1).double()
+    for watched in (False, True, False, False, True, False):
+        real, fake, eps = batch(N, WIDTH)
+        exact = plain_loss(critic, real, fake, eps)
+        loss = gpk.CriticLoss(critic)
+        if watched:
+            with watcher():
+                ours = loss(real, fake, eps=eps).loss
+        else:
+            ours = loss(real, fake, eps=eps).loss
+        assert_exactly_as(ours, exact, critic)
+
+
+def test_a_forced_backend_runs_no_program() -> None:
+    critic = mlp(WIDTH, 8, 1).double()
+    with gpk.backend("reference"):
+        for _ in range(3):
+            penalise(critic)
+    assert all(p is None for p in programs())
+
+
+class Fickle(torch.autograd.Function):
+    """Its backward gives the second argument a gradient in some calls only."""
+
+    gives = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x.sin() * w
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, w = ctx.saved_tensors
+        return cotangent * x.cos() * w, cotangent * x.sin() if Fickle.gives else None
+
+
+class Changing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.top, self.scale = nn.Linear(WIDTH, 8), nn.Linear(8, 1), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.top(Fickle.apply(h, self.scale.expand_as(h)).tanh())
+
+
+def test_a_call_outside_that_gives_something_else_is_seen(loop: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    critic = Changing().double()
+    loss = gpk.CriticLoss(critic, together=False)
+    for gives in (True, True, True, False, False, False, True, True):
+        monkeypatch.setattr(Fickle, "gives", gives)
+        real, fake, eps = batch(N, WIDTH)
+        exact, ours = plain_loss(critic, real, fake, eps), loss(real, fake, eps=eps).loss
+        torch.testing.assert_close(ours, exact)
+        assert_same(gradients(ours, critic), gradients(exact, critic))
+
+
+def test_threads_may_share_a_critic(loop: None) -> None:
+    critic = mlp(WIDTH, 8, 8, 1).double()
+    batches = [batch(N, WIDTH) for _ in range(4)]
+    wanted = [gradients(plain_loss(critic, r, f, e), critic) for r, f, e in batches]
+    loss = gpk.CriticLoss(critic)
+    errors: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(10):
+                real, fake, eps = batches[i]
+                assert_same(gradients(loss(real, fake, eps=eps).loss, critic), wanted[i])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_other_memory_layouts_and_dtypes_are_seen(loop: None) -> None:
+    critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(64, 1)).double()
+    loss = gpk.CriticLoss(critic)
+    for call in range(9):
+        real, fake, eps = batch(N, 2, 6, 6)
+        if call % 3:
+            real, fake = (x.to(memory_format=torch.channels_last) for x in (real, fake))
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
+    critic.float()
+    for _ in range(4):
+        real, fake, eps = batch(N, 2, 6, 6, dtype=torch.float32)
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic, 1e-4)
