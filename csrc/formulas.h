@@ -22,12 +22,16 @@ struct Words {
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
 
-GPK_HD void philox_round(uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3, uint32_t k0, uint32_t k1) {
-  const uint64_t first = uint64_t(w0) * 0xD2511F53u, second = uint64_t(w2) * 0xCD9E8D57u;
-  w0 = uint32_t(second >> 32) ^ w1 ^ k0;
-  w1 = uint32_t(second);
-  w2 = uint32_t(first >> 32) ^ w3 ^ k1;
-  w3 = uint32_t(first);
+// A lane holds a word in its low half, or is one: what lies above is never read.
+template <typename Lane>
+GPK_HD void philox_round(Lane& w0, Lane& w1, Lane& w2, Lane& w3, uint32_t k0, uint32_t k1) {
+  constexpr uint32_t kBy0 = 0xD2511F53u, kBy2 = 0xCD9E8D57u;
+  const Lane high0 = Lane(uint64_t(uint32_t(w0)) * kBy0 >> 32), low0 = Lane(uint32_t(w0)) * Lane(kBy0);
+  const Lane high2 = Lane(uint64_t(uint32_t(w2)) * kBy2 >> 32), low2 = Lane(uint32_t(w2)) * Lane(kBy2);
+  w0 = high2 ^ w1 ^ k0;
+  w1 = low2;
+  w2 = high0 ^ w3 ^ k1;
+  w3 = low0;
 }
 
 // Philox-4x32-10 (Salmon et al. 2011); the counter fills the two low words.
@@ -57,28 +61,34 @@ GPK_HD void gaussian_pair(uint32_t radius_word, uint32_t angle_word, A* pair) {
   pair[1] = radius * std::sin(angle);
 }
 
-// log, cos and sin as polynomials, for loops that vectorise: near minimax in the relative error, by Lawson's reweighted
-// least squares at Chebyshev nodes, each coefficient rounded to float32 before the next is fitted.
+// The same by polynomials, for loops that vectorise: near minimax in the relative error, by Lawson's reweighted least
+// squares at Chebyshev nodes, each coefficient rounded to float32 before the next is fitted. They take what they can
+// from the words' bits, as integers are cheap beside float32.
 
-// log(x) for normal x in (0, 1], within 1.3 ulp: log(1 + f) of the mantissa, which lies in [sqrt(1/2), sqrt(2)).
-inline float log_of_fraction(float x) {
-  const int32_t bits = std::bit_cast<int32_t>(x), exponent = (bits - 0x3F3504F3) >> 23;
-  const float f = std::bit_cast<float>(bits - exponent * (1 << 23)) - 1.f;
-  float p = 0.087405376f;
-  p = p * f - 0.14309868f;
-  p = p * f + 0.14916763f;
-  p = p * f - 0.1657003f;
-  p = p * f + 0.19962157f;
-  p = p * f - 0.25001785f;
-  p = p * f + 0.33333948f;
-  p = p * f - 0.4999999f;
-  return float(exponent) * 0.6931472f + (f + f * f * p);
+// -2 log(1 - u), within 1.3 ulp: of 2^24 - k, whose mantissa 1 + f lies in [sqrt(1/2), sqrt(2)). The odd and the even
+// powers of f apart wait half as long for one another.
+inline float minus_two_log(uint32_t word) {
+  const int32_t bits = std::bit_cast<int32_t>(float((1 << 24) - int32_t(word >> 8)));
+  const int32_t exponent = (bits - 0x3F3504F3) >> 23;
+  const float f = std::bit_cast<float>(bits - exponent * (1 << 23)) - 1.f, square = f * f;
+  float odd = -0.17481075f, even = 0.28619736f;
+  odd = odd * square - 0.29833526f;
+  even = even * square + 0.3314006f;
+  odd = odd * square - 0.39924314f;
+  even = even * square + 0.5000357f;
+  odd = odd * square - 0.66667896f;
+  even = even * square + 0.9999998f;
+  return float(exponent - 24) * -1.3862944f + (square * (odd * f + even) - 2.f * f);
 }
 
-// cos and sin of 2 pi u for u = k / 2^24 in [0, 1), within 1.6 ulp: from the nearest quarter of a turn, which is exact.
-inline void cos_sin_of_turns(float u, float* cosine, float* sine) {
-  const int32_t quarter = int32_t(u * 4.f + 0.5f);
-  const float r = u - float(quarter) * 0.25f, square = r * r;
+inline float with_sign_flipped_by(float x, uint32_t top_bit) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ (top_bit & (1u << 31)));
+}
+
+// cos(2 pi u) and sin(2 pi u), within 1.6 ulp: from the nearest quarter of a turn, which is exact.
+inline void cos_sin_of_turns(uint32_t word, float* cosine, float* sine) {
+  const uint32_t turns = word & 0xFFFFFF00u, quarter = turns + (1u << 29);  // of 2^32; the quarter in the top two bits
+  const float r = float(int32_t(turns << 2)) * (1.f / (1ull << 34)), square = r * r;
   float c = 58.62105f, s = -76.740585f;
   c = c * square - 85.42452f;
   s = s * square + 81.624863f;
@@ -88,16 +98,15 @@ inline void cos_sin_of_turns(float u, float* cosine, float* sine) {
   s = s * square + 6.2831855f;
   c = c * square + 1.f;
   s = s * r;
-  const float x = quarter & 1 ? s : c, y = quarter & 1 ? c : s;
-  *cosine = (quarter + 1) & 2 ? -x : x;
-  *sine = quarter & 2 ? -y : y;
+  const bool odd = quarter & (1u << 30);
+  *cosine = with_sign_flipped_by(odd ? s : c, quarter + (1u << 30));
+  *sine = with_sign_flipped_by(odd ? c : s, quarter);
 }
 
-// gaussian_pair by these.
 inline void gaussian_pair_by_polynomials(uint32_t radius_word, uint32_t angle_word, float* pair) {
-  const float radius = std::sqrt(-2.f * log_of_fraction(1.f - unit_interval<float>(radius_word)));
+  const float radius = std::sqrt(minus_two_log(radius_word));
   float cosine, sine;
-  cos_sin_of_turns(unit_interval<float>(angle_word), &cosine, &sine);
+  cos_sin_of_turns(angle_word, &cosine, &sine);
   pair[0] = radius * cosine;
   pair[1] = radius * sine;
 }
@@ -234,10 +243,11 @@ GPK_HD A leaky_pull(A x, A y, A slope) {
 
 // --- weights ----------------------------------------------------------------------------------------------------
 
-// NaN stays NaN, as in torch.clamp.
+// NaN stays NaN, as in torch.clamp; a minimum, then a maximum, as vector instructions have them.
 template <typename A>
 GPK_HD A clip(A x, A c) {
-  return x < -c ? -c : (x > c ? c : x);
+  const A below = x > c ? c : x;
+  return below < -c ? -c : below;
 }
 
 template <typename A>

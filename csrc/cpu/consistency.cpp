@@ -84,7 +84,7 @@ std::pair<Tensor, Tensor> pair_backward(const Tensor& cotangent, const Tensor& x
   STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
   const MemoryFormat format = common_format({&x1, &x2});
   const Tensor a = in_format(x1, format), b = in_format(x2, format);
-  const Tensor plus = empty_like(x1, format), minus = empty_like(x1, format);
+  const Tensor plus = result_like(x1, format), minus = result_like(x1, format);
   dispatch(x1, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;

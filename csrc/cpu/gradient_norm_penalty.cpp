@@ -57,7 +57,7 @@ Tensor gradient_norm_penalty_backward_cpu(Tensor cotangent, Tensor grad, Tensor 
   check_per_row("coefficient", coefficient, shape);
   STD_TORCH_CHECK(cotangent.numel() == 1 || cotangent.numel() == shape.rows, "cotangent: expected one, or one per row");
   const MemoryFormat format = common_format({&grad});
-  const Tensor from = in_format(grad, format), out = empty_like(grad, format);
+  const Tensor from = in_format(grad, format), out = result_like(grad, format);
   dispatch(grad, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;

@@ -5,35 +5,47 @@
 namespace gpk::cpu {
 namespace {
 
-constexpr int64_t kCounters = 64, kBlock = 4 * kCounters;  // counters side by side, and their numbers
+constexpr int64_t kGroup = 32, kBlock = 256;  // counters side by side; numbers that are made before they are added
 
 // Philox of counters first, first + 1, ...: a lane each.
-GPK_INLINE inline void philox_lanes(uint64_t key, uint64_t first, int64_t counters, uint32_t (&words)[4][kCounters]) {
-  for (int64_t i = 0; i < counters; ++i) {
-    words[0][i] = uint32_t(first + uint64_t(i));
-    words[1][i] = uint32_t((first + uint64_t(i)) >> 32);
-    words[2][i] = words[3][i] = 0;
+template <typename Lane>
+GPK_INLINE inline void philox_lanes(uint64_t key, uint64_t first, uint32_t (&words)[4][kGroup]) {
+  Lane lanes[4][kGroup];
+  for (int64_t i = 0; i < kGroup; ++i) {
+    lanes[0][i] = Lane(first + uint64_t(i));
+    lanes[1][i] = Lane((first + uint64_t(i)) >> 32);
+    lanes[2][i] = lanes[3][i] = 0;
   }
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    for (int64_t i = 0; i < counters; ++i) philox_round(words[0][i], words[1][i], words[2][i], words[3][i], k0, k1);
+    for (int64_t i = 0; i < kGroup; ++i) philox_round(lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i], k0, k1);
     k0 += kPhiloxKeyStep0;
     k1 += kPhiloxKeyStep1;
   }
+  for (int k = 0; k < 4; ++k)
+    for (int64_t i = 0; i < kGroup; ++i) words[k][i] = uint32_t(lanes[k][i]);
+}
+
+// Lanes of 64 bits take no shuffles, but a vector instruction that multiplies them.
+inline bool multiplies_wide_lanes() {
+#ifdef GPK_TARGET_CLONES
+  return __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
 }
 
 // The numbers of Philox calls, in the order of random_numbers.
-template <typename A>
-GPK_INLINE inline void random_block(uint64_t key, uint64_t first, int64_t counters, bool gaussian,
-                                    A (&numbers)[kBlock]) {
-  uint32_t words[4][kCounters];
-  philox_lanes(key, first, counters, words);
+template <typename Lane, typename A>
+GPK_INLINE inline void random_group(uint64_t key, uint64_t first, bool gaussian, A* numbers) {
+  uint32_t words[4][kGroup];
+  philox_lanes<Lane>(key, first, words);
   if (!gaussian) {
-    for (int64_t i = 0; i < counters; ++i)
+    for (int64_t i = 0; i < kGroup; ++i)
       for (int k = 0; k < 4; ++k) numbers[4 * i + k] = unit_interval<A>(words[k][i]);
     return;
   }
-  for (int64_t i = 0; i < counters; ++i)
+  for (int64_t i = 0; i < kGroup; ++i)
     for (int k = 0; k < 4; k += 2) {
       A pair[2];
       if constexpr (std::is_same_v<A, float>)
@@ -45,13 +57,14 @@ GPK_INLINE inline void random_block(uint64_t key, uint64_t first, int64_t counte
     }
 }
 
-template <bool kStreamed, typename T, typename A>
+template <bool kStreamed, typename Lane, typename T, typename A>
 GPK_SIMD void add_noise(const T* x, T* out, A amplitude, uint64_t key, bool gaussian, int64_t begin, int64_t end,
                         int64_t count) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock, last = std::min(first + kBlock, count);
     A numbers[kBlock];
-    random_block(key, uint64_t(block * kCounters), (last - first + 3) / 4, gaussian, numbers);
+    for (int64_t i = first; i < last; i += 4 * kGroup)
+      random_group<Lane>(key, uint64_t(i / 4), gaussian, numbers + (i - first));
     const auto noisy = [&](int64_t i) GPK_INLINE { return T(A(x[i]) + amplitude * numbers[i - first]); };
     write<kStreamed>(std::array{x}, first, last, Result{out, noisy});
   }
@@ -61,13 +74,16 @@ Tensor instance_noise_cpu(Tensor x, double sigma, std::optional<Tensor> scale, T
   const uint64_t seed = philox_key(key);
   STD_TORCH_CHECK(!scale.has_value() || scale->numel() == 1, "scale: expected one number");
   const MemoryFormat format = common_format({&x});
-  const Tensor from = in_format(x, format), out = empty_like(x, format);
+  const Tensor from = in_format(x, format), out = result_like(x, format);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     const A amplitude = A(sigma) * (scale.has_value() ? small_vector<A>(*scale)[0] : A(1));
     const int64_t count = x.numel();
-    const auto kernel = past_cache(count * sizeof(T)) ? &add_noise<true, T, A> : &add_noise<false, T, A>;
+    const bool streamed = past_cache(count * sizeof(T));
+    const auto kernel = multiplies_wide_lanes()
+                            ? (streamed ? &add_noise<true, uint64_t, T, A> : &add_noise<false, uint64_t, T, A>)
+                            : (streamed ? &add_noise<true, uint32_t, T, A> : &add_noise<false, uint32_t, T, A>);
     parallel((count + kBlock - 1) / kBlock, kTile / kBlock, [&](int64_t begin, int64_t end) {
       kernel(data<T>(from), mutable_data<T>(out), amplitude, seed, gaussian, begin, end, count);
     });

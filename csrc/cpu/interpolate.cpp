@@ -37,7 +37,7 @@ GPK_SIMD void split_rows(const T* cotangent, const A* eps, T* to_real, T* to_fak
 template <typename T, typename A>
 Tensor mix(const Tensor& real, const Tensor& fake, Shape shape, const std::vector<A>& eps) {
   const MemoryFormat format = common_format({&real, &fake});
-  const Tensor r = in_format(real, format), f = in_format(fake, format), out = empty_like(real, format);
+  const Tensor r = in_format(real, format), f = in_format(fake, format), out = result_like(real, format);
   T* to = mutable_data<T>(out);
   const auto kernel =
       past_cache(out.numel() * sizeof(T)) ? &interpolate_rows<true, T, A> : &interpolate_rows<false, T, A>;
@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor> interpolate_backward_cpu(Tensor cotangent, Tensor eps
   check_per_row("eps", eps, shape);
   const MemoryFormat format = common_format({&cotangent});
   const Tensor from = in_format(cotangent, format);
-  const Tensor real = to_real ? empty_like(cotangent, format) : nothing_like(cotangent);
-  const Tensor fake = to_fake ? empty_like(cotangent, format) : nothing_like(cotangent);
+  const Tensor real = to_real ? result_like(cotangent, format) : nothing_like(cotangent);
+  const Tensor fake = to_fake ? result_like(cotangent, format) : nothing_like(cotangent);
   dispatch(cotangent, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;

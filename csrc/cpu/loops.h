@@ -37,6 +37,13 @@ inline Tensor from_doubles(const Tensor& x, const double* values, int64_t count,
   return out;
 }
 
+// Uninitialised, for results that fill it.
+inline Tensor result_like(const Tensor& x, MemoryFormat format) {
+  const Tensor out = empty_like(x, format);
+  advise_large_pages(out.mutable_data_ptr(), out.numel() * int64_t(out.element_size()));
+  return out;
+}
+
 // Neumaier's compensated sum: a mean over many rows loses no digits.
 class Sum {
  public:

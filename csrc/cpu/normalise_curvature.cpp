@@ -40,7 +40,7 @@ Tensor normalise_curvature_cpu(Tensor normal, Tensor inverse, Tensor tangent, Te
   STD_TORCH_CHECK(inverse.numel() == groups, "inverse: expected one number per group");
   const MemoryFormat format = MemoryFormat::Contiguous;
   const Tensor n = in_format(normal, format), t = in_format(tangent, format), d = in_format(cotangent, format);
-  const Tensor out = empty_like(normal, format);
+  const Tensor out = result_like(normal, format);
   dispatch(normal, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
