@@ -181,9 +181,19 @@ struct Target {
   std::vector<Kind> kinds;
   bool writes;          // into its arguments, which takes no part in a graph
   bool differentiates;  // gives values and gradients
+  PyObject* choice;     // a ContextVar: the name of the backend that a thread chose for itself, if it did
 };
 
 const char* const kTarget = "gpkernels.target";
+
+// Whether a thread's choice of backend, if it made one, gives CPU tensors the C++ kernels; nothing if Python raised.
+std::optional<bool> chosen(PyObject* choice) {
+  PyObject* found = nullptr;
+  if (PyContextVar_Get(choice, Py_None, &found) < 0) return std::nullopt;
+  THPObjectPtr name(found);
+  const auto is = [&](const char* text) { return PyUnicode_CompareWithASCIIString(name.get(), text) == 0; };
+  return name.get() == Py_None || (PyUnicode_Check(name.get()) && (is("auto") || is("cpu")));
+}
 
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const auto* target = static_cast<const Target*>(PyCapsule_GetPointer(self, kTarget));
@@ -192,6 +202,9 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const bool delivers = target->differentiates && size_t(count) == own + 2;
   if ((size_t(count) != own && !delivers) || watched()) Py_RETURN_NOTIMPLEMENTED;
   if (delivers && !at::GradMode::is_enabled()) Py_RETURN_NOTIMPLEMENTED;
+  const std::optional<bool> open = chosen(target->choice);
+  if (!open) return nullptr;
+  if (!*open) Py_RETURN_NOTIMPLEMENTED;
   try {
     Arguments arguments(own, !delivers && !target->writes && at::GradMode::is_enabled());
     for (size_t i = 0; i < own; ++i)
@@ -215,11 +228,18 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   }
 }
 
-PyObject* direct(PyObject*, PyObject* name) {
+void forget(PyObject* capsule) {
+  auto* target = static_cast<Target*>(PyCapsule_GetPointer(capsule, kTarget));
+  Py_DECREF(target->choice);
+  delete target;
+}
+
+PyObject* direct(PyObject*, PyObject* args) {
   static PyMethodDef method = {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call)), METH_FASTCALL,
                                nullptr};
-  const char* text = PyUnicode_AsUTF8(name);
-  if (!text) return nullptr;
+  const char* text = nullptr;
+  PyObject* choice = nullptr;
+  if (!PyArg_ParseTuple(args, "sO!", &text, &PyContextVar_Type, &choice)) return nullptr;
   const std::optional<c10::OperatorHandle> op = c10::Dispatcher::singleton().findSchema({text, ""});
   if (!op) return PyErr_Format(PyExc_ValueError, "name: expected an op that is defined, got %s", text);
   std::vector<Kind> kinds;
@@ -231,21 +251,20 @@ PyObject* direct(PyObject*, PyObject* name) {
   const std::vector<c10::Argument>& returns = op->schema().returns();
   const bool differentiates = returns.size() == 2 && kind_of(*returns[0].real_type()) == Kind::kTensor &&
                               kind_of(*returns[1].real_type()) == Kind::kTensors;
-  PyObject* target =
-      PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), differentiates}, kTarget,
-                    [](PyObject* capsule) { delete static_cast<Target*>(PyCapsule_GetPointer(capsule, kTarget)); });
+  Py_INCREF(choice);
+  PyObject* target = PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), differentiates, choice},
+                                   kTarget, &forget);
   PyObject* bound = target ? PyCFunction_New(&method, target) : nullptr;
   Py_XDECREF(target);
   return bound;
 }
 
 PyMethodDef kMethods[] = {
-    {"direct", &direct, METH_O,
-     "direct(name) -> a callable that gives what the op gives, or NotImplemented where the op has to be called in "
-     "another way: something looks on, the arguments are not all plain, or the op raises. Given tensors and places "
-     "after the arguments of an op of values and gradients, it gives the values, the first of which has the gradient "
-     "at "
-     "each place for the tensor there."},
+    {"direct", &direct, METH_VARARGS,
+     "direct(name, choice) -> a callable that gives what the op gives, or NotImplemented where the op has to be called "
+     "in another way: something looks on, the arguments are not all plain, the op raises, or the ContextVar holds a "
+     "backend other than 'auto' and 'cpu'. Given tensors and places after the arguments of an op of values and "
+     "gradients, it gives the values, the first of which has the gradient at each place for the tensor there."},
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
      "something looks on or the tensors are not all plain."},

@@ -3,6 +3,8 @@
 "auto" leaves the choice to PyTorch's dispatcher: a native kernel for the tensors' device type where one is registered,
 on GPUs otherwise a Triton kernel where Triton is installed, otherwise the reference. A forced backend that cannot run
 raises on the first call, with the cure; importing never fails because of a backend, and imports no Triton.
+
+``set_backend`` chooses for the process, ``backend`` for the thread or async task that enters it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from threading import get_ident, local
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from gpkernels.ops import Op
@@ -26,7 +31,9 @@ if TYPE_CHECKING:
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
-_forced: str | None = None
+_everywhere = "auto"  # what set_backend chose
+_chosen: ContextVar[str] = ContextVar("gpkernels.backend")  # what backend chose, where it did
+_CARRIED = "gpkernels.backend"  # the key of that choice in the state that PyTorch carries from thread to thread
 _tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
 _short_ways: list[tuple[Op, Callable[..., Any]]] = []
 
@@ -37,7 +44,8 @@ def declined(*args: Any) -> Any:
 
 
 extension: Any = None
-direct: Callable[[str], Callable[..., Any]] | None = None  # by an op's name, the short way to it
+# By an op's name and the variable that may close it in a thread, the short way to it.
+direct: Callable[[str, ContextVar[str]], Callable[..., Any]] | None = None
 deliver: Callable[..., Any] = declined  # (value, gradients, tensors): critic/deliver.py in C++
 program: Any = None  # the module whose loop runs the passes of a critic, and which reads autograd's graph
 extension_error: str | None = None
@@ -118,15 +126,18 @@ def bind_directly(ops: Mapping[str, Op]) -> None:
     """Give each op with a C++ kernel its short way; from then on ``set_backend`` opens and closes it."""
     if direct is not None:
         _short_ways.extend(
-            (op, direct(f"gpkernels::{name}")) for name, op in ops.items() if running_op(name, "cpu") == "cpu"
+            (op, direct(f"gpkernels::{name}", _chosen)) for name, op in ops.items() if running_op(name, "cpu") == "cpu"
         )
     _open_short_ways()
 
 
 def _open_short_ways() -> None:
-    """They lead to the C++ kernels, so they are open where CPU tensors take these."""
+    """They lead to the C++ kernels, so they are open where the process gives CPU tensors these.
+
+    A thread that chose another backend for itself finds them closed: they look at its choice themselves.
+    """
     for op, way in _short_ways:
-        op.direct = way if _forced in (None, "cpu") else declined
+        op.direct = way if _everywhere in ("auto", "cpu") else declined
 
 
 def _later(name: str) -> Callable[..., Any]:
@@ -143,27 +154,77 @@ def composed_step(*args: Any) -> Any:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def set_backend(name: str) -> None:
-    """Choose the backend of every later op: "auto", "reference", "cpu", "triton" or "cuda".
+class _Own:
+    """``name``: what the thread or async task that reads it chose for itself; the object where it chose nothing.
 
-    Raises ValueError for another name. The environment variable GPKERNELS_BACKEND sets the first choice.
+    The getter is C, so that ``torch.compile`` reads it and guards what it read; it can trace no ``ContextVar``.
     """
-    global _forced
+
+    name = property(_chosen.get)  # whose argument is what it gives in place of nothing: here the object
+
+
+class _Traced(local):
+    """``name``: what code that ``torch.compile`` is tracing chose within itself, which leaves no trace outside."""
+
+    def __init__(self) -> None:  # in each thread, so that tracing finds the name where it leaves it, in the object
+        self.name: str | None = None
+
+
+_own, _traced = _Own(), _Traced()
+
+
+def _check(name: str) -> None:
     if name not in NAMES and name not in _tables:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    _forced = None if name == "auto" else name
+
+
+def set_backend(name: str) -> None:
+    """Choose the process's backend for every later op: "auto", "reference", "cpu", "triton" or "cuda".
+
+    A thread inside ``backend`` keeps its own choice. Raises ValueError for another name. The environment variable
+    GPKERNELS_BACKEND sets the first choice.
+    """
+    global _everywhere
+    _check(name)
+    _everywhere = name
     _open_short_ways()
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """``set_backend`` for a while."""
-    before = _forced
-    set_backend(name)
+    """Choose the backend for a while, in this thread or async task alone, whatever ``set_backend`` chose.
+
+    The backward passes that it calls take that backend too. Threads that it starts do not: each chooses its own.
+    Raises ValueError for another name.
+    """
+    _check(name)
+    if is_compiling():
+        before, _traced.name = _traced.name, name
+        try:
+            yield
+        finally:
+            _traced.name = before
+        return
+    token = _chosen.set(name)
+    _carry()
     try:
         yield
     finally:
-        set_backend(before or "auto")
+        _chosen.reset(token)
+        _carry()
+
+
+def _carry() -> None:
+    """Let PyTorch carry the choice along: a backward pass on a GPU runs in a thread of autograd's."""
+    torch._C._stash_obj_in_tls(_CARRIED, (get_ident(), _chosen.get(None)))
+
+
+def _carried() -> str | None:
+    """The choice of the thread that this one works for, if it did choose."""
+    if not torch._C._is_key_in_tls(_CARRIED):
+        return None
+    thread, name = torch._C._get_obj_in_tls(_CARRIED)
+    return name if thread != get_ident() else None  # what another task of this very thread chose is not ours
 
 
 def add_kernels(name: str, kernels: Mapping[str, Callable[..., Any]]) -> None:
@@ -172,8 +233,12 @@ def add_kernels(name: str, kernels: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def forced() -> str | None:
-    """The forced backend's name, or None under "auto"."""
-    return _forced
+    """The name of the backend that is forced in this thread now, or None under "auto"."""
+    traced = is_compiling()
+    name = (_traced.name if traced else None) or _own.name
+    if name is _own:  # nothing
+        name = _everywhere if traced else _carried() or _everywhere
+    return None if name == "auto" else name
 
 
 def unavailable(name: str) -> str | None:
@@ -195,7 +260,7 @@ def unavailable(name: str) -> str | None:
 
 def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The forced backend's implementation of an op for these arguments; RuntimeError where it cannot run."""
-    name = _forced or "auto"
+    name = forced() or "auto"
     if name == "reference":
         return op.implementation
     if name in _tables:
@@ -216,12 +281,13 @@ def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
 
 def fuses_mlps(device_type: str) -> bool:
     """Whether ``mlp_critic_step`` on this device type runs as more than the reference."""
-    if _forced in _tables:
+    name = forced()
+    if name in _tables:
         return True
-    if _forced == "triton" and device_type == "cpu":
+    if name == "triton" and device_type == "cpu":
         return interprets_triton()
     known = running(device_type)
-    return known != "reference" and _forced in (None, known, "triton" if device_type in GPUS else known)
+    return known != "reference" and name in (None, known, "triton" if device_type in GPUS else known)
 
 
 def running(device_type: str) -> str:

@@ -473,7 +473,8 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
     """Clamp every weight to [-c, c] in place, all tensors in one call (Arjovsky et al. 2017, Algorithm 1).
 
     params: a tensor or an iterable of them, such as ``critic.parameters()``; c >= 0. NaN stays NaN. Not
-    differentiable. Raises TypeError or ValueError for bad input, before any weight is changed.
+    differentiable. Raises TypeError or ValueError for bad input, RuntimeError for a tensor that overlaps itself, before
+    any weight is changed.
     """
     c = check_nonnegative("c", c)
     tensors = [params] if isinstance(params, Tensor) else list(params)
@@ -483,6 +484,7 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
     by_device: dict[torch.device, list[Tensor]] = {}
     for i, p in enumerate(tensors):
         ops.check_floating(f"params[{i}]", p)
+        ops.check_writable(f"params[{i}]", p)
         by_device.setdefault(p.device, []).append(p)
     for group in by_device.values():
         with torch.no_grad():

@@ -8,6 +8,7 @@ dispatcher; a forced backend is looked up in ``backends``. Ops here carry no aut
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gpkernels import backends, reference
-from gpkernels.reference import REDUCTIONS, accumulation_dtype
+from gpkernels.reference import REDUCTIONS, accumulation_dtype, check_kind, check_kinds
 
 _LIBRARY = torch.library.Library("gpkernels", "DEF")
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_REDUCTION_CODES = frozenset(REDUCTIONS.values())
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -31,10 +33,21 @@ class Op:
     NotImplemented where the op has to be called in another way. An op that gives values and gradients of their first
     takes tensors and their places among these as well: it gives the values, the first with a graph. ``torch.compile``
     cannot trace it.
+    check: raises for codes that name nothing, which kernels would take for one that they know; it is asked before any
+    backend, but not before ``direct``.
     """
 
-    def __init__(self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        schema: str,
+        implementation: Callable[..., Any],
+        fake: Callable[..., Any],
+        check: Callable[..., None] | None = None,
+    ) -> None:
         self.name = schema.partition("(")[0]
+        self.check = check
+        if check is not None:  # torch.ops leads to these past __call__
+            implementation, fake = _after(check, implementation), _after(check, fake)
         self.schema, self.implementation, self.fake = schema, implementation, fake
         self.direct = backends.declined
         self.overload = self.define_in(_LIBRARY)
@@ -51,6 +64,8 @@ class Op:
         return overload
 
     def __call__(self, *args: Any) -> Any:
+        if self.check is not None:
+            self.check(*args)
         if not is_compiling():
             given = self.direct(*args)
             if given is not NotImplemented:
@@ -70,6 +85,14 @@ class Op:
 
         outputs = tree_map(lambda *entries: torch.stack(entries), *(entry(i) for i in range(info.batch_size)))
         return outputs, tree_map(lambda _: 0, outputs)
+
+
+def _after(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        check(*args)
+        return function(*args)
+
+    return checked
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -116,6 +139,14 @@ def check_batch(name: str, x: object) -> None:
         raise ValueError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
 
 
+def check_writable(name: str, x: Tensor) -> None:
+    """RuntimeError, as PyTorch's own, where elements share a place: what is written there last would stay."""
+    if x.numel() and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise RuntimeError(
+            f"{name}: expected a tensor that does not overlap itself, got shape {tuple(x.shape)}, strides {x.stride()}"
+        )
+
+
 def check_pair(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
     """Two batches of one shape on one device."""
     check_batch(name1, x1)
@@ -130,19 +161,39 @@ def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
         raise ValueError(f"{name2}: expected the device of {name1}, {x1.device}, got {x2.device}")
 
 
+def check_number(name: str, value: object) -> float:
+    """The value as a float; TypeError unless it is a real number, which may be numpy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
 def check_nonnegative(name: str, value: object) -> float:
     """The value as a float; TypeError or ValueError unless it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = check_number(name, value)
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    return float(value)
+    return value
 
 
 def check_reduction(reduction: str) -> int:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     return REDUCTIONS[reduction]
+
+
+def _check_reduction_code(grad: Tensor, target: float, one_sided: bool, reduction: int) -> None:
+    if reduction not in _REDUCTION_CODES:
+        wanted = ", ".join(f"{code} ({called})" for called, code in REDUCTIONS.items())
+        raise ValueError(f"reduction: expected {wanted}, got {reduction!r}")
+
+
+def _check_scored(real: int, fake: int, real_kind: int, fake_kind: int) -> None:
+    """A kind for each group that is scored."""
+    if real >= 0:
+        check_kind("real_kind", real_kind)
+    if fake >= 0:
+        check_kind("fake_kind", fake_kind)
 
 
 def check_eps(eps: Tensor, like: Tensor) -> None:
@@ -223,6 +274,7 @@ gradient_norm_penalty = Op(
         _wide(grad, *([grad.shape[0]] if reduction == REDUCTIONS["none"] else [])),
         _wide(grad, grad.shape[0]),
     ),
+    _check_reduction_code,
 )
 gradient_norm_penalty_backward = Op(
     "gradient_norm_penalty_backward(Tensor cotangent, Tensor grad, Tensor coefficient) -> Tensor",
@@ -294,11 +346,13 @@ score_loss = Op(
     "score_loss(Tensor[] scores, int[] kinds) -> Tensor",
     reference.score_loss,
     lambda scores, kinds: _wide(scores[0]),
+    check_kinds,
 )
 score_loss_backward = Op(
     "score_loss_backward(Tensor cotangent, Tensor[] scores, int[] kinds) -> Tensor[]",
     _score_loss_backward,
     lambda cotangent, scores, kinds: [s.new_empty(s.shape) for s in scores],
+    lambda cotangent, scores, kinds: check_kinds(scores, kinds),
 )
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -361,6 +415,7 @@ mlp_critic_step = Op(
     " -> (Tensor, Tensor[])",
     reference.mlp_critic_step,
     _mlp_critic_step_fake,
+    lambda plain, points, weights, biases, slopes, *options: _check_scored(*options[:4]),
 )
 
 # What lies between the products of that step. It is one op on CPUs; on GPUs ``composed`` makes it of these.
@@ -383,6 +438,7 @@ score_seeds = Op(
         scores.new_empty(scores.shape),
         scores.new_empty(n if n * max(real, fake) >= plain else 0),
     ),
+    lambda scores, bias, n, real, fake, real_kind, fake_kind, plain: _check_scored(real, fake, real_kind, fake_kind),
 )
 masked_outer = Op(
     "masked_outer(Tensor seeds, Tensor w, Tensor y, float slope) -> Tensor",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from gpkernels import ops
-from gpkernels.ops import check_nonnegative
+from gpkernels import backends, ops
+from gpkernels.ops import check_nonnegative, check_number
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -35,78 +36,163 @@ class RMSprop(torch.optim.RMSprop):
     ) -> None:
         if isinstance(lr, Tensor):
             raise TypeError("lr: expected a number, got a tensor")
-        if not 0 <= alpha <= 1:
+        numbers = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        for name, value in numbers.items():
+            check_number(name, value)  # torch checks the range
+        if not alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+        clip = _check_clip(clip)
         super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize)
         self.defaults["clip"] = clip
         for group in self.param_groups:
-            group["clip"] = _check_clip(group.get("clip", clip))
+            group.setdefault("clip", clip)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):  # otherwise torch says what is wrong
+            options = {"clip": None, **self.defaults, **param_group}
+            if isinstance(options["lr"], Tensor):
+                raise TypeError("lr: expected a number, got a tensor")
+            _Options.of(options)
         super().add_param_group(param_group)
-        if "clip" in self.defaults:
-            param_group["clip"] = _check_clip(param_group.get("clip"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        clips = [group.get("clip") for group in self.__dict__.get("param_groups", ())]  # none yet when unpickled
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("clip", self.defaults.get("clip"))
+        for i, group in enumerate(self.param_groups):  # torch's have no clip
+            group.setdefault("clip", clips[i] if i < len(clips) else self.defaults.get("clip"))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; the closure's loss, if there is one."""
+        """One update of every parameter that has a gradient; the closure's loss, if there is one.
+
+        What is wrong with a gradient, an option or the state of any parameter is found before anything is changed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates: list[tuple[list[Tensor], dict[str, Any]]] = []
+        updates: list[_Update] = []
         for group in self.param_groups:
             by_device: dict[torch.device, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    self._check(p, group)
                     by_device.setdefault(p.device, []).append(p)
-            updates += [(params, group) for params in by_device.values()]
-        for params, group in updates:  # only now that every group has been checked
-            self._update(params, group)
+            if by_device:
+                options = _Options.of(group)
+                updates += [_Update(params, options, self.state) for params in by_device.values()]
+        # The kernel checks its tensors before it writes; that is enough where there is one call.
+        alone = len(updates) == 1 and not is_compiling()
+        if alone and ops.rmsprop_.direct(*updates[0].arguments()) is not NotImplemented:
+            updates[0].store(self.state)
+            return loss
+        for update in updates:
+            update.check()
+        for update in updates:
+            ops.rmsprop_(*update.arguments())
+            update.store(self.state)
         return loss
 
-    def _check(self, p: Tensor, group: dict[str, Any]) -> None:
-        ops.check_floating("params", p)
-        ops.check_floating("grad", p.grad)
+
+class _Options(NamedTuple):
+    """The options of a parameter group, checked."""
+
+    lr: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    momentum: float
+    maximize: bool
+    clip: float | None
+    centered: bool
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> _Options:
+        """TypeError or ValueError for what cannot be done."""
         for option in ("capturable", "differentiable"):
             if group[option]:
                 raise ValueError(f"{option}: expected False, got True; use torch.optim.RMSprop")
+        lr = group["lr"]
+        alpha = check_nonnegative("alpha", group["alpha"])
+        if alpha > 1:
+            raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+        return cls(
+            check_nonnegative("lr", lr.item() if isinstance(lr, Tensor) else lr),  # a state_dict of torch may bring one
+            alpha,
+            check_nonnegative("eps", group["eps"]),
+            check_nonnegative("weight_decay", group["weight_decay"]),
+            check_nonnegative("momentum", group["momentum"]),
+            bool(group["maximize"]),
+            _check_clip(group["clip"]),
+            bool(group["centered"]),
+        )
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads: list[Tensor] = []
-        state: dict[str, list[Tensor]] = {"square_avg": [], "grad_avg": [], "momentum_buffer": []}
-        wanted = {"square_avg": True, "grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
+
+class _Update:
+    """One call of the kernel: the parameters of a group on one device, their gradients and their state.
+
+    State that is new is kept here, and the optimiser's is left as it is, until ``store``.
+    """
+
+    def __init__(self, params: list[Tensor], options: _Options, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self.params, self.options = params, options
+        self.grads: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.state: dict[str, list[Tensor]] = {"square_avg": [], "grad_avg": [], "momentum_buffer": []}
+        self.new: dict[Tensor, dict[str, Tensor]] = {}
+        kept = [("square_avg", True), ("grad_avg", options.centered), ("momentum_buffer", options.momentum > 0)]
+        wanted = [(name, self.state[name]) for name, is_kept in kept if is_kept]
         for p in params:
             assert p.grad is not None
-            grads.append(p.grad)
-            own = self.state[p]
-            if not own:
-                own["step"] = torch.zeros((), dtype=torch.float32)
-            own["step"] += 1
-            for name, tensors in state.items():
-                if wanted[name]:
-                    if name not in own:
-                        own[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    tensors.append(own[name])
-        ops.rmsprop_(
-            params,
-            grads,
-            *state.values(),
-            float(group["lr"]),
-            group["alpha"],
-            group["eps"],
-            group["weight_decay"],
-            group["momentum"],
-            group["maximize"],
-            group["clip"],
-        )
-        torch.autograd.graph.increment_version([*params, *(t for tensors in state.values() for t in tensors)])
+            self.grads.append(p.grad)
+            own = state.get(p) or self._begin(p)
+            if not isinstance(own["step"], Tensor):
+                raise TypeError(f"state: expected a tensor for step, got {type(own['step']).__name__}")
+            self.steps.append(own["step"])
+            for name, tensors in wanted:
+                tensors.append(own[name] if name in own else self._zeros(p, name))
+
+    def _begin(self, p: Tensor) -> dict[str, Tensor]:
+        ops.check_floating("params", p)
+        return self.new.setdefault(p, {"step": torch.zeros((), dtype=torch.float32)})
+
+    def _zeros(self, p: Tensor, name: str) -> Tensor:
+        own = self.new.setdefault(p, {})
+        if name not in own:
+            own[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return own[name]
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.params, self.grads, *self.state.values(), *self.options[:-1]
+
+    def check(self) -> None:
+        """TypeError, ValueError or RuntimeError for tensors that the kernel does not take, or a backend that cannot."""
+        for i, p in enumerate(self.params):
+            ops.check_floating("params", p)
+            ops.check_floating("grad", self.grads[i])
+            _check_like("grad", self.grads[i], p)
+            ops.check_writable("params", p)
+            for name, tensors in self.state.items():
+                if tensors:
+                    _check_like(name, tensors[i], p)
+                    ops.check_writable(name, tensors[i])
+        if backends.forced() is not None:
+            backends.implementation(ops.rmsprop_, self.arguments())
+
+    def store(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """Count the step, keep what is new, and let graphs that saved any of it notice."""
+        torch._foreach_add_(self.steps, 1)
+        for p, own in self.new.items():
+            state[p].update(own)
+        torch.autograd.graph.increment_version([*self.params, *(t for tensors in self.state.values() for t in tensors)])
+
+
+def _check_like(name: str, x: Tensor, p: Tensor) -> None:
+    """ValueError unless a gradient or state is as its parameter is; these can be changed under an optimiser."""
+    for what in ("shape", "dtype", "device", "layout"):
+        got, wanted = getattr(x, what), getattr(p, what)
+        if got != wanted:
+            cure = "" if name == "grad" else "; load_state_dict(state_dict()) brings state to its parameters"
+            raise ValueError(f"{name}: expected the {what} of its parameter, {wanted}, got {got}{cure}")
 
 
 def _check_clip(clip: float | None) -> float | None:

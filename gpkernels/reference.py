@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool2d, logsigmoid
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 SCORE_LOSSES = {"identity": 0, "negative": 1, "softplus": 2, "softplus_negative": 3, "negative_softplus": 4}
+_KINDS = frozenset(SCORE_LOSSES.values())
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -216,8 +217,27 @@ def consistency_backward(
 # --- score losses -----------------------------------------------------------------------------------------------------
 
 
+def check_kinds(scores: Sequence[Tensor], kinds: Sequence[int]) -> None:
+    """ValueError unless there are scores, and one of SCORE_LOSSES for each of them."""
+    if not scores:
+        raise ValueError("scores: expected at least one tensor, got none")
+    if len(kinds) != len(scores):
+        raise ValueError(f"kinds: expected one for each of {len(scores)} scores, got {len(kinds)}")
+    if not _KINDS.issuperset(kinds):  # one call for all of them: this is in the way of small ops
+        for kind in kinds:
+            check_kind("kinds", kind)
+
+
+def check_kind(name: str, kind: int) -> None:
+    """ValueError unless it is one of SCORE_LOSSES."""
+    if kind not in _KINDS:
+        wanted = ", ".join(f"{code} ({called})" for called, code in SCORE_LOSSES.items())
+        raise ValueError(f"{name}: expected {wanted}, got {kind!r}")
+
+
 def score_loss(scores: Sequence[Tensor], kinds: Sequence[int]) -> Tensor:
     """The sum over tensors of mean phi(scores): phi is s, -s, softplus(s), softplus(-s) or -softplus(s), by kind."""
+    check_kinds(scores, kinds)
     total: Tensor | None = None
     for s, kind in zip(scores, kinds, strict=True):
         wide = s.to(accumulation_dtype(s.dtype))
@@ -238,6 +258,7 @@ def score_loss(scores: Sequence[Tensor], kinds: Sequence[int]) -> Tensor:
 
 def score_loss_backward(cotangent: Tensor, scores: Sequence[Tensor], kinds: Sequence[int]) -> list[Tensor]:
     """cotangent * phi'(s) / numel for each tensor."""
+    check_kinds(scores, kinds)
     grads = []
     for s, kind in zip(scores, kinds, strict=True):
         wide = s.to(accumulation_dtype(s.dtype))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sysconfig
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 import gpkernels as gpk
 from gpkernels import backends, cli, info, ops
@@ -121,6 +127,182 @@ def test_the_context_restores_what_was_chosen_before_even_after_an_error() -> No
             raise KeyError
         assert backends.forced() == "reference"
     assert backends.forced() == before
+
+
+@pytest.fixture
+def references(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Grows by one for each penalty that the reference computes."""
+    ran: list[int] = []
+    reference = ops.gradient_norm_penalty.implementation
+
+    def counted(*args: object) -> object:
+        ran.append(len(ran))
+        return reference(*args)
+
+    monkeypatch.setattr(ops.gradient_norm_penalty, "implementation", counted)
+    yield ran
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def other() -> Iterator[ThreadPoolExecutor]:
+    """Another thread."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def _forced_penalty() -> str | None:
+    gpk.gradient_norm_penalty(torch.ones(2, 3))
+    return backends.forced()
+
+
+def test_the_context_is_the_threads_own(references: list[int], other: ThreadPoolExecutor) -> None:
+    with gpk.backend("reference"):
+        assert _forced_penalty() == "reference"
+        assert len(references) == 1
+        assert other.submit(_forced_penalty).result() is None
+        assert len(references) == 1
+
+        def chooses() -> str | None:
+            with gpk.backend("cpu"):
+                return backends.forced()
+
+        assert other.submit(chooses).result() == "cpu"
+        assert _forced_penalty() == "reference"
+        assert other.submit(backends.forced).result() is None
+    assert _forced_penalty() is None
+    assert len(references) == 2
+
+
+def test_two_threads_choose_at_once_and_neither_restores_the_others_choice(other: ThreadPoolExecutor) -> None:
+    theirs = gpk.backend("cpu")
+    with gpk.backend("reference"):
+        other.submit(theirs.__enter__).result()
+    assert backends.forced() is None
+    assert other.submit(backends.forced).result() == "cpu"
+    other.submit(theirs.__exit__, None, None, None).result()
+    assert other.submit(backends.forced).result() is None
+    assert backends.forced() is None
+
+
+def test_the_context_is_an_async_tasks_own() -> None:
+    async def task(name: str) -> list[str | None]:
+        seen: list[str | None] = []
+        with gpk.backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                seen.append(backends.forced())
+        await asyncio.sleep(0)
+        return [*seen, backends.forced()]
+
+    async def both() -> list[list[str | None]]:
+        return list(await asyncio.gather(task("reference"), task("cpu"), task("auto")))
+
+    assert asyncio.run(both()) == [["reference"] * 3 + [None], ["cpu"] * 3 + [None], [None] * 4]
+
+
+def test_the_context_overrides_the_processs_choice_and_outlives_a_change_of_it(
+    references: list[int], other: ThreadPoolExecutor
+) -> None:
+    try:
+        gpk.set_backend("reference")
+        assert other.submit(_forced_penalty).result() == "reference"
+        with gpk.backend("auto"):
+            assert _forced_penalty() is None
+            assert len(references) == 1
+            gpk.set_backend("cpu")
+            assert backends.forced() is None
+            assert other.submit(backends.forced).result() == "cpu"
+        assert backends.forced() == "cpu"
+    finally:
+        gpk.set_backend("auto")
+
+
+def test_the_context_writes_nothing_that_threads_share() -> None:
+    def shared() -> dict[str, object]:
+        return {**vars(backends), **{name: op.direct for name, op in ops.ALL.items()}}
+
+    before = shared()
+    with gpk.backend("reference"):
+        within = shared()
+    for name, value in before.items():
+        assert within[name] is value, name
+
+
+def test_a_name_that_the_context_does_not_know_changes_nothing() -> None:
+    with gpk.backend("reference"):
+        with pytest.raises(ValueError, match=r"backend.*'tpu'"), gpk.backend("tpu"):
+            pass
+        assert backends.forced() == "reference"
+
+
+def test_the_context_holds_in_threads_that_pytorch_works_for_it_in() -> None:
+    """As autograd's are, which run backward passes on GPUs: its state of a thread goes to them, contexts do not."""
+
+    seen: list[tuple[bool, str | None]] = []
+    here = threading.get_ident()
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((threading.get_ident() == here, backends.forced()))
+        return x
+
+    def looks(x: Tensor) -> Tensor:
+        return ignored(x)
+
+    look.__annotations__ = {"x": Tensor, "return": Tensor}  # TorchScript reads no text
+    ignored = torch.jit.ignore(look)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(looks)
+
+        def forks(x: Tensor) -> Tensor:
+            return torch.jit.wait(torch.jit.fork(scripted, x))
+
+        forked = torch.jit.script(forks)
+    forked(torch.ones(1))
+    with gpk.backend("reference"):
+        forked(torch.ones(1))
+        with gpk.backend("auto"):
+            forked(torch.ones(1))
+        forked(torch.ones(1))
+    forked(torch.ones(1))
+    assert seen == [(False, name) for name in (None, "reference", None, "reference", None)]
+
+
+def test_compiled_code_follows_the_choice_of_the_thread_that_calls_it(
+    references: list[int], other: ThreadPoolExecutor
+) -> None:
+    compiled = torch.compile(lambda x: gpk.gradient_norm_penalty(x), fullgraph=True, backend="eager")
+    x = torch.ones(2, 3)
+
+    def ran() -> int:
+        references.clear()
+        compiled(x)
+        return len(references)
+
+    assert ran() == 0
+    with gpk.backend("reference"):
+        assert ran() == 1
+        assert other.submit(ran).result() == 0
+    assert ran() == 0
+
+
+def test_a_compiled_function_may_choose_within(references: list[int], other: ThreadPoolExecutor) -> None:
+    def penalty(x: Tensor) -> Tensor:
+        with gpk.backend("reference"):
+            first = gpk.gradient_norm_penalty(x)
+        return first + gpk.gradient_norm_penalty(x)
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="eager")
+    compiled(torch.ones(2, 3))
+    assert len(references) == 1
+    assert backends.forced() is None
+    assert other.submit(compiled, torch.ones(2, 3)).result() == compiled(torch.ones(2, 3))
+    plain = torch.compile(lambda x: gpk.gradient_norm_penalty(x), fullgraph=True, backend="eager")
+    references.clear()
+    plain(torch.ones(2, 3))
+    other.submit(plain, torch.ones(2, 3)).result()
+    assert not references
 
 
 def test_set_backend_stays_until_it_is_set_again() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gpkernels as gpk
 from cases import raw_arguments
-from gpkernels import ops
+from gpkernels import ops, reference
 from gpkernels.verify.cases import CASES, DTYPES, PLACES, SHAPES, Case, laid_out
 
 
@@ -274,6 +277,50 @@ BAD = {
 }
 
 
+ONE = torch.ones(())
+KINDS = r"expected 0 \(identity\), 1 \(negative\), .*4 \(negative_softplus\), got "
+LAYER = ([torch.ones(1, 2)], [torch.zeros(1)], [])
+BAD_CODES = {
+    "a loss of a kind above all": (lambda: ops.score_loss([SCORE], [7]), rf"kinds: {KINDS}7"),
+    "a loss of the kind after the last": (lambda: ops.score_loss([SCORE], [5]), rf"kinds: {KINDS}5"),
+    "a loss of a negative kind": (lambda: ops.score_loss([SCORE], [-1]), rf"kinds: {KINDS}-1"),
+    "a loss of a bad second kind": (lambda: ops.score_loss([SCORE, SCORE], [0, 9]), rf"kinds: {KINDS}9"),
+    "a loss of too few kinds": (lambda: ops.score_loss([SCORE, SCORE], [0]), "kinds: .* 2 scores, got 1"),
+    "a loss of no scores": (lambda: ops.score_loss([], []), "scores: .* none"),
+    "a slope of a kind above all": (lambda: ops.score_loss_backward(ONE, [SCORE], [7]), rf"kinds: {KINDS}7"),
+    "a slope of a negative kind": (lambda: ops.score_loss_backward(ONE, [SCORE], [-1]), rf"kinds: {KINDS}-1"),
+    "a slope of no scores": (lambda: ops.score_loss_backward(ONE, [], []), "scores: .* none"),
+    "a mapped loss": (lambda: torch.func.vmap(lambda s: ops.score_loss([s], [7]))(FLAT), rf"kinds: {KINDS}7"),
+    "a penalty of a foreign reduction": (
+        lambda: ops.gradient_norm_penalty(FLAT, 1.0, False, 7),
+        r"reduction: expected 0 \(none\), 1 \(mean\), 2 \(sum\), got 7",
+    ),
+    "a step of a foreign kind for real rows": (
+        lambda: ops.mlp_critic_step([FLAT], [], *LAYER, 0, -1, 7, 0, 1.0, 1.0, False, True),
+        f"real_kind: {KINDS}7",
+    ),
+    "a step of a foreign kind for fake rows": (
+        lambda: ops.mlp_critic_step([FLAT], [], *LAYER, -1, 0, 0, 5, 1.0, 1.0, False, True),
+        f"fake_kind: {KINDS}5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CODES)
+def test_a_code_that_names_nothing_is_refused(name: str, backend: str) -> None:
+    call, message = BAD_CODES[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_code_that_names_nothing_is_refused_while_tracing_and_by_the_specification() -> None:
+    for call in (ops.score_loss.overload, reference.score_loss):
+        with FakeTensorMode() as mode, pytest.raises(ValueError, match=f"kinds: {KINDS}7"):
+            call([mode.from_tensor(SCORE)], [7])
+    with pytest.raises(ValueError, match=f"kinds: {KINDS}7"):
+        reference.score_loss_backward(ONE, [SCORE], [7])
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named(name: str, backend: str) -> None:
     call, error, message = BAD[name]
@@ -285,7 +332,16 @@ def test_nothing_is_clipped_when_a_later_tensor_is_bad(backend: str) -> None:
     first = torch.full((3,), 5.0)
     with pytest.raises(TypeError):
         gpk.clip_weights_([first, INT], 0.1)
+    with pytest.raises(RuntimeError, match=r"params\[1\]: .*overlap.*\(4,\), strides \(0,\)"):
+        gpk.clip_weights_([first, torch.ones(1).expand(4)], 0.1)
     assert (first == 5.0).all()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float16(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
+def test_a_number_may_be_of_any_real_type(number: Any) -> None:
+    weight = torch.ones(3)
+    gpk.clip_weights_(weight, number)
+    assert weight.tolist() == [0.5] * 3
 
 
 def test_raw_ops_refuse_shapes_that_would_read_out_of_bounds() -> None:

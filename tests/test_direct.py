@@ -6,6 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -193,20 +194,21 @@ def test_a_profiler_sees_the_op() -> None:
 def test_it_declines_what_no_op_is_called() -> None:
     assert backends.direct is not None
     with pytest.raises(ValueError, match="gpkernels::nothing"):
-        backends.direct("gpkernels::nothing")
+        backends.direct("gpkernels::nothing", backends._chosen)
     number: Any = 7
-    with pytest.raises(TypeError):
-        backends.direct(number)
+    for arguments in ((number, backends._chosen), ("gpkernels::interpolate", number), ("gpkernels::interpolate",)):
+        with pytest.raises(TypeError):
+            backends.direct(*arguments)
 
 
 def test_a_binary_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert backends._load_direct() is None
+    assert backends._load_short_way("_direct") is None
 
 
 def test_a_binary_that_an_older_build_left_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpkernels._direct.TORCH", "2.12.0")
-    assert backends._load_direct() is None
+    assert backends._load_short_way("_direct") is None
 
 
 def test_weights_that_overlap_themselves_are_refused_before_others_are_changed() -> None:
@@ -243,7 +245,7 @@ def test_ctrl_c_in_a_kernel_is_not_tried_again() -> None:
 def test_without_its_binary_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gpkernels._direct", None)
     monkeypatch.delattr(gpk, "_direct")
-    assert backends._load_direct() is None
+    assert backends._load_short_way("_direct") is None
 
 
 PUBLIC: dict[str, Callable[..., Tensor]] = {
@@ -278,5 +280,29 @@ def test_public_functions_take_it_and_give_the_same_without_it(name: str, monkey
 @pytest.mark.parametrize("name", ["auto", "cpu", "reference"])
 def test_it_is_open_where_cpu_tensors_take_the_kernels(name: str) -> None:
     with gpk.backend(name) if name != "auto" else nullcontext():
-        closed = ops.interpolate.direct is backends.declined
+        closed = interpolated(*three()) is NotImplemented
     assert closed == (name == "reference")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "reference", "triton"])
+def test_it_is_open_where_the_process_gives_cpu_tensors_the_kernels(name: str) -> None:
+    try:
+        gpk.set_backend(name)
+        closed = interpolated(*three()) is NotImplemented
+    finally:
+        gpk.set_backend("auto")
+    assert closed == (name in ("reference", "triton"))
+
+
+def test_a_thread_that_chose_another_backend_finds_it_closed_and_others_find_it_open() -> None:
+    arguments = three()
+    with ThreadPoolExecutor(1) as other:
+        with gpk.backend("reference"):
+            assert interpolated(*arguments) is NotImplemented
+            assert other.submit(interpolated, *arguments).result() is not NotImplemented
+            with gpk.backend("cpu"):
+                assert interpolated(*arguments) is not NotImplemented
+            with gpk.backend("auto"):
+                assert interpolated(*arguments) is not NotImplemented
+            assert interpolated(*arguments) is NotImplemented
+        assert interpolated(*arguments) is not NotImplemented

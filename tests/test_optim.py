@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import gpkernels as gpk
 from gpkernels.optim import RMSprop
@@ -276,6 +278,11 @@ BAD = {
     "a tensor learning rate": (lambda: RMSprop([_one()], lr=torch.tensor(0.1)), TypeError, "lr.*tensor"),
     "a negative learning rate": (lambda: RMSprop([_one()], lr=-1.0), ValueError, "learning rate.*-1"),
     "alpha above one": (lambda: RMSprop([_one()], alpha=1.5), ValueError, r"alpha.*1\.5"),
+    "a bool learning rate": (lambda: RMSprop([_one()], lr=True), TypeError, "lr.*bool"),
+    "a text alpha": (lambda: RMSprop([_one()], alpha="x"), TypeError, "alpha.*str"),
+    "an infinite momentum": (lambda: RMSprop([_one()], momentum=math.inf), ValueError, "momentum.*inf"),
+    "a NaN eps": (lambda: RMSprop([_one()], eps=math.nan), ValueError, "eps.*nan"),
+    "a NaN learning rate in a group": (lambda: RMSprop([{"params": [_one()], "lr": math.nan}]), ValueError, "lr.*nan"),
     "no parameters": (lambda: RMSprop([]), ValueError, "empty"),
     "a sparse gradient": (lambda: _step_with(_one(), torch.ones(3).to_sparse()), TypeError, "grad.*sparse"),
     "complex parameters": (lambda: _step_with(nn.Parameter(torch.ones(3) * 1j)), TypeError, "params.*complex"),
@@ -312,6 +319,211 @@ def test_nothing_moves_when_a_later_gradient_is_bad(backend: str) -> None:
             optimizer.step()
         assert good.tolist() == [1.0] * 3
         assert not optimizer.state
+
+
+def _snapshot(optimizer: RMSprop) -> tuple[Any, ...]:
+    """Everything that a step or a group could change, in copies."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = {
+        i: {k: v.clone() for k, v in optimizer.state[p].items()} for i, p in enumerate(params) if p in optimizer.state
+    }
+    versions = [p._version for p in params]
+    return [p.detach().clone() for p in params], versions, options, state, len(optimizer.state)
+
+
+def _assert_unchanged(optimizer: RMSprop, before: tuple[Any, ...]) -> None:
+    for now, then in zip(tree_leaves(_snapshot(optimizer)), tree_leaves(before), strict=True):
+        if isinstance(then, Tensor):
+            torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert now == then or now is then  # a NaN is itself
+
+
+FOREIGN: dict[str, tuple[Callable[[RMSprop, nn.Parameter], Any], type[Exception], str]] = {
+    "a sparse gradient": (lambda o, w: setattr(w, "grad", torch.ones(3).to_sparse()), TypeError, "grad.*sparse"),
+    "a dtype that changed": (lambda o, w: _become(w, w.data.double()), ValueError, "square_avg.*float64.*float32"),
+    "a shape that changed": (lambda o, w: _become(w, torch.ones(4)), ValueError, r"square_avg.*\(?\[?4.*3"),
+    "integers": (lambda o, w: _become(w, torch.ones(3, dtype=torch.int64)), TypeError, "params.*int64"),
+    "a parameter that overlaps itself": (lambda o, w: _become(w, torch.ones(1).expand(3)), RuntimeError, "overlap"),
+    "state that overlaps itself": (
+        lambda o, w: o.state[w].update(square_avg=torch.ones(1).expand(3)),
+        RuntimeError,
+        "square_avg.*overlap",
+    ),
+    "state of another shape": (
+        lambda o, w: o.state[w].update(square_avg=torch.ones(4)),
+        ValueError,
+        "square_avg.*shape",
+    ),
+    "state on another device": (
+        lambda o, w: o.state[w].update(square_avg=torch.ones(3, device="meta")),
+        ValueError,
+        "square_avg.*device.*cpu.*meta",
+    ),
+    "a count that is no tensor": (lambda o, w: o.state[w].update(step=1), TypeError, "step.*int"),
+}
+OPTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "capturable": ({"capturable": True}, ValueError, "capturable"),
+    "differentiable": ({"differentiable": True}, ValueError, "differentiable"),
+    "a NaN learning rate": ({"lr": math.nan}, ValueError, "lr.*nan"),
+    "a NaN learning rate in a tensor": ({"lr": torch.tensor(math.nan)}, ValueError, "lr.*nan"),
+    "an infinite learning rate": ({"lr": math.inf}, ValueError, "lr.*inf"),
+    "a negative learning rate": ({"lr": -1.0}, ValueError, "lr.*-1"),
+    "a text learning rate": ({"lr": "1"}, TypeError, "lr.*str"),
+    "a bool learning rate": ({"lr": True}, TypeError, "lr.*bool"),
+    "alpha above one": ({"alpha": 1.5}, ValueError, r"alpha.*1\.5"),
+    "a NaN alpha": ({"alpha": math.nan}, ValueError, "alpha.*nan"),
+    "a NaN eps": ({"eps": math.nan}, ValueError, "eps.*nan"),
+    "a NaN decay": ({"weight_decay": math.nan}, ValueError, "weight_decay.*nan"),
+    "a NaN momentum": ({"momentum": math.nan}, ValueError, "momentum.*nan"),
+    "a negative momentum": ({"momentum": -0.5}, ValueError, r"momentum.*-0\.5"),
+    "a NaN clip": ({"clip": math.nan}, ValueError, "clip.*nan"),
+    "a negative clip": ({"clip": -1}, ValueError, "clip.*-1"),
+    "a bool clip": ({"clip": True}, TypeError, "clip.*bool"),
+}
+
+
+def _become(weight: nn.Parameter, data: Tensor) -> None:
+    """The weight with other data, as ``module.to`` leaves it, and a gradient to match."""
+    weight.grad = None
+    weight.requires_grad_(data.is_floating_point())
+    weight.data = data
+    weight.grad = torch.ones_like(data)
+
+
+def _two(groups: bool, steps: int = 2) -> tuple[RMSprop, nn.Parameter]:
+    """An optimiser that has stepped, and the last of its weights; their gradients are ones."""
+    first, last = _one(), _one()
+    first.grad, last.grad = torch.ones(3), torch.ones(3)
+    optimizer = RMSprop([{"params": [first]}, {"params": [last]}] if groups else [first, last], lr=0.1, clip=0.5)
+    for _ in range(steps):
+        optimizer.step()
+    return optimizer, last
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_refused_step_changes_nothing(name: str, groups: bool, backend: str) -> None:
+    change, error, message = FOREIGN[name]
+    optimizer, last = _two(groups)
+    change(optimizer, last)
+    before = _snapshot(optimizer) if name != "a count that is no tensor" else None
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    if before is not None:
+        _assert_unchanged(optimizer, before)
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] == 2
+
+
+@pytest.mark.parametrize("name", OPTION)
+def test_a_step_with_a_refused_option_changes_nothing(name: str, backend: str) -> None:
+    options, error, message = OPTION[name]
+    optimizer, _ = _two(groups=True)
+    optimizer.param_groups[1].update(options)
+    before = _snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    _assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("name", OPTION)
+def test_a_refused_group_is_not_kept(name: str, backend: str) -> None:
+    options, error, message = OPTION[name]
+    optimizer, _ = _two(groups=False)
+    before = _snapshot(optimizer)
+    with pytest.raises(TypeError if isinstance(options.get("lr"), Tensor) else error, match=message.partition(".")[0]):
+        optimizer.add_param_group({"params": [_one()], **options})
+    assert len(optimizer.param_groups) == 1
+    _assert_unchanged(optimizer, before)
+    optimizer.step()  # and goes on
+
+
+def test_a_group_that_torch_refuses_is_not_kept(backend: str) -> None:
+    optimizer, last = _two(groups=False)
+    before = _snapshot(optimizer)
+    for group, error in (({"params": [last]}, ValueError), ({"params": [3.0]}, TypeError), (3, TypeError)):
+        with pytest.raises(error):
+            optimizer.add_param_group(group)
+    _assert_unchanged(optimizer, before)
+
+
+def test_a_step_that_a_forced_backend_cannot_take_changes_nothing() -> None:
+    first, last = _one(), nn.Parameter(torch.ones(3, device="meta"))
+    first.grad, last.grad = torch.ones(3), torch.ones(3, device="meta")
+    optimizer = RMSprop([first, last])
+    with gpk.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was forced"):
+        optimizer.step()
+    assert first.tolist() == [1.0] * 3
+    assert not optimizer.state
+
+
+def test_a_closure_that_raises_changes_nothing(backend: str) -> None:
+    optimizer, _ = _two(groups=False)
+    before = _snapshot(optimizer)
+
+    def closure() -> Tensor:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    _assert_unchanged(optimizer, before)
+
+
+def test_what_a_closure_changes_is_checked(backend: str) -> None:
+    optimizer, last = _two(groups=True)
+
+    def closure() -> None:
+        last.grad = torch.ones(3).to_sparse()
+
+    with pytest.raises(TypeError, match=r"grad.*sparse"):
+        optimizer.step(closure)
+    assert all(own["step"] == 2 for own in optimizer.state.values())
+
+
+def test_a_state_dict_of_torch_keeps_the_clip_of_each_group(backend: str) -> None:
+    a, b, c = (_one() for _ in range(3))
+    optimizer = RMSprop([{"params": [a], "clip": 0.25}, {"params": [b], "clip": None}, {"params": [c]}], clip=0.5)
+    optimizer.load_state_dict(torch.optim.RMSprop([{"params": [w]} for w in (a, b, c)]).state_dict())
+    assert [group["clip"] for group in optimizer.param_groups] == [0.25, None, 0.5]
+
+
+def test_copies_keep_the_clip_of_each_group() -> None:
+    optimizer = RMSprop([{"params": [_one()], "clip": 0.25}, {"params": [_one()]}], clip=0.5)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert [group["clip"] for group in twin.param_groups] == [0.25, 0.5]
+        assert twin.defaults["clip"] == 0.5
+
+
+def test_state_that_a_changed_dtype_left_behind_can_be_brought_along(backend: str) -> None:
+    optimizer, last = _two(groups=False)
+    for w in optimizer.param_groups[0]["params"]:
+        _become(w, w.data.double())
+    with pytest.raises(ValueError, match=r"load_state_dict\(state_dict\(\)\)"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[last]["step"] == 3
+
+
+@pytest.mark.parametrize("keys", [{"foreach": True}, {"foreach": False}, {"maximize": 1}], ids=str)
+def test_keys_of_torch_that_change_no_number_are_taken(keys: dict[str, Any], backend: str) -> None:
+    ours, theirs = _one(), _one()
+    a, b = RMSprop([ours]), torch.optim.RMSprop([theirs])
+    for optimizer, w in ((a, ours), (b, theirs)):
+        optimizer.param_groups[0].update(keys)
+        w.grad = torch.full((3,), 0.5)
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_learning_rate_of_numpy_or_in_a_tensor_of_torchs_state_is_taken(backend: str) -> None:
+    steps = []
+    for lr in (0.5, np.float32(0.5), torch.tensor(0.5)):
+        w = _one()
+        _step_with(w, lr=lr)
+        steps.append(w.detach())
+    assert all(torch.equal(w, steps[0]) for w in steps)
 
 
 @pytest.mark.parametrize("change", ["step", "clip_weights_"])
