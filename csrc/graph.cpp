@@ -1,5 +1,5 @@
-// Reads autograd's graph of one call of the critic: gpkernels/critic/graph.py says what is read, and does it itself where
-// this was not built. The key here is a string of bytes for the same facts.
+// Reads autograd's graph of one call of the critic: gpkernels/critic/graph.py says what is read, and does it itself
+// where this was not built. The key here is a string of bytes for the same facts.
 #include "graph.h"
 
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
@@ -239,7 +239,8 @@ class Shelf {
  public:
   Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
 
-  // passes: [(outputs, the batch, the number of the critic's first node)]. With a program for them: (its results, the graph's leaves, each once); else the key.
+  // passes: [(outputs, the batch, the number of the critic's first node)]. With a program for them: (its results, the
+  // graph's leaves, each once); else the key.
   py::object run(const py::list& passes, int64_t tag, const at::Tensor& weight, const at::Tensor& unit) const {
     Key key;
     key.number(tag);

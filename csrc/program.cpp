@@ -1,6 +1,6 @@
-// Runs a list of calls with no Python between them: gpkernels/critic/program.py makes the list, and runs it itself where
-// this was not built. PyTorch's stable ABI cannot carry it, as it knows no argument that is a Scalar (add's alpha, a leaky
-// ReLU's slope), so it is built against one version of PyTorch.
+// Runs a list of calls with no Python between them: gpkernels/critic/program.py makes the list, and runs it itself
+// where this was not built. PyTorch's stable ABI cannot carry it, as it knows no argument that is a Scalar (add's
+// alpha, a leaky ReLU's slope), so it is built against one version of PyTorch.
 #include "program.h"
 
 #include <ATen/ScalarOps.h>
@@ -47,7 +47,8 @@ Argument argument_of(const py::handle& x, const c10::Argument& declared, const p
     for (const py::handle& item : x.cast<py::list>()) found.slots.push_back(item.is_none() ? -1 : item.cast<int>());
     return found;
   }
-  if (type->kind() == c10::TypeKind::TensorType && !THPVariable_Check(x.ptr()) && !x.is_none()) return {Kind::kConstant, {}, number(x)};
+  if (type->kind() == c10::TypeKind::TensorType && !THPVariable_Check(x.ptr()) && !x.is_none())
+    return {Kind::kConstant, {}, number(x)};
   return {Kind::kConstant, {}, torch::jit::toIValue(x, declared.real_type())};
 }
 
@@ -136,7 +137,8 @@ py::list Program::run_on(std::vector<c10::IValue> memory) const {
 
 void Program::add(const py::tuple& call, std::vector<int> frees, const py::object& slot_type) {
   const auto name = call[0].cast<std::pair<std::string, std::string>>();
-  const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
+  const c10::OperatorHandle op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
   Call made{op, {}, {}, std::move(frees)};
   const py::list args = call[1];
   const py::dict kwargs = call[2];

@@ -1,8 +1,7 @@
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/python_headers.h>
-
 #include <pybind11/pybind11.h>
+#include <torch/csrc/python_headers.h>
 
 #include <utility>
 #include <vector>

@@ -101,7 +101,9 @@ class CriticLoss(nn.Module):
         consistency = None
         if self.consistency_weight > 0:
             consistency = Consistency(self.consistency_weight, self.consistency_margin, self.feature_weight)
-        parts = critic_step(self.critic, real, fake, points, adversarial, penalty, consistency, self.together, self._seen)
+        parts = critic_step(
+            self.critic, real, fake, points, adversarial, penalty, consistency, self.together, self._seen
+        )
         return CriticLossParts(*parts)
 
     def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | Between | None:

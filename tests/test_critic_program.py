@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,17 +15,17 @@ import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from critics import mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
-from gpkernels.critic import program
+from gpkernels.critic import program, step
 from watchers import PassesFunctions, PassesOps
 
 N, WIDTH = 5, 6
 
 
 @pytest.fixture(autouse=True)
-def _anew() -> Iterator[None]:
-    program.signatures.clear()
-    yield
-    program.signatures.clear()
+def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of any signature."""
+    monkeypatch.setattr(program, "signatures", program.Cache())
+    monkeypatch.setattr(step, "shelf", step._Shelf())
 
 
 @pytest.fixture(params=["C++", "Python"])
@@ -194,13 +193,14 @@ def test_threads_may_share_a_critic(loop: None) -> None:
 
 def test_other_memory_layouts_and_dtypes_are_seen(loop: None) -> None:
     critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(64, 1)).double()
-    loss = gpk.CriticLoss(critic)
+    loss = gpk.CriticLoss(critic, objective="gan")
     for call in range(9):
         real, fake, eps = batch(N, 2, 6, 6)
         if call % 3:
             real, fake = (x.to(memory_format=torch.channels_last) for x in (real, fake))
-        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps, "gan"), critic)
     critic.float()
     for _ in range(4):
         real, fake, eps = batch(N, 2, 6, 6, dtype=torch.float32)
-        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic, 1e-4)
+        exact = plain_loss(critic, real, fake, eps, "gan")
+        assert_exactly_as(loss(real, fake, eps=eps).loss, exact, critic, 1e-4)

@@ -119,19 +119,19 @@ class R3Critic(nn.Module):
 
 def attention(s: Any, x: Tensor) -> Tensor:
     q, k, v = s.qkv(x).chunk(3, -1)
-    return s.out((torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v).mean(1))  # type: ignore[no-any-return]
+    return s.out((torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v).mean(1))
 
 
 def batch_spread(s: Any, x: Tensor) -> Tensor:
     """An AMP discriminator that sees how much its samples differ."""
     h = F.relu(s.a(x))
     std = (h.var(0, unbiased=False) + 1e-8).sqrt().mean().expand(len(h), 1)
-    return s.c(F.relu(s.b(torch.cat([h, std], 1))))  # type: ignore[no-any-return]
+    return s.c(F.relu(s.b(torch.cat([h, std], 1))))
 
 
 def packed(s: Any, x: Tensor) -> Tensor:
     """CTGAN's: packs of ten rows are one sample each; here the packs are the batch."""
-    return s.net(x.view(-1, 10 * 12))  # type: ignore[no-any-return]
+    return s.net(x.view(-1, 10 * 12))
 
 
 def _dropout(width: int) -> list[nn.Module]:
@@ -184,7 +184,9 @@ SMALL: dict[str, Case] = {
     "R3GAN, N 2": Case(R3Critic, (2, 3, 8, 8)),
     "CTGAN packs, N 10": Case(lambda: Calls(packed, net=between(_dropout, 64, 120)), (10, 120)),
     "GRU, N 4": Case(
-        lambda: Calls(lambda s, x: s.out(s.rnn(x)[0][:, -1]), rnn=nn.GRU(6, 16, batch_first=True), out=nn.Linear(16, 1)),
+        lambda: Calls(
+            lambda s, x: s.out(s.rnn(x)[0][:, -1]), rnn=nn.GRU(6, 16, batch_first=True), out=nn.Linear(16, 1)
+        ),
         (4, 6, 6),
     ),
     "PointNet, N 2": Case(

@@ -32,7 +32,8 @@ def pull(node: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A node's pullback: what it gives to each of its parents."""
     parents = node.next_functions
     if isinstance(node, BackwardCFunction):  # written in Python
-        given = [_or_zeros(c, meta) for c, meta in zip(cotangents, node._input_metadata, strict=True)]
+        metas: Any = node._input_metadata  # type: ignore[attr-defined]
+        given = [_or_zeros(c, meta) for c, meta in zip(cotangents, metas, strict=True)]
         results = _tuple(node.apply(*given))
         wanted = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
         results = tuple([None if p is None else next(wanted, None) for p, _ in parents])
@@ -64,7 +65,9 @@ class Pullback:
     def values(self) -> list[Tensor | None]:
         return [None if r is None else r.detach() for r in self.results]
 
-    def push(self, tangents: Sequence[Tensor | None], ends: Sequence[Edge], wanted: Sequence[Edge]) -> list[Tensor | None]:
+    def push(
+        self, tangents: Sequence[Tensor | None], ends: Sequence[Edge], wanted: Sequence[Edge]
+    ) -> list[Tensor | None]:
         """Tangents of the parents -> tangents of the outputs, then the curvature at the wanted edges of the graph."""
         pairs = [(r, t) for r, t in zip(self.results, tangents, strict=True) if r is not None and t is not None]
         pairs = [(r, t) for r, t in pairs if r.requires_grad]
@@ -116,8 +119,8 @@ def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], ends: set
     roots = [get_gradient_edge(x) for x in outputs]
     order = _order([edge.node for edge in roots], ends)
     with torch.no_grad():
-        for edge, g in zip(roots, cotangents, strict=True):
-            give(edge.node, edge.output_nr, g)
+        for edge, cotangent in zip(roots, cotangents, strict=True):
+            give(edge.node, edge.output_nr, cotangent)
         for node in order:
             slots = ready.pop(node, None)
             if slots is None:

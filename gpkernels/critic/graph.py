@@ -1,8 +1,8 @@
 """What ran: the autograd graph of one forward pass of a critic, read once.
 
 The critic is called as its author wrote it, and PyTorch's autograd, which sees every call that matters to a gradient,
-keeps the graph: in Python, in C++, in scripted and compiled parts alike. ``Graph`` holds its nodes in order of execution
-with the tensors that they saved. Its ``key`` is all that the passes depend on besides the values of those tensors: the
+keeps the graph: of what ran in Python, in C++ and in scripted parts alike. ``Graph`` holds its nodes in order with the
+tensors that they saved. Its ``key`` is all that the passes depend on besides the values of those tensors: the
 kinds of nodes, how they hang together, shapes, strides, dtypes, constants, and which leaves are trained.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -54,7 +53,7 @@ class Graph:
     key: (facts of each node, the place of each output's node and which of its outputs it is).
     """
 
-    __slots__ = ("nodes", "saved", "leaves", "key")
+    __slots__ = ("key", "leaves", "nodes", "saved")
 
     def __init__(self, outputs: Sequence[Tensor], start: int = 0) -> None:
         """start: the number of the first node that is the critic's own; older ones are where the graph ends."""
@@ -79,9 +78,7 @@ class Graph:
             self.leaves.append(variable)
             return name, (_meta(variable),)
         outputs = tuple([(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
-        parents = tuple(
-            [None if p is None else (places[_name((p, nr), start)], nr) for p, nr in node.next_functions]
-        )
+        parents = tuple([None if p is None else (places[_name((p, nr), start)], nr) for p, nr in node.next_functions])
         reader = _READERS.get(name)
         if reader is None:
             return name, outputs, parents
@@ -89,7 +86,7 @@ class Graph:
         flat: list[Tensor | None] = []
         for x in tensors:
             flat.extend(x) if isinstance(x, (tuple, list)) else flat.append(x)
-        # A Python number beside a tensor is saved as a tensor that PyTorch turns back into a number, a constant, wherever
+        # A Python number beside a tensor is saved as a tensor that PyTorch turns back into a number, a constant, where
         # calls are traced. A copy is none.
         self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
         return name, outputs, parents, _hashable(reader.constants(node)), tuple([_meta(x) for x in flat])

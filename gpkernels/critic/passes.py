@@ -44,7 +44,12 @@ class Passes:
     def pull(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
         """Take the scores' cotangents down; the gradient at the input: at the penalised rows, or where it is wanted."""
         plan = self.plan
-        cotangents: Cotangents = {p: u if plan.calls[p[0]].trains or not plan.plain else self._rows(p[0], [u], PENALISED)[0] for p, u in seeds.items()}
+        cotangents: Cotangents = {}
+        for p, seed in seeds.items():
+            whole = plan.calls[p[0]].trains or not plan.plain
+            (u,) = [seed] if whole else self._rows(p[0], [seed], PENALISED)
+            if u is not None:
+                cotangents[p] = u
         penalised = plan.plain < plan.rows
         for i in range(len(plan.calls) - 1, -1, -1):
             call = plan.calls[i]
@@ -255,11 +260,14 @@ class Passes:
     ) -> list[bool]:
         """One product for plain and penalised rows: cotangents x [a; t]. What is still wanted."""
         plan, rule = self.plan, call.rule
-        assert rule is not None and rule.shared_operand is not None and plan.layouts is not None
+        assert rule is not None
+        assert rule.shared_operand is not None
+        assert plan.layouts is not None
         place, c = rule.shared_operand, self._joint.pop(i)
         operand = None if t is None else t[place]
         plain, penalised = (self._saved(i, which)[0] for which in (PLAIN, PENALISED))
-        assert plain is not None and penalised is not None
+        assert plain is not None
+        assert penalised is not None
         if scale is not None:
             own = by_row(penalised, scale, Layout(0, 1))
             operand = own if operand is None else operand + own
@@ -381,5 +389,3 @@ def total(parts: Sequence[Any]) -> Tensor:
             whole = u.value(whole)
     assert whole is not None
     return whole
-
-

@@ -1,4 +1,4 @@
-"""What can be known of a graph from its key alone: the rule of every call, what moves with the input, what is trained."""
+"""What a graph's key tells: the rule of every call, what moves with the input, what is trained."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Call:
 
 
 class Plan:
-    """The calls of a graph in order, for a batch of ``rows`` rows of which those in ``plain`` have cotangents of their own
-    and the others are penalised. x: which of the leaves is the batch; wanted: whether its gradient is, too.
+    """The calls of a graph in order, for a batch of ``rows`` rows. The first ``plain`` have cotangents of their own,
+    the others are penalised. x: which of the leaves is the batch; wanted: whether its gradient is, too.
     """
 
     def __init__(self, key: Any, x: int | None, wanted: bool, rows: int, plain: int) -> None:

@@ -1,9 +1,9 @@
 """Programs: what the passes of a signature call, as a flat list.
 
-What the passes do depends on the signature alone. The second time that one is met they are traced, while they run, into a
-list of ATen and gpkernels calls with numbered slots for the tensors; from then on the list is run, by a loop in C++ where
-that was built, otherwise from Python: no rule, no autograd per call. A call that cannot be in such a list, because it is
-a node of autograd's graph of this very pass, parts the list in two. Programs hold no tensors.
+What the passes do depends on the signature alone. The second time that one is met they are traced, while they run, into
+a list of ATen and gpkernels calls with numbered slots for the tensors; from then on the list is run, by a loop in C++
+where that was built, otherwise from Python: no rule, no autograd per call. A call that cannot be in such a list,
+because it is a node of autograd's graph of this very pass, parts the list in two. Programs hold no tensors.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Stretch:
             return self._run_here(given, inputs, outputs)
         if self.native is None:
             self.native = self._translated(inputs, outputs)
-        return self.native(given)  # type: ignore[no-any-return]
+        return self.native(given)
 
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """The same list for the loop in C++."""
@@ -263,11 +263,11 @@ def _store(memory: dict[Any, Any], slots: Any, values: Any) -> None:
 
 
 class Signature:
-    """What is known of a signature: ``known`` of it, as its user made it, and its program once it has been met twice."""
+    """What is known of a signature: what its user made of it, and its program once it has been met twice."""
 
     def __init__(self, known: Any) -> None:
-        self.known, self.met, self.program = known, False, None
-        self.program: Program | None
+        self.known, self.met = known, False
+        self.program: Program | None = None
 
     def run(self, inputs: list[Tensor | None], work: Work, outsider: Outsider) -> Tensors:
         """What ``work`` gives of the inputs, by the program where there is one. The list of inputs is emptied."""

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _get_sequence_nr, forward_ad
+from torch._C._autograd import _get_sequence_nr
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from gpkernels import backends, ops
@@ -26,6 +27,7 @@ from gpkernels.critic.graph import Graph, attributes
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty, points_of
 from gpkernels.critic.passes import Passes, total
 from gpkernels.critic.plan import Place, Plan
+from gpkernels.critic.rules.base import Meta
 from gpkernels.critic.together import Check, Differs, Seen, Watch, autocasts, keeps_apart, settled
 from gpkernels.reference import REDUCTIONS, accumulation_dtype
 
@@ -98,7 +100,9 @@ class Pass:
         roots = [u for u in self.outputs if u.requires_grad]
         self._read(roots)
         self.told = True  # whether C++ reads the same
-        if self.x_leaf is None and self.start and self.x.requires_grad:  # made by another thread, which counts for itself?
+        if (
+            self.x_leaf is None and self.start and self.x.requires_grad
+        ):  # made by another thread, which counts for itself?
             self.start, self.told = 0, False
             self._read(roots)
         if self.x_leaf is None and any(penalised for _, penalised in self.groups):
@@ -128,7 +132,7 @@ def _batch(groups: list[Tensor], moves: bool) -> Tensor:
 
 
 class Task(NamedTuple):
-    """What the passes are for. adversarial: None for a penalty alone; by_point: the norm is over the last axis alone."""
+    """What the passes are for. adversarial: None for a penalty alone; by_point: norms are over the last axis alone."""
 
     adversarial: Adversarial | None
     target: float
@@ -176,7 +180,7 @@ class Signed:
         self.known: Known = self.signature.known
 
     def run(self, weight: Tensor) -> Results:
-        """loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted."""
+        """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the samples, where wanted."""
         known, task = self.known, self.task
         outsiders = [
             Outsider(one.nodes, frozenset(i for i, call in enumerate(plan.calls) if call.leaf)) if generic else None
@@ -224,10 +228,13 @@ class _Shelf:
             if len(self._tags) >= program.CAPACITY:
                 self._tags.clear()
             tag = self._tags[key] = next(self._count)
-        found = self.native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, _number(1.0, weight))
+        found = self.native().run(
+            [(one.outputs, one.x, one.start) for one in passes], tag, weight, _number(1.0, weight)
+        )
         if type(found) is bytes:
             return found
-        return _sorted(*found, [name for one in passes for name, _ in one.groups])
+        results, leaves = found
+        return _sorted(results, leaves, [name for one in passes for name, _ in one.groups])
 
     def native(self) -> Any:
         if self._native is None:
@@ -236,7 +243,7 @@ class _Shelf:
 
     def leaves(self, outputs: list[Tensor], start: int) -> list[Tensor]:
         """The tensors at which a graph ends; for an older node's output one that can be joined to it."""
-        return self.native().leaves(outputs, start)  # type: ignore[no-any-return]
+        return self.native().leaves(outputs, start)
 
     def keep(self, key: bytes, signature: program.Signature) -> None:
         known = signature.program
@@ -285,16 +292,18 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: p
     """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone."""
     weight, unit, *_ = tensors
     at, ones = 2, []
-    assert weight is not None and unit is not None
+    assert weight is not None
+    assert unit is not None
     for k, (key, plan) in enumerate(zip(known.keys, known.plans, strict=True)):
         given, saved = len(key[5]), plan.saved_count
-        own = list(tensors[at : at + given])
+        outputs = list(tensors[at : at + given])
         call = lambda what, u, k=k: outsider((k, *what), u)  # noqa: E731
-        ones.append(_One(key, plan, own, Passes(plan, tensors[at + given : at + given + saved], call)))
+        ones.append(_One(key, plan, outputs, Passes(plan, tensors[at + given : at + given + saved], call)))
         at += given + saved
     wide = accumulation_dtype(ones[0].scores.dtype)  # type: ignore[union-attr]
     own, term, seeds = _heads(ones, task, wide, unit)
-    value, at_samples = None, []
+    value: Tensor | None = None
+    at_samples: list[Tensor | None] = []
     for one in ones:
         penalty, gradients = _one_pass(one, task, weight, {p: u for p, u in seeds.items() if p[0] is one})
         value = penalty if penalty is not None else value
@@ -315,7 +324,7 @@ Seeds = dict[tuple[Any, str], Tensor]
 
 
 def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tuple[Tensor | None, Tensor | None, Seeds]:
-    """The adversarial loss, the consistency term, and cotangents of scores ("real", "fake", "again") and of features."""
+    """The adversarial loss, the consistency term, and the cotangents of scores and features by their group."""
     if task.adversarial is None:
         return None, None, {}
     kinds = {"real": task.adversarial.real, "fake": task.adversarial.fake}
@@ -424,21 +433,21 @@ def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -
 def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
     """Of every leaf; zeros where PyTorch has zeros, None where it has None."""
     parts: list[list[Any]] = [[] for _ in range(known.count)]
-    blank: dict[int, Any] = {}
+    blank: dict[int, Meta] = {}
     for one, numbers in zip(ones, known.leaves, strict=True):
-        for k, found in one.passes.leaves().items():
-            parts[numbers[k]] += found
+        for k, more in one.passes.leaves().items():
+            parts[numbers[k]] += more
         for k, meta in one.plan.reached():
             blank[numbers[k]] = meta
     gradients: list[Tensor | None] = []
     for number, found in enumerate(parts):
-        meta = blank.get(number)
-        if number in known.x or (not found and meta is None):
+        if number in known.x or not (found or number in blank):
             gradients.append(None)
         elif found:
             gradients.append(total(found))
         else:
-            gradients.append(torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device))
+            zeros = blank[number]
+            gradients.append(torch.zeros(zeros.shape, dtype=zeros.dtype, device=zeros.device))
     return gradients
 
 
@@ -574,10 +583,16 @@ def _as_one(
     with _passes(weight.device):
         signed = Signed(passes, task)
         plan = signed.known.plans[0]
-        why = keeps_apart(plan, plan.outputs[0][0]) if one.x_leaf is not None else "nothing in the graph tells its samples"
+        why = (
+            keeps_apart(plan, plan.outputs[0][0])
+            if one.x_leaf is not None
+            else "nothing in the graph tells its samples"
+        )
         if why is not None:
             if seen is None:
-                raise ValueError(f"together: expected a critic in which samples do not meet, got one in which they do: {why}")
+                raise ValueError(
+                    f"together: expected a critic in which samples do not meet, got one in which they do: {why}"
+                )
             seen.set(mode, None)
             return None
         results = signed.run(weight)
@@ -640,7 +655,10 @@ def _note(seen: Seen | None, mode: Any, watch: Watch | None, one: Pass, plan: Pl
 
 
 SMALL = 1 << 16  # bytes of a batch: the passes over smaller ones are gone through at once
-LARGE = {True: 1 << 22, False: 1 << 28}  # bytes of activations of one group: above, on the CPU or not, one batch gains nothing
+LARGE = {
+    True: 1 << 22,
+    False: 1 << 28,
+}  # bytes of activations of one group: above, on the CPU or not, one batch gains nothing
 
 
 def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,10 +1,10 @@
 """Whether several groups of samples may go through the critic as one batch: told by what was seen to run.
 
 Nothing is read from the critic's modules. Of two calls with the groups apart, the first has the graph tell whether each
-sample keeps to itself there, the second is watched for what a graph does not show: values that leave it, constants with a
-row for each sample, numbers that depend on the size of the batch. If all is well, the calls that follow take one batch,
-and each function that the critic calls is held against those that were watched before it runs; at the first that differs
-the batch is given up, and the groups go apart from then on.
+sample keeps to itself there, the second is watched for what a graph does not show: values that leave it, constants with
+a row for each sample, numbers that depend on the size of the batch. If all is well, the calls that follow take one
+batch, and each function that the critic calls is held against those that were watched before it runs; at the first that
+differs the batch is given up, and the groups go apart from then on.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ _DESCRIBE: set[Any] = {
     *(torch.is_floating_point, _T.is_contiguous, _T.get_device, torch.is_tensor, _T.data_ptr, _T.element_size),
     *(
         getattr(_T, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "is_leaf", "itemsize")
+        for name in (
+            *("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "is_leaf", "itemsize"),
+            *("grad_fn", "is_sparse", "is_quantized", "is_nested"),
+        )
     ),
-    *(_T.grad_fn.__get__, _T.is_sparse.__get__, _T.is_quantized.__get__, _T.is_nested.__get__),
 }
 # Calls that make a tensor without looking at values, alike for every row or drawn anew.
 _FRESH: set[Any] = {
@@ -75,7 +77,7 @@ def _described(func: Any, args: Any, kwargs: Any) -> Call:
 
 
 class Watch(TorchFunctionMode):
-    """Looks on while the critic is called with samples that do not mix in its graph, for all that a graph does not show.
+    """Looks on while the critic is called with samples that do not mix in its graph, for what a graph does not show.
 
     reason: why the groups have to stay apart, if they do. log: the calls.
     """
@@ -127,7 +129,13 @@ class Watch(TorchFunctionMode):
     def _look(self, name: str, func: Any, given: list[Tensor], tracked: list[Tensor], out: Any) -> None:
         for x in given:
             own = isinstance(x, nn.Parameter) or x.requires_grad or id(x) in self._kinds or id(x) in self._fresh
-            if not own and x.dim() and self.rows > 1 and self.rows in (x.shape[0], x.shape[-1]) and not _is_product(name):
+            if (
+                not own
+                and x.dim()
+                and self.rows > 1
+                and self.rows in (x.shape[0], x.shape[-1])
+                and not _is_product(name)
+            ):
                 self._stop(f"{name} takes a constant with a row for each sample")
         results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
         if not results:
@@ -218,7 +226,7 @@ class Seen:
         return getattr(critic, "training", None), x.dtype, device, autocasts(device)
 
     def get(self, mode: Any) -> Any:
-        """"new", "looked", a log to check against, or None where the groups go apart."""
+        """ "new", "looked", a log to check against, or None where the groups go apart."""
         return self._of.get(mode, "new")
 
     def set(self, mode: Any, what: Any) -> None:

@@ -7,7 +7,8 @@ For a call y = f(a, b, ...) with Jacobian J and saved tensors s:
 - bend:  the derivative of <c, J t> with respect to a, b, ...; None where it is zero
 
 A weight is an argument as any other, one without a tangent: its share of a penalty's gradient is what ``bend`` gives.
-Rules give what comes out of the formula; broadcasting and dtypes are put right by the passes, as autograd's engine does.
+Rules give what comes out of the formula; broadcasting and dtypes are put right by the passes, as autograd's engine
+does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Wanted = Sequence[bool]
 class Saved(list[Any]):
     """A call's saved tensors; ``notes`` keeps what a rule has made of them, for its next use."""
 
-    def __init__(self, tensors: Saved) -> None:
+    def __init__(self, tensors: Tensors) -> None:
         super().__init__(tensors)
         self.notes: dict[str, Any] = {}
 
@@ -71,7 +72,10 @@ class Rule:
     origins: ClassVar[tuple[int, ...]] = ()
     sends: ClassVar[bool] = False
     flat: bool = False  # whether no tangent goes through
-    shared_operand: ClassVar[int | None] = None  # the argument, saved first, that ``bend`` multiplies to get the next one's
+    shared_operand: ClassVar[int | None] = (
+        None  # the argument, saved first, that ``bend`` multiplies to get the next one's
+    )
+
     def __init__(self, constants: tuple[Any, ...], inputs: Sequence[Meta | None], outputs: Sequence[Meta]) -> None:
         self.inputs, self.outputs = inputs, outputs
         self.set_up(*constants)
@@ -149,11 +153,11 @@ class Unary(Elementwise):
     def prepared(self, s: Saved) -> tuple[Tensor, Tensor] | None:
         if "slopes" not in s.notes:
             s.notes["slopes"] = self.prepare(*s)
-        return s.notes["slopes"]  # type: ignore[no-any-return]
+        return s.notes["slopes"]
 
     def _sloped(self, u: Tensor | None, s: Saved) -> Tensors:
         known = s.notes.get("slopes")
-        return (self.slope(u, *s) if known is None else u * known[0],)  # type: ignore[operator]
+        return (self.slope(u, *s) if known is None else u * known[0],)
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         return self._sloped(c[0], s)

@@ -509,7 +509,6 @@ class Power(Smooth):
     def push(self, s: Saved, t: Tensors) -> Tensors:
         return (None,) if self.flat else super().push(s, t)
 
-
     def curved(self, moving: Sequence[bool]) -> bool:
         return self.exponent not in (0, 1)
 
@@ -578,7 +577,7 @@ class Mul(Elementwise):
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         a, b = s
-        return (c[0] * b if wanted[0] else None, c[0] * a if wanted[1] else None)  # type: ignore[operator]
+        return (c[0] * b if wanted[0] else None, c[0] * a if wanted[1] else None)
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
         return (_sum(_product(t[0], s[1]), _product(s[0], t[1])),)
@@ -610,18 +609,18 @@ class Div(Elementwise):
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         a, b = s
-        to_first = c[0] / b  # type: ignore[operator]
-        return (to_first if wanted[0] else None, -to_first * (a / b) if wanted[1] else None)  # type: ignore[operator]
+        to_first = c[0] / b
+        return (to_first if wanted[0] else None, -to_first * (a / b) if wanted[1] else None)
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
         a, b = s
-        first = None if t[0] is None else t[0] / b  # type: ignore[operator]
-        second = None if t[1] is None else t[1] * (-a / (b * b))  # type: ignore[operator]
+        first = None if t[0] is None else t[0] / b
+        second = None if t[1] is None else t[1] * (-a / (b * b))
         return (_sum(first, second),)
 
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         a, b = s
-        square = b * b  # type: ignore[operator]
+        square = b * b
         to_first = -c[0] * t[1] / square if wanted[0] and t[1] is not None else None  # type: ignore[operator]
         to_second = None
         if wanted[1]:
@@ -651,7 +650,7 @@ class Where(Chosen):
 
     def share(self, s: Saved, u: Tensor, first: bool) -> Tensor:
         (condition,) = s
-        return torch.where(condition, u, 0) if first else torch.where(condition, 0, u)  # type: ignore[arg-type]
+        return torch.where(condition, u, 0) if first else torch.where(condition, 0, u)
 
 
 class Maximum(Chosen):
@@ -662,7 +661,7 @@ class Maximum(Chosen):
 
     def share(self, s: Saved, u: Tensor, first: bool) -> Tensor:
         a, b = s if first else s[::-1]
-        return self._where_larger(torch.where(a == b, u / 2, u), a, b)  # type: ignore[arg-type]
+        return self._where_larger(torch.where(a == b, u / 2, u), a, b)
 
     def _where_larger(self, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return u.masked_fill(a < b, 0)
@@ -730,17 +729,18 @@ class PReLU(Elementwise):
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, w = s
         cotangent = c[0]
-        positive = x > 0  # type: ignore[operator]
+        assert cotangent is not None
+        positive = x > 0
         return (
-            torch.where(positive, cotangent, cotangent * w) if wanted[0] else None,  # type: ignore[operator, arg-type]
-            torch.where(positive, 0, cotangent * x) if wanted[1] else None,  # type: ignore[operator]
+            torch.where(positive, cotangent, cotangent * w) if wanted[0] else None,
+            torch.where(positive, 0, cotangent * x) if wanted[1] else None,
         )
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
         x, w = s
-        positive = x > 0  # type: ignore[operator]
-        first = None if t[0] is None else torch.where(positive, t[0], t[0] * w)  # type: ignore[operator]
-        second = None if t[1] is None else torch.where(positive, 0, t[1] * x)  # type: ignore[operator]
+        positive = x > 0
+        first = None if t[0] is None else torch.where(positive, t[0], t[0] * w)
+        second = None if t[1] is None else torch.where(positive, 0, t[1] * x)
         return (_sum(first, second),)
 
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:

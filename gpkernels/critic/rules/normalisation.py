@@ -54,13 +54,13 @@ class Normalise(Rule):
         if "parts" not in s.notes:
             grouped = self.split(s[0], s).contiguous()
             s.notes["parts"] = grouped, *(u.to(grouped.dtype).reshape(*grouped.shape[:2], 1) for u in s[2:4])
-        return s.notes["parts"]  # type: ignore[no-any-return]
+        return s.notes["parts"]
 
     def _normal(self, s: Saved) -> Tensor:
         if "normal" not in s.notes:
             grouped, mean, inverse = self._parts(s)
             s.notes["normal"] = (grouped - mean) * inverse
-        return s.notes["normal"]  # type: ignore[no-any-return]
+        return s.notes["normal"]
 
     def _scaled(self, u: Tensor, s: Saved) -> Tensor:
         return u if s[1] is None else u * self.spread(s[1])
@@ -175,7 +175,8 @@ class GroupNorm(PerChannel):
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, weight, mean, inverse = s
         cotangent = c[0]
-        assert x is not None and cotangent is not None
+        assert x is not None
+        assert cotangent is not None
         order = layout_of(x)
         x, cotangent = (u.contiguous(memory_format=order) for u in (x, cotangent))
         n, channels, *image = x.shape
@@ -214,7 +215,7 @@ class BatchNorm(PerChannel):
         return u.reshape(channels, n, *image).transpose(0, 1)
 
     def _slopes(self, s: Saved) -> Tensor:
-        return self.spread((s[5] + self.eps).rsqrt())  # type: ignore[operator]
+        return self.spread((s[5] + self.eps).rsqrt())
 
     def _jacobian(self, u: Tensor, s: Saved) -> Tensor:
         return super()._jacobian(u, s) if self.training else u * self._slopes(s)
@@ -331,7 +332,7 @@ class Root(Sum):
         x, y = s
         if t[0] is None:
             return (None,)
-        centred, inverse = self._centred(x), self._inverse(y)  # type: ignore[arg-type]
+        centred, inverse = self._centred(x), self._inverse(y)
         along = (centred * t[0]).sum(self.dims, True) * inverse * inverse * self.degrees
         return ((self._centred(t[0]) - centred * along) * (self._kept(c[0]) * inverse),)  # type: ignore[arg-type]
 
@@ -393,7 +394,8 @@ class Softmax(Along):
         y, tangent, cotangent = s[0], t[0], c[0]
         if tangent is None:
             return (None,)
-        assert y is not None and cotangent is not None
+        assert y is not None
+        assert cotangent is not None
         along_t, along_c = ((y * u).sum(self.dim, True) for u in (tangent, cotangent))
         return (self._back(cotangent * tangent - cotangent * along_t - tangent * along_c, y),)
 
@@ -406,14 +408,15 @@ class LogSoftmax(Softmax):
     def back(self, c: Tensor, *s: Any) -> Tensor:
         return aten._log_softmax_backward_data(c, s[0], self.dim, s[0].dtype)
 
-    def forth(self, t: Tensor, *s: Any) -> Tensor:  # type: ignore[override]
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
         return t - (s[0].exp() * t).sum(self.dim, True)
 
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         y, tangent, cotangent = s[0], t[0], c[0]
         if tangent is None:
             return (None,)
-        assert y is not None and cotangent is not None
+        assert y is not None
+        assert cotangent is not None
         return (self._back(tangent, y.exp()) * -cotangent.sum(self.dim, True),)
 
 
@@ -437,7 +440,7 @@ class LogSumExp(Sum):
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if t[0] is None:
             return (None,)
-        weights = self._weights(*s)  # type: ignore[arg-type]
+        weights = self._weights(*s)
         along = (weights * t[0]).sum(self.dims, True)
         return (weights * (t[0] - along) * self._kept(c[0]),)  # type: ignore[arg-type]
 
@@ -470,7 +473,8 @@ class GLU(Along):
         x, tangent, cotangent = s[0], t[0], c[0]
         if tangent is None:
             return (None,)
-        assert x is not None and cotangent is not None
+        assert x is not None
+        assert cotangent is not None
         (a, b), (ta, tb) = x.chunk(2, self.dim), tangent.chunk(2, self.dim)
         gate = b.sigmoid()
         to_a = aten.sigmoid_backward(cotangent * tb, gate)

@@ -75,9 +75,9 @@ class Product(Rule):
             found[0] = self.extra(cotangent)  # type: ignore[arg-type]
         scaled = self._scaled(cotangent)  # type: ignore[arg-type]
         if wanted[i]:
-            found[i] = self.to_a(scaled, b, a)  # type: ignore[arg-type]
+            found[i] = self.to_a(scaled, b, a)
         if wanted[i + 1]:
-            found[i + 1] = self.to_b(scaled, a, b)  # type: ignore[arg-type]
+            found[i + 1] = self.to_b(scaled, a, b)
         return found
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
@@ -225,6 +225,7 @@ class Convolution(Product):
         (x, w), cotangent = s, c[0]
         bias = self.inputs[2]
         sizes = None if bias is None or not wanted[2] else list(bias.shape)
+        assert cotangent is not None
         if sizes is not None and not wanted[1]:  # a sum; oneDNN would compute the weight's gradient as well
             to_bias = cotangent.sum([axis for axis in range(cotangent.dim()) if axis != 1])
             return (self.to_a(cotangent, w, x) if wanted[0] else None), None, to_bias

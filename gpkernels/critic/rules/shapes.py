@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -398,7 +397,8 @@ class Index(Rule):
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, cotangent = self.inputs[0], c[0]
-        assert x is not None and cotangent is not None
+        assert x is not None
+        assert cotangent is not None
         zeros = cotangent.new_zeros(x.shape)
         return (aten._index_put_impl_(zeros, list(s), cotangent, True, True),)
 
@@ -698,7 +698,9 @@ class MaxAlong(Along):
         return (cotangent.new_zeros(self.shape).scatter_(self.dim, places, cotangent),)
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
-        picked = t[0].gather(self.dim, self._kept(s[0]))  # type: ignore[union-attr, arg-type]
+        (tangent,) = t
+        assert tangent is not None
+        picked = tangent.gather(self.dim, self._kept(s[0]))
         return picked if self.keepdim else picked.squeeze(self.dim), None
 
     def _kept(self, x: Tensor) -> Tensor:

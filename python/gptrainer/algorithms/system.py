@@ -39,7 +39,7 @@ class Setup(NamedTuple):
 
     @property
     def together(self) -> bool:
-        """Whether all samples go through the critic as one batch; settled here, so that a run that goes on repeats its bits."""
+        """Whether all samples go through the critic as one batch: settled, so that a resumed run repeats its bits."""
         return not mixes_samples(self.critic)
 
 

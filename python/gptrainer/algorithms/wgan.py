@@ -27,7 +27,10 @@ class WGANGP(WassersteinSystem):
     def __init__(self, setup: Setup) -> None:
         config = setup.config
         loss = gpkernels.CriticLoss(
-            setup.critic, penalty_weight=filled(config.penalty_weight), one_sided=config.one_sided, together=setup.together
+            setup.critic,
+            penalty_weight=filled(config.penalty_weight),
+            one_sided=config.one_sided,
+            together=setup.together,
         )
         super().__init__(setup, loss, gpkernels.wgan_generator_loss, adam(setup), ("penalty",))
 
