@@ -3,6 +3,7 @@
 from gpkernels import optim
 from gpkernels.backends import backend, set_backend
 from gpkernels.critic.double_backward import fast_double_backward
+from gpkernels.critic.explain import explain
 from gpkernels.functional import (
     add_instance_noise,
     clip_weights_,
@@ -30,6 +31,7 @@ __all__ = [
     "consistency_term",
     "dragan_penalty",
     "eikonal_loss",
+    "explain",
     "fast_double_backward",
     "gan_discriminator_loss",
     "gradient_norm_penalty",
