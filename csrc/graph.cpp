@@ -242,6 +242,7 @@ class Shelf {
   // passes: [(outputs, the batch, the number of the critic's first node)]. With a program for them: (its results, the
   // graph's leaves, each once); else the key.
   py::object run(const py::list& passes, int64_t tag, const at::Tensor& weight, const at::Tensor& unit) const {
+    if (watched()) return py::none();
     Key key;
     key.number(tag);
     std::vector<at::Tensor> given{weight, unit}, leaves;
@@ -267,7 +268,7 @@ class Shelf {
       std::move(found.saved.begin(), found.saved.end(), std::back_inserter(given));
     }
     const auto known = programs_.find(key.bytes());
-    if (known == programs_.end() || watched()) return py::bytes(key.bytes());
+    if (known == programs_.end()) return py::bytes(key.bytes());
     for (const py::handle& pass : passes) {  // the graph may go, and each tensor as soon as nobody reads it
       PyObject* outputs = PyTuple_GET_ITEM(pass.ptr(), 0);
       PyList_SetSlice(outputs, 0, PyList_GET_SIZE(outputs), nullptr);
@@ -292,10 +293,12 @@ class Shelf {
   void clear() { programs_.clear(); }
 
  private:
-  // Whether a mode, a transform or autocast is on, for which the passes go another way.
+  // Whether a mode or a transform is on, which has to see every call. Autocast need not be: programs run without it.
   static bool watched() {
     const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-    return keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set;
+    const c10::DispatchKeySet autocast = c10::autocast_dispatch_keyset;
+    return keys.included_ != c10::default_included_set ||
+           (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
   }
 
   const Reader reader_;

@@ -122,6 +122,7 @@ py::list Program::run_on(std::vector<c10::IValue> memory) const {
   {
     const py::gil_scoped_release released;
     const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard plain(c10::autocast_dispatch_keyset);
     torch::jit::Stack stack;
     for (const Call& call : calls_) make(call, memory, stack);
   }

@@ -1,4 +1,4 @@
-"""The fastest exact gradient penalties in PyTorch: WGAN-GP, R1, R2, DRAGAN, CT-GAN's consistency term, eikonal."""
+"""Exact gradient penalties in PyTorch for any critic: WGAN-GP, R1, R2, DRAGAN, CT-GAN's consistency term, eikonal."""
 
 from gpkernels import optim
 from gpkernels.backends import backend, set_backend

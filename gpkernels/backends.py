@@ -279,17 +279,6 @@ def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
     return op.overload
 
 
-def fuses_mlps(device_type: str) -> bool:
-    """Whether ``mlp_critic_step`` on this device type runs as more than the reference."""
-    name = forced()
-    if name in _tables:
-        return True
-    if name == "triton" and device_type == "cpu":
-        return interprets_triton()
-    known = running(device_type)
-    return known != "reference" and name in (None, known, "triton" if device_type in GPUS else known)
-
-
 def running(device_type: str) -> str:
     """The backend that "auto" takes for a device type."""
     if device_type == "cpu":

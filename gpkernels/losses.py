@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Penalty
-from gpkernels.critic.step import critic_step, scores_of
+from gpkernels.critic.step import critic_step
 from gpkernels.critic.together import Seen
 from gpkernels.functional import consistency_term, draw_key, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.ops import check_eps, check_nonnegative, check_pair

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from gpkernels import ops
+from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, fast_double_backward
 from gpkernels.critic.parts import Between, points_of
-from gpkernels.critic.step import penalty_on_gradient, scores_of
+from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.functional import draw_key, gradient_norm_penalty, promote
 from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair
 

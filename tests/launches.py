@@ -26,8 +26,6 @@ BACKEND = "cuda-emulated"
 class Launches(TorchDispatchMode):
     """Launches by operation, and bytes."""
 
-    takes_whole_ops = True
-
     def __init__(self) -> None:
         super().__init__()
         self.library = emulated.build()

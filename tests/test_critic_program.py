@@ -15,17 +15,16 @@ import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from critics import mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
-from gpkernels.critic import program, step
+from gpkernels.critic import program, run
 from watchers import PassesFunctions, PassesOps
 
 N, WIDTH = 5, 6
 
 
 @pytest.fixture(autouse=True)
-def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def _anew() -> None:
     """Nothing is known of any signature."""
-    monkeypatch.setattr(program, "signatures", program.Cache())
-    monkeypatch.setattr(step, "shelf", step._Shelf())
+    run.forget()
 
 
 @pytest.fixture(params=["C++", "Python"])

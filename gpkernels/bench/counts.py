@@ -41,14 +41,10 @@ def bytes_of(value: Any) -> int:
 
 
 class Watched(TorchDispatchMode):
-    """Counts, and keeps the products and convolutions to make them again without what is around them.
+    """Counts, and keeps the products and convolutions to make them again without what is around them."""
 
-    takes_whole_ops: see a critic's step as the one op that it may be, not as the products it would else be made of.
-    """
-
-    def __init__(self, takes_whole_ops: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.takes_whole_ops = takes_whole_ops
         self.flops = self.calls = self.bytes = 0
         self.products: list[Callable[[], object]] = []
 
@@ -71,9 +67,9 @@ class Watched(TorchDispatchMode):
         self.products.append(lambda: func(*again, **kwargs))
 
 
-def watched(call: Callable[[], Any], takes_whole_ops: bool = False) -> Watched:
+def watched(call: Callable[[], Any]) -> Watched:
     """What a call dispatches, from one run of it."""
-    with Watched(takes_whole_ops) as mode:
+    with Watched() as mode:
         call()
     return mode
 
@@ -91,9 +87,11 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def count(call: Callable[[], Any], device: torch.device) -> Counts:
-    """All of it, from three runs."""
-    whole = watched(call, takes_whole_ops=True)
-    return Counts(watched(call).flops, whole.calls, whole.bytes, peak(call, device))
+    """All of it, once the call has settled, as a critic's step does after two."""
+    for _ in range(3):
+        call()
+    found = watched(call)
+    return Counts(found.flops, found.calls, found.bytes, peak(call, device))
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int:

@@ -14,6 +14,7 @@ import gpkernels as gpk
 from gpkernels.bench import jax_step
 from gpkernels.bench.clock import Call
 from gpkernels.bench.counts import bare_products
+from gpkernels.bench.small import SMALL
 from gpkernels.bench.trial import EAGER, OURS, Trial
 from gpkernels.bench.zoo import (
     CASES,
@@ -69,8 +70,8 @@ class Step:
 
 
 def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
-    """Every critic of the zoo: its penalty and, but for a field, its WGAN-GP step; and R1 with the real data's loss."""
-    for name, case in CASES.items():
+    """Every critic, small ones first: its penalty and, but for a field, its WGAN-GP step; and R1 with its loss."""
+    for name, case in {**SMALL, **CASES}.items():
         if not quick or name in QUICK:
             yield from _of(name, Step.of(case, device), case.field)
     if not quick:

@@ -26,11 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpkernels.critic import plan
+from gpkernels.critic.call import scores_of
 from gpkernels.critic.generic import Edge, Outsider
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Layout, Unfit
-from gpkernels.critic.step import penalty_on_gradient, scores_of
+from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
 from gpkernels.ops import check_batch
 

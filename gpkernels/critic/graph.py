@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from gpkernels.critic.program import watched
+from gpkernels import backends
+from gpkernels.critic.program import CAPACITY, watched
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule
 
@@ -151,3 +152,14 @@ def attributes() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
         name: (tuple([f"_saved_{n}" for n in rule.saved]), tuple([f"_saved_{n}" for n in rule.constants]))
         for name, rule in RULES.items()
     }
+
+
+_native: Any = None
+
+
+def native() -> Any:
+    """What reads graphs and finds programs in C++; ``backends.program`` tells whether that was built."""
+    global _native
+    if _native is None:
+        _native = backends.program.Shelf(attributes(), CAPACITY)
+    return _native

@@ -59,3 +59,14 @@ class Parts(NamedTuple):
     adversarial: Tensor
     penalty: Tensor
     consistency: Tensor
+
+
+class Task(NamedTuple):
+    """What the passes are for. adversarial: None for a penalty alone; by_point: norms are over the last axis alone."""
+
+    adversarial: Adversarial | None
+    target: float
+    one_sided: bool
+    by_point: bool
+    consistency: Consistency | None
+    gradients: bool

@@ -1,0 +1,116 @@
+"""One call of the critic: what it is called with, and the graph that autograd keeps of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
+from torch.autograd import forward_ad
+
+from gpkernels import backends
+from gpkernels.critic.graph import Graph, native
+from gpkernels.critic.together import Check, Watch
+
+
+def scores_of(output: Any) -> Tensor:
+    """The scores in a critic's output: a tensor, or the first of a tuple."""
+    scores = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"critic: expected scores as a tensor, or first in a tuple, got {type(output).__name__}")
+    return scores
+
+
+def features_of(output: Any) -> Tensor | None:
+    """What a critic gives beside its scores."""
+    found = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
+    return found if isinstance(found, Tensor) else None
+
+
+class Group(NamedTuple):
+    """Samples by what they are: "fake", "real", "again" (real once more) or "points"."""
+
+    name: str
+    x: Tensor
+    penalised: bool
+
+
+class Pass:
+    """One call of the critic, on one group of samples or several, and the graph that autograd kept of it.
+
+    wants: whether the gradient at the batch is wanted.
+    """
+
+    def __init__(
+        self,
+        critic: Any,
+        groups: Sequence[Group],
+        wants: bool,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        pools: bool = False,
+        looks_on: Watch | Check | None = None,
+    ) -> None:
+        self.groups = tuple([(g.name, g.penalised) for g in groups])
+        self.each = len(groups[0].x)
+        penalised = any(g.penalised for g in groups)
+        self.x = _batch([g.x for g in groups], penalised or wants)
+        self.start = 0 if backends.program is None else _get_sequence_nr()
+        if isinstance(looks_on, Watch):
+            looks_on.follow(self.x)
+        with torch.enable_grad(), _uncompiled(), looks_on or nullcontext():
+            output = critic(self.x, *args, **(kwargs or {}))
+        scores, features = scores_of(output), features_of(output)
+        self.outputs = [scores] if features is None else [scores, features]
+        self.wants = wants
+        if not pools and scores.numel() < len(self.x):
+            raise ValueError(
+                f"critic: expected a score for each of {len(self.x)} samples, got shape {tuple(scores.shape)}; "
+                "for scores of several samples at once there is the option pack"
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
+            raise RuntimeError(
+                "the critic has a forward-mode tangent, which this penalty would not carry on; call it inside "
+                "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
+            )
+        if penalised and not scores.requires_grad:
+            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+
+    def read(self) -> None:
+        """Read the graph: nodes, saved tensors, leaves, which of these is the batch, and the key."""
+        roots = [u for u in self.outputs if u.requires_grad]
+        self._read(roots)
+        self.told = True  # whether C++ reads the same
+        if (
+            self.x_leaf is None and self.start and self.x.requires_grad
+        ):  # made by another thread, which counts for itself?
+            self.start, self.told = 0, False
+            self._read(roots)
+        if self.x_leaf is None and any(penalised for _, penalised in self.groups):
+            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+        metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in self.outputs])
+        self.key = self.graph_key, self.x_leaf, self.wants, self.groups, self.each, metas
+
+    def _read(self, roots: list[Tensor]) -> None:
+        graph = Graph(roots, self.start)
+        self.graph_key, self.nodes, self.saved = graph.key, graph.nodes, graph.saved
+        found = native().leaves(roots, self.start) if any(leaf is None for leaf in graph.leaves) else graph.leaves
+        self.leaves = [leaf for leaf in found if leaf is not None]
+        self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is self.x), None)
+
+
+def _uncompiled() -> Any:
+    """Compiled parts of a critic run as they were written: PyTorch cannot differentiate a compiled part twice."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _batch(groups: list[Tensor], moves: bool) -> Tensor:
+    """What the critic is called with; ``moves``: a leaf of its own, whose gradient can be had."""
+    if len(groups) > 1:
+        return torch.cat([g.detach() for g in groups]).requires_grad_(moves)
+    (x,) = groups
+    return x.detach().requires_grad_() if moves or x.requires_grad else x

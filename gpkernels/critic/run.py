@@ -1,0 +1,147 @@
+"""Calls of the critic gone through: by a program that C++ finds, by one that Python knows, or for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from gpkernels import backends
+from gpkernels.critic import program
+from gpkernels.critic.call import Pass
+from gpkernels.critic.generic import Outsider
+from gpkernels.critic.graph import native
+from gpkernels.critic.parts import Task
+from gpkernels.critic.together import autocasts
+from gpkernels.critic.work import Known, work
+from gpkernels.reference import accumulation_dtype
+
+Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
+
+
+class Signed:
+    """Calls of the critic with their signature. ``run`` uses them up."""
+
+    def __init__(self, passes: list[Pass], task: Task) -> None:
+        self.passes, self.task = passes, task
+        self.leaves: list[Tensor] = []
+        numbers: dict[int, int] = {}
+        mine = []
+        for one in passes:
+            one.read()
+            for leaf in one.leaves:
+                if numbers.setdefault(id(leaf), len(self.leaves)) == len(self.leaves):
+                    self.leaves.append(leaf)
+            mine.append(tuple([numbers[id(leaf)] for leaf in one.leaves]))
+        self.told = all(one.told for one in passes)
+        key = tuple([one.key for one in passes]), tuple(mine), task
+        self.signature = program.signatures.get(key, lambda: Known([one.key for one in passes], mine))
+        self.known: Known = self.signature.known
+
+    def run(self, weight: Tensor) -> Results:
+        """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the samples, where wanted."""
+        known, task = self.known, self.task
+        outsiders = [
+            Outsider(one.nodes, frozenset(i for i, call in enumerate(plan.calls) if call.leaf)) if generic else None
+            for one, plan, generic in zip(self.passes, known.plans, known.generic, strict=True)
+        ]
+        inputs: list[Tensor | None] = [weight, number(1.0, weight)]
+        names = []
+        while self.passes:  # their tensors are let go of as soon as they have been read
+            one = self.passes.pop(0)
+            inputs += [u.detach() for u in one.outputs]
+            inputs += one.saved
+            names += [name for name, _ in one.groups]
+            del one
+
+        def outsider(what: Any, given: Sequence[Tensor | None]) -> list[Tensor | None]:
+            chosen = outsiders[what[0]]
+            assert chosen is not None
+            return chosen(what[1:], given)
+
+        results = self.signature.run(inputs, lambda tensors, outsider: work(known, task, tensors, outsider), outsider)
+        return _sorted(list(results), self.leaves, names)
+
+
+def _sorted(results: list[Any], leaves: Sequence[Tensor], names: Sequence[str]) -> Results:
+    gradients, at_samples = results[4 : 4 + len(leaves)], results[4 + len(leaves) :]
+    found = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
+    return results[:4], found, [(n, g) for n, g in zip(names, at_samples, strict=True) if g is not None]
+
+
+class _Shelf:
+    """Programs that C++ finds by itself, from the outputs of the critic's calls; where that was built."""
+
+    def __init__(self) -> None:
+        self._tags: dict[Any, int] = {}
+        self._count = count()
+
+    def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
+        """The results, or the key under which to ``keep`` a program; None where C++ has no say."""
+        if backends.program is None or backends.forced() is not None or is_compiling():
+            return None
+        key = task, tuple([(one.groups, one.each, one.wants) for one in passes])
+        tag = self._tags.get(key)
+        if tag is None:
+            if len(self._tags) >= program.CAPACITY:
+                self._tags.clear()
+            tag = self._tags[key] = next(self._count)
+        found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, number(1.0, weight))
+        if found is None or type(found) is bytes:
+            return found
+        results, leaves = found
+        return _sorted(results, leaves, [name for one in passes for name, _ in one.groups])
+
+    def keep(self, key: bytes, signature: program.Signature) -> None:
+        known = signature.program
+        if known is not None and len(known.parts) == 1 and known.parts[0].native is not None:
+            native().add(key, known.parts[0].native)
+
+
+shelf = _Shelf()
+
+
+def forget() -> None:
+    """Let go of all signatures and their programs."""
+    program.signatures.clear()
+    if backends.program is not None:
+        native().clear()
+
+
+def run(passes: list[Pass], task: Task, weight: Tensor) -> Results:
+    """loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted."""
+    found = shelf.run(passes, task, weight)
+    if isinstance(found, tuple):
+        return found
+    with own_dtypes(weight.device):
+        signed = Signed(passes, task)
+        results = signed.run(weight)
+    if found is not None and signed.told:
+        shelf.keep(found, signed.signature)
+    return results
+
+
+def own_dtypes(device: torch.device) -> Any:
+    """The passes choose their own dtypes."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor, which nobody writes to."""
+    return _scalar(value, accumulation_dtype(like.dtype), like.device)
+
+
+@lru_cache(64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    known = device.type in ("cpu", "cuda") and not program.watched() and not torch.is_inference_mode_enabled()
+    return (_constant if known else _constant.__wrapped__)(value, dtype, device)

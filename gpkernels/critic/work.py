@@ -1,0 +1,226 @@
+"""The passes over some calls of the critic, with the losses at their ends: all that a program is traced from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkernels import ops
+from gpkernels.critic.parts import Task
+from gpkernels.critic.passes import Passes, total
+from gpkernels.critic.plan import Place, Plan
+from gpkernels.critic.program import Outsider
+from gpkernels.critic.rules.base import Meta
+from gpkernels.reference import REDUCTIONS, accumulation_dtype
+
+
+class Known:
+    """What a signature says, once for all its runs."""
+
+    def __init__(self, keys: Sequence[Any], leaves: list[tuple[int, ...]]) -> None:
+        self.keys, self.leaves = keys, leaves
+        self.count = max((n for numbers in leaves for n in numbers), default=-1) + 1
+        self.plans = []
+        for graph, x_leaf, wants, groups, each, _ in keys:
+            plain = sum(not penalised for _, penalised in groups)
+            self.plans.append(Plan(graph, x_leaf, wants, each * len(groups), each * plain))
+        self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
+        self.generic = [any(c.rule is None and not c.leaf for c in plan.calls) for plan in self.plans]
+
+
+class _One:
+    """A pass in the traced work."""
+
+    def __init__(self, key: Any, plan: Plan, tensors: list[Tensor | None], passes: Passes) -> None:
+        _, _, self.wants, self.groups, self.each, metas = key
+        self.plan, self.passes = plan, passes
+        self.scores, self.features = tensors[0], tensors[1] if len(metas) > 1 else None
+        places = iter(plan.outputs)
+        self.places = [next(places) if meta[4] else None for meta in metas]
+
+    def rows(self, x: Tensor, name: str) -> Tensor:
+        """A group's part of scores or features."""
+        if len(self.groups) == 1:
+            return x
+        at = [n for n, _ in self.groups].index(name)
+        return x.narrow(0, at * self.each, self.each)
+
+
+def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: Outsider) -> list[Tensor | None]:
+    """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone."""
+    weight, unit, *_ = tensors
+    at, ones = 2, []
+    assert weight is not None
+    assert unit is not None
+    for k, (key, plan) in enumerate(zip(known.keys, known.plans, strict=True)):
+        given, saved = len(key[5]), plan.saved_count
+        outputs = list(tensors[at : at + given])
+        call = lambda what, u, k=k: outsider((k, *what), u)  # noqa: E731
+        ones.append(_One(key, plan, outputs, Passes(plan, tensors[at + given : at + given + saved], call)))
+        at += given + saved
+    wide = accumulation_dtype(ones[0].scores.dtype)  # type: ignore[union-attr]
+    own, term, seeds = _heads(ones, task, wide, unit)
+    value: Tensor | None = None
+    at_samples: list[Tensor | None] = []
+    for one in ones:
+        penalty, gradients = _one_pass(one, task, weight, {p: u for p, u in seeds.items() if p[0] is one})
+        value = penalty if penalty is not None else value
+        at_samples += gradients
+    loss = own
+    if term is not None and task.consistency is not None:
+        scaled = term * task.consistency.weight
+        loss = scaled if loss is None else loss + scaled
+    if value is not None:
+        scaled = value * weight
+        loss = scaled if loss is None else loss + scaled
+    found = _gradients(known, ones) if task.gradients else [None] * known.count
+    whole: list[Tensor | None] = [loss.clone() if loss is own and loss is not None else loss, own, value, term, *found]
+    return _apart([*whole, *at_samples], tensors)
+
+
+Seeds = dict[tuple[Any, str], Tensor]
+
+
+def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tuple[Tensor | None, Tensor | None, Seeds]:
+    """The adversarial loss, the consistency term, and the cotangents of scores and features by their group."""
+    if task.adversarial is None:
+        return None, None, {}
+    kinds = {"real": task.adversarial.real, "fake": task.adversarial.fake}
+    scored = [(one, name) for one in ones for name, _ in one.groups if name in kinds]
+    seeds: Seeds = {}
+    loss = None
+    if scored:
+        scores = [one.rows(one.scores, name) for one, name in scored]  # type: ignore[arg-type]
+        chosen = [kinds[name] for _, name in scored]
+        loss = ops.score_loss(scores, chosen)
+        if task.gradients:
+            seeds = dict(zip(scored, ops.score_loss_backward(unit.to(wide), scores, chosen), strict=True))
+    if task.consistency is None or not any(name == "again" for one in ones for name, _ in one.groups):
+        return loss, None, seeds
+    return loss, _consistency(ones, task, wide, seeds), seeds
+
+
+def _consistency(ones: list[_One], task: Task, wide: torch.dtype, seeds: Seeds) -> Tensor:
+    """CT-GAN's term; its cotangents are added."""
+    options = task.consistency
+    assert options is not None
+    at = {name: one for one in ones for name, _ in one.groups}
+    names = "real", "again"
+    scores = [at[n].rows(at[n].scores, n) for n in names]  # type: ignore[arg-type]
+    features = [at[n].rows(at[n].features, n) if at[n].features is not None else None for n in names]  # type: ignore[arg-type]
+    pair = [scores[i].new_empty(len(scores[i]), 0) if f is None else f for i, f in enumerate(features)]
+    tensors = [x.to(wide) for x in (*scores, *pair)]
+    term, *coefficients = ops.consistency_term(*tensors, options.margin, options.feature_weight)
+    if not task.gradients:
+        return term
+    cotangent = torch.full((), options.weight, dtype=wide, device=term.device)
+    grads = ops.consistency_backward(cotangent, *tensors, *coefficients, features[0] is not None)
+    for i, name in enumerate(names):
+        known = seeds.get((at[name], name))
+        own = grads[i].to(scores[i].dtype)
+        seeds[at[name], name] = own if known is None else known + own
+        feature = features[i]
+        if feature is not None:
+            seeds[at[name], f"features of {name}"] = grads[2 + i].to(feature.dtype)
+    return term
+
+
+def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The penalty of a pass, if it has one, and its groups' gradients at the samples where these are wanted."""
+    plain = [(name, penalised) for name, penalised in one.groups if not penalised]
+    penalised = next((name for name, is_so in one.groups if is_so), None)
+    top, at_features = one.places[0], one.places[1] if len(one.places) > 1 else None
+    nothing: list[Tensor | None] = [None] * len(one.groups)
+    cotangents: dict[Place, Tensor] = {}
+    own: dict[Place, Tensor] = {}
+    scores = one.scores
+    assert scores is not None
+    parts = []
+    for name, is_penalised in one.groups:
+        rows = one.rows(scores, name)
+        seed = seeds.get((one, name))
+        parts.append(torch.ones_like(rows) if is_penalised else torch.zeros_like(rows) if seed is None else seed)
+        if is_penalised and seed is not None and top is not None:
+            own[top] = seed
+    if top is not None:
+        cotangents[top] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    features = {name: seeds.get((one, f"features of {name}")) for name, _ in one.groups}
+    if at_features is not None and any(u is not None for u in features.values()):
+        parts = []
+        for name, is_penalised in one.groups:
+            u = features[name]
+            if is_penalised and u is not None:
+                own[at_features] = own[at_features] + u if at_features in own else u
+            blank = torch.zeros_like(one.rows(one.features, name))  # type: ignore[arg-type]
+            parts.append(blank if u is None or is_penalised else u)
+        if plain:
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            cotangents[at_features] = cotangents[at_features] + joined if at_features in cotangents else joined
+    if penalised is None and not (task.gradients and cotangents):
+        return None, nothing
+    gradient = one.passes.pull(cotangents)
+    if penalised is None:
+        return None, [None if gradient is None or not one.wants else one.rows(gradient, n) for n, _ in one.groups]
+    meta = one.plan.x_meta
+    if gradient is None:
+        gradient = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+    at_points = gradient if len(gradient) == one.each else gradient.narrow(0, one.plan.plain, one.each)
+    rows = at_points.reshape(-1, at_points.shape[-1]) if task.by_point else at_points
+    value, coefficient = ops.gradient_norm_penalty(rows, task.target, task.one_sided, REDUCTIONS["mean"])
+    if task.gradients:
+        direction = ops.gradient_norm_penalty_backward(weight.to(value.dtype), rows, coefficient)
+        one.passes.push(direction.reshape(at_points.shape))
+        scale = _scale(one, task, own, top)
+        one.passes.bend({} if scale is not None else own, scale)
+    if not one.wants:
+        return value, nothing
+    return value, [None if is_so else one.rows(gradient, name) for name, is_so in one.groups]
+
+
+def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -> Tensor | None:
+    """Of penalised rows that are scored: one factor a row, where the scores' cotangents are multiples of ones."""
+    if list(own) != [top] or top is None or one.plan.layouts is None or one.plan.curved:
+        return None
+    seed = own[top]
+    linear = task.adversarial is not None and task.adversarial.linear and task.consistency is None
+    if not (linear or seed.numel() == one.each):
+        return None
+    return seed.reshape(one.each, -1)[:, 0]
+
+
+def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
+    """Of every leaf; zeros where PyTorch has zeros, None where it has None."""
+    parts: list[list[Any]] = [[] for _ in range(known.count)]
+    blank: dict[int, Meta] = {}
+    for one, numbers in zip(ones, known.leaves, strict=True):
+        for k, more in one.passes.leaves().items():
+            parts[numbers[k]] += more
+        for k, meta in one.plan.reached():
+            blank[numbers[k]] = meta
+    gradients: list[Tensor | None] = []
+    for number, found in enumerate(parts):
+        if number in known.x or not (found or number in blank):
+            gradients.append(None)
+        elif found:
+            gradients.append(total(found))
+        else:
+            zeros = blank[number]
+            gradients.append(torch.zeros(zeros.shape, dtype=zeros.dtype, device=zeros.device))
+    return gradients
+
+
+def _apart(results: list[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Results that share no memory with each other or an input: they are scaled in place, and are the user's."""
+    taken = {x.untyped_storage()._cdata for x in inputs if x is not None}
+    found: list[Tensor | None] = []
+    for x in results:
+        if x is not None:
+            storage = x.untyped_storage()
+            if storage._cdata in taken or storage.nbytes() != x.numel() * x.element_size():
+                x = x.clone()
+            taken.add(x.untyped_storage()._cdata)
+        found.append(x)
+    return found
