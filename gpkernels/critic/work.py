@@ -28,6 +28,9 @@ class Known:
             plain = sum(not penalised for _, penalised in groups)
             self.plans.append(Plan(graph, x_leaf, wants, each * len(groups), each * plain))
         self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
+        # Cotangents of float16 go as numbers that are this much larger: a loss scale comes too late for them.
+        half = any(m.dtype == torch.float16 for plan in self.plans for call in plan.calls for m in call.outputs)
+        self.scale = 1024.0 if half else 1.0
         self.generic = [any(c.rule is None and not c.leaf for c in plan.calls) for plan in self.plans]
 
 
@@ -62,13 +65,14 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: O
         ones.append(_One(key, plan, outputs, Passes(plan, tensors[at + given : at + given + saved], call)))
         at += given + saved
     wide = accumulation_dtype(ones[0].scores.dtype)  # type: ignore[union-attr]
+    unit, lifted = (unit, weight) if known.scale == 1 else (unit * known.scale, weight * known.scale)
     own, term, seeds = _heads(ones, task, wide, unit)
     value: Tensor | None = None
     at_samples: list[Tensor | None] = []
     for one in ones:
-        penalty, gradients = _one_pass(one, task, weight, {p: u for p, u in seeds.items() if p[0] is one})
+        penalty, gradients = _one_pass(one, task, lifted, {p: u for p, u in seeds.items() if p[0] is one})
         value = penalty if penalty is not None else value
-        at_samples += gradients
+        at_samples += [None if g is None else _lowered(g, known.scale) for g in gradients]
     loss = own
     if term is not None and task.consistency is not None:
         scaled = term * task.consistency.weight
@@ -100,10 +104,10 @@ def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tup
             seeds = dict(zip(scored, ops.score_loss_backward(unit.to(wide), scores, chosen), strict=True))
     if task.consistency is None or not any(name == "again" for one in ones for name, _ in one.groups):
         return loss, None, seeds
-    return loss, _consistency(ones, task, wide, seeds), seeds
+    return loss, _consistency(ones, task, wide, unit, seeds), seeds
 
 
-def _consistency(ones: list[_One], task: Task, wide: torch.dtype, seeds: Seeds) -> Tensor:
+def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, seeds: Seeds) -> Tensor:
     """CT-GAN's term; its cotangents are added."""
     options = task.consistency
     assert options is not None
@@ -116,7 +120,7 @@ def _consistency(ones: list[_One], task: Task, wide: torch.dtype, seeds: Seeds) 
     term, *coefficients = ops.consistency_term(*tensors, options.margin, options.feature_weight)
     if not task.gradients:
         return term
-    cotangent = torch.full((), options.weight, dtype=wide, device=term.device)
+    cotangent = unit.to(wide) * options.weight
     grads = ops.consistency_backward(cotangent, *tensors, *coefficients, features[0] is not None)
     for i, name in enumerate(names):
         known = seeds.get((at[name], name))
@@ -205,11 +209,18 @@ def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
         if number in known.x or not (found or number in blank):
             gradients.append(None)
         elif found:
-            gradients.append(total(found))
+            gradients.append(_lowered(total(found), known.scale))
         else:
             zeros = blank[number]
             gradients.append(torch.zeros(zeros.shape, dtype=zeros.dtype, device=zeros.device))
     return gradients
+
+
+def _lowered(gradient: Tensor, scale: float) -> Tensor:
+    """A gradient as it is, in a dtype that holds it."""
+    if scale == 1:
+        return gradient
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
 
 
 def _apart(results: list[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
