@@ -102,6 +102,7 @@ class Reader {
   // What one graph has.
   struct Found {
     std::vector<at::Tensor> saved, leaves;
+    bool hooked = false;  // somebody wants to see, or to change, what goes back through a node
   };
 
   // start: the number of the first node that is the critic's own; older ones are where its graph ends.
@@ -182,6 +183,7 @@ class Reader {
       to.leaves.push_back(leaf->variable);
       return;
     }
+    to.hooked |= !node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty();
     const std::string name = node->name();
     key.text(name.data(), name.size());
     key.number(node->num_inputs());
@@ -253,6 +255,7 @@ class Shelf {
       const at::Tensor& x = THPVariable_Unpack(all[1].ptr());
       Reader::Found found;
       reader_.read_into(outputs, all[2].cast<uint64_t>(), key, found);
+      if (found.hooked) return py::none();
       key.sizes(x.sizes());
       for (const at::Tensor& leaf : found.leaves) {
         const auto [at, is_new] = numbers.emplace(leaf.unsafeGetTensorImpl(), int64_t(leaves.size()));
@@ -285,6 +288,14 @@ class Shelf {
     return py::cast(found.leaves);
   }
 
+  // Whether hooks have to be called on the way back.
+  bool hooked(const py::list& outputs, uint64_t start) const {
+    Key key;
+    Reader::Found found;
+    reader_.read_into(outputs, start, key, found);
+    return found.hooked;
+  }
+
   void add(const std::string& key, std::shared_ptr<Program> program) {
     if (programs_.size() >= capacity_) programs_.clear();
     programs_[key] = std::move(program);
@@ -313,6 +324,7 @@ void add_reader(pybind11::module_& module) {
       .def(py::init<py::dict, size_t>())
       .def("run", &Shelf::run)
       .def("leaves", &Shelf::leaves)
+      .def("hooked", &Shelf::hooked)
       .def("add", &Shelf::add)
       .def("clear", &Shelf::clear);
 }

@@ -34,11 +34,19 @@ class CriticLossParts(NamedTuple):
 class CriticLoss(nn.Module):
     """adversarial + penalty_weight * penalty + consistency_weight * consistency.
 
-    critic: maps (N, *) to scores, or to (scores, features) where the consistency term is to see features.
-    objective: "wgan" or "gan". penalty: "wgan-gp" (with target, one_sided), "r1", "r2", "dragan" (with target,
-    dragan_scale) or "none". consistency_weight > 0 adds CT-GAN's term between two passes over the real batch (Wei et
-    al. 2018); the first of them gives the adversarial scores.
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        critic: maps (N, *) to scores, or to (scores, features) where the consistency term is to see features.
+        objective: "wgan" or "gan".
+        penalty: "wgan-gp" (with target, one_sided), "r1", "r2", "dragan" (with target, dragan_scale) or "none".
+        consistency_weight: above 0 adds CT-GAN's term between two passes over the real batch (Wei et al. 2018); the
+            first of them gives the adversarial scores.
+        together: whether real, fake and penalised samples go through the critic as one batch. None: from the third
+            call on, where each sample was seen to keep to itself. As one batch dropout draws one mask for all samples,
+            buffers that change change once, and rounding may differ in the last bit; apart, the critic sees what it
+            sees in plain PyTorch, in the order fake, real, penalised. Without a penalty they go apart.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also for ``together=True`` where samples meet.
     """
 
     def __init__(

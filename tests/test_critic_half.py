@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from critics import mlp, plain_loss
 from torch import Tensor, nn
 
 import gpkernels as gpk
+from critics import mlp, plain_loss
 
 SCALE = 2.0**10
 
@@ -25,7 +25,12 @@ def _deep() -> nn.Module:
 
 def _convolutional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten(), nn.Linear(32, 1)
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.GroupNorm(2, 8),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(32, 1),
     )
 
 

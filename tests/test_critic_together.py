@@ -87,7 +87,7 @@ HIDDEN: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "the batch folded by hand": lambda h, _: (h.reshape(-1, N, 8) + ROWS).reshape(-1, 8),
     "groups of five": lambda h, _: (h.view(-1, 5, 8) - h.detach().view(-1, 5, 8).mean(1, keepdim=True)).view(-1, 8),
     "a value read": lambda h, _: h * (1 + abs(h[0, 0].item())),
-    "a sum read": lambda h, _: h / (1 + float(h.square().sum())),
+    "a sum read": lambda h, _: h / (1 + float(h.detach().square().sum())),
     "values read as a list": _listed,
     "through NumPy": lambda h, _: h * torch.from_numpy(np.asarray(h.detach().numpy().mean(0))),
     "through NumPy, by its buffer": lambda h, _: h * float(np.abs(h.detach().numpy()).max()),

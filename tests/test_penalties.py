@@ -267,7 +267,7 @@ def test_a_critic_that_is_none_is_refused(name: str, backend: str) -> None:
     with pytest.raises(TypeError, match=r"critic.*scores.*str"):
         call(lambda x: "score")
     with pytest.raises(ValueError, match=r"critic.*depend on the input"):
-        call(lambda x: weight * 2)
+        call(lambda x: (weight * 2).expand(len(x)))
     with pytest.raises(ValueError, match=r"critic.*depend on the input"):
         call(lambda x: torch.ones(len(x)))
     with pytest.raises(ValueError, match=r"critic.*depend on the input"):

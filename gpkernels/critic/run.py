@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from gpkernels import backends
 from gpkernels.critic import program
+from gpkernels.critic.by_autograd import by_autograd
 from gpkernels.critic.call import Pass
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import native
@@ -40,6 +41,9 @@ class Signed:
                     self.leaves.append(leaf)
             mine.append(tuple([numbers[id(leaf)] for leaf in one.leaves]))
         self.told = all(one.told for one in passes)
+        self.hooked = backends.program is not None and any(
+            native().hooked([u for u in one.outputs if u.requires_grad], one.start) for one in passes
+        )
         key = tuple([one.key for one in passes]), tuple(mine), task
         self.signature = program.signatures.get(key, lambda: Known([one.key for one in passes], mine))
         self.known: Known = self.signature.known
@@ -47,6 +51,8 @@ class Signed:
     def run(self, weight: Tensor) -> Results:
         """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the samples, where wanted."""
         known, task = self.known, self.task
+        if self.hooked:
+            return by_autograd(self.passes, self.leaves, task, weight)
         outsiders = [
             Outsider(one.nodes, frozenset(i for i, call in enumerate(plan.calls) if call.leaf)) if generic else None
             for one, plan, generic in zip(self.passes, known.plans, known.generic, strict=True)

@@ -1,0 +1,75 @@
+"""The same by autograd's own engine, on the graphs at hand: for critics with hooks, which it has to call on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkernels import reference
+from gpkernels.critic.call import Pass
+from gpkernels.critic.parts import Task
+from gpkernels.reference import REDUCTIONS
+
+
+def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, weight: Tensor) -> tuple[Any, Any, Any]:
+    """As ``run.run``: the values, the leaves' gradients, those at the groups' samples."""
+    with torch.enable_grad():
+        own, term = _scores(passes, task)
+        value = next((_penalty(one, task) for one in passes if any(so for _, so in one.groups)), None)
+        share = 0.0 if task.consistency is None else task.consistency.weight
+        parts: list[tuple[Tensor | None, Any]] = [(own, 1.0), (value, weight), (term, share)]
+        loss = sum((x * factor for x, factor in parts if x is not None), torch.zeros_like(weight))
+    values = [None if x is None else x.detach().clone() for x in (loss, own, value, term)]
+    if not task.gradients or not loss.requires_grad:
+        return values, [], []
+    batches = {id(one.x) for one in passes}
+    found = torch.autograd.grad(loss, list(leaves), allow_unused=True)
+    gradients = [(x, g.clone()) for x, g in zip(leaves, found, strict=True) if g is not None and id(x) not in batches]
+    at_batch = {id(x): g for x, g in zip(leaves, found, strict=True) if id(x) in batches}
+    samples = []
+    for one in passes:
+        g = at_batch.get(id(one.x)) if one.wants else None
+        plain = [name for name, penalised in one.groups if not penalised]
+        samples += [] if g is None else [(name, g.narrow(0, i * one.each, one.each)) for i, name in enumerate(plain)]
+    return values, gradients, samples
+
+
+def _rows(one: Pass, output: int, name: str) -> Tensor:
+    at = [group for group, _ in one.groups].index(name)
+    return one.outputs[output] if len(one.groups) == 1 else one.outputs[output].narrow(0, at * one.each, one.each)
+
+
+def _scores(passes: Sequence[Pass], task: Task) -> tuple[Tensor | None, Tensor | None]:
+    """The adversarial loss and the consistency term."""
+    if task.adversarial is None:
+        return None, None
+    at = {name: one for one in passes for name, _ in one.groups}
+    kinds = {"real": task.adversarial.real, "fake": task.adversarial.fake}
+    scored = [name for name in kinds if name in at]
+    own = None
+    if scored:
+        own = reference.score_loss([_rows(at[n], 0, n) for n in scored], [kinds[n] for n in scored])
+    options = task.consistency
+    if options is None or "again" not in at:
+        return own, None
+    names = "real", "again"
+    scores = [_rows(at[n], 0, n) for n in names]
+    some = len(at["real"].outputs) > 1
+    features = [_rows(at[n], 1, n) if some else s.new_empty(len(s), 0) for n, s in zip(names, scores, strict=True)]
+    first, second = zip(scores, features, strict=True)
+    pairs = first[0], second[0], first[1], second[1]
+    return own, reference.consistency_term(*pairs, options.margin, options.feature_weight)[0]
+
+
+def _penalty(one: Pass, task: Task) -> Tensor:
+    """The penalty, with its graph where gradients are wanted."""
+    plain = sum(not penalised for _, penalised in one.groups) * one.each
+    scores = one.outputs[0]
+    rows = scores if not plain else scores.narrow(0, plain, one.each)
+    (gradient,) = torch.autograd.grad(rows.sum(), one.x, create_graph=task.gradients, retain_graph=True)
+    gradient = gradient.narrow(0, plain, one.each)
+    shaped = gradient.reshape(-1, gradient.shape[-1]) if task.by_point else gradient
+    return reference.gradient_norm_penalty(shaped, task.target, task.one_sided, REDUCTIONS["mean"])[0]

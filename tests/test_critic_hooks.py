@@ -1,0 +1,63 @@
+"""Hooks on activations and modules are called on the way back, and what they change is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpkernels as gpk
+from comparing import assert_exactly_as, batch
+from critics import plain_loss, plain_penalty, plain_points
+from gpkernels import backends
+
+pytestmark = pytest.mark.skipif(backends.program is None, reason="without the native reader hooks cannot be seen")
+
+
+class Hooked(nn.Module):
+    """Doubles the gradient of an activation on its way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if h.requires_grad:
+            h.register_hook(self._double)
+        return self.last(h)
+
+    def _double(self, gradient: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * gradient
+
+
+def with_full_hook() -> nn.Module:
+    critic = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    critic[1].register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],))
+    return critic
+
+
+@pytest.mark.parametrize(
+    ("make", "together"),
+    [(Hooked, None), (Hooked, False), (Hooked, True), (with_full_hook, None), (with_full_hook, False)],
+)
+def test_a_hook_changes_what_it_changes_in_pytorch(make: Callable[[], nn.Module], together: bool | None) -> None:
+    torch.manual_seed(0)
+    critic = make().double()
+    loss = gpk.CriticLoss(critic, together=together)
+    for _ in range(5):
+        real, fake, eps = batch(5, 4)
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
+        points = plain_points(real, fake, eps, "wgan-gp")
+        ours = gpk.gradient_penalty(critic, real, fake, eps=eps)
+        assert_exactly_as(ours, plain_penalty(critic, points), critic)
+
+
+def test_a_hook_is_called() -> None:
+    critic = Hooked()
+    gpk.r1_penalty(critic, torch.randn(5, 4))
+    assert critic.calls > 0
