@@ -19,6 +19,12 @@ Step = Callable[[nn.Module, Tensor, Context], Tensor]
 BACKENDS = ("eager", "aot_eager")
 
 
+@pytest.fixture(autouse=True)
+def _compiler_anew() -> None:
+    """Forget what other tests compiled: PyTorch stops compiling a function that it has compiled too often."""
+    torch.compiler.reset()
+
+
 def critic_of(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.LeakyReLU(0.2, True), nn.Linear(8, 8), nn.Tanh()]

@@ -20,6 +20,12 @@ ONE_BATCH = "can go through as one batch"
 APART = "go through one after the other"
 
 
+@pytest.fixture(autouse=True)
+def _compiler_anew() -> None:
+    """Forget what other tests compiled: PyTorch stops compiling a function that it has compiled too often."""
+    torch.compiler.reset()
+
+
 def functions(told: Explanation) -> list[str]:
     return [call.function for call in told.calls]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class Pass:
         self.start = 0 if backends.program is None else _get_sequence_nr()
         if isinstance(looks_on, Watch):
             looks_on.follow(self.x)
-        with torch.enable_grad(), _uncompiled(), looks_on or nullcontext():
+        with torch.enable_grad(), _uncompiled, looks_on or nullcontext():
             output = critic(self.x, *args, **(kwargs or {}))
         scores, features = scores_of(output), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
@@ -103,9 +104,32 @@ class Pass:
         self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is self.x), None)
 
 
-def _uncompiled() -> Any:
-    """Compiled parts of a critic run as they were written: PyTorch cannot differentiate a compiled part twice."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+class _Uncompiled:
+    """Compiled parts of a critic run as they were written: PyTorch cannot differentiate a compiled part twice.
+
+    The compiler's stance is the process's own, so the first thread that comes sets it and the last one puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._stance: Any = nullcontext()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                stance, self._stance = self._stance, nullcontext()
+                stance.__exit__(None, None, None)
+
+
+_uncompiled = _Uncompiled()
 
 
 def _batch(groups: list[Tensor], moves: bool) -> Tensor:
