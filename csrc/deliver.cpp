@@ -1,5 +1,6 @@
 // A value whose gradients are known, as a node of the graph: gpkernels/critic/deliver.py says what it does, and is what
 // runs where this gives NotImplemented.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/mul.h>
@@ -11,6 +12,12 @@
 #include <string>
 
 #include "direct.h"
+
+bool watched() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  return keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set ||
+         at::impl::torch_function_mode_enabled();
+}
 
 namespace {
 
@@ -86,8 +93,8 @@ std::optional<std::vector<at::Tensor>> plain_tensors(PyObject* list) {
   return found;
 }
 
-at::Tensor delivered(const at::Tensor& value, const std::vector<at::Tensor>& gradients, at::TensorList tensors) {
-  return Deliver::apply(std::vector<at::Tensor>{value}, gradients, tensors);
+at::Tensor delivered(const at::Tensor& value, std::vector<at::Tensor> gradients, at::TensorList tensors) {
+  return Deliver::apply(std::vector<at::Tensor>{value}, std::move(gradients), tensors);
 }
 
 PyObject* deliver(PyObject*, PyObject* const* args, Py_ssize_t count) {

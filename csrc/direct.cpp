@@ -3,7 +3,7 @@
 // the op gives. It is built against one version of PyTorch, on its C++ interface for Python.
 #include "direct.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -11,12 +11,6 @@
 
 #include <optional>
 #include <vector>
-
-bool watched() {
-  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  return keys.included_ != c10::default_included_set || keys.excluded_ != c10::default_excluded_set ||
-         at::impl::torch_function_mode_enabled();
-}
 
 namespace {
 

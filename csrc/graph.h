@@ -1,6 +1,228 @@
+// Reads autograd's graph of one call of the critic: gpkernels/critic/graph.py says what is read, and does it itself
+// where this was not built. The key here is a string of bytes for the same facts.
 #pragma once
-#include <pybind11/pybind11.h>
-#include <torch/csrc/python_headers.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
-// Adds the classes Reader and Shelf to the module.
-void add_reader(pybind11::module_& module);
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+using torch::autograd::Edge;
+using torch::autograd::Node;
+
+// A tensor without values of its own, by which a graph can be joined to an output of a node.
+inline at::Tensor handle_of(const Edge& edge) {
+  const auto& meta = edge.function->input_metadata(edge.input_nr);
+  std::vector<int64_t> sizes;
+  for (const c10::SymInt& n : meta.shape_as_dim_vector()) sizes.push_back(n.guard_int(__FILE__, __LINE__));
+  at::Tensor made = at::empty({}, meta.options()).expand(sizes);
+  torch::autograd::impl::set_gradient_edge(made, edge);
+  return made;
+}
+
+// Facts one after the other, each with its length where that can differ.
+class Key {
+ public:
+  void number(int64_t x) { bytes_.append(reinterpret_cast<const char*>(&x), sizeof(x)); }
+  void text(const char* data, size_t size) {
+    number(int64_t(size));
+    bytes_.append(data, size);
+  }
+  void sizes(at::IntArrayRef x) {
+    number(int64_t(x.size()));
+    for (const int64_t n : x) number(n);
+  }
+  void kind(at::ScalarType type, at::Device device) {
+    number(int64_t(type) << 32 | int64_t(device.type()) << 16 | int64_t(uint8_t(device.index())));
+  }
+  void tensor(const at::Tensor& x) {
+    sizes(x.sizes());
+    sizes(x.strides());
+    kind(x.scalar_type(), x.device());
+  }
+  // A constant of a node: None, numbers, texts, and tuples of them.
+  void constant(const py::handle& x) {
+    if (PyTuple_Check(x.ptr()) || PyList_Check(x.ptr())) {
+      const py::sequence items = py::reinterpret_borrow<py::sequence>(x);
+      number(int64_t(items.size()));
+      for (const py::handle& item : items) constant(item);
+    } else if (PyFloat_CheckExact(x.ptr())) {
+      const double value = PyFloat_AS_DOUBLE(x.ptr());
+      bytes_.push_back('f');
+      bytes_.append(reinterpret_cast<const char*>(&value), sizeof(value));
+    } else if (PyBool_Check(x.ptr())) {
+      bytes_.push_back(x.ptr() == Py_True ? 't' : 'F');
+    } else if (PyLong_CheckExact(x.ptr())) {
+      bytes_.push_back('i');
+      number(int64_t(PyLong_AsUnsignedLongLongMask(x.ptr())));
+    } else if (x.is_none()) {
+      bytes_.push_back('n');
+    } else {
+      const std::string value = py::str(x);
+      text(value.data(), value.size());
+    }
+  }
+  const std::string& bytes() const { return bytes_; }
+
+ private:
+  std::string bytes_;
+};
+
+struct Names {
+  std::vector<py::object> saved, constants;  // attributes
+};
+
+class Reader {
+ public:
+  explicit Reader(const py::dict& rules) {
+    for (const auto& [name, attributes] : rules) {
+      Names names;
+      const py::tuple both = attributes.cast<py::tuple>();
+      for (const py::handle& attribute : both[0]) names.saved.push_back(interned(attribute));
+      for (const py::handle& attribute : both[1]) names.constants.push_back(interned(attribute));
+      names_.emplace(name.cast<std::string>(), std::move(names));
+    }
+  }
+
+  // What one graph has.
+  struct Found {
+    std::vector<at::Tensor> saved, leaves;
+    bool hooked = false;  // somebody wants to see, or to change, what goes back through a node
+  };
+
+  // start: the number of the first node that is the critic's own; older ones are where its graph ends.
+  void read_into(const std::vector<at::Tensor>& outputs, uint64_t start, Key& key, Found& found) const {
+    std::vector<Edge> roots;
+    for (const at::Tensor& output : outputs)
+      if (output.requires_grad()) roots.push_back(torch::autograd::impl::gradient_edge(output));
+    Places places;
+    for (const Edge& edge : in_order(roots, start, places)) one(edge, start, places, key, found);
+    for (const Edge& edge : roots) {
+      key.number(place_of(edge, start, places));
+      key.number(edge.input_nr);
+    }
+  }
+
+ private:
+  static py::object interned(const py::handle& text) {
+    PyObject* name = text.ptr();
+    Py_INCREF(name);
+    PyUnicode_InternInPlace(&name);
+    return py::reinterpret_steal<py::object>(name);
+  }
+
+  // Where each node is, or each output of an older one.
+  using Places = std::map<std::pair<const Node*, uint32_t>, int64_t>;
+
+  static bool is_older(const Node* node, uint64_t start) { return node->sequence_nr() < start; }
+
+  static std::pair<const Node*, uint32_t> name_of(const Edge& edge, uint64_t start) {
+    return {edge.function.get(), is_older(edge.function.get(), start) ? edge.input_nr : 0};
+  }
+
+  static int64_t place_of(const Edge& edge, uint64_t start, const Places& places) {
+    return places.at(name_of(edge, start));
+  }
+
+  // Parents before children.
+  static std::vector<Edge> in_order(const std::vector<Edge>& roots, uint64_t start, Places& places) {
+    std::vector<Edge> order, stack = roots;
+    while (!stack.empty()) {
+      const Edge edge = stack.back();
+      const auto name = name_of(edge, start);
+      if (places.count(name)) {
+        stack.pop_back();
+        continue;
+      }
+      const size_t before = stack.size();
+      if (!is_older(edge.function.get(), start))
+        for (const Edge& parent : edge.function->next_edges())
+          if (parent.function && !places.count(name_of(parent, start))) stack.push_back(parent);
+      if (stack.size() > before) continue;
+      places.emplace(name, int64_t(order.size()));
+      order.push_back(edge);
+      stack.pop_back();
+    }
+    return order;
+  }
+
+  static py::object wrapped_in_python(const decltype(Edge::function)& node) {
+    const py::object found = py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node));
+    if (!found) throw py::error_already_set();
+    return found;
+  }
+
+  void one(const Edge& at, uint64_t start, const Places& places, Key& key, Found& to) const {
+    const auto& node = at.function;
+    if (is_older(node.get(), start)) {
+      to.leaves.push_back(handle_of(at));
+      key.number(-2);
+      key.tensor(to.leaves.back());
+      return;
+    }
+    if (const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(node.get())) {
+      key.number(-2);
+      key.tensor(leaf->variable);
+      to.leaves.push_back(leaf->variable);
+      return;
+    }
+    to.hooked |= !node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty();
+    const std::string name = node->name();
+    key.text(name.data(), name.size());
+    key.number(node->num_inputs());
+    for (uint32_t i = 0; i < node->num_inputs(); ++i) {
+      const auto& meta = node->input_metadata(i);
+      if (meta.was_default_constructed()) {
+        key.number(-3);
+        continue;
+      }
+      const c10::SymIntArrayRef shape = meta.shape_as_dim_vector();
+      key.number(int64_t(shape.size()));
+      for (const c10::SymInt& n : shape) key.number(n.guard_int(__FILE__, __LINE__));
+      key.kind(c10::typeMetaToScalarType(meta.dtype()), meta.device());
+    }
+    key.number(int64_t(node->num_outputs()));
+    for (const Edge& edge : node->next_edges()) {
+      key.number(edge.function ? place_of(edge, start, places) : -1);
+      key.number(edge.input_nr);
+    }
+    const auto found = names_.find(name);
+    if (found == names_.end()) return;
+    const py::object wrapped = wrapped_in_python(node);
+    for (const py::object& attribute : found->second.saved) {
+      const py::object value = wrapped.attr(attribute);
+      if (PyTuple_Check(value.ptr())) {
+        key.number(int64_t(PyTuple_GET_SIZE(value.ptr())));
+        for (const py::handle& item : value.cast<py::tuple>()) tensor(item, key, to);
+      } else {
+        tensor(value, key, to);
+      }
+    }
+    for (const py::object& attribute : found->second.constants) key.constant(wrapped.attr(attribute));
+  }
+
+  static void tensor(const py::handle& x, Key& key, Found& to) {
+    if (x.is_none()) {
+      key.number(-4);
+      to.saved.emplace_back();
+      return;
+    }
+    to.saved.push_back(THPVariable_Unpack(x.ptr()));
+    if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {  // as graph.py has it: it would be a constant
+      to.saved.back() = to.saved.back().detach();
+      to.saved.back().unsafeGetTensorImpl()->set_wrapped_number(false);
+    }
+    key.number(THPVariable_CheckExact(x.ptr()) ? -5 : -6);
+    key.tensor(to.saved.back());
+  }
+
+  std::unordered_map<std::string, Names> names_;
+};

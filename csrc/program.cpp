@@ -4,6 +4,7 @@
 #include "program.h"
 
 #include <ATen/ScalarOps.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
@@ -15,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "graph.h"
+#include "shelf.h"
 
 namespace py = pybind11;
 
@@ -106,33 +107,28 @@ py::list Program::run(const py::list& given) const {
     if (item != Py_None) tensors[i] = THPVariable_Unpack(item);
   }
   PyList_SetSlice(given.ptr(), 0, PyList_GET_SIZE(given.ptr()), nullptr);
-  return run(std::move(tensors));
+  py::list results;
+  for (const at::Tensor& x : run(std::move(tensors))) {
+    PyObject* result = x.defined() ? THPVariable_Wrap(x) : Py_NewRef(Py_None);
+    if (!result) throw py::error_already_set();
+    results.append(py::reinterpret_steal<py::object>(result));
+  }
+  return results;
 }
 
-py::list Program::run(std::vector<at::Tensor> given) const {
+std::vector<at::Tensor> Program::run(std::vector<at::Tensor> given) const {
   TORCH_CHECK(given.size() == inputs_.size(), "given: expected ", inputs_.size(), " tensors, got ", given.size());
   std::vector<c10::IValue> memory(count_);
   for (size_t i = 0; i < inputs_.size(); ++i)
     if (inputs_[i] >= 0) memory[inputs_[i]] = std::move(given[i]);
   given.clear();
-  return run_on(std::move(memory));
-}
-
-py::list Program::run_on(std::vector<c10::IValue> memory) const {
-  {
-    const py::gil_scoped_release released;
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const c10::impl::ExcludeDispatchKeyGuard plain(c10::autocast_dispatch_keyset);
-    torch::jit::Stack stack;
-    for (const Call& call : calls_) make(call, memory, stack);
-  }
-  py::list results(outputs_.size());
-  for (size_t i = 0; i < outputs_.size(); ++i) {
-    const int slot = outputs_[i];
-    PyObject* result = slot < 0 ? Py_NewRef(Py_None) : THPVariable_Wrap(memory[slot].toTensor());
-    if (!result) throw py::error_already_set();
-    PyList_SET_ITEM(results.ptr(), Py_ssize_t(i), result);
-  }
+  const py::gil_scoped_release released;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard plain(c10::autocast_dispatch_keyset);
+  torch::jit::Stack stack;
+  for (const Call& call : calls_) make(call, memory, stack);
+  std::vector<at::Tensor> results;
+  for (const int slot : outputs_) results.push_back(slot < 0 ? at::Tensor() : memory[slot].toTensor());
   return results;
 }
 
@@ -163,5 +159,5 @@ PYBIND11_MODULE(_program, m) {
   py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init<py::list, std::vector<int>, std::vector<int>, std::vector<std::vector<int>>, py::object>())
       .def("__call__", py::overload_cast<const py::list&>(&Program::run, py::const_));
-  add_reader(m);
+  add_shelf(m);
 }

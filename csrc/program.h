@@ -28,11 +28,11 @@ class Program {
 
   // What the outputs name of the slots, None for -1. The list is emptied: tensors are freed when nobody reads them.
   pybind11::list run(const pybind11::list& given) const;
-  pybind11::list run(std::vector<at::Tensor> given) const;
+  // The same without the GIL, which the caller has; undefined for -1.
+  std::vector<at::Tensor> run(std::vector<at::Tensor> given) const;
 
  private:
   void add(const pybind11::tuple& call, std::vector<int> frees, const pybind11::object& slot_type);
-  pybind11::list run_on(std::vector<c10::IValue> memory) const;
 
   std::vector<Call> calls_;
   std::vector<int> inputs_, outputs_;

@@ -116,6 +116,10 @@ inline bool is_dense(const Tensor& x) {
 
 inline bool same_layout(const Tensor& a, const Tensor& b) { return a.strides().equals(b.strides()); }
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // PyTorch before 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 // --- allocation -------------------------------------------------------------------------------------------------
 
 inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from gpkernels import backends
 from gpkernels.critic.graph import Graph, native
+from gpkernels.critic.parts import Between, points_of
 from gpkernels.critic.together import Check, Watch
 
 
@@ -36,41 +37,34 @@ class Group(NamedTuple):
     """Samples by what they are: "fake", "real", "again" (real once more) or "points"."""
 
     name: str
-    x: Tensor
+    x: Tensor | Between
     penalised: bool
+
+    @property
+    def batch(self) -> Tensor:
+        """What tells their number, shape and dtype."""
+        return self.x.real if isinstance(self.x, Between) else self.x
 
 
 class Pass:
     """One call of the critic, on one group of samples or several, and the graph that autograd kept of it.
 
-    wants: whether the gradient at the batch is wanted.
+    x: the batch, a leaf where its gradient is wanted. start: the number of the first node that is the critic's own.
+    wants: whether the gradient at the batch is asked for. pools: whether a score may be that of several samples.
     """
 
     def __init__(
-        self,
-        critic: Any,
-        groups: Sequence[Group],
-        wants: bool,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        pools: bool = False,
-        looks_on: Watch | Check | None = None,
+        self, groups: Sequence[Group], wants: bool, x: Tensor, start: int, output: Any, pools: bool = False
     ) -> None:
         self.groups = tuple([(g.name, g.penalised) for g in groups])
-        self.each = len(groups[0].x)
+        self.each = len(x) // len(groups)
+        self.x, self.start, self.wants = x, start, wants
         penalised = any(g.penalised for g in groups)
-        self.x = _batch([g.x for g in groups], penalised or wants)
-        self.start = 0 if backends.program is None else _get_sequence_nr()
-        if isinstance(looks_on, Watch):
-            looks_on.follow(self.x)
-        with torch.enable_grad(), _uncompiled, looks_on or nullcontext():
-            output = critic(self.x, *args, **(kwargs or {}))
         scores, features = scores_of(output), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
-        self.wants = wants
-        if not pools and scores.numel() < len(self.x):
+        if not pools and scores.numel() < len(x):
             raise ValueError(
-                f"critic: expected a score for each of {len(self.x)} samples, got shape {tuple(scores.shape)}; "
+                f"critic: expected a score for each of {len(x)} samples, got shape {tuple(scores.shape)}; "
                 "for scores of several samples at once there is the option pack"
             )
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
@@ -104,6 +98,25 @@ class Pass:
         self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is self.x), None)
 
 
+def call(
+    critic: Any,
+    groups: Sequence[Group],
+    wants: bool,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    pools: bool = False,
+    looks_on: Watch | Check | None = None,
+) -> Pass:
+    """Call the critic once, with all samples of some groups."""
+    x = _batch([points_of(g.x) for g in groups], wants or any(g.penalised for g in groups))
+    start = 0 if backends.program is None else _get_sequence_nr()
+    if isinstance(looks_on, Watch):
+        looks_on.follow(x)
+    with torch.enable_grad(), uncompiled, looks_on or nullcontext():
+        output = critic(x, *args, **(kwargs or {}))
+    return Pass(groups, wants, x, start, output, pools)
+
+
 class _Uncompiled:
     """Compiled parts of a critic run as they were written: PyTorch cannot differentiate a compiled part twice.
 
@@ -112,24 +125,24 @@ class _Uncompiled:
 
     def __init__(self) -> None:
         self._lock, self._inside = Lock(), 0
-        self._stance: Any = nullcontext()
+        self._before: Any = None  # the stance, where the compiler is there at all
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._inside and "torch._dynamo" in sys.modules:
-                self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
+            compiler = sys.modules.get("torch._dynamo.eval_frame")
+            if not self._inside and compiler is not None:  # torch.compiler.set_stance, without what it costs
+                self._before = compiler._set_stance(compiler.DynamoStance("force_eager"))
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
-            if not self._inside:
-                stance, self._stance = self._stance, nullcontext()
-                stance.__exit__(None, None, None)
+            if not self._inside and self._before is not None:
+                before, self._before = self._before, None
+                sys.modules["torch._dynamo.eval_frame"]._set_stance(before)
 
 
-_uncompiled = _Uncompiled()
+uncompiled = _Uncompiled()
 
 
 def _batch(groups: list[Tensor], moves: bool) -> Tensor:

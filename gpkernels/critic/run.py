@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import count
@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from gpkernels import backends
 from gpkernels.critic import program
 from gpkernels.critic.by_autograd import by_autograd
-from gpkernels.critic.call import Pass
+from gpkernels.critic.call import Group, Pass, call, uncompiled
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import native
-from gpkernels.critic.parts import Task
-from gpkernels.critic.together import autocasts
+from gpkernels.critic.parts import Between, Task
+from gpkernels.critic.together import Check, Log, autocasts
 from gpkernels.critic.work import Known, work
 from gpkernels.reference import accumulation_dtype
 
@@ -88,28 +89,67 @@ class _Shelf:
         self._tags: dict[Any, int] = {}
         self._count = count()
 
-    def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
-        """The results, or the key under which to ``keep`` a program; None where C++ has no say."""
-        if backends.program is None or backends.forced() is not None or is_compiling():
-            return None
-        key = task, tuple([(one.groups, one.each, one.wants) for one in passes])
+    def _tag(self, key: Any) -> int:
         tag = self._tags.get(key)
         if tag is None:
             if len(self._tags) >= program.CAPACITY:
                 self._tags.clear()
             tag = self._tags[key] = next(self._count)
+        return tag
+
+    def step(
+        self,
+        critic: Any,
+        batches: Sequence[Sequence[Group]],
+        task: Task,
+        weight: Tensor,
+        log: Log | None,
+        pools: bool,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Results | tuple[list[Any], bytes | None] | None:
+        """All of it, the loss, or a penalty alone, with its gradients; or what the critic gave in each call, and the
+        key to ``keep`` a program under; None where C++ has no say and nothing was called."""
+        if not task.gradients or _others_look_on() or forward_ad._current_level >= 0:
+            return None
+        given, moves, names = [], [], []
+        for groups in batches:
+            given.append(tuple([tuple(g.x) if type(g.x) is Between else g.x for g in groups]))
+            moves.append(any([g.penalised for g in groups]))
+            names.append(tuple([(g.name, g.penalised) for g in groups]))
+        tag = self._tag((task, tuple(names), pools))
+        of = LOSS if task.adversarial is not None else PENALTY
+        logged, unit = None if log is None else log.native(), number(1.0, weight)
+        with uncompiled:
+            found = native().step(
+                critic, tuple(given), moves, logged, pools, args, kwargs, tag, weight, unit, of
+            )
+        if found is None or len(found) == 2:
+            return found
+        return found, [], []
+
+    def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
+        """The results of calls that were made, or the key under which to ``keep`` a program; None where C++ has no
+        say."""
+        if _others_look_on():
+            return None
+        tag = self._tag((task, tuple([(one.groups, one.wants) for one in passes])))
         found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, number(1.0, weight))
         if found is None or type(found) is bytes:
             return found
         results, leaves = found
         return _sorted(results, leaves, [name for one in passes for name, _ in one.groups])
 
-    def keep(self, key: bytes, signature: program.Signature) -> None:
-        known = signature.program
-        if known is not None and len(known.parts) == 1 and known.parts[0].native is not None:
+    def keep(self, key: bytes | None, signed: Signed) -> None:
+        """Let C++ find the signature's program, if there is one and nobody has to look at it."""
+        known = signed.signature.program
+        if key is None or known is None or not signed.told or signed.hooked or not all(map(_is_plain, signed.leaves)):
+            return
+        if len(known.parts) == 1 and known.parts[0].native is not None:
             native().add(key, known.parts[0].native)
 
 
+LOSS, PENALTY = 0, 2  # places among the values
 shelf = _Shelf()
 
 
@@ -120,17 +160,69 @@ def forget() -> None:
         native().clear()
 
 
-def run(passes: list[Pass], task: Task, weight: Tensor) -> Results:
-    """loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted."""
-    found = shelf.run(passes, task, weight)
-    if isinstance(found, tuple):
-        return found
+def step(
+    critic: Any,
+    batches: Sequence[Sequence[Group]],
+    task: Task,
+    weight: Tensor,
+    wants: bool = False,
+    log: Log | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Results | None, list[Pass], bytes | None]:
+    """Call the critic with each batch of groups, and go through the passes where C++ knows how.
+
+    wants: whether gradients at samples that are scored are asked for. log: what calls are held against. Returns the
+    results; or None, the passes, and the key under which to keep their program.
+    """
+    pools, kwargs = task.by_point, dict(kwargs or {})
+    done = None if wants else shelf.step(critic, batches, task, weight, log, pools, tuple(args), kwargs)
+    if done is not None and len(done) == 3:
+        return done, [], None
+    calls, key = done or ([], None)
+    passes = [Pass(groups, False, x, start, u, pools) for groups, (u, x, start) in zip(batches, calls, strict=False)]
+    for groups in batches[len(calls) :]:
+        n = len(groups[0].batch)
+        check = None if log is None else Check(log, n, n * len(groups))
+        asks = wants and not all(g.penalised for g in groups)
+        passes.append(call(critic, groups, asks, args, kwargs, pools, check))
+        if check is not None:
+            check.finish()
+    return None, passes, key
+
+
+def run(
+    passes: list[Pass],
+    task: Task,
+    weight: Tensor,
+    key: bytes | None = None,
+    look: Callable[[Signed], None] | None = None,
+) -> Results:
+    """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted.
+
+    key: what to keep the program under, where C++ gave it. look: sees a signature before anything is computed.
+    """
+    if key is None and look is None:
+        found = shelf.run(passes, task, weight)
+        if isinstance(found, tuple):
+            return found
+        key = found
     with own_dtypes(weight.device):
         signed = Signed(passes, task)
+        if look is not None:
+            look(signed)
         results = signed.run(weight)
-    if found is not None and signed.told:
-        shelf.keep(found, signed.signature)
+    shelf.keep(key, signed)
     return results
+
+
+def _others_look_on() -> bool:
+    """Whether C++ is not there, or not to be asked."""
+    return backends.program is None or backends.forced() is not None or is_compiling()
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def own_dtypes(device: torch.device) -> Any:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkernels.critic.call import Group, Pass
+from gpkernels.critic.call import Group, call
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty, Task, points_of
 from gpkernels.critic.plan import Plan
-from gpkernels.critic.run import Results, Signed, number, own_dtypes, run, shelf
-from gpkernels.critic.together import Check, Differs, Seen, Watch, keeps_apart, settled
+from gpkernels.critic.run import Results, Signed, number, run, step
+from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
 
 def penalty_on_gradient(
@@ -33,12 +33,12 @@ def penalty_on_gradient(
 
     by_point: the norm is over the last axis alone.
     """
-    points = points_of(points)
     wanted = torch.is_grad_enabled()
     task = Task(None, target, one_sided, by_point, None, wanted)
+    weight = number(1.0, points.real if isinstance(points, Between) else points)
     with torch.no_grad():
-        passes = [Pass(critic, [Group("points", points, True)], False, args, kwargs, by_point)]
-        (_, _, value, _), found, _ = run(passes, task, number(1.0, points))
+        done, passes, key = step(critic, [[Group("points", points, True)]], task, weight, args=args, kwargs=kwargs)
+        (_, _, value, _), found, _ = run(passes, task, weight, key) if done is None else done
     return deliver(value, found) if wanted else value
 
 
@@ -61,9 +61,8 @@ def critic_step(
     wanted = torch.is_grad_enabled()
     wants = wanted and (real.requires_grad or fake.requires_grad)
     shared = points if points is real or points is fake else None
-    if shared is not None and (wants or _changes_inown_dtypes(critic)):  # then two passes are not one
+    if shared is not None and (wants or _changes_in_passes(critic)):  # then two passes are not one
         points, shared = points.detach(), None  # type: ignore[union-attr]
-    points = None if points is None else points_of(points)
     groups = [Group("fake", fake, fake is shared), Group("real", real, real is shared)]
     if consistency is not None:
         groups.append(Group("again", real, False))
@@ -89,75 +88,71 @@ def _as_one(
     critic: Any, groups: list[Group], task: Task, weight: Tensor, wants: bool, seen: Seen | None
 ) -> Results | None:
     """All groups as one batch, by force or, with ``seen``, where nothing is known against it; None where there is."""
-    mode = None if seen is None else seen.mode(critic, groups[0].x)
+    mode = None if seen is None else seen.mode(critic, groups[0].batch)
     log = None if seen is None else seen.get(mode)
-    if seen is not None and not isinstance(log, list):
+    if seen is not None and not isinstance(log, Log):
         return None
     ordered = sorted(groups, key=lambda group: group.penalised)
-    n = len(groups[0].x)
-    check = None if log is None else Check(log, n, n * len(groups))
+
+    def look(signed: Signed) -> None:
+        why = _why_apart(signed)
+        if why is not None and seen is None:
+            raise ValueError(f"together: expected a critic in which samples do not meet, got one in which they do: {why}")
+        if why is not None:
+            raise Differs
+
     try:
-        one = Pass(critic, ordered, wants, looks_on=check)
+        done, passes, key = step(critic, [ordered], task, weight, wants, log)
+        if done is not None:
+            return done
     except Differs:
-        one = None
+        passes = []
     except Exception:
         if seen is None:
             raise
-        one = None  # it may be the larger batch that it cannot take; if not, it raises again
-    if seen is not None and (one is None or (check is not None and not check.done())):
-        seen.set(mode, None)
-        return None
-    assert one is not None
-    passes = [one]
-    found = shelf.run(passes, task, weight)
-    if isinstance(found, tuple):
-        return found
-    with own_dtypes(weight.device):
-        signed = Signed(passes, task)
-        plan = signed.known.plans[0]
-        why = (
-            keeps_apart(plan, plan.outputs[0][0])
-            if one.x_leaf is not None
-            else "nothing in the graph tells its samples"
-        )
-        if why is not None:
-            if seen is None:
-                raise ValueError(
-                    f"together: expected a critic in which samples do not meet, got one in which they do: {why}"
-                )
-            seen.set(mode, None)
-            return None
-        results = signed.run(weight)
-    if found is not None and signed.told:
-        shelf.keep(found, signed.signature)
-    return results
+        passes = []  # it may be the larger batch that it cannot take; if not, it raises again
+    if passes:
+        try:
+            return run(passes, task, weight, key, look)
+        except Differs:
+            pass
+    assert seen is not None
+    seen.set(mode, None)
+    return None
+
+
+def _why_apart(signed: Signed) -> str | None:
+    """Why samples that went as one batch must not."""
+    if signed.passes[0].x_leaf is None:
+        return "nothing in the graph tells its samples"
+    plan = signed.known.plans[0]
+    return keeps_apart(plan, plan.outputs[0][0])
 
 
 def _one_by_one(
     critic: Any, groups: list[Group], task: Task, weight: Tensor, wants: bool, seen: Seen | None
 ) -> Results:
     """Each group as a batch of its own, in the order fake, real, points."""
+    at_once = task.consistency is not None or groups[0].batch.nbytes < SMALL
+    mode, watch = _to_see(critic, groups, seen)
+    if at_once and mode is None:
+        done, passes, key = step(critic, [[group] for group in groups], task, weight, wants)
+        return run(passes, task, weight, key) if done is None else done
+    if isinstance(groups[-1].x, Between):  # before the critic can change what it is called with
+        groups = [*groups[:-1], groups[-1]._replace(x=points_of(groups[-1].x))]
     sums: list[Any] = [None] * 4
     found: dict[int, tuple[Tensor, Tensor]] = {}
     inputs: list[tuple[str, Tensor]] = []
-    passes: list[Pass] = []
-    tied = task.consistency is not None
-    to_note: tuple[Any, Watch | None, Pass] | None = None
+    passes = []
     for group in groups:
-        mode, watch = _to_see(critic, group, seen)
-        passes.append(Pass(critic, [group], wants and not group.penalised, looks_on=watch))
-        if mode is not None:
-            to_note = mode, watch, passes[-1]
-        if group is not groups[-1] and (tied or passes[0].x.nbytes < SMALL):
+        learns = mode is not None and group.penalised
+        passes.append(call(critic, [group], wants and not group.penalised, looks_on=watch if learns else None))
+        if group is not groups[-1] and at_once:
             continue
-        if to_note is not None:
-            with own_dtypes(weight.device):
-                signed = Signed(passes, task)
-                _note(seen, *to_note, signed.known.plans[passes.index(to_note[2])])
-                to_note = None
-                values, gradients, at_samples = signed.run(weight)
-        else:
-            values, gradients, at_samples = run(passes, task, weight)
+        note = None
+        if mode is not None and any(penalised for one in passes for _, penalised in one.groups):
+            note = lambda signed: _note(seen, mode, watch, signed)  # noqa: E731
+        values, gradients, at_samples = run(passes, task, weight, look=note)
         passes = []
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, values, strict=True)]
         for leaf, g in gradients:
@@ -167,18 +162,20 @@ def _one_by_one(
     return sums, list(found.values()), inputs
 
 
-def _to_see(critic: Any, group: Group, seen: Seen | None) -> tuple[Any, Watch | None]:
+def _to_see(critic: Any, groups: list[Group], seen: Seen | None) -> tuple[Any, Watch | None]:
     """The mode that something is to be learnt of, and who looks on."""
-    if seen is None or not group.penalised:
+    if seen is None or not any(group.penalised for group in groups):
         return None, None
-    mode = seen.mode(critic, group.x)
+    mode = seen.mode(critic, groups[0].batch)
     what = seen.get(mode)
     return (mode, Watch()) if what == "looked" else (mode, None) if what == "new" else (None, None)
 
 
-def _note(seen: Seen | None, mode: Any, watch: Watch | None, one: Pass, plan: Plan) -> None:
+def _note(seen: Seen | None, mode: Any, watch: Watch | None, signed: Signed) -> None:
     """Remember what was seen of the penalised samples' pass."""
     assert seen is not None
+    at = next(i for i, one in enumerate(signed.passes) if any(penalised for _, penalised in one.groups))
+    one, plan = signed.passes[at], signed.known.plans[at]
     size = sum(x.nbytes for x in one.saved if x is not None)
     if keeps_apart(plan, plan.outputs[0][0]) is not None or size > LARGE[mode[2] == "cpu"]:
         seen.set(mode, None)
@@ -203,6 +200,6 @@ def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) ->
     return found
 
 
-def _changes_inown_dtypes(critic: Any) -> bool:
+def _changes_in_passes(critic: Any) -> bool:
     """Whether a pass may leave the critic changed, as spectral norm's does: it has buffers and trains."""
     return isinstance(critic, nn.Module) and critic.training and any(True for _ in critic.buffers())

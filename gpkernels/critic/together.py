@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from gpkernels import backends
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules.base import Layout
 
@@ -172,15 +173,26 @@ class Differs(BaseException):
     """The critic does not call what it called when it was watched. Not an Exception, which a critic might catch."""
 
 
-Expected = list[tuple[Call, int | None]]  # a call, and which of its sizes is that of the batch, if that is known
+class Log:
+    """The calls that were watched, and which of a call's sizes is that of the batch, if that is known."""
+
+    def __init__(self, calls: list[tuple[Call, int | None]]) -> None:
+        self.calls = calls
+        self._native: Any = None
+
+    def native(self) -> Any:
+        """The same for C++."""
+        if self._native is None:
+            self._native = backends.program.Log(self.calls, Differs)
+        return self._native
 
 
 class Check(TorchFunctionMode):
     """Holds each call against those that were watched, before it is made. rows: of the batch then and now."""
 
-    def __init__(self, log: Expected, then: int, now: int) -> None:
+    def __init__(self, log: Log, then: int, now: int) -> None:
         super().__init__()
-        self._log, self._at, self._then, self._now = log, 0, then, now
+        self._log, self._at, self._then, self._now = log.calls, 0, then, now
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         at = self._at
@@ -205,8 +217,10 @@ class Check(TorchFunctionMode):
                 return False
         return True
 
-    def done(self) -> bool:
-        return self._at == len(self._log)
+    def finish(self) -> None:
+        """Raise unless everything was called that was watched."""
+        if self._at != len(self._log):
+            raise Differs
 
 
 def autocasts(device_type: str) -> bool:
@@ -217,7 +231,7 @@ class Seen:
     """What was seen of a critic, kept by whoever calls it."""
 
     def __init__(self) -> None:
-        self._of: dict[Any, Any] = {}  # by mode: "looked", a log, or None: apart
+        self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: apart
 
     @staticmethod
     def mode(critic: Any, x: Tensor) -> Any:
@@ -242,7 +256,7 @@ def keeps_apart(plan: Plan, place: int) -> str | None:
     return None if plan.layouts[place] == Layout(0, 1) else "the scores' first axis is not the samples'"
 
 
-def settled(watch: Watch, plan: Plan, nodes: Sequence[Any]) -> Expected | None:
+def settled(watch: Watch, plan: Plan, nodes: Sequence[Any]) -> Log | None:
     """What to check later calls against; None where samples have to stay apart."""
     places = {node: i for i, (node, _) in enumerate(nodes)}
     layouts = plan.layouts
@@ -251,11 +265,11 @@ def settled(watch: Watch, plan: Plan, nodes: Sequence[Any]) -> Expected | None:
     for a, b in watch.pairs:
         if a is None or a not in places or b not in places or layouts[places[a]] != layouts[places[b]]:
             return None
-    expected: Expected = []
+    expected: list[tuple[Call, int | None]] = []
     for i, call in enumerate(watch.log):
         node = watch.reshaped.get(i)
         layout = layouts[places[node]] if node in places else None
         if node is not None and layout is None:
             return None
         expected.append((call, None if layout is None else layout.axis))
-    return expected
+    return Log(expected)

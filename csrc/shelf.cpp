@@ -1,0 +1,299 @@
+// The whole of a critic's loss with its weight gradients, without a word of Python but the critic's own, where its
+// program is known: gpkernels/critic/run.py says what is done, and does the rest.
+#include "shelf.h"
+
+#include <ATen/SequenceNumber.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+
+#include <algorithm>
+#include <iterator>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "direct.h"
+#include "graph.h"
+#include "program.h"
+
+namespace {
+
+// One call of the critic. start: the number of the first node that is its own.
+struct Called {
+  std::vector<at::Tensor> outputs;
+  at::Tensor x;
+  uint64_t start;
+};
+
+// What a program gave. leaves: those of the graph, each once, whose gradients come after the values in results.
+struct Done {
+  std::vector<at::Tensor> results, leaves;
+};
+
+constexpr size_t kValues = 4;
+
+// Null unless it is a tensor of PyTorch's own class, on a device that has memory.
+const at::Tensor* plain(const py::handle& x) {
+  if (!THPVariable_CheckExact(x.ptr())) return nullptr;
+  const at::Tensor& found = THPVariable_Unpack(x.ptr());
+  const bool is_plain = found.defined() && !found.is_inference() && !at::isTensorSubclassLike(found) &&
+                        (found.is_cpu() || found.is_cuda());
+  return is_plain ? &found : nullptr;
+}
+
+// Whether a mode or a transform is on, which has to see every call. Autocast need not be: programs run without it.
+bool is_seen() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet autocast = c10::autocast_dispatch_keyset;
+  return keys.included_ != c10::default_included_set ||
+         (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
+}
+
+py::object wrapped(const at::Tensor& x) {
+  if (!x.defined()) return py::none();
+  PyObject* found = THPVariable_Wrap(x);
+  if (!found) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+py::list listed(const std::vector<at::Tensor>& tensors) {
+  py::list found;
+  for (const at::Tensor& x : tensors) found.append(wrapped(x));
+  return found;
+}
+
+// Points between two batches: gpkernels' own op.
+class Mixer {
+ public:
+  Mixer() : by_eps_(op("gpkernels::interpolate")), by_key_(op("gpkernels::interpolate_random")) {}
+
+  at::Tensor operator()(const at::Tensor& real, const at::Tensor& fake, const at::Tensor& eps) const {
+    const bool draws = eps.scalar_type() == at::kLong;
+    torch::jit::Stack stack{real, fake, eps};
+    (draws ? by_key_ : by_eps_).callBoxed(stack);
+    return std::move(stack[0]).toTensor();
+  }
+
+ private:
+  static c10::OperatorHandle op(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  }
+  c10::OperatorHandle by_eps_, by_key_;
+};
+
+// Programs by all that they depend on.
+class Shelf {
+ public:
+  Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
+
+  // Calls the critic with each batch, a tuple of tensors or of (real, fake, eps) for points between them, and goes
+  // through the passes. moves: whose gradient is wanted. log: what was watched of one of as many rows as a part has.
+  // of: the place of the value that gets the gradients. Gives the values; else (what came of the calls, key or None).
+  py::object step(const py::object& critic, const py::tuple& batches, const std::vector<bool>& moves,
+                  const std::shared_ptr<Log>& log, bool pools, const py::tuple& args, const py::dict& kwargs,
+                  int64_t tag, const at::Tensor& weight, const at::Tensor& unit, size_t of) const {
+    if (is_seen()) return py::none();
+    std::vector<at::Tensor> inputs;
+    for (size_t i = 0; i < batches.size(); ++i) {
+      inputs.push_back(batch(batches[i].cast<py::tuple>(), moves[i]));
+      if (!inputs.back().defined()) return py::none();
+    }
+    py::list made;
+    std::vector<Called> calls;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const at::Tensor& x = inputs[i];
+      const uint64_t start = at::sequence_number::peek();
+      const int64_t parts = int64_t(batches[i].cast<py::tuple>().size());
+      const py::object output = called(critic, x, log ? x.size(0) / parts : 0, log, args, kwargs);
+      made.append(py::make_tuple(output, wrapped(x), start));
+      std::vector<at::Tensor> outputs = outputs_of(output);
+      const bool fit = !outputs.empty() && (pools || outputs[0].numel() >= x.size(0)) &&
+                       (!moves[i] || outputs[0].requires_grad());
+      if (!fit) return py::make_tuple(made, py::none());
+      calls.push_back({std::move(outputs), x, start});
+    }
+    Key key;
+    key.number(tag);
+    std::optional<Done> done = finish(
+        calls,
+        [&made, &inputs] {
+          made.attr("clear")();
+          inputs.clear();
+        },
+        weight, unit, key);
+    if (!done) return py::make_tuple(made, py::bytes(key.bytes()));
+    std::vector<at::Tensor>& results = done->results;
+    std::vector<at::Tensor> gradients, to;
+    for (size_t i = 0; i < done->leaves.size(); ++i)
+      if (at::Tensor& gradient = results[kValues + i]; gradient.defined()) {
+        gradients.push_back(std::move(gradient));
+        to.push_back(done->leaves[i]);
+      }
+    results.resize(kValues);
+    if (!to.empty()) {
+      const at::AutoGradMode enabled(true);
+      at::Tensor value = std::move(results[of]);
+      results[of] = delivered(value, std::move(gradients), to);
+    }
+    return py::tuple(listed(results));
+  }
+
+  // The same of calls that were made, [(outputs, the batch, the number of the first node)]: results and leaves, or the
+  // key; None where something looks on.
+  py::object run(const py::list& passes, int64_t tag, const at::Tensor& weight, const at::Tensor& unit) const {
+    if (is_seen()) return py::none();
+    std::vector<Called> calls;
+    for (const py::handle& pass : passes) {
+      const py::tuple all = pass.cast<py::tuple>();
+      Called one{{}, THPVariable_Unpack(all[1].ptr()), all[2].cast<uint64_t>()};
+      for (const py::handle& output : all[0].cast<py::list>()) one.outputs.push_back(THPVariable_Unpack(output.ptr()));
+      calls.push_back(std::move(one));
+    }
+    Key key;
+    key.number(tag);
+    const auto let_go = [&passes] {
+      for (const py::handle& pass : passes) {
+        PyObject* outputs = PyTuple_GET_ITEM(pass.ptr(), 0);
+        PyList_SetSlice(outputs, 0, PyList_GET_SIZE(outputs), nullptr);
+      }
+    };
+    const std::optional<Done> done = finish(calls, let_go, weight, unit, key);
+    if (!done) return py::bytes(key.bytes());
+    return py::make_tuple(listed(done->results), listed(done->leaves));
+  }
+
+  // The tensors at which a graph ends; handles where that is an older node.
+  py::list leaves(const std::vector<at::Tensor>& outputs, uint64_t start) const {
+    return listed(read(outputs, start).leaves);
+  }
+
+  // Whether hooks have to be called on the way back.
+  bool hooked(const std::vector<at::Tensor>& outputs, uint64_t start) const { return read(outputs, start).hooked; }
+
+  void add(const std::string& key, std::shared_ptr<Program> program) {
+    if (programs_.size() >= capacity_) programs_.clear();
+    programs_[key] = std::move(program);
+  }
+
+  void clear() { programs_.clear(); }
+
+ private:
+  Reader::Found read(const std::vector<at::Tensor>& outputs, uint64_t start) const {
+    Key key;
+    Reader::Found found;
+    reader_.read_into(outputs, start, key, found);
+    return found;
+  }
+
+  // A leaf where it moves; undefined where some part of it is no plain tensor.
+  at::Tensor batch(const py::tuple& parts, bool moves) const {
+    const at::NoGradGuard no_graph;
+    const c10::impl::ExcludeDispatchKeyGuard plainly(c10::autocast_dispatch_keyset);
+    std::vector<at::Tensor> rows;
+    for (const py::handle& part : parts) {
+      const bool mixes = PyTuple_Check(part.ptr());
+      std::vector<at::Tensor> given;
+      for (const py::handle& item : mixes ? part.cast<py::tuple>() : py::make_tuple(part)) {
+        const at::Tensor* x = plain(item);
+        if (!x) return {};
+        given.push_back(*x);
+      }
+      rows.push_back(mixes ? mix_(given.at(0).detach(), given.at(1).detach(), given.at(2).detach()) : given.at(0));
+    }
+    if (rows.size() == 1 && !moves && !rows[0].requires_grad()) return rows[0];
+    const at::Tensor x = rows.size() == 1 ? rows[0].detach() : at::cat(rows);
+    return moves ? x.set_requires_grad(true) : x;
+  }
+
+  static py::object called(const py::object& critic, const at::Tensor& x, int64_t rows, const std::shared_ptr<Log>& log,
+                           const py::tuple& args, const py::dict& kwargs) {
+    const at::AutoGradMode enabled(true);
+    if (!log) return critic(wrapped(x), *args, **kwargs);
+    const py::object check = py::cast(Check(log, rows, x.size(0)));
+    py::object output;
+    {
+      const Looking looking(check);
+      output = critic(wrapped(x), *args, **kwargs);
+    }
+    check.cast<Check&>().finish();
+    return output;
+  }
+
+  // Scores, and features where there are any; empty where there are no scores.
+  static std::vector<at::Tensor> outputs_of(const py::object& output) {
+    std::vector<at::Tensor> found;
+    if (THPVariable_Check(output.ptr())) {
+      found.push_back(THPVariable_Unpack(output.ptr()));
+    } else if (PyTuple_Check(output.ptr()) || PyList_Check(output.ptr())) {
+      const py::sequence items = py::reinterpret_borrow<py::sequence>(output);
+      for (size_t i = 0; i < std::min<size_t>(2, items.size()); ++i) {
+        const py::object item = items[i];
+        if (!THPVariable_Check(item.ptr())) break;
+        found.push_back(THPVariable_Unpack(item.ptr()));
+      }
+    }
+    return found;
+  }
+
+  // Runs the program, if there is one. let_go: drops Python's hold on the calls; each tensor goes when it has been read.
+  template <typename LetGo>
+  std::optional<Done> finish(std::vector<Called>& calls, const LetGo& let_go, const at::Tensor& weight,
+                             const at::Tensor& unit, Key& key) const {
+    Done done;
+    std::vector<at::Tensor> given{weight, unit};
+    std::unordered_map<const c10::TensorImpl*, int64_t> numbers;
+    for (const Called& one : calls) {
+      Reader::Found found;
+      reader_.read_into(one.outputs, one.start, key, found);
+      key.number(found.hooked);
+      key.sizes(one.x.sizes());
+      for (const at::Tensor& leaf : found.leaves) {
+        const auto [at, is_new] = numbers.emplace(leaf.unsafeGetTensorImpl(), int64_t(done.leaves.size()));
+        if (is_new) done.leaves.push_back(leaf);
+        key.number(leaf.is_same(one.x) ? -at->second - 1 : at->second);
+        key.number(at::isTensorSubclassLike(leaf));
+      }
+      for (const at::Tensor& value : one.outputs) {
+        key.number(value.requires_grad());
+        key.tensor(value);
+        given.push_back(value.detach());
+      }
+      std::move(found.saved.begin(), found.saved.end(), std::back_inserter(given));
+    }
+    const auto known = programs_.find(key.bytes());
+    if (known == programs_.end()) return std::nullopt;
+    const std::shared_ptr<Program> program = known->second;  // another thread may clear the shelf
+    let_go();
+    calls.clear();
+    done.results = program->run(std::move(given));
+    return done;
+  }
+
+  const Reader reader_;
+  const size_t capacity_;
+  const Mixer mix_;
+  std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
+};
+
+}  // namespace
+
+void add_shelf(pybind11::module_& module) {
+  py::class_<Log, std::shared_ptr<Log>>(module, "Log").def(py::init<py::list, py::object>());
+  py::class_<Check>(module, "Check")
+      .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),
+           py::arg() = py::none());
+  py::class_<Shelf>(module, "Shelf")
+      .def(py::init<py::dict, size_t>())
+      .def("step", &Shelf::step)
+      .def("run", &Shelf::run)
+      .def("leaves", &Shelf::leaves)
+      .def("hooked", &Shelf::hooked)
+      .def("add", &Shelf::add)
+      .def("clear", &Shelf::clear);
+}

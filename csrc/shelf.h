@@ -1,0 +1,6 @@
+#pragma once
+#include <pybind11/pybind11.h>
+#include <torch/csrc/python_headers.h>
+
+// Adds the classes Shelf, Log and Check to the module.
+void add_shelf(pybind11::module_& module);
