@@ -210,11 +210,28 @@ class Passes:
             if scale is not None:
                 self._bend_scaled(i, call, d, t, scale, which, wanted, adjoints)
             elif t is not None and any(u is not None for u in t) and any(wanted):
-                rule = plan.variant(i, which)[0]
-                self._hand(call, rule.bend(self._saved(i, which), t, d, wanted), which, adjoints)
+                self._bend_call(i, call, d, t, wanted, which, adjoints if a is not None else None, adjoints)
         for place in list(adjoints):
             if not plan.calls[place[0]].moves:
                 self.to_weights.setdefault(place, []).append(adjoints.pop(place))
+
+    def _bend_call(
+        self,
+        i: int,
+        call: Call,
+        d: Sequence[Tensor | None],
+        t: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        which: str,
+        fresh: Cotangents | None,
+        adjoints: Cotangents,
+    ) -> None:
+        """Give what a call's bend gives, in place where its pull has just made ``fresh`` cotangents."""
+        rule, saved, place = self.plan.variant(i, which)[0], self._saved(i, which), call.parents[0]
+        if isinstance(rule, Unary) and fresh is not None and place is not None and place in fresh:
+            rule.add_bent(fresh[place], saved, t, d)
+        else:
+            self._hand(call, rule.bend(saved, t, d, wanted), which, adjoints)
 
     def _bend_scaled(
         self,

@@ -115,15 +115,13 @@ class _Shelf:
         given, moves, names = [], [], []
         for groups in batches:
             given.append(tuple([tuple(g.x) if type(g.x) is Between else g.x for g in groups]))
-            moves.append(any([g.penalised for g in groups]))
+            moves.append(any(g.penalised for g in groups))
             names.append(tuple([(g.name, g.penalised) for g in groups]))
         tag = self._tag((task, tuple(names), pools))
         of = LOSS if task.adversarial is not None else PENALTY
         logged, unit = None if log is None else log.native(), number(1.0, weight)
         with uncompiled:
-            found = native().step(
-                critic, tuple(given), moves, logged, pools, args, kwargs, tag, weight, unit, of
-            )
+            found = native().step(critic, tuple(given), moves, logged, pools, args, kwargs, tag, weight, unit, of)
         if found is None or len(found) == 2:
             return found
         return found, [], []

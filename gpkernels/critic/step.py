@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gpkernels.critic.call import Group, call
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty, Task, points_of
-from gpkernels.critic.plan import Plan
 from gpkernels.critic.run import Results, Signed, number, run, step
 from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
@@ -97,7 +96,9 @@ def _as_one(
     def look(signed: Signed) -> None:
         why = _why_apart(signed)
         if why is not None and seen is None:
-            raise ValueError(f"together: expected a critic in which samples do not meet, got one in which they do: {why}")
+            raise ValueError(
+                f"together: expected a critic in which samples do not meet, got one in which they do: {why}"
+            )
         if why is not None:
             raise Differs
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpkernels import ops
+from gpkernels.critic.curved import CurvedPasses
 from gpkernels.critic.parts import Task
 from gpkernels.critic.passes import Passes, total
 from gpkernels.critic.plan import Place, Plan
@@ -62,7 +63,8 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: O
         given, saved = len(key[5]), plan.saved_count
         outputs = list(tensors[at : at + given])
         call = lambda what, u, k=k: outsider((k, *what), u)  # noqa: E731
-        ones.append(_One(key, plan, outputs, Passes(plan, tensors[at + given : at + given + saved], call)))
+        kind = CurvedPasses if CurvedPasses.fits(plan, key[2]) else Passes
+        ones.append(_One(key, plan, outputs, kind(plan, tensors[at + given : at + given + saved], call)))
         at += given + saved
     wide = accumulation_dtype(ones[0].scores.dtype)  # type: ignore[union-attr]
     unit, lifted = (unit, weight) if known.scale == 1 else (unit * known.scale, weight * known.scale)
@@ -149,8 +151,9 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
         parts.append(torch.ones_like(rows) if is_penalised else torch.zeros_like(rows) if seed is None else seed)
         if is_penalised and seed is not None and top is not None:
             own[top] = seed
+    plain_seeds: dict[Place, Tensor] = {}
     if top is not None:
-        cotangents[top] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        cotangents[top] = _joined(parts, one.passes, top, plain_seeds)
     features = {name: seeds.get((one, f"features of {name}")) for name, _ in one.groups}
     if at_features is not None and any(u is not None for u in features.values()):
         parts = []
@@ -161,8 +164,10 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
             blank = torch.zeros_like(one.rows(one.features, name))  # type: ignore[arg-type]
             parts.append(blank if u is None or is_penalised else u)
         if plain:
-            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            joined = _joined(parts, one.passes, at_features, plain_seeds)
             cotangents[at_features] = cotangents[at_features] + joined if at_features in cotangents else joined
+    if isinstance(one.passes, CurvedPasses):
+        one.passes.plain_seeds = plain_seeds
     if penalised is None and not (task.gradients and cotangents):
         return None, nothing
     gradient = one.passes.pull(cotangents)
@@ -182,6 +187,16 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
     if not one.wants:
         return value, nothing
     return value, [None if is_so else one.rows(gradient, name) for name, is_so in one.groups]
+
+
+def _joined(parts: list[Tensor], passes: Passes, place: Place, plain: dict[Place, Tensor]) -> Tensor:
+    """All groups' cotangents as one; without the plain rows', which ``plain`` gets, where they go their own way."""
+    if not isinstance(passes, CurvedPasses):
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    *others, penalised = parts
+    joined = others[0] if len(others) == 1 else torch.cat(others)
+    plain[place] = plain[place] + joined if place in plain else joined
+    return penalised
 
 
 def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -> Tensor | None:

@@ -140,10 +140,14 @@ class Elementwise(Rule):
 
 
 class Unary(Elementwise):
-    """y = f(x), element by element: ``slope(c, ...)`` is c f'(x), ``bent(u, ...)`` is u f''(x)."""
+    """y = f(x), element by element: ``slope(c, ...)`` is c f'(x), ``bent(u, ...)`` is u f''(x).
+
+    turned: where f'' is at hand from f', adds q f''(x) / f'(x) to its first argument; q = c f'(x) t is known already.
+    """
 
     slope: Formula
     bent: Formula | None = None
+    turned: Callable[..., None] | None = None
     sends = True
 
     def prepare(self, *s: Any) -> tuple[Tensor, Tensor] | None:
@@ -163,13 +167,31 @@ class Unary(Elementwise):
         return self._sloped(c[0], s)
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
-        return self._sloped(t[0], s)
+        pushed = self._sloped(t[0], s)
+        if self.turned is not None:
+            s.notes["pushed"] = t[0], pushed[0]
+        return pushed
 
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if self.bent is None or t[0] is None or c[0] is None:
             return (None,)
         u, known = t[0] * c[0], s.notes.get("slopes")
         return (self.bent(u, *s) if known is None else u * known[1],)
+
+    def add_bent(self, base: Tensor, s: Saved, t: Tensors, c: Tensors) -> None:
+        """Add what ``bend`` gives to ``base``, in place."""
+        before, pushed = s.notes.pop("pushed", (None, None))
+        if t[0] is None or c[0] is None:
+            return
+        alike = t[0].dtype == c[0].dtype == base.dtype and t[0].shape == c[0].shape == base.shape
+        if self.turned is not None and alike and before is t[0] and pushed is not None:
+            self.turned(base, c[0] * pushed, *s)
+        elif alike and s.notes.get("slopes") is not None:
+            base.addcmul_(t[0] * c[0], s.notes["slopes"][1])
+        else:
+            (bent,) = self.bend(s, t, c, (True,))
+            if bent is not None:
+                base.add_(bent)
 
 
 class Linear(Rule):

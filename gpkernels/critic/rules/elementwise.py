@@ -212,6 +212,9 @@ class Tanh(Smooth):
     def bent(self, u: Tensor, y: Tensor) -> Tensor:
         return aten.tanh_backward(u * -2, y) * y
 
+    def turned(self, base: Tensor, q: Tensor, y: Tensor) -> None:
+        base.addcmul_(q, y, value=-2)
+
 
 class Sigmoid(Smooth):
     names = ("SigmoidBackward0",)
@@ -222,6 +225,9 @@ class Sigmoid(Smooth):
 
     def bent(self, u: Tensor, y: Tensor) -> Tensor:
         return aten.sigmoid_backward(u, y) * (1 - 2 * y)
+
+    def turned(self, base: Tensor, q: Tensor, y: Tensor) -> None:
+        base.add_(q).addcmul_(q, y, value=-2)
 
 
 class SiLU(Smooth):
@@ -380,6 +386,9 @@ class Exp(Smooth):
         return c * y
 
     bent = slope
+
+    def turned(self, base: Tensor, q: Tensor, y: Tensor) -> None:
+        base.add_(q)
 
 
 class Expm1(Smooth):

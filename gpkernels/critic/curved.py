@@ -1,0 +1,106 @@
+"""The passes over a graph that bends, for plain and penalised rows in one batch.
+
+The gradient at the penalised rows comes first, alone. What bends there is then pulled down together with the plain
+rows' cotangents, so that every call and every weight's product is made once for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gpkernels.critic.passes import Cotangents, Passes
+from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
+from gpkernels.critic.rules.base import Unary
+
+
+class CurvedPasses(Passes):
+    """The passes where ``fits`` says so. Seeds of ``pull`` are those of the penalised rows alone."""
+
+    plain_seeds: Mapping[Place, Tensor]  # the plain rows'
+
+    @staticmethod
+    def fits(plan: Plan, wants: bool) -> bool:
+        """wants: whether the gradients at plain rows are asked for."""
+        return plan.curved and 0 < plan.plain < plan.rows and plan.layouts is not None and not wants
+
+    def pull(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
+        plan = self.plan
+        cotangents: Cotangents = dict(seeds)
+        for i in range(len(plan.calls) - 1, -1, -1):
+            call = plan.calls[i]
+            c = None if call.leaf or not call.moves else self._taken(cotangents, i)
+            if c is None:
+                continue
+            if call.uses_tangents:
+                self._deltas[i] = c
+            wanted = self._wanted(call, True, False, frozen=True)
+            self._hand(call, self._call_pull(i, PENALISED, c, wanted), PENALISED, cotangents)
+        return None if plan.x is None else cotangents.get(plan.x)
+
+    def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> None:
+        plan = self.plan
+        adjoints: dict[str, Cotangents] = {ALL: {}, PLAIN: dict(self.plain_seeds), PENALISED: dict(seeds)}
+        for i in range(len(plan.calls) - 1, -1, -1):
+            call = plan.calls[i]
+            if call.leaf or not call.moves:
+                continue
+            d, t = self._deltas.pop(i, None), self._tangents.pop(i, None)
+            wanted = self._wanted(call, True, True)
+            given = self._given(i, adjoints)
+            for which, c in given.items():
+                self._hand(call, self._call_pull(i, which, c, wanted), which, adjoints[which])
+            if d is not None and t is not None and any(u is not None for u in t) and any(wanted):
+                if ALL in given:
+                    self._bend_into_all(i, call, d, t, wanted, adjoints)
+                else:
+                    fresh = adjoints[PENALISED] if PENALISED in given else None
+                    self._bend_call(i, call, d, t, wanted, PENALISED, fresh, adjoints[PENALISED])
+        for some in adjoints.values():
+            for place in list(some):
+                if not plan.calls[place[0]].moves:
+                    self.to_weights.setdefault(place, []).append(some.pop(place))
+
+    def _given(self, i: int, adjoints: dict[str, Cotangents]) -> dict[str, list[Tensor | None]]:
+        """A call's cotangents by the rows that have them; plain and penalised ones become one."""
+        found = {which: c for which, some in adjoints.items() if (c := self._taken(some, i)) is not None}
+        plain, penalised = found.get(PLAIN), found.get(PENALISED)
+        layout = self.plan.layouts[i]  # type: ignore[index]
+        if plain is None or penalised is None or layout is None or ALL in found:
+            return found
+        if [u is None for u in plain] != [u is None for u in penalised]:
+            return found
+        both = zip(plain, penalised, strict=True)
+        return {ALL: [None if u is None or v is None else torch.cat([u, v], layout.axis) for u, v in both]}
+
+    def _bend_into_all(
+        self,
+        i: int,
+        call: Call,
+        d: Sequence[Tensor | None],
+        t: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        adjoints: dict[str, Cotangents],
+    ) -> None:
+        """Add what bends to the penalised rows of the cotangents that the call's pull has just made."""
+        rule, saved = self.plan.variant(i, PENALISED)[0], self._saved(i, PENALISED)
+        if isinstance(rule, Unary):
+            (place,) = call.parents
+            if place is not None and place in adjoints[ALL]:
+                (base,) = self._rows(place[0], [adjoints[ALL][place]], PENALISED)
+                assert base is not None
+                rule.add_bent(base, saved, t, d)
+                return
+        for place, u in zip(call.parents, rule.bend(saved, t, d, wanted), strict=False):
+            if place is None or u is None:
+                continue
+            if self.plan.calls[place[0]].moves and place in adjoints[ALL]:
+                alone: Cotangents = {}
+                self._give(place, u, PENALISED, alone)
+                (base,) = self._rows(place[0], [adjoints[ALL][place]], PENALISED)
+                assert base is not None
+                base.add_(alone[place])
+            else:
+                self._give(place, u, PENALISED, adjoints[PENALISED])
