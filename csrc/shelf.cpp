@@ -7,12 +7,15 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -92,25 +95,32 @@ class Shelf {
  public:
   Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
 
-  // Calls the critic with each batch, a tuple of tensors or of (real, fake, eps) for points between them, and goes
-  // through the passes. moves: whose gradient is wanted. log: what was watched of one of as many rows as a part has.
-  // of: the place of the value that gets the gradients. Gives the values; else (what came of the calls, key or None).
-  py::object step(const py::object& critic, const py::tuple& batches, const std::vector<bool>& moves,
-                  const std::shared_ptr<Log>& log, bool pools, const py::tuple& args, const py::dict& kwargs,
-                  int64_t tag, const at::Tensor& weight, const at::Tensor& unit, size_t of) const {
-    if (is_seen()) return py::none();
+  // Calls the critic with each batch and goes through the passes. tensors: fake, real, and where the gradient is
+  // penalised, each a tensor, None or (real, fake, eps) for points between them; batches: places among these, for each
+  // call; moves: whether the gradient at a batch is wanted. log: what was watched of one of as many rows as a part has.
+  // of: the place of the value that gets the gradients. Gives the values; else (what came of the calls, key or None);
+  // None, before anything is called, where it is not for here.
+  py::object step(const py::object& critic, const py::tuple& tensors, const std::vector<std::vector<size_t>>& batches,
+                  const std::vector<bool>& moves, const std::shared_ptr<Log>& log, bool pools, const py::tuple& args,
+                  const py::dict& kwargs, int64_t tag, double weight, size_t of) {
+    if (is_seen() || !at::GradMode::is_enabled()) return py::none();
+    std::vector<at::Tensor> parts;
+    for (const py::handle& given : tensors) parts.push_back(part(given));
+    for (const size_t scored : {0, 1})
+      if (parts.at(scored).defined() && parts[scored].requires_grad()) return py::none();
     std::vector<at::Tensor> inputs;
     for (size_t i = 0; i < batches.size(); ++i) {
-      inputs.push_back(batch(batches[i].cast<py::tuple>(), moves[i]));
-      if (!inputs.back().defined()) return py::none();
+      inputs.push_back(batch(parts, batches[i], moves[i]));
+      if (!inputs.back().defined() || inputs.back().requires_grad() != moves[i]) return py::none();
     }
+    parts.clear();
     py::list made;
     std::vector<Called> calls;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const at::Tensor& x = inputs[i];
       const uint64_t start = at::sequence_number::peek();
-      const int64_t parts = int64_t(batches[i].cast<py::tuple>().size());
-      const py::object output = called(critic, x, log ? x.size(0) / parts : 0, log, args, kwargs);
+      const int64_t rows = x.size(0) / int64_t(batches[i].size());
+      const py::object output = called(critic, x, rows, log, args, kwargs);
       made.append(py::make_tuple(output, wrapped(x), start));
       std::vector<at::Tensor> outputs = outputs_of(output);
       const bool fit = !outputs.empty() && (pools || outputs[0].numel() >= x.size(0)) &&
@@ -126,7 +136,7 @@ class Shelf {
           made.attr("clear")();
           inputs.clear();
         },
-        weight, unit, key);
+        constant(weight, inputs[0]), constant(1.0, inputs[0]), key);
     if (!done) return py::make_tuple(made, py::bytes(key.bytes()));
     std::vector<at::Tensor>& results = done->results;
     std::vector<at::Tensor> gradients, to;
@@ -136,6 +146,8 @@ class Shelf {
         to.push_back(done->leaves[i]);
       }
     results.resize(kValues);
+    for (at::Tensor& value : results)
+      if (!value.defined()) value = at::zeros_like(results[of]);
     if (!to.empty()) {
       const at::AutoGradMode enabled(true);
       at::Tensor value = std::move(results[of]);
@@ -191,24 +203,58 @@ class Shelf {
     return found;
   }
 
-  // A leaf where it moves; undefined where some part of it is no plain tensor.
-  at::Tensor batch(const py::tuple& parts, bool moves) const {
+  // A floating-point batch; undefined where it is none that plain calls can take. A tuple is of points between two.
+  at::Tensor part(const py::handle& given) const {
+    if (!PyTuple_Check(given.ptr())) {
+      const at::Tensor* x = plain(given);
+      return x && is_batch(*x) ? *x : at::Tensor();
+    }
+    const at::Tensor *real = plain(PyTuple_GET_ITEM(given.ptr(), 0)), *fake = plain(PyTuple_GET_ITEM(given.ptr(), 1)),
+                     *eps = plain(PyTuple_GET_ITEM(given.ptr(), 2));
+    if (!real || !fake || !eps || !is_batch(*real) || !alike(*real, *fake) || eps->device() != real->device()) return {};
+    const bool is_key = eps->scalar_type() == at::kLong && eps->numel() == 1;
+    const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() && eps->size(0) == eps->numel() &&
+                      (eps->dim() == 1 || eps->dim() == real->dim());
+    if (!is_key && !fits) return {};
+    const at::NoGradGuard no_graph;
+    return mix_(real->detach(), fake->detach(), eps->detach());
+  }
+
+  static bool is_floating(const at::Tensor& x) {
+    const at::ScalarType type = x.scalar_type();
+    return x.layout() == at::kStrided &&
+           (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16);
+  }
+  static bool is_batch(const at::Tensor& x) { return is_floating(x) && x.dim() && x.size(0); }
+  static bool alike(const at::Tensor& a, const at::Tensor& b) {
+    return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
+           a.layout() == b.layout();
+  }
+
+  // One after the other, a leaf where it moves; undefined where some part of it is, or they differ.
+  static at::Tensor batch(const std::vector<at::Tensor>& parts, const std::vector<size_t>& places, bool moves) {
     const at::NoGradGuard no_graph;
     const c10::impl::ExcludeDispatchKeyGuard plainly(c10::autocast_dispatch_keyset);
     std::vector<at::Tensor> rows;
-    for (const py::handle& part : parts) {
-      const bool mixes = PyTuple_Check(part.ptr());
-      std::vector<at::Tensor> given;
-      for (const py::handle& item : mixes ? part.cast<py::tuple>() : py::make_tuple(part)) {
-        const at::Tensor* x = plain(item);
-        if (!x) return {};
-        given.push_back(*x);
-      }
-      rows.push_back(mixes ? mix_(given.at(0).detach(), given.at(1).detach(), given.at(2).detach()) : given.at(0));
+    for (const size_t place : places) {
+      const at::Tensor& x = parts.at(place);
+      if (!x.defined() || (!rows.empty() && !alike(x, rows[0]))) return {};
+      rows.push_back(x);
     }
-    if (rows.size() == 1 && !moves && !rows[0].requires_grad()) return rows[0];
+    if (rows.size() == 1 && !moves) return rows[0];
     const at::Tensor x = rows.size() == 1 ? rows[0].detach() : at::cat(rows);
     return moves ? x.set_requires_grad(true) : x;
+  }
+
+  // A number as a tensor that nobody writes to, as wide as losses of such a batch are.
+  at::Tensor constant(double value, const at::Tensor& like) {
+    const at::ScalarType wide = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const std::tuple<double, at::ScalarType, at::Device> name{value, wide, like.device()};
+    for (const auto& [known, number] : constants_)
+      if (known == name) return number;
+    if (constants_.size() >= 16) constants_.clear();
+    constants_.emplace_back(name, at::full({}, value, like.options().dtype(wide).requires_grad(false)));
+    return constants_.back().second;
   }
 
   static py::object called(const py::object& critic, const at::Tensor& x, int64_t rows, const std::shared_ptr<Log>& log,
@@ -278,6 +324,7 @@ class Shelf {
   const Reader reader_;
   const size_t capacity_;
   const Mixer mix_;
+  std::vector<std::pair<std::tuple<double, at::ScalarType, at::Device>, at::Tensor>> constants_;
   std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth
-from gpkernels.critic.parts import Adversarial, Between, Consistency, Penalty
-from gpkernels.critic.step import critic_step
+from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Task
+from gpkernels.critic.step import critic_step, step_at_once
 from gpkernels.critic.together import Seen
 from gpkernels.functional import consistency_term, draw_key, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.ops import check_eps, check_nonnegative, check_pair
@@ -20,6 +21,16 @@ from gpkernels.reference import SCORE_LOSSES
 LOSSES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
 OBJECTIVES = {"wgan": ("negative", "identity"), "gan": ("softplus_negative", "softplus")}  # of real and fake scores
 PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
+
+
+@lru_cache(64)
+def _task_of(
+    objective: str, target: float, one_sided: bool, weight: float, margin: float, feature_weight: float, wanted: bool
+) -> Task:
+    on_real, on_fake = (SCORE_LOSSES[kind] for kind in OBJECTIVES[objective])
+    adversarial = Adversarial(on_real, on_fake, objective == "wgan")
+    consistency = Consistency(weight, margin, feature_weight) if weight > 0 else None
+    return Task(adversarial, target, one_sided, False, consistency, wanted)
 
 
 class CriticLossParts(NamedTuple):
@@ -87,33 +98,43 @@ class CriticLoss(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor, *, eps: Tensor | None = None) -> CriticLossParts:
         """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Gives scalars, of which loss has the graph."""
+        if traced() or depth():
+            return self._composed(*self._checked(real, fake, eps), eps)
+        points = self._points(real, fake, eps) if isinstance(real, Tensor) else None
+        how = self._task(torch.is_grad_enabled()), self.penalty_weight, self.together, self._seen
+        parts = step_at_once(self.critic, real, fake, points, *how)
+        if not isinstance(parts, Parts):
+            first, second = self._checked(real, fake, eps)
+            if isinstance(points, Between):
+                points = points._replace(real=first, fake=second)
+            elif points is not None:
+                points = first if points is real else second if points is fake else points
+            parts = critic_step(self.critic, first, second, points, *how, parts)
+        return CriticLossParts(*parts)
+
+    def _checked(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both in one dtype, and told apart by identity."""
         check_pair("real", real, "fake", fake)
         if eps is not None:
             check_eps(eps, real)
         if real.dtype != fake.dtype:
             dtype = torch.promote_types(real.dtype, fake.dtype)
             real, fake = real.to(dtype), fake.to(dtype)
-        if fake is real:  # told apart by identity from here on
-            fake = fake.view_as(fake)
-        if not (traced() or depth()):
-            return self._recorded(real, fake, eps)
-        return self._composed(real, fake, eps)
+        return real, fake.view_as(fake) if fake is real else fake
 
-    def _recorded(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
-        """All parts, and the weight gradients with them."""
-        points = self._points(real, fake, eps)
-        on_real, on_fake = (SCORE_LOSSES[kind] for kind in OBJECTIVES[self.objective])
-        adversarial = Adversarial(on_real, on_fake, self.objective == "wgan")
-        target = 0.0 if self.penalty in ("r1", "r2") else self.target
+    def _task(self, wanted: bool) -> Task:
+        """What is asked for now: options may have changed."""
+        target = 0.0 if self.penalty in ("r1", "r2", "none") else self.target
         one_sided = self.one_sided and self.penalty == "wgan-gp"
-        penalty = None if points is None else Penalty(self.penalty_weight, target, one_sided)
-        consistency = None
-        if self.consistency_weight > 0:
-            consistency = Consistency(self.consistency_weight, self.consistency_margin, self.feature_weight)
-        parts = critic_step(
-            self.critic, real, fake, points, adversarial, penalty, consistency, self.together, self._seen
+        return _task_of(
+            self.objective,
+            target,
+            one_sided,
+            self.consistency_weight,
+            self.consistency_margin,
+            self.feature_weight,
+            wanted,
         )
-        return CriticLossParts(*parts)
 
     def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | Between | None:
         """Where the gradient is penalised; ``real`` or ``fake`` itself shares its pass with the scores."""

@@ -26,7 +26,7 @@ from gpkernels.functional import draw_key, gradient_norm_penalty, promote
 from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair
 
 Critic = Callable[..., Any]
-_seen_with_batch_norm: WeakSet[nn.Module] = WeakSet()
+_looked_at: dict[bool, WeakSet[nn.Module]] = {True: WeakSet(), False: WeakSet()}  # in training and out of it
 
 
 def gradient_penalty(
@@ -154,11 +154,11 @@ def traced() -> bool:
 
 
 def _warn_of_batch_norm(critic: Critic) -> None:
-    if traced() or not isinstance(critic, nn.Module) or critic in _seen_with_batch_norm:
+    if not isinstance(critic, nn.Module) or critic in (seen := _looked_at[critic.training]) or traced():
         return
+    seen.add(critic)
     for module in critic.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            _seen_with_batch_norm.add(critic)
             warnings.warn(
                 "the critic has BatchNorm in training mode, which mixes samples: the penalty is not per sample",
                 stacklevel=4,

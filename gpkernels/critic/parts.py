@@ -26,14 +26,6 @@ class Consistency(NamedTuple):
     feature_weight: float
 
 
-class Penalty(NamedTuple):
-    """The penalty on the gradient at the points: weight * mean (|g| - target)^2."""
-
-    weight: float
-    target: float
-    one_sided: bool
-
-
 class Between(NamedTuple):
     """Points between real and fake samples, not computed yet: eps per sample, or the Philox key that draws it."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from gpkernels.critic.by_autograd import by_autograd
 from gpkernels.critic.call import Group, Pass, call, uncompiled
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import native
-from gpkernels.critic.parts import Between, Task
+from gpkernels.critic.parts import Task
 from gpkernels.critic.together import Check, Log, autocasts
 from gpkernels.critic.work import Known, work
 from gpkernels.reference import accumulation_dtype
 
+NOTHING: Mapping[str, Any] = {}
 Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
 
 
@@ -89,7 +90,8 @@ class _Shelf:
         self._tags: dict[Any, int] = {}
         self._count = count()
 
-    def _tag(self, key: Any) -> int:
+    def _tag(self, how: How) -> int:
+        key = how.task, how.calls
         tag = self._tags.get(key)
         if tag is None:
             if len(self._tags) >= program.CAPACITY:
@@ -100,38 +102,34 @@ class _Shelf:
     def step(
         self,
         critic: Any,
-        batches: Sequence[Sequence[Group]],
-        task: Task,
-        weight: Tensor,
-        log: Log | None,
-        pools: bool,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Results | tuple[list[Any], bytes | None] | None:
-        """All of it, the loss, or a penalty alone, with its gradients; or what the critic gave in each call, and the
-        key to ``keep`` a program under; None where C++ has no say and nothing was called."""
-        if not task.gradients or _others_look_on() or forward_ad._current_level >= 0:
+        tensors: tuple[Any, Any, Any],
+        how: How,
+        weight: float,
+        log: Log | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = NOTHING,
+    ) -> tuple[Any, ...] | None:
+        """The four values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
+        call, and the key to ``keep`` a program under; None where C++ has no say and nothing was called.
+
+        tensors: fake, real, and where the gradient is penalised; as tuple of a ``Between``.
+        """
+        if _others_look_on() or forward_ad._current_level >= 0:
             return None
-        given, moves, names = [], [], []
-        for groups in batches:
-            given.append(tuple([tuple(g.x) if type(g.x) is Between else g.x for g in groups]))
-            moves.append(any(g.penalised for g in groups))
-            names.append(tuple([(g.name, g.penalised) for g in groups]))
-        tag = self._tag((task, tuple(names), pools))
-        of = LOSS if task.adversarial is not None else PENALTY
-        logged, unit = None if log is None else log.native(), number(1.0, weight)
+        logged = None if log is None else log.native()
         with uncompiled:
-            found = native().step(critic, tuple(given), moves, logged, pools, args, kwargs, tag, weight, unit, of)
-        if found is None or len(found) == 2:
-            return found
-        return found, [], []
+            found: tuple[Any, ...] | None = native().step(
+                *(critic, tensors, how.places, how.moves, logged, how.task.by_point, args, kwargs),
+                *(self._tag(how), weight, PENALTY if how.task.adversarial is None else LOSS),
+            )
+        return found
 
     def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
         """The results of calls that were made, or the key under which to ``keep`` a program; None where C++ has no
         say."""
         if _others_look_on():
             return None
-        tag = self._tag((task, tuple([(one.groups, one.wants) for one in passes])))
+        tag = self._tag(How(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]), [], []))
         found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, number(1.0, weight))
         if found is None or type(found) is bytes:
             return found
@@ -158,35 +156,46 @@ def forget() -> None:
         native().clear()
 
 
-def step(
+class How(NamedTuple):
+    """What is done with the critic: its calls, each with groups of samples by name and whether they are penalised."""
+
+    task: Task
+    calls: tuple[tuple[tuple[str, bool], ...], ...]
+    places: list[list[int]]  # of the groups' samples among fake, real and points
+    moves: list[bool]  # whether the gradient at a call's samples is wanted
+
+    @staticmethod
+    def of(task: Task, calls: tuple[tuple[tuple[str, bool], ...], ...]) -> How:
+        places = [[PLACES[name] for name, _ in call] for call in calls]
+        return How(task, calls, places, [any(penalised for _, penalised in call) for call in calls])
+
+
+PLACES = {"fake": 0, "real": 1, "again": 1, "points": 2}
+
+
+def made(
     critic: Any,
     batches: Sequence[Sequence[Group]],
     task: Task,
-    weight: Tensor,
     wants: bool = False,
     log: Log | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-) -> tuple[Results | None, list[Pass], bytes | None]:
-    """Call the critic with each batch of groups, and go through the passes where C++ knows how.
-
-    wants: whether gradients at samples that are scored are asked for. log: what calls are held against. Returns the
-    results; or None, the passes, and the key under which to keep their program.
-    """
-    pools, kwargs = task.by_point, dict(kwargs or {})
-    done = None if wants else shelf.step(critic, batches, task, weight, log, pools, tuple(args), kwargs)
-    if done is not None and len(done) == 3:
-        return done, [], None
-    calls, key = done or ([], None)
-    passes = [Pass(groups, False, x, start, u, pools) for groups, (u, x, start) in zip(batches, calls, strict=False)]
-    for groups in batches[len(calls) :]:
+    before: Sequence[Any] = (),
+) -> list[Pass]:
+    """Call the critic with each batch. wants: whether gradients at samples that are scored are asked for. log: what
+    calls are held against. before: what came of the first calls, if they were made."""
+    passes = [
+        Pass(groups, False, x, start, u, task.by_point) for groups, (u, x, start) in zip(batches, before, strict=False)
+    ]
+    for groups in batches[len(passes) :]:
         n = len(groups[0].batch)
         check = None if log is None else Check(log, n, n * len(groups))
         asks = wants and not all(g.penalised for g in groups)
-        passes.append(call(critic, groups, asks, args, kwargs, pools, check))
+        passes.append(call(critic, groups, asks, args, kwargs, task.by_point, check))
         if check is not None:
             check.finish()
-    return None, passes, key
+    return passes
 
 
 def run(

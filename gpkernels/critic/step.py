@@ -7,15 +7,16 @@ nothing, and nothing is ever differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gpkernels.critic.call import Group, call
 from gpkernels.critic.deliver import deliver
-from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Penalty, Task, points_of
-from gpkernels.critic.run import Results, Signed, number, run, step
+from gpkernels.critic.parts import Between, Parts, Task, points_of
+from gpkernels.critic.run import PENALTY, How, Results, Signed, made, number, run, shelf
 from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
 
@@ -33,12 +34,65 @@ def penalty_on_gradient(
     by_point: the norm is over the last axis alone.
     """
     wanted = torch.is_grad_enabled()
-    task = Task(None, target, one_sided, by_point, None, wanted)
-    weight = number(1.0, points.real if isinstance(points, Between) else points)
+    how = _how_of_a_penalty(Task(None, target, one_sided, by_point, None, wanted))
+    given = None, None, points if isinstance(points, Tensor) else tuple(points)
+    begun = shelf.step(critic, given, how, 1.0, None, tuple(args), dict(kwargs or {})) if wanted else None
+    if begun is not None and len(begun) == 4:
+        return begun[PENALTY]
+    before, key = begun or ((), None)
     with torch.no_grad():
-        done, passes, key = step(critic, [[Group("points", points, True)]], task, weight, args=args, kwargs=kwargs)
-        (_, _, value, _), found, _ = run(passes, task, weight, key) if done is None else done
+        groups = [Group("points", points, True)]
+        passes = made(critic, [groups], how.task, args=args, kwargs=kwargs, before=before)
+        (_, _, value, _), found, _ = run(passes, how.task, number(1.0, groups[0].batch), key)
     return deliver(value, found) if wanted else value
+
+
+@lru_cache(64)
+def _how_of_a_penalty(task: Task) -> How:
+    return How.of(task, ((("points", True),),))
+
+
+class Begun(NamedTuple):
+    """A step that C++ could not finish. before, key: what came of the critic's calls, apart or as one batch."""
+
+    as_one: bool
+    before: Sequence[Any]
+    key: bytes | None
+
+
+def step_at_once(
+    critic: Any,
+    real: Any,
+    fake: Any,
+    points: Tensor | Between | None,
+    task: Task,
+    weight: float,
+    together: bool | None,
+    seen: Seen,
+) -> Parts | Begun | None:
+    """``critic_step`` in C++, if that knows how to and finds nothing wrong with the tensors; None otherwise."""
+    if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
+        return None
+    shared = _shared(critic, real, fake, points)
+    apart, joint = _hows(task, shared, points is not None)
+    mode = seen.mode(critic, real) if together is None and points is not None else None
+    known = None if mode is None else seen.get(mode)
+    as_one = points is not None and (bool(together) or isinstance(known, Log))
+    if not as_one and (known in ("new", "looked") or not _go_at_once(real, task)):
+        return None
+    given = fake, real, tuple(points) if isinstance(points, Between) else None if shared else points
+    try:
+        log = known if isinstance(known, Log) else None
+        found = shelf.step(critic, given, joint if as_one else apart, weight, log)
+    except (Differs, Exception) as error:
+        if mode is None or not as_one:
+            raise
+        seen.set(mode, None)  # it may be the larger batch that it cannot take; if not, it raises again
+        del error
+        return None
+    if found is None or len(found) == 4:
+        return None if found is None else Parts(*found)
+    return Begun(as_one, *found)
 
 
 def critic_step(
@@ -46,45 +100,71 @@ def critic_step(
     real: Tensor,
     fake: Tensor,
     points: Tensor | Between | None,
-    adversarial: Adversarial,
-    penalty: Penalty | None,
-    consistency: Consistency | None,
-    together: bool | None = False,
-    seen: Seen | None = None,
+    task: Task,
+    weight: float,
+    together: bool | None,
+    seen: Seen,
+    begun: Begun | None = None,
 ) -> Parts:
     """All parts of a critic's loss.
 
     points: where the gradient is penalised; the very tensor ``real`` or ``fake`` shares its pass with the scores.
     together: whether all samples go through the critic as one batch; None: if that was ``seen`` to be the same.
+    begun: what there is of it.
     """
-    wanted = torch.is_grad_enabled()
-    wants = wanted and (real.requires_grad or fake.requires_grad)
-    shared = points if points is real or points is fake else None
-    if shared is not None and (wants or _changes_in_passes(critic)):  # then two passes are not one
-        points, shared = points.detach(), None  # type: ignore[union-attr]
-    groups = [Group("fake", fake, fake is shared), Group("real", real, real is shared)]
-    if consistency is not None:
+    wants = task.gradients and (real.requires_grad or fake.requires_grad)
+    shared = None if wants else _shared(critic, real, fake, points)
+    groups = [Group("fake", fake, shared == "fake"), Group("real", real, shared == "real")]
+    if task.consistency is not None:
         groups.append(Group("again", real, False))
     if points is not None and shared is None:
-        groups.append(Group("points", points, True))
-    target, one_sided = (penalty.target, penalty.one_sided) if penalty is not None else (0.0, False)
-    task = Task(adversarial, target, one_sided, False, consistency, wanted)
-    weight = number(0.0 if penalty is None else penalty.weight, real)
+        groups.append(Group("points", points if isinstance(points, Between) else points.detach(), True))
+    factor, own = number(weight, real), seen if together is None else None
     with torch.no_grad():
         done = None
-        if points is not None and (together or (together is None and seen is not None)):
-            done = _as_one(critic, groups, task, weight, wants, seen if together is None else None)
+        if points is not None and (together or own is not None) and (begun is None or begun.as_one):
+            done = _as_one(critic, groups, task, factor, wants, own, begun)
         if done is None:
-            done = _one_by_one(critic, groups, task, weight, wants, seen if together is None else None)
+            before = None if begun is None or begun.as_one else begun
+            done = _one_by_one(critic, groups, task, factor, wants, own, before)
         values, gradients, inputs = done
-        loss, own, value, term = (torch.zeros_like(weight) if x is None else x for x in values)
-    if wanted:
+        loss, adversarial, value, term = (torch.zeros_like(factor) if x is None else x for x in values)
+    if task.gradients:
         loss = deliver(loss, [*gradients, *_merged(inputs, real, fake)])
-    return Parts(loss, own, value, term)
+    return Parts(loss, adversarial, value, term)
+
+
+def _shared(critic: Any, real: Tensor, fake: Tensor, points: Any) -> str | None:
+    """The group whose scores and penalty come of one pass: where the critic is as it was after it."""
+    if (points is real or points is fake) and not _changes_in_passes(critic):
+        return "real" if points is real else "fake"
+    return None
+
+
+@lru_cache(64)
+def _hows(task: Task, shared: str | None, penalised: bool) -> tuple[How, How]:
+    """One by one in the usual order, and as one batch."""
+    names = ["fake", "real", *(["again"] if task.consistency is not None else [])]
+    groups = [(name, name == shared) for name in names]
+    if penalised and shared is None:
+        groups.append(("points", True))
+    apart = How.of(task, tuple([(group,) for group in groups]))
+    return apart, How.of(task, (tuple(sorted(groups, key=lambda group: group[1])),))
+
+
+def _go_at_once(batch: Tensor, task: Task) -> bool:
+    """Whether all passes are kept until the last call is made."""
+    return task.consistency is not None or batch.nbytes < SMALL
 
 
 def _as_one(
-    critic: Any, groups: list[Group], task: Task, weight: Tensor, wants: bool, seen: Seen | None
+    critic: Any,
+    groups: list[Group],
+    task: Task,
+    weight: Tensor,
+    wants: bool,
+    seen: Seen | None,
+    begun: Begun | None,
 ) -> Results | None:
     """All groups as one batch, by force or, with ``seen``, where nothing is known against it; None where there is."""
     mode = None if seen is None else seen.mode(critic, groups[0].batch)
@@ -102,10 +182,9 @@ def _as_one(
         if why is not None:
             raise Differs
 
+    before, key = ((), None) if begun is None else (begun.before, begun.key)
     try:
-        done, passes, key = step(critic, [ordered], task, weight, wants, log)
-        if done is not None:
-            return done
+        passes = made(critic, [ordered], task, wants, log, before=before)
     except Differs:
         passes = []
     except Exception:
@@ -131,14 +210,20 @@ def _why_apart(signed: Signed) -> str | None:
 
 
 def _one_by_one(
-    critic: Any, groups: list[Group], task: Task, weight: Tensor, wants: bool, seen: Seen | None
+    critic: Any,
+    groups: list[Group],
+    task: Task,
+    weight: Tensor,
+    wants: bool,
+    seen: Seen | None,
+    begun: Begun | None,
 ) -> Results:
     """Each group as a batch of its own, in the order fake, real, points."""
-    at_once = task.consistency is not None or groups[0].batch.nbytes < SMALL
+    at_once = _go_at_once(groups[0].batch, task)
     mode, watch = _to_see(critic, groups, seen)
-    if at_once and mode is None:
-        done, passes, key = step(critic, [[group] for group in groups], task, weight, wants)
-        return run(passes, task, weight, key) if done is None else done
+    if begun is not None:
+        passes = made(critic, [[group] for group in groups], task, wants, before=begun.before)
+        return run(passes, task, weight, begun.key)
     if isinstance(groups[-1].x, Between):  # before the critic can change what it is called with
         groups = [*groups[:-1], groups[-1]._replace(x=points_of(groups[-1].x))]
     sums: list[Any] = [None] * 4
