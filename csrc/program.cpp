@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -75,7 +76,26 @@ void push(const Argument& argument, const std::vector<c10::IValue>& memory, torc
   }
 }
 
+// A view at its place, without asking the dispatcher; undefined where the tensor is laid out in another way.
+at::Tensor view_at(const Place& place, const at::Tensor& base) {
+  if (base.sizes() != place.base_sizes || base.strides() != place.base_strides) return {};
+  at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(base.storage()),
+                                                             base.key_set(), base.dtype());
+  c10::TensorImpl* impl = view.unsafeGetTensorImpl();
+  impl->set_storage_offset(base.storage_offset() + place.offset);
+  impl->set_sizes_and_strides(place.sizes, place.strides);
+  return view;
+}
+
 void make(const Call& call, std::vector<c10::IValue>& memory, torch::jit::Stack& stack) {
+  if (call.place) {
+    at::Tensor view = view_at(*call.place, memory[call.arguments[0].slots[0]].toTensor());
+    if (view.defined()) {
+      memory[call.results[0]] = std::move(view);
+      for (const int slot : call.frees) memory[slot] = c10::IValue();
+      return;
+    }
+  }
   stack.clear();
   for (const Argument& argument : call.arguments) push(argument, memory, stack);
   call.op.callBoxed(stack);
@@ -136,7 +156,12 @@ void Program::add(const py::tuple& call, std::vector<int> frees, const py::objec
   const auto name = call[0].cast<std::pair<std::string, std::string>>();
   const c10::OperatorHandle op =
       c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
-  Call made{op, {}, {}, std::move(frees)};
+  Call made{op, {}, {}, std::move(frees), {}};
+  if (!call[4].is_none()) {
+    const auto at = call[4].cast<std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
+                                            std::vector<int64_t>, int64_t>>();
+    made.place = Place{std::get<0>(at), std::get<1>(at), std::get<2>(at), std::get<3>(at), std::get<4>(at)};
+  }
   const py::list args = call[1];
   const py::dict kwargs = call[2];
   const std::vector<c10::Argument>& declared = op.schema().arguments();

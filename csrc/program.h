@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/python_headers.h>
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -13,11 +14,18 @@ struct Argument {
   c10::IValue constant;
 };
 
+// Where a view of the first argument lies, if that is laid out as it was.
+struct Place {
+  std::vector<int64_t> base_sizes, base_strides, sizes, strides;
+  int64_t offset;
+};
+
 struct Call {
   c10::OperatorHandle op;
   std::vector<Argument> arguments;
   std::vector<int> results;  // slots; -1: nobody reads it, or it is an argument
   std::vector<int> frees;    // slots that are empty from here on
+  std::optional<Place> place;
 };
 
 // A list of calls, and the loop that runs it.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from gpkernels import backends
 CAPACITY = 256
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-_VIEWS = {aten.t.default, aten.view.default, aten.transpose.int, aten.slice.Tensor, aten.expand.default}
 Tensors = Sequence[Tensor | None]
 Outsider = Callable[[Hashable, Tensors], Tensors]  # makes a call that is told by its name
 Work = Callable[[Tensors, Outsider], Tensors]  # (inputs, outsider) -> results
@@ -30,6 +29,26 @@ Work = Callable[[Tensors, Outsider], Tensors]  # (inputs, outsider) -> results
 
 class Slot(int):
     """A number that stands for a tensor."""
+
+
+class Place(NamedTuple):
+    """Where a view lies in a tensor of a known layout: how a loop can make it without asking what is called."""
+
+    base_sizes: tuple[int, ...]
+    base_strides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def of(base: Tensor, view: Tensor) -> Place:
+        offset = int(view.storage_offset()) - int(base.storage_offset())
+        return Place(tuple(base.shape), base.stride(), tuple(view.shape), view.stride(), offset)
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
 class Outside:
@@ -56,6 +75,7 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []  # so that ids stay theirs
         self.calls: list[Any] = []
         self.views: dict[Any, Slot | None] = {}
+        self.places: dict[Slot, Place] = {}
         self.count = 0
         self.inputs = [None if x is None else self._new(x) for x in inputs]
 
@@ -95,14 +115,15 @@ class Recorder(TorchDispatchMode):
         if func is _DETACH:  # there is no graph to leave
             self._same(out, given[0][0])
             return out
-        if func in _VIEWS:
+        if _is_view(func) and isinstance(out, Tensor) and isinstance(given[0][0], Slot):
             key = func, str(given)
             known = self.views.setdefault(key, None)
             if known is not None:
                 self._same(out, known)
                 return out
-            self.views[key] = self._new(out)
-            self.calls.append((func, *given, self.views[key]))
+            slot = self.views[key] = self._new(out)
+            self.places[slot] = Place.of(args[0], out)
+            self.calls.append((func, *given, slot))
             return out
         self.calls.append((func, *given, self._result(out)))
         return out
@@ -123,6 +144,7 @@ class Program:
         self.count = recorder.count
         self.inputs = recorder.inputs
         self.results = [None if x is None else recorder.slot(x) for x in results]
+        self.places = recorder.places
         self.parts = self._parted(self._needed(recorder.calls))
 
     def _needed(self, calls: list[Any]) -> list[Any]:
@@ -158,7 +180,7 @@ class Program:
                 parts.append(between[k])
                 later -= {s for s in between[k].outputs if s is not None}
                 later |= {s for s in between[k].inputs if s is not None}
-            stretch = Stretch(stretches[k], later)
+            stretch = Stretch(stretches[k], later, self.places)
             parts.append(stretch)
             later = (later - set(stretch.outputs)) | set(stretch.inputs)
         return parts[::-1]
@@ -187,7 +209,8 @@ class Program:
 class Stretch:
     """Calls that run without a stop."""
 
-    def __init__(self, calls: list[Any], later: set[Any]) -> None:
+    def __init__(self, calls: list[Any], later: set[Any], places: dict[Slot, Place]) -> None:
+        self.places = places
         made: set[Any] = set()
         inputs: dict[Any, None] = {}
         for _, args, kwargs, out in calls:
@@ -224,7 +247,8 @@ class Stretch:
         calls = []
         for func, args, kwargs, out in self.calls:
             name = func._schema.name, func._schema.overload_name
-            calls.append((name, args, kwargs, out if isinstance(out, list) else [out]))
+            place = self.places.get(out) if isinstance(out, Slot) else None
+            calls.append((name, args, kwargs, out if isinstance(out, list) else [out], place))
         numbers = [[-1 if s is None else s for s in slots] for slots in (inputs, outputs)]
         return backends.program.Program(calls, *numbers, self.frees, Slot)
 
