@@ -18,6 +18,8 @@ from critics import plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.critic.graph import Graph
 from gpkernels.critic.rules import RULES
+from gpkernels.critic.rules.base import Meta, Saved
+from gpkernels.critic.rules.normalisation import RMSNorm
 
 aten = torch.ops.aten
 cases: dict[str, Case] = {}
@@ -551,7 +553,35 @@ def test_hardsigmoid_which_pytorch_cannot_differentiate_twice() -> None:
         assert_same(gradients(ours, critic), gradients(exact, twin), SINGLE)  # PyTorch's 1 / 6 is in single precision
 
 
-UNMET = {"HardsigmoidBackward0": "PyTorch cannot differentiate it twice: it has a test of its own"}
+@pytest.mark.parametrize("shape", [(4, 7), (3, 2, 7)])
+def test_rms_norm_as_one_operation(shape: tuple[int, ...]) -> None:
+    """On GPUs alone it is one; its rule's formulas are held against those of what it is made of."""
+    x, t, c = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    weight, of_weight = (torch.randn(7, dtype=torch.float64) for _ in range(2))
+
+    def inverse(x: Tensor) -> Tensor:
+        return (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * inverse(x) * weight
+
+    metas = [Meta(tuple(u.shape), u.dtype, u.device) for u in (x, weight)]
+    rule, saved = RMSNorm(((7,),), metas, metas[:1]), Saved([x, weight, inverse(x)])
+    ours = rule.pull(saved, (c,), (True, True))
+    assert_same(list(ours), list(torch.func.vjp(norm, x, weight)[1](c)))
+    given = (t, of_weight)
+    (pushed,) = rule.push(saved, given)
+    torch.testing.assert_close(pushed, torch.func.jvp(norm, (x, weight), given)[1])
+    bent = rule.bend(saved, given, (c,), (True, True))
+    exact = torch.func.grad(lambda x, w: (torch.func.jvp(norm, (x, w), given)[1] * c).sum(), (0, 1))(x, weight)
+    assert_same(list(bent), list(exact))
+
+
+UNMET = {
+    "HardsigmoidBackward0": "PyTorch cannot differentiate it twice: it has a test of its own",
+    "FusedRmsNormBackward0": "on GPUs alone: it has a test of its own, and one in test_gpu.py",
+    "CudnnBatchNormBackward0": "on GPUs alone: BatchNorm's formulas, with a test in test_gpu.py",
+}
 
 
 def test_every_rule_is_met() -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gpkernels as gpk
 from cases import raw_arguments
 from critics import ResidualCritic, mlp
 from gpkernels import backends, ops
+from gpkernels.bench.zoo import plain_loss
 from gpkernels.verify.cases import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 DEVICE = torch.device("cuda")
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -109,17 +111,65 @@ def test_two_streams_do_not_disturb_each_other(gpu_backend: str) -> None:
         assert all(torch.equal(v, value) for v in values)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "residual"])
-def test_a_critic_step_is_that_of_the_cpu(kind: str, gpu_backend: str) -> None:
-    critic, shape = (
-        (mlp(6, 32, 32, 1), (64, 6)) if kind == "mlp" else (ResidualCritic(8, 16, "layer_norm"), (4, 3, 16, 16))
-    )
-    real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
-    with gpk.backend("reference"):
-        exact = torch.autograd.grad(gpk.CriticLoss(critic)(real, fake, eps=eps).loss, list(critic.parameters()))
+def _norm(make: Callable[[int], nn.Module]) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 16), make(16), nn.LeakyReLU(0.2), nn.Linear(16, 16), make(16), nn.Linear(16, 1))
+
+
+CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: mlp(6, 32, 32, 1), (64, 6)),
+    "residual": (lambda: ResidualCritic(8, 16, "layer_norm"), (4, 3, 16, 16)),
+    "instance norm": (lambda: ResidualCritic(8, 16, "instance_norm"), (4, 3, 16, 16)),
+    "batch norm": (lambda: _norm(nn.BatchNorm1d), (8, 6)),
+    "rms norm": (lambda: _norm(nn.RMSNorm), (8, 6)),
+    "tanh": (
+        lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)),
+        (8, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+def test_a_critic_step_is_that_of_the_cpu(kind: str) -> None:
+    """In every call: looked at, watched, traced and by a program. Nothing waits for the device after that."""
+    make, shape = CRITICS[kind]
+    critic, twin = make(), make().double()
+    twin.load_state_dict(critic.state_dict())
     critic = critic.to(DEVICE)
-    on_device = [x.to(DEVICE) for x in (real, fake)]
-    ours = torch.autograd.grad(gpk.CriticLoss(critic)(*on_device, eps=eps.to(DEVICE)).loss, list(critic.parameters()))
-    scale = max(float(g.norm()) for g in exact)
-    for a, b in zip(ours, exact, strict=True):
-        assert float((a.cpu() - b).norm()) <= 1e-3 * scale
+    loss, exact = gpk.CriticLoss(critic), gpk.CriticLoss(twin)
+    for call in range(6):
+        real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
+        with gpk.backend("reference"):
+            wanted = torch.autograd.grad(
+                exact(*(x.double() for x in (real, fake)), eps=eps.double()).loss, list(twin.parameters())
+            )
+        on_device = [x.to(DEVICE) for x in (real, fake, eps)]
+        torch.cuda.set_sync_debug_mode("error" if call > 3 else "default")
+        try:
+            ours = torch.autograd.grad(loss(*on_device[:2], eps=on_device[2]).loss, list(critic.parameters()))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        scale = max(float(g.norm()) for g in wanted)
+        for a, b in zip(ours, wanted, strict=True):
+            assert float((a.cpu().double() - b).norm()) <= 1e-3 * scale
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+def test_a_whole_step_can_be_captured_and_replayed(kind: str) -> None:
+    make, shape = CRITICS[kind]
+    critic = make().to(DEVICE)
+    loss, weights = gpk.CriticLoss(critic, together=kind != "batch norm"), list(critic.parameters())
+    real, fake, eps = (torch.randn(s, device=DEVICE) for s in (shape, shape, shape[:1]))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            torch.autograd.grad(loss(real, fake, eps=eps).loss, weights)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(loss(real, fake, eps=eps).loss, weights)
+    for _ in range(2):
+        real.normal_()
+        graph.replay()
+        exact = torch.autograd.grad(plain_loss(critic, real, fake, eps), weights)
+        torch.testing.assert_close(captured, exact, rtol=1e-3, atol=1e-4)

@@ -29,8 +29,9 @@ class Normalise(Rule):
     """
 
     saved: tuple[str, ...] = ("input", "weight", "result1", "result2")
-    origins = (0, 1, 0, 0)
+    origins: tuple[int, ...] = (0, 1, 0, 0)
     sends = True
+    centred = True  # whether the mean is taken off
 
     def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
         return True, True, False
@@ -95,7 +96,7 @@ class Normalise(Rule):
         if wanted[0] and x is not None:
             inverse = self._parts(s)[2]
             pair = [self.split(u, s).to(inverse.dtype) for u in (x, self._scaled(cotangent, s))]
-            to_x = self.join(ops.normalise_curvature(self._normal(s), inverse, *pair, True), s)
+            to_x = self.join(ops.normalise_curvature(self._normal(s), inverse, *pair, self.centred), s)
         if wanted[0] and weight is not None:
             more = self._jacobian(cotangent * self.spread(weight), s)
             to_x = more if to_x is None else to_x + more
@@ -137,6 +138,48 @@ class LayerNorm(Normalise):
 
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         return [out, None, out, out, None]
+
+
+class RMSNorm(LayerNorm):
+    """Without a mean and a bias; where PyTorch has it as one operation, as on GPUs."""
+
+    names = ("FusedRmsNormBackward0",)
+    saved, origins = ("input", "weight", "result1"), (0, 1, 0)
+    centred = False
+
+    def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
+        return True, True
+
+    def _parts(self, s: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        if "parts" not in s.notes:
+            grouped = self.split(s[0], s).contiguous()
+            inverse = s[2].to(grouped.dtype).reshape(*grouped.shape[:2], 1)
+            s.notes["parts"] = grouped, torch.zeros_like(inverse), inverse
+        return s.notes["parts"]
+
+    def _jacobian(self, u: Tensor, s: Saved) -> Tensor:
+        _, _, inverse = self._parts(s)
+        there, normal = self.split(u, s).to(inverse.dtype), self._normal(s)
+        return self.join((there - normal * (there * normal).mean(-1, keepdim=True)) * inverse, s)
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        x, weight, inverse = s
+        cotangent = c[0]
+        assert cotangent is not None
+        if cotangent.is_cuda:
+            given = cotangent.contiguous(), x.contiguous()
+            return aten._fused_rms_norm_backward(*given, self.shape, inverse, weight, list(wanted[:2]))
+        to_weight = self.sums(cotangent, self.join(self._normal(s), s), True, False)[0] if wanted[1] else None
+        return self._jacobian(self._scaled(cotangent, s), s), to_weight
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        return super().push(s, (*t, None))
+
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+        return super().bend(s, (*t, None), c, wanted)[:2]
+
+    def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
+        return [out, None, out]
 
 
 class PerChannel(Normalise):
@@ -250,6 +293,13 @@ class BatchNorm(PerChannel):
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         by_channel = Layout(0, out.block) if out is not None and out.axis == 1 else None
         return [out, *[by_channel] * 5]
+
+
+class CudnnBatchNorm(BatchNorm):
+    """The same by cuDNN, whose saved mean and deviation are PyTorch's."""
+
+    names = ("CudnnBatchNormBackward0",)
+    constants = ("training", "epsilon")
 
 
 # --- spreads and norms ------------------------------------------------------------------------------------------------
@@ -499,5 +549,20 @@ class WeightNorm(Rule):
 
 
 RULES: tuple[type[Rule], ...] = (
-    *(LayerNorm, GroupNorm, BatchNorm, Var, VarMean, Std, VectorNorm, Softmax, LogSoftmax, LogSumExp, GLU, WeightNorm),
+    *(
+        LayerNorm,
+        RMSNorm,
+        GroupNorm,
+        BatchNorm,
+        CudnnBatchNorm,
+        Var,
+        VarMean,
+        Std,
+        VectorNorm,
+        Softmax,
+        LogSoftmax,
+        LogSumExp,
+        GLU,
+        WeightNorm,
+    ),
 )
