@@ -549,20 +549,6 @@ class WeightNorm(Rule):
 
 
 RULES: tuple[type[Rule], ...] = (
-    *(
-        LayerNorm,
-        RMSNorm,
-        GroupNorm,
-        BatchNorm,
-        CudnnBatchNorm,
-        Var,
-        VarMean,
-        Std,
-        VectorNorm,
-        Softmax,
-        LogSoftmax,
-        LogSumExp,
-        GLU,
-        WeightNorm,
-    ),
+    *(LayerNorm, RMSNorm, GroupNorm, BatchNorm, CudnnBatchNorm),
+    *(Var, VarMean, Std, VectorNorm, Softmax, LogSoftmax, LogSumExp, GLU, WeightNorm),
 )
