@@ -51,7 +51,8 @@ class Check {
  public:
   Check(std::shared_ptr<const Log> log, int64_t then, int64_t now) : log_(std::move(log)), then_(then), now_(now) {}
 
-  py::object torch_function(const py::object& func, const py::object&, const py::tuple& args, const py::object& kwargs) {
+  py::object torch_function(const py::object& func, const py::object&, const py::tuple& args,
+                            const py::object& kwargs) {
     const bool named = !kwargs.is_none() && PyDict_GET_SIZE(kwargs.ptr());
     if (at_ >= log_->calls().size() || !same(log_->calls()[at_], func, args, named ? kwargs.ptr() : nullptr))
       log_->differ();
@@ -77,7 +78,9 @@ class Check {
   bool same(const Log::Call& known, const py::object& func, const py::tuple& args, PyObject* kwargs) const {
     if (!equal(known.function.ptr(), func.ptr())) return false;
     size_t next = 0;
-    const auto is_next = [&](PyObject* x) { return next < known.values.size() && equal(known.values[next++].ptr(), x); };
+    const auto is_next = [&](PyObject* x) {
+      return next < known.values.size() && equal(known.values[next++].ptr(), x);
+    };
     const Py_ssize_t count = PyTuple_GET_SIZE(args.ptr());
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* x = PyTuple_GET_ITEM(args.ptr(), i);
@@ -85,7 +88,8 @@ class Check {
     }
     PyObject *name, *value;
     for (Py_ssize_t at = 0; kwargs && PyDict_Next(kwargs, &at, &name, &value);)
-      if ((is_value(value) || PyLong_CheckExact(value)) && !is_next(py::make_tuple(py::handle(name), py::handle(value)).ptr()))
+      if ((is_value(value) || PyLong_CheckExact(value)) &&
+          !is_next(py::make_tuple(py::handle(name), py::handle(value)).ptr()))
         return false;
     std::vector<int64_t> sizes;
     for (Py_ssize_t i = 0; i < count; ++i) {

@@ -1,5 +1,5 @@
-// Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense CPU tensors that
-// nothing watches. Kernels at autograd's keys are passed over: there is no graph, or it is made here of gradients that
+// Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense tensors that nothing
+// watches. Kernels at autograd's keys are passed over: there is no graph, or it is made here of gradients that
 // the op gives. It is built against one version of PyTorch, on its C++ interface for Python.
 #include "direct.h"
 
@@ -37,14 +37,17 @@ std::optional<int64_t> integer(PyObject* x) {
 }
 
 // The keys of a dense CPU tensor: not quantised, batched, fake, conjugate, lazy or made in inference mode.
-constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+constexpr c10::DispatchKeySet kOnCpu({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+constexpr c10::DispatchKeySet kOnGpu({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
+                                      c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA});
 
 // Arguments as the dispatcher takes them; each `add` says whether the argument is one that can be taken this way.
 class Arguments {
  public:
   Arguments(size_t count, bool wants_graph) : wants_graph_(wants_graph) { stack_.reserve(count); }
   torch::jit::Stack& stack() { return stack_; }
+  bool on_gpu() const { return keys_ == kOnGpu; }
 
   bool add(Kind kind, PyObject* x) {
     switch (kind) {
@@ -96,7 +99,10 @@ class Arguments {
   const at::Tensor* tensor(PyObject* x) {
     if (!THPVariable_CheckExact(x)) return nullptr;
     const at::Tensor& found = THPVariable_Unpack(x);
-    if (!found.defined() || found.key_set() != kPlain) return nullptr;
+    if (!found.defined()) return nullptr;
+    const c10::DispatchKeySet keys = found.key_set();
+    if ((keys != kOnCpu && keys != kOnGpu) || keys_.value_or(keys) != keys) return nullptr;
+    keys_ = keys;
     if (wants_graph_ && found.requires_grad()) return nullptr;
     if (at::isFloatingType(found.scalar_type())) {
       if (type_.value_or(found.scalar_type()) != found.scalar_type()) return nullptr;
@@ -108,6 +114,7 @@ class Arguments {
 
   torch::jit::Stack stack_;
   std::optional<at::ScalarType> type_;
+  std::optional<c10::DispatchKeySet> keys_;
   const bool wants_graph_;
 };
 
@@ -174,19 +181,34 @@ struct Target {
   c10::OperatorHandle op;
   std::vector<Kind> kinds;
   bool writes;          // into its arguments, which takes no part in a graph
+  bool on_gpus;         // whether there is a kernel of ours
   bool differentiates;  // gives values and gradients
   PyObject* choice;     // a ContextVar: the name of the backend that a thread chose for itself, if it did
 };
 
 const char* const kTarget = "gpkernels.target";
 
-// Whether a thread's choice of backend, if it made one, gives CPU tensors the C++ kernels; nothing if Python raised.
-std::optional<bool> chosen(PyObject* choice) {
+// Whether a thread's choice of backend, if it made one, is that of the kernels; nothing if Python raised.
+std::optional<bool> chosen(PyObject* choice, const char* kernels) {
   PyObject* found = nullptr;
   if (PyContextVar_Get(choice, Py_None, &found) < 0) return std::nullopt;
   THPObjectPtr name(found);
   const auto is = [&](const char* text) { return PyUnicode_CompareWithASCIIString(name.get(), text) == 0; };
-  return name.get() == Py_None || (PyUnicode_Check(name.get()) && (is("auto") || is("cpu")));
+  return name.get() == Py_None || (PyUnicode_Check(name.get()) && (is("auto") || is(kernels)));
+}
+
+// Of what was written to, as a kernel below autograd leaves them alone. written: the arguments.
+void bump_versions(const c10::FunctionSchema& schema, const torch::jit::Stack& written) {
+  for (size_t i = 0; i < written.size(); ++i) {
+    const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
+    const bool in_list = alias && !alias->containedTypes().empty() && alias->containedTypes()[0].isWrite();
+    if (!alias || !(alias->isWrite() || in_list)) continue;
+    if (written[i].isTensor()) {
+      written[i].toTensor().unsafeGetTensorImpl()->bump_version();
+    } else if (written[i].isTensorList()) {
+      for (const at::Tensor& x : written[i].toTensorList()) x.unsafeGetTensorImpl()->bump_version();
+    }
+  }
 }
 
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -196,13 +218,15 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const bool delivers = target->differentiates && size_t(count) == own + 2;
   if ((size_t(count) != own && !delivers) || watched()) Py_RETURN_NOTIMPLEMENTED;
   if (delivers && !at::GradMode::is_enabled()) Py_RETURN_NOTIMPLEMENTED;
-  const std::optional<bool> open = chosen(target->choice);
-  if (!open) return nullptr;
-  if (!*open) Py_RETURN_NOTIMPLEMENTED;
   try {
     Arguments arguments(own, !delivers && !target->writes && at::GradMode::is_enabled());
     for (size_t i = 0; i < own; ++i)
       if (!arguments.add(target->kinds[i], args[i])) Py_RETURN_NOTIMPLEMENTED;
+    if (arguments.on_gpu() && !target->on_gpus) Py_RETURN_NOTIMPLEMENTED;
+    const std::optional<bool> open = chosen(target->choice, arguments.on_gpu() ? "cuda" : "cpu");
+    if (!open) return nullptr;
+    if (!*open) Py_RETURN_NOTIMPLEMENTED;
+    const torch::jit::Stack written = target->writes ? arguments.stack() : torch::jit::Stack();
     const std::optional<Receivers> to = delivers ? receivers(args[own], args[own + 1]) : std::nullopt;
     if (delivers && !to) Py_RETURN_NOTIMPLEMENTED;
     {
@@ -210,6 +234,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       const at::AutoDispatchBelowADInplaceOrView below;
       target->op.callBoxed(arguments.stack());
     }
+    bump_versions(target->op.schema(), written);
     return to ? results_with_graph(arguments.stack(), *to) : results(arguments.stack());
   } catch (python_error& error) {  // Ctrl-C, say: nothing to try again
     error.restore();
@@ -233,7 +258,8 @@ PyObject* direct(PyObject*, PyObject* args) {
                                nullptr};
   const char* text = nullptr;
   PyObject* choice = nullptr;
-  if (!PyArg_ParseTuple(args, "sO!", &text, &PyContextVar_Type, &choice)) return nullptr;
+  int on_gpus = 0;
+  if (!PyArg_ParseTuple(args, "sO!|p", &text, &PyContextVar_Type, &choice, &on_gpus)) return nullptr;
   const std::optional<c10::OperatorHandle> op = c10::Dispatcher::singleton().findSchema({text, ""});
   if (!op) return PyErr_Format(PyExc_ValueError, "name: expected an op that is defined, got %s", text);
   std::vector<Kind> kinds;
@@ -246,8 +272,9 @@ PyObject* direct(PyObject*, PyObject* args) {
   const bool differentiates = returns.size() == 2 && kind_of(*returns[0].real_type()) == Kind::kTensor &&
                               kind_of(*returns[1].real_type()) == Kind::kTensors;
   Py_INCREF(choice);
-  PyObject* target = PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), differentiates, choice},
-                                   kTarget, &forget);
+  PyObject* target =
+      PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), on_gpus != 0, differentiates, choice},
+                    kTarget, &forget);
   PyObject* bound = target ? PyCFunction_New(&method, target) : nullptr;
   Py_XDECREF(target);
   return bound;
@@ -255,9 +282,12 @@ PyObject* direct(PyObject*, PyObject* args) {
 
 PyMethodDef kMethods[] = {
     {"direct", &direct, METH_VARARGS,
-     "direct(name, choice) -> a callable that gives what the op gives, or NotImplemented where the op has to be called "
-     "in another way: something looks on, the arguments are not all plain, the op raises, or the ContextVar holds a "
-     "backend other than 'auto' and 'cpu'. Given tensors and places after the arguments of an op of values and "
+     "direct(name, choice, on_gpus=False) -> a callable that gives what the op gives, or NotImplemented where the op "
+     "has to be "
+     "called in another way: something looks on, the arguments are not all plain, the op raises, or the ContextVar "
+     "holds "
+     "a backend other than 'auto' and that of the kernels. Given tensors and places after the arguments of an op of "
+     "values and "
      "gradients, it gives the values, the first of which has the gradient at each place for the tensor there."},
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "

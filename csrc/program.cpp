@@ -158,8 +158,9 @@ void Program::add(const py::tuple& call, std::vector<int> frees, const py::objec
       c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
   Call made{op, {}, {}, std::move(frees), {}};
   if (!call[4].is_none()) {
-    const auto at = call[4].cast<std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
-                                            std::vector<int64_t>, int64_t>>();
+    const auto at = call[4]
+                        .cast<std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
+                                         std::vector<int64_t>, int64_t>>();
     made.place = Place{std::get<0>(at), std::get<1>(at), std::get<2>(at), std::get<3>(at), std::get<4>(at)};
   }
   const py::list args = call[1];

@@ -84,9 +84,7 @@ class Mixer {
   }
 
  private:
-  static c10::OperatorHandle op(const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  }
+  static c10::OperatorHandle op(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
   c10::OperatorHandle by_eps_, by_key_;
 };
 
@@ -123,8 +121,8 @@ class Shelf {
       const py::object output = called(critic, x, rows, log, args, kwargs);
       made.append(py::make_tuple(output, wrapped(x), start));
       std::vector<at::Tensor> outputs = outputs_of(output);
-      const bool fit = !outputs.empty() && (pools || outputs[0].numel() >= x.size(0)) &&
-                       (!moves[i] || outputs[0].requires_grad());
+      const bool fit =
+          !outputs.empty() && (pools || outputs[0].numel() >= x.size(0)) && (!moves[i] || outputs[0].requires_grad());
       if (!fit) return py::make_tuple(made, py::none());
       calls.push_back({std::move(outputs), x, start});
     }
@@ -211,10 +209,11 @@ class Shelf {
     }
     const at::Tensor *real = plain(PyTuple_GET_ITEM(given.ptr(), 0)), *fake = plain(PyTuple_GET_ITEM(given.ptr(), 1)),
                      *eps = plain(PyTuple_GET_ITEM(given.ptr(), 2));
-    if (!real || !fake || !eps || !is_batch(*real) || !alike(*real, *fake) || eps->device() != real->device()) return {};
+    if (!real || !fake || !eps || !is_batch(*real) || !alike(*real, *fake) || eps->device() != real->device())
+      return {};
     const bool is_key = eps->scalar_type() == at::kLong && eps->numel() == 1;
-    const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() && eps->size(0) == eps->numel() &&
-                      (eps->dim() == 1 || eps->dim() == real->dim());
+    const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() &&
+                      eps->size(0) == eps->numel() && (eps->dim() == 1 || eps->dim() == real->dim());
     if (!is_key && !fits) return {};
     const at::NoGradGuard no_graph;
     return mix_(real->detach(), fake->detach(), eps->detach());
@@ -287,7 +286,8 @@ class Shelf {
     return found;
   }
 
-  // Runs the program, if there is one. let_go: drops Python's hold on the calls; each tensor goes when it has been read.
+  // Runs the program, if there is one. let_go: drops Python's hold on the calls; each tensor goes when it has been
+  // read.
   template <typename LetGo>
   std::optional<Done> finish(std::vector<Called>& calls, const LetGo& let_go, const at::Tensor& weight,
                              const at::Tensor& unit, Key& key) const {

@@ -116,7 +116,7 @@ inline bool is_dense(const Tensor& x) {
 
 inline bool same_layout(const Tensor& a, const Tensor& b) { return a.strides().equals(b.strides()); }
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK // PyTorch before 2.12
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // PyTorch before 2.12
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 

@@ -44,8 +44,8 @@ def declined(*args: Any) -> Any:
 
 
 extension: Any = None
-# By an op's name and the variable that may close it in a thread, the short way to it.
-direct: Callable[[str, ContextVar[str]], Callable[..., Any]] | None = None
+# By an op's name, the variable that may close it in a thread, and whether it has a CUDA kernel, the short way to it.
+direct: Callable[[str, ContextVar[str], bool], Callable[..., Any]] | None = None
 deliver: Callable[..., Any] = declined  # (value, gradients, tensors): critic/deliver.py in C++
 program: Any = None  # the module whose loop runs the passes of a critic, and which reads autograd's graph
 extension_error: str | None = None
@@ -125,19 +125,22 @@ def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op
 def bind_directly(ops: Mapping[str, Op]) -> None:
     """Give each op with a C++ kernel its short way; from then on ``set_backend`` opens and closes it."""
     if direct is not None:
+        on_gpus = cuda_error is None
         _short_ways.extend(
-            (op, direct(f"gpkernels::{name}", _chosen)) for name, op in ops.items() if running_op(name, "cpu") == "cpu"
+            (op, direct(f"gpkernels::{name}", _chosen, on_gpus))
+            for name, op in ops.items()
+            if running_op(name, "cpu") == "cpu"
         )
     _open_short_ways()
 
 
 def _open_short_ways() -> None:
-    """They lead to the C++ kernels, so they are open where the process gives CPU tensors these.
+    """They lead to the C++ and CUDA kernels, so they are open where the process gives tensors these.
 
     A thread that chose another backend for itself finds them closed: they look at its choice themselves.
     """
     for op, way in _short_ways:
-        op.direct = way if _everywhere in ("auto", "cpu") else declined
+        op.direct = way if _everywhere == "auto" or (_everywhere == "cpu" and cuda_error is not None) else declined
 
 
 def _later(name: str) -> Callable[..., Any]:

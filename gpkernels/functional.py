@@ -479,7 +479,6 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
     c = check_nonnegative("c", c)
     tensors = [params] if isinstance(params, Tensor) else list(params)
     if not is_compiling() and ops.clip_weights_.direct(tensors, c) is not NotImplemented:
-        torch.autograd.graph.increment_version(tensors)
         return
     by_device: dict[torch.device, list[Tensor]] = {}
     for i, p in enumerate(tensors):

@@ -397,12 +397,25 @@ def by_row(x: Tensor, scale: Tensor, layout: Layout | None) -> Tensor:
 
 def total(parts: Sequence[Any]) -> Tensor:
     """The sum of gradients, products of matrices among them."""
-    dense = [p for p in parts if not isinstance(p, Lazy)]
-    whole: Tensor | None = None
-    for u in dense:
-        whole = u if whole is None else whole + u
-    for u in parts:
-        if isinstance(u, Lazy):
-            whole = u.value(whole)
-    assert whole is not None
-    return whole
+    return totals([parts])[0]
+
+
+def totals(all_parts: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """The sums of several lists of gradients; one call adds for all of them."""
+    dense = [[p for p in parts if not isinstance(p, Lazy)] for parts in all_parts]
+    sums: list[Any] = [parts[0] if parts else None for parts in dense]
+    for k in range(1, max(map(len, dense), default=0)):
+        at = [i for i, parts in enumerate(dense) if len(parts) > k]
+        if len(at) == 1:
+            sums[at[0]] = sums[at[0]] + dense[at[0]][k]
+            continue
+        added = torch._foreach_add([sums[i] for i in at], [dense[i][k] for i in at])
+        for i, whole in zip(at, added, strict=True):
+            sums[i] = whole
+    found = []
+    for whole, parts in zip(sums, all_parts, strict=True):
+        for p in parts:
+            if isinstance(p, Lazy):
+                whole = p.value(whole)
+        found.append(whole)
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpkernels import ops
 from gpkernels.critic.curved import CurvedPasses
 from gpkernels.critic.parts import Task
-from gpkernels.critic.passes import Passes, total
+from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import Outsider
 from gpkernels.critic.rules.base import Meta
@@ -219,15 +219,17 @@ def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
             parts[numbers[k]] += more
         for k, meta in one.plan.reached():
             blank[numbers[k]] = meta
+    given = [number for number, found in enumerate(parts) if found and number not in known.x]
+    sums = dict(zip(given, totals([parts[number] for number in given]), strict=True))
     gradients: list[Tensor | None] = []
-    for number, found in enumerate(parts):
-        if number in known.x or not (found or number in blank):
-            gradients.append(None)
-        elif found:
-            gradients.append(_lowered(total(found), known.scale))
-        else:
+    for number in range(known.count):
+        if number in sums:
+            gradients.append(_lowered(sums[number], known.scale))
+        elif number in blank and number not in known.x:
             zeros = blank[number]
             gradients.append(torch.zeros(zeros.shape, dtype=zeros.dtype, device=zeros.device))
+        else:
+            gradients.append(None)
     return gradients
 
 
