@@ -197,18 +197,17 @@ std::optional<bool> chosen(PyObject* choice, const char* kernels) {
   return name.get() == Py_None || (PyUnicode_Check(name.get()) && (is("auto") || is(kernels)));
 }
 
-// Of what was written to, as a kernel below autograd leaves them alone. written: the arguments.
-void bump_versions(const c10::FunctionSchema& schema, const torch::jit::Stack& written) {
-  for (size_t i = 0; i < written.size(); ++i) {
+// The arguments that an op writes to. A kernel may take them out of their lists.
+std::vector<at::Tensor> written(const c10::FunctionSchema& schema, const torch::jit::Stack& arguments) {
+  std::vector<at::Tensor> found;
+  for (size_t i = 0; i < arguments.size(); ++i) {
     const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
-    const bool in_list = alias && !alias->containedTypes().empty() && alias->containedTypes()[0].isWrite();
-    if (!alias || !(alias->isWrite() || in_list)) continue;
-    if (written[i].isTensor()) {
-      written[i].toTensor().unsafeGetTensorImpl()->bump_version();
-    } else if (written[i].isTensorList()) {
-      for (const at::Tensor& x : written[i].toTensorList()) x.unsafeGetTensorImpl()->bump_version();
-    }
+    if (!alias || !alias->isWrite()) continue;
+    if (arguments[i].isTensor()) found.push_back(arguments[i].toTensor());
+    if (arguments[i].isTensorList())
+      for (const at::Tensor& x : arguments[i].toTensorVector()) found.push_back(x);
   }
+  return found;
 }
 
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -226,7 +225,8 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     const std::optional<bool> open = chosen(target->choice, arguments.on_gpu() ? "cuda" : "cpu");
     if (!open) return nullptr;
     if (!*open) Py_RETURN_NOTIMPLEMENTED;
-    const torch::jit::Stack written = target->writes ? arguments.stack() : torch::jit::Stack();
+    std::vector<at::Tensor> changed;
+    if (target->writes) changed = written(target->op.schema(), arguments.stack());
     const std::optional<Receivers> to = delivers ? receivers(args[own], args[own + 1]) : std::nullopt;
     if (delivers && !to) Py_RETURN_NOTIMPLEMENTED;
     {
@@ -234,7 +234,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       const at::AutoDispatchBelowADInplaceOrView below;
       target->op.callBoxed(arguments.stack());
     }
-    bump_versions(target->op.schema(), written);
+    for (const at::Tensor& x : changed) x.unsafeGetTensorImpl()->bump_version();
     return to ? results_with_graph(arguments.stack(), *to) : results(arguments.stack());
   } catch (python_error& error) {  // Ctrl-C, say: nothing to try again
     error.restore();
