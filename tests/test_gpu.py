@@ -112,7 +112,10 @@ def test_two_streams_do_not_disturb_each_other(gpu_backend: str) -> None:
 
 
 def _norm(make: Callable[[int], nn.Module]) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 16), make(16), nn.LeakyReLU(0.2), nn.Linear(16, 16), make(16), nn.Linear(16, 1))
+    return nn.Sequential(
+        *(nn.Linear(6, 16), make(16), nn.LeakyReLU(0.2)),
+        *(nn.Linear(16, 16), make(16), nn.LeakyReLU(0.2), nn.Linear(16, 1)),
+    )
 
 
 CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -64,15 +64,16 @@ class CurvedPasses(Passes):
                     self.to_weights.setdefault(place, []).append(some.pop(place))
 
     def _given(self, i: int, adjoints: dict[str, Cotangents]) -> dict[str, list[Tensor | None]]:
-        """A call's cotangents by the rows that have them; plain and penalised ones become one."""
+        """A call's cotangents by the rows that have them; those of all rows become one."""
         found = {which: c for which, some in adjoints.items() if (c := self._taken(some, i)) is not None}
-        plain, penalised = found.get(PLAIN), found.get(PENALISED)
         layout = self.plan.layouts[i]  # type: ignore[index]
-        if plain is None or penalised is None or layout is None or ALL in found:
+        if len(found) < 2 or layout is None or len({tuple([u is None for u in c]) for c in found.values()}) > 1:
             return found
-        if [u is None for u in plain] != [u is None for u in penalised]:
-            return found
-        both = zip(plain, penalised, strict=True)
+        parts: dict[str, list[Tensor | None]] = {}
+        for which in (PLAIN, PENALISED):
+            rows = self._rows(i, found[ALL], which) if ALL in found else [None] * len(found[which])
+            parts[which] = list(map(_sum, rows, found.get(which) or [None] * len(rows)))
+        both = zip(parts[PLAIN], parts[PENALISED], strict=True)
         return {ALL: [None if u is None or v is None else torch.cat([u, v], layout.axis) for u, v in both]}
 
     def _bend_into_all(
@@ -104,3 +105,7 @@ class CurvedPasses(Passes):
                 base.add_(alone[place])
             else:
                 self._give(place, u, PENALISED, adjoints[PENALISED])
+
+
+def _sum(u: Tensor | None, v: Tensor | None) -> Tensor | None:
+    return v if u is None else u if v is None else u + v
