@@ -1,9 +1,11 @@
 """What critic steps and ops would have a GPU do, counted without one: launches, bytes, and the time that bytes take.
 
     .venv/bin/python bench/launches.py [--ops] [--csv FILE]
+    .venv/bin/python bench/launches.py --measured [--csv FILE]
 
 Counted on CPU tensors with the CUDA kernels emulated (tests/launches.py says how); the times are predicted from the
-memory bandwidth of each device alone, not measured: products, launches and caches are left out.
+memory bandwidth of each device alone, not measured: products, launches and caches are left out. With --measured the
+steps run on a GPU, and PyTorch's profiler counts what was launched there, at full size.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import gpkernels as gpk
 from gpkernels.bench.zoo import CASES, plain_loss
@@ -27,14 +31,16 @@ BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "MI300X": 5.3e12}  # bytes a sec
 COLUMNS = ("case", "launches", "eager_launches", "megabytes", "eager_megabytes", *(f"{d}_us" for d in BANDWIDTH))
 
 
-def steps() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+def steps(device: str = "cpu") -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     """A WGAN-GP step of each critic of the zoo, with backward: ours and plain PyTorch's."""
     cases = {name.partition(", N")[0]: case for name, case in CASES.items() if not case.field}
     for name, case in cases.items():
-        critic, shape = case.make(), case.shape
-        shape = (min(shape[0], 64), *shape[1:]) if len(shape) == 2 else (4, *shape[1:])
-        real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
-        loss = gpk.CriticLoss(critic)
+        critic, shape = case.make().to(device), case.shape
+        if device == "cpu":
+            shape = (min(shape[0], 64), *shape[1:]) if len(shape) == 2 else (4, *shape[1:])
+        real, fake = (torch.randn(shape, device=device) for _ in range(2))
+        eps = torch.rand(shape[0], device=device)
+        loss = gpk.CriticLoss(critic, together=True)  # as on a GPU, up to 256 MB of activations
         yield (
             f"{name}, N {shape[0]}",
             lambda loss=loss, x=(real, fake), eps=eps: loss(*x, eps=eps).loss.backward(),
@@ -81,20 +87,42 @@ def row(name: str, ours: Callable[[], Any], eager: Callable[[], Any]) -> list[An
     return [name, fused.total, plain.total, round(fused.bytes / 1e6, 2), round(plain.bytes / 1e6, 2), *times]
 
 
+def measured() -> Iterator[list[Any]]:
+    """Launches of a step on a GPU, ours and plain PyTorch's."""
+    for name, ours, eager in steps("cuda"):
+        counts = []
+        for call in (ours, eager):
+            for _ in range(4):
+                call()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                call()
+                torch.cuda.synchronize()
+            counts.append(sum(event.device_type == DeviceType.CUDA for event in seen.events()))
+        yield [name, *counts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", action="store_true", help="single ops in place of critic steps")
+    parser.add_argument("--measured", action="store_true", help="steps on the GPU that is there")
     parser.add_argument("--csv", type=Path, help="write the table there, too")
     options = parser.parse_args()
+    if options.measured and not torch.cuda.is_available():
+        parser.error("--measured: PyTorch sees no GPU")
     torch.manual_seed(0)
-    rows = [row(*case) for case in (ops() if options.ops else steps())]
-    print("predicted, not measured: time of our bytes at the memory bandwidth of " + ", ".join(BANDWIDTH))
-    print("  ".join([f"{COLUMNS[0]:<36}", *(f"{c:>15}" for c in COLUMNS[1:])]))
+    if options.measured:
+        columns, rows = ("case", "launches", "eager_launches"), list(measured())
+        print(f"launched on {torch.cuda.get_device_name()}")
+    else:
+        columns, rows = COLUMNS, [row(*case) for case in (ops() if options.ops else steps())]
+        print("predicted, not measured: time of our bytes at the memory bandwidth of " + ", ".join(BANDWIDTH))
+    print("  ".join([f"{columns[0]:<36}", *(f"{c:>15}" for c in columns[1:])]))
     for name, *numbers in rows:
         print("  ".join([f"{name:<36}", *(f"{n:>15}" for n in numbers)]))
     if options.csv:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 if __name__ == "__main__":
