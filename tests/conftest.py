@@ -33,3 +33,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with gpkernels.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["C++", "Python"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What runs the programs of critics, and holds their calls against what was watched."""
+    if request.param == "Python":
+        monkeypatch.setattr(backends, "program", None)
+    elif backends.program is None:
+        pytest.skip("the loop in C++ is not built")
+    return request.param

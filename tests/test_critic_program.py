@@ -27,15 +27,6 @@ def _anew() -> None:
     run.forget()
 
 
-@pytest.fixture(params=["C++", "Python"])
-def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs the programs."""
-    if request.param == "Python":
-        monkeypatch.setattr(backends, "program", None)
-    elif backends.program is None:
-        pytest.skip("the loop in C++ is not built")
-
-
 def programs() -> list[program.Program | None]:
     return [signature.program for signature in program.signatures._entries.values()]
 
@@ -47,7 +38,7 @@ def penalise(critic: Any, n: int = N) -> None:
     assert_exactly_as(gpk.gradient_penalty(critic, real, fake, eps=eps), plain_penalty(critic, points), critic)
 
 
-def test_a_signature_that_is_met_twice_has_a_program(loop: None) -> None:
+def test_a_signature_that_is_met_twice_has_a_program(loop: str) -> None:
     critic = mlp(WIDTH, 8, 1).double()
     for count in (0, 1, 1, 1):
         penalise(critic)
@@ -55,13 +46,13 @@ def test_a_signature_that_is_met_twice_has_a_program(loop: None) -> None:
         assert sum(p is not None for p in programs()) == count
 
 
-def test_critics_of_one_signature_share_a_program(loop: None) -> None:
+def test_critics_of_one_signature_share_a_program(loop: str) -> None:
     for _ in range(4):
         penalise(mlp(WIDTH, 8, 1).double())
     assert len(program.signatures) == 1
 
 
-def test_another_size_shape_or_frozen_weight_is_another_signature(loop: None) -> None:
+def test_another_size_shape_or_frozen_weight_is_another_signature(loop: str) -> None:
     critic = mlp(WIDTH, 8, 8, 1).double()
     penalise(critic)
     penalise(critic, N + 1)
@@ -74,7 +65,7 @@ def test_another_size_shape_or_frozen_weight_is_another_signature(loop: None) ->
     assert len(program.signatures) == 5
 
 
-def test_tied_weights_are_told_from_equal_ones(loop: None) -> None:
+def test_tied_weights_are_told_from_equal_ones(loop: str) -> None:
     critic = mlp(WIDTH, 8, 8, 8, 1, activation=nn.Tanh).double()
     for _ in range(3):
         penalise(critic)
@@ -83,7 +74,7 @@ def test_tied_weights_are_told_from_equal_ones(loop: None) -> None:
         penalise(critic)
 
 
-def test_only_the_latest_signatures_are_kept(loop: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_latest_signatures_are_kept(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program.signatures, "capacity", 3)
     critic = mlp(WIDTH, 8, 1).double()
     for n in (1, 2, 3, 4, 5, 4, 1, 1, 1, 2):
@@ -91,7 +82,7 @@ def test_only_the_latest_signatures_are_kept(loop: None, monkeypatch: pytest.Mon
         assert len(program.signatures) <= 3
 
 
-def test_programs_hold_no_tensors(loop: None) -> None:
+def test_programs_hold_no_tensors(loop: str) -> None:
     def used() -> list[weakref.ref[Any]]:
         critic = mlp(WIDTH, 8, 1).double()
         refs: list[weakref.ref[Any]] = [weakref.ref(critic), *(weakref.ref(p) for p in critic.parameters())]
@@ -108,7 +99,7 @@ def test_programs_hold_no_tensors(loop: None) -> None:
 
 
 @pytest.mark.parametrize("watcher", [PassesOps, PassesFunctions])
-def test_who_looks_on_sees_the_same_numbers(watcher: Any, loop: None) -> None:
+def test_who_looks_on_sees_the_same_numbers(watcher: Any, loop: str) -> None:
     critic = mlp(WIDTH, 8, 1).double()
     for watched in (False, True, False, False, True, False):
         real, fake, eps = batch(N, WIDTH)
@@ -156,7 +147,7 @@ class Changing(nn.Module):
         return self.top(Fickle.apply(h, self.scale.expand_as(h)).tanh())
 
 
-def test_a_call_outside_that_gives_something_else_is_seen(loop: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_outside_that_gives_something_else_is_seen(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     critic = Changing().double()
     loss = gpk.CriticLoss(critic, together=False)
     for gives in (True, True, True, False, False, False, True, True):
@@ -167,7 +158,7 @@ def test_a_call_outside_that_gives_something_else_is_seen(loop: None, monkeypatc
         assert_same(gradients(ours, critic), gradients(exact, critic))
 
 
-def test_threads_may_share_a_critic(loop: None) -> None:
+def test_threads_may_share_a_critic(loop: str) -> None:
     critic = mlp(WIDTH, 8, 8, 1).double()
     batches = [batch(N, WIDTH) for _ in range(4)]
     wanted = [gradients(plain_loss(critic, r, f, e), critic) for r, f, e in batches]
@@ -190,7 +181,7 @@ def test_threads_may_share_a_critic(loop: None) -> None:
     assert not errors
 
 
-def test_other_memory_layouts_and_dtypes_are_seen(loop: None) -> None:
+def test_other_memory_layouts_and_dtypes_are_seen(loop: str) -> None:
     critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(64, 1)).double()
     loss = gpk.CriticLoss(critic, objective="gan")
     for call in range(9):
@@ -203,3 +194,40 @@ def test_other_memory_layouts_and_dtypes_are_seen(loop: None) -> None:
         real, fake, eps = batch(N, 2, 6, 6, dtype=torch.float32)
         exact = plain_loss(critic, real, fake, eps, "gan")
         assert_exactly_as(loss(real, fake, eps=eps).loss, exact, critic, 1e-4)
+
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "one batch": (lambda: mlp(WIDTH, 8, 1), "wgan-gp"),
+    "a critic that bends": (lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1)), "wgan-gp"),
+    "apart": (lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)), "wgan-gp"),
+    "R1": (lambda: mlp(WIDTH, 8, 1), "r1"),
+    "no penalty": (lambda: mlp(WIDTH, 8, 1), "none"),
+}
+
+
+@pytest.mark.skipif(backends.program is None, reason="the loop in C++ is not built")
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_settled_step_is_one_call_of_cpp(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, penalty = STEPS[kind]
+    critic = make().double()
+    loss = gpk.CriticLoss(critic, penalty=penalty)
+    for settled in (False,) * 6 + (True,):
+        if settled:  # Python's way is gone
+
+            def gone(*_: Any, **__: Any) -> None:
+                raise AssertionError("not in C++")
+
+            monkeypatch.setattr("gpkernels.losses.critic_step", gone)
+            monkeypatch.setattr("gpkernels.critic.step.made", gone)
+        real, fake, eps = batch(N, WIDTH)
+        ours = loss(real, fake, eps=eps if penalty == "wgan-gp" else None).loss
+        exact = plain_loss(critic, real, fake, eps, penalty=penalty)
+        torch.testing.assert_close(ours, exact)
+        assert_same(gradients(ours, critic), gradients(exact, critic))
+    if penalty != "none":
+        points = plain_points(real, fake, eps, penalty)
+        for _ in range(3):
+            monkeypatch.undo()
+            gpk.r1_penalty(critic, points)
+        monkeypatch.setattr("gpkernels.critic.step.made", gone)
+        torch.testing.assert_close(gpk.r1_penalty(critic, points), plain_penalty(critic, points, 0.0))

@@ -14,6 +14,7 @@ import gpkernels as gpk
 from comparing import assert_exactly_as, batch
 from critics import plain_loss, plain_step
 
+pytestmark = pytest.mark.usefixtures("loop")
 N, WIDTH = 5, 6
 TABLE = torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(-1, 1)
 ROWS = torch.linspace(0, 1, N, dtype=torch.float64).reshape(N, 1)
