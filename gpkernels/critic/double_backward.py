@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from gpkernels.critic.graph import LEAF, rule_of
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule, Saved, Unfit
-from gpkernels.critic.rules.elementwise import Hardtanh, LeakyReLUInPlace, ReLU
+from gpkernels.critic.rules.piecewise import Hardtanh, LeakyReLUInPlace, ReLU
 
 
 class _Forward(Function):

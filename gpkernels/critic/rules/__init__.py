@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gpkernels.critic.rules import elementwise, normalisation, products, shapes
+from gpkernels.critic.rules import images, normalisation, pairs, piecewise, products, reductions, shapes, smooth
 from gpkernels.critic.rules.base import Rule
 
 RULES: dict[str, type[Rule]] = {
     name: rule
-    for family in (elementwise, products, shapes, normalisation)
+    for family in (piecewise, smooth, pairs, products, shapes, reductions, images, normalisation)
     for rule in family.RULES
     for name in rule.names
 }

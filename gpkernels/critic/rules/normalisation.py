@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gpkernels import ops
 from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
-from gpkernels.critic.rules.shapes import Along, Sum
+from gpkernels.critic.rules.reductions import Sum
+from gpkernels.critic.rules.shapes import Along
 
 aten = torch.ops.aten
 

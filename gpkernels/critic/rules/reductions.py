@@ -1,0 +1,196 @@
+"""Sums, means and largest ones, and entries that are picked by indices."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkernels.critic.rules.base import Layout, Layouts, Rule, Saved, Shapes, Tensors, Wanted
+from gpkernels.critic.rules.shapes import Along
+
+aten = torch.ops.aten
+
+
+class Index(Rule):
+    names = ("IndexBackward0",)
+    saved, origins = ("indices",), ()
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        x, cotangent = self.inputs[0], c[0]
+        assert x is not None
+        assert cotangent is not None
+        zeros = cotangent.new_zeros(x.shape)
+        return (aten._index_put_impl_(zeros, list(s), cotangent, True, True),)
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        return (aten.index(t[0], list(s)),)
+
+
+class Gather(Along):
+    names = ("GatherBackward0",)
+    saved, origins, constants = ("index",), (-1,), ("dim",)
+
+    def set_up(self, dim: int) -> None:
+        self.dim = self.axis(dim)
+
+    def axes(self) -> set[int]:
+        return {self.dim} | {i for i, (a, b) in enumerate(zip(self.shape, self.after, strict=True)) if a != b}
+
+    def back(self, c: Tensor, *s: Any) -> Tensor:
+        return c.new_zeros(self.shape).scatter_add_(self.dim, s[0], c)
+
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
+        return t.gather(self.dim, s[0])
+
+
+class IndexSelect(Along):
+    names = ("IndexSelectBackward0",)
+    saved, origins, constants = ("index",), (0,), ("dim",)
+
+    def set_up(self, dim: int) -> None:
+        self.dim = self.axis(dim)
+
+    def axes(self) -> set[int]:
+        return {self.dim}
+
+    def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
+        return [None]
+
+    def back(self, c: Tensor, *s: Any) -> Tensor:
+        return c.new_zeros(self.shape).index_add_(self.dim, s[0], c)
+
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
+        return t.index_select(self.dim, s[0])
+
+
+class Embedding(Rule):
+    """Of a trained table: nothing else moves."""
+
+    names = ("EmbeddingBackward0",)
+    saved, origins = ("indices",), (-1,)
+    constants = ("padding_idx", "scale_grad_by_freq", "sparse", "weight_sym_argsize_0")
+
+    def set_up(self, padding: int, by_frequency: bool, sparse: bool, entries: int) -> None:
+        self.padding, self.by_frequency, self.sparse, self.entries = padding, by_frequency, sparse, entries
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        options = (self.entries, self.padding, self.by_frequency, self.sparse)
+        return (aten.embedding_backward(c[0], s[0], *options),)
+
+
+class Sum(Along):
+    names = ("SumBackward1",)
+    constants = ("dim", "keepdim")
+
+    def set_up(self, dim: Any = None, keepdim: bool = False) -> None:
+        dims = (dim,) if isinstance(dim, int) else dim or range(len(self.shape))
+        self.dims, self.keepdim = sorted(self.axis(d) for d in dims), keepdim
+        self.count = prod(self.shape[d] for d in self.dims)
+
+    def axes(self) -> set[int]:
+        return set(self.dims)
+
+    def back(self, c: Tensor, *s: Any) -> Tensor:
+        return self._kept(c).expand(self.shape)
+
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
+        return t.sum(self.dims, self.keepdim) if self.dims else t
+
+    def _kept(self, c: Tensor) -> Tensor:
+        """With the axes that were summed away."""
+        return c if self.keepdim else c.reshape([1 if d in self.dims else n for d, n in enumerate(self.shape)])
+
+    def layout(self, layouts: Layouts) -> Layout | None:
+        at = super().layout(layouts)
+        if at is None or self.keepdim:
+            return at
+        return Layout(at.axis - sum(d < at.axis for d in self.dims), at.block)
+
+
+class SumAll(Sum):
+    names = ("SumBackward0",)
+    constants = ()
+
+
+class Mean(Sum):
+    names = ("MeanBackward1",)
+
+    def back(self, c: Tensor, *s: Any) -> Tensor:
+        return (self._kept(c) / self.count).expand(self.shape)
+
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
+        return t.mean(self.dims, self.keepdim) if self.dims else t
+
+
+class MeanAll(Mean):
+    names = ("MeanBackward0",)
+    constants = ()
+
+
+class MaxAlong(Along):
+    names = ("MaxBackward0", "MinBackward0")
+    saved, origins, constants = ("indices",), (-1,), ("dim", "keepdim")
+
+    def set_up(self, dim: int, keepdim: bool) -> None:
+        self.dim, self.keepdim = self.axis(dim), keepdim
+
+    def axes(self) -> set[int]:
+        return {self.dim}
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        cotangent, places = self._kept(c[0]), self._kept(s[0])  # type: ignore[arg-type]
+        return (cotangent.new_zeros(self.shape).scatter_(self.dim, places, cotangent),)
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        (tangent,) = t
+        assert tangent is not None
+        picked = tangent.gather(self.dim, self._kept(s[0]))
+        return picked if self.keepdim else picked.squeeze(self.dim), None
+
+    def _kept(self, x: Tensor) -> Tensor:
+        return x if self.keepdim else x.unsqueeze(self.dim)
+
+    def layout(self, layouts: Layouts) -> Layout | None:
+        at = super().layout(layouts)
+        return at if at is None or self.keepdim or at.axis < self.dim else Layout(at.axis - 1, at.block)
+
+
+class Amax(Sum):
+    """Where several are the largest, they share alike."""
+
+    names = ("AmaxBackward0", "AminBackward0")
+    saved, origins, constants = ("self", "result"), (0, -1), ("dim", "keepdim")
+
+    def back(self, c: Tensor, *s: Any) -> Tensor:
+        winners = self._winners(*s)
+        return winners * self._kept(c)
+
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
+        return (self._winners(*s) * t).sum(self.dims, self.keepdim)
+
+    def _winners(self, x: Tensor, y: Tensor) -> Tensor:
+        winners = (x == self._kept(y)).to(x.dtype)
+        return winners / winners.sum(self.dims, True)
+
+
+class MaxAll(Amax):
+    names = ("MaxBackward1", "MinBackward1")
+    constants = ()
+
+
+RULES: tuple[type[Rule], ...] = (
+    Index,
+    Gather,
+    IndexSelect,
+    Embedding,
+    Sum,
+    SumAll,
+    Mean,
+    MeanAll,
+    MaxAlong,
+    Amax,
+    MaxAll,
+)
