@@ -9,7 +9,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "direct.h"
 
@@ -79,8 +81,7 @@ const at::Tensor* tensor(PyObject* x) {
   return &found;
 }
 
-}  // namespace
-
+// A list's tensors; none where not all of them are so.
 std::optional<std::vector<at::Tensor>> plain_tensors(PyObject* list) {
   if (!PyList_CheckExact(list)) return std::nullopt;
   std::vector<at::Tensor> found;
@@ -92,6 +93,8 @@ std::optional<std::vector<at::Tensor>> plain_tensors(PyObject* list) {
   }
   return found;
 }
+
+}  // namespace
 
 at::Tensor delivered(const at::Tensor& value, std::vector<at::Tensor> gradients, at::TensorList tensors) {
   return Deliver::apply(std::vector<at::Tensor>{value}, std::move(gradients), tensors);

@@ -1,6 +1,6 @@
 // Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense tensors that nothing
-// watches. Kernels at autograd's keys are passed over: there is no graph, or it is made here of gradients that
-// the op gives. It is built against one version of PyTorch, on its C++ interface for Python.
+// watches. Kernels at autograd's keys are passed over, as there is no graph. It is built against one version of
+// PyTorch, on its C++ interface for Python.
 #include "direct.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -14,7 +14,7 @@
 
 namespace {
 
-enum class Kind { kTensor, kMaybeTensor, kTensors, kFloat, kMaybeFloat, kFloats, kInt, kInts, kBool };
+enum class Kind { kTensor, kMaybeTensor, kTensors, kFloat, kMaybeFloat, kInt, kInts, kBool };
 
 std::optional<Kind> kind_of(const c10::Type& type) {
   using c10::TypeKind;
@@ -22,7 +22,7 @@ std::optional<Kind> kind_of(const c10::Type& type) {
   const c10::Type& inner = list || maybe ? *type.containedType(0) : type;
   switch (inner.kind()) {
     case TypeKind::TensorType: return list ? Kind::kTensors : maybe ? Kind::kMaybeTensor : Kind::kTensor;
-    case TypeKind::FloatType: return list ? Kind::kFloats : maybe ? Kind::kMaybeFloat : Kind::kFloat;
+    case TypeKind::FloatType: return list ? std::nullopt : std::optional(maybe ? Kind::kMaybeFloat : Kind::kFloat);
     case TypeKind::IntType: return list ? std::optional(Kind::kInts) : maybe ? std::nullopt : std::optional(Kind::kInt);
     case TypeKind::BoolType: return list || maybe ? std::nullopt : std::optional(Kind::kBool);
     default: return std::nullopt;
@@ -56,10 +56,6 @@ class Arguments {
       case Kind::kTensors: return add_list<at::Tensor>(x, [this](PyObject* item) { return tensor(item); });
       case Kind::kFloat: return PyFloat_CheckExact(x) && put(PyFloat_AS_DOUBLE(x));
       case Kind::kMaybeFloat: return x == Py_None ? put(c10::IValue()) : add(Kind::kFloat, x);
-      case Kind::kFloats:
-        return add_list<double>(x, [](PyObject* item) -> std::optional<double> {
-          return PyFloat_CheckExact(item) ? std::optional(PyFloat_AS_DOUBLE(item)) : std::nullopt;
-        });
       case Kind::kInt: {
         const std::optional<int64_t> value = integer(x);
         return value && put(*value);
@@ -146,44 +142,13 @@ PyObject* results(torch::jit::Stack& stack) {
   return stack.size() == 1 ? wrapped(stack[0]) : tuple_of(stack);
 }
 
-// Tensors, and which of an op's gradients is whose.
-struct Receivers {
-  std::vector<at::Tensor> tensors;
-  std::vector<size_t> places;
-};
-
-std::optional<Receivers> receivers(PyObject* list, PyObject* places) {
-  std::optional<std::vector<at::Tensor>> tensors = plain_tensors(list);
-  if (!tensors || !PyList_CheckExact(places) || PyList_GET_SIZE(places) != Py_ssize_t(tensors->size()))
-    return std::nullopt;
-  Receivers found{*std::move(tensors), {}};
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(places); ++i) {
-    const std::optional<int64_t> place = integer(PyList_GET_ITEM(places, i));
-    if (!place || *place < 0) return std::nullopt;
-    found.places.push_back(size_t(*place));
-  }
-  return found;
-}
-
-// Of an op that gives values and gradients of their first: the values, one by one, with a graph for that one.
-PyObject* results_with_graph(const torch::jit::Stack& stack, const Receivers& to) {
-  const c10::List<at::Tensor> all = stack.at(1).toTensorList();
-  std::vector<at::Tensor> gradients;
-  for (const size_t place : to.places) gradients.push_back(all.get(place));
-  torch::jit::Stack values;
-  for (at::Tensor& value : stack.at(0).toTensor().unbind()) values.emplace_back(std::move(value));
-  values.at(0) = delivered(values.at(0).toTensor(), gradients, to.tensors);
-  return tuple_of(values);
-}
-
 // An op that is called directly, and what it takes.
 struct Target {
   c10::OperatorHandle op;
   std::vector<Kind> kinds;
-  bool writes;          // into its arguments, which takes no part in a graph
-  bool on_gpus;         // whether there is a kernel of ours
-  bool differentiates;  // gives values and gradients
-  PyObject* choice;     // a ContextVar: the name of the backend that a thread chose for itself, if it did
+  bool writes;       // into its arguments, which takes no part in a graph
+  bool on_gpus;      // whether there is a kernel of ours
+  PyObject* choice;  // a ContextVar: the name of the backend that a thread chose for itself, if it did
 };
 
 const char* const kTarget = "gpkernels.target";
@@ -213,13 +178,10 @@ std::vector<at::Tensor> written(const c10::FunctionSchema& schema, const torch::
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const auto* target = static_cast<const Target*>(PyCapsule_GetPointer(self, kTarget));
   if (!target) return nullptr;
-  const size_t own = target->kinds.size();
-  const bool delivers = target->differentiates && size_t(count) == own + 2;
-  if ((size_t(count) != own && !delivers) || watched()) Py_RETURN_NOTIMPLEMENTED;
-  if (delivers && !at::GradMode::is_enabled()) Py_RETURN_NOTIMPLEMENTED;
+  if (size_t(count) != target->kinds.size() || watched()) Py_RETURN_NOTIMPLEMENTED;
   try {
-    Arguments arguments(own, !delivers && !target->writes && at::GradMode::is_enabled());
-    for (size_t i = 0; i < own; ++i)
+    Arguments arguments(target->kinds.size(), !target->writes && at::GradMode::is_enabled());
+    for (size_t i = 0; i < target->kinds.size(); ++i)
       if (!arguments.add(target->kinds[i], args[i])) Py_RETURN_NOTIMPLEMENTED;
     if (arguments.on_gpu() && !target->on_gpus) Py_RETURN_NOTIMPLEMENTED;
     const std::optional<bool> open = chosen(target->choice, arguments.on_gpu() ? "cuda" : "cpu");
@@ -227,15 +189,13 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!*open) Py_RETURN_NOTIMPLEMENTED;
     std::vector<at::Tensor> changed;
     if (target->writes) changed = written(target->op.schema(), arguments.stack());
-    const std::optional<Receivers> to = delivers ? receivers(args[own], args[own + 1]) : std::nullopt;
-    if (delivers && !to) Py_RETURN_NOTIMPLEMENTED;
     {
       const pybind11::gil_scoped_release released;
       const at::AutoDispatchBelowADInplaceOrView below;
       target->op.callBoxed(arguments.stack());
     }
     for (const at::Tensor& x : changed) x.unsafeGetTensorImpl()->bump_version();
-    return to ? results_with_graph(arguments.stack(), *to) : results(arguments.stack());
+    return results(arguments.stack());
   } catch (python_error& error) {  // Ctrl-C, say: nothing to try again
     error.restore();
     return nullptr;
@@ -268,13 +228,9 @@ PyObject* direct(PyObject*, PyObject* args) {
     if (!kind) return PyErr_Format(PyExc_ValueError, "name: %s takes what cannot be given directly", text);
     kinds.push_back(*kind);
   }
-  const std::vector<c10::Argument>& returns = op->schema().returns();
-  const bool differentiates = returns.size() == 2 && kind_of(*returns[0].real_type()) == Kind::kTensor &&
-                              kind_of(*returns[1].real_type()) == Kind::kTensors;
   Py_INCREF(choice);
-  PyObject* target =
-      PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), on_gpus != 0, differentiates, choice},
-                    kTarget, &forget);
+  PyObject* target = PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), on_gpus != 0, choice},
+                                   kTarget, &forget);
   PyObject* bound = target ? PyCFunction_New(&method, target) : nullptr;
   Py_XDECREF(target);
   return bound;
@@ -283,12 +239,8 @@ PyObject* direct(PyObject*, PyObject* args) {
 PyMethodDef kMethods[] = {
     {"direct", &direct, METH_VARARGS,
      "direct(name, choice, on_gpus=False) -> a callable that gives what the op gives, or NotImplemented where the op "
-     "has to be "
-     "called in another way: something looks on, the arguments are not all plain, the op raises, or the ContextVar "
-     "holds "
-     "a backend other than 'auto' and that of the kernels. Given tensors and places after the arguments of an op of "
-     "values and "
-     "gradients, it gives the values, the first of which has the gradient at each place for the tensor there."},
+     "has to be called in another way: something looks on, the arguments are not all plain, the op raises, or the "
+     "ContextVar holds a backend other than 'auto' and that of the kernels."},
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
      "something looks on or the tensors are not all plain."},

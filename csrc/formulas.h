@@ -228,19 +228,6 @@ GPK_HD Curvature<A> normalise_curvature(A nt, A nd, A td, A t, A d, A r, bool ce
   return {scale * (A(3) * nt * nd - a), -scale * nd, -scale * nt, constant};
 }
 
-// --- activations ------------------------------------------------------------------------------------------------
-
-template <typename A>
-GPK_HD A leaky_relu(A x, A slope) {
-  return x > A(0) ? x : slope * x;
-}
-
-// x times its derivative, which is told from the sign of its output y.
-template <typename A>
-GPK_HD A leaky_pull(A x, A y, A slope) {
-  return y > A(0) ? x : slope * x;
-}
-
 // --- weights ----------------------------------------------------------------------------------------------------
 
 // NaN stays NaN, as in torch.clamp; a minimum, then a maximum, as vector instructions have them.

@@ -113,13 +113,11 @@ def takes_triton(device_type: str) -> bool:
 
 
 def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op]) -> None:
-    """What is not in the CUDA library: Triton kernels where "auto" takes them, imported when one is first called."""
+    """Triton kernels where "auto" takes them, imported when one is first called."""
     for device in GPUS:
         if takes_triton(device):
             for name in ops:
                 library.impl(name, _later(name), device.upper())
-        elif running(device) != "reference":
-            library.impl("mlp_critic_step", composed_step, device.upper())
 
 
 def bind_directly(ops: Mapping[str, Op]) -> None:
@@ -145,13 +143,6 @@ def _open_short_ways() -> None:
 
 def _later(name: str) -> Callable[..., Any]:
     return lambda *args: triton_kernels()[name](*args)
-
-
-def composed_step(*args: Any) -> Any:
-    """``mlp_critic_step`` of a backend that has its pieces alone."""
-    from gpkernels.composed import mlp_critic_step  # which calls the ops that this module serves
-
-    return mlp_critic_step(*args)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------

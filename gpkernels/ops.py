@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gpkernels import backends, reference
-from gpkernels.reference import REDUCTIONS, accumulation_dtype, check_kind, check_kinds
+from gpkernels.reference import REDUCTIONS, accumulation_dtype, check_kinds
 
 _LIBRARY = torch.library.Library("gpkernels", "DEF")
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -30,9 +30,7 @@ class Op:
     """One schema: callable, and the place where the implementation that runs is chosen.
 
     direct: gives what the op gives for dense CPU tensors that nothing watches, checked by the kernel alone, and
-    NotImplemented where the op has to be called in another way. An op that gives values and gradients of their first
-    takes tensors and their places among these as well: it gives the values, the first with a graph. ``torch.compile``
-    cannot trace it.
+    NotImplemented where the op has to be called in another way. ``torch.compile`` cannot trace it.
     check: raises for codes that name nothing, which kernels would take for one that they know; it is asked before any
     backend, but not before ``direct``.
     """
@@ -186,14 +184,6 @@ def _check_reduction_code(grad: Tensor, target: float, one_sided: bool, reductio
     if reduction not in _REDUCTION_CODES:
         wanted = ", ".join(f"{code} ({called})" for called, code in REDUCTIONS.items())
         raise ValueError(f"reduction: expected {wanted}, got {reduction!r}")
-
-
-def _check_scored(real: int, fake: int, real_kind: int, fake_kind: int) -> None:
-    """A kind for each group that is scored."""
-    if real >= 0:
-        check_kind("real_kind", real_kind)
-    if fake >= 0:
-        check_kind("fake_kind", fake_kind)
 
 
 def check_eps(eps: Tensor, like: Tensor) -> None:
@@ -397,63 +387,6 @@ mean_pool_backward = Op(
     "mean_pool_backward(Tensor cotangent, int h, int w) -> Tensor",
     lambda c, h, w: reference.mean_pool_backward(c, h, w).contiguous(memory_format=memory_format(c)),
     lambda cotangent, h, w: _resized(cotangent, cotangent.shape[-2] * h, cotangent.shape[-1] * w),
-)
-
-# --- a whole critic step of an MLP ------------------------------------------------------------------------------------
-
-
-def _mlp_critic_step_fake(
-    plain: Sequence[Tensor], points: Sequence[Tensor], weights: Sequence[Tensor], *options: Any
-) -> tuple[Tensor, list[Tensor]]:
-    gradients = [x for w in weights for x in (w.new_empty(w.shape), w.new_empty(w.shape[0]))]
-    return weights[0].new_empty(4), gradients if options[-1] else []
-
-
-mlp_critic_step = Op(
-    "mlp_critic_step(Tensor[] plain, Tensor[] points, Tensor[] weights, Tensor[] biases, float[] slopes, int real,"
-    " int fake, int real_kind, int fake_kind, float weight, float target, bool one_sided, bool gradients)"
-    " -> (Tensor, Tensor[])",
-    reference.mlp_critic_step,
-    _mlp_critic_step_fake,
-    lambda plain, points, weights, biases, slopes, *options: _check_scored(*options[:4]),
-)
-
-# What lies between the products of that step. It is one op on CPUs; on GPUs ``composed`` makes it of these.
-critic_batch = Op(
-    "critic_batch(Tensor[] plain, Tensor[] points) -> Tensor",
-    reference.critic_batch,
-    lambda plain, points: (x := [*plain, *points][0]).new_empty((len(plain) + bool(points)) * x.shape[0], x.shape[1]),
-)
-bias_activation_ = Op(
-    "bias_activation_(Tensor(a!) y, Tensor bias, float slope) -> ()",
-    reference.bias_activation_,
-    lambda y, bias, slope: None,
-)
-score_seeds = Op(
-    "score_seeds(Tensor scores, Tensor bias, int n, int real, int fake, int real_kind, int fake_kind, int plain)"
-    " -> (Tensor, Tensor, Tensor)",
-    reference.score_seeds,
-    lambda scores, bias, n, real, fake, real_kind, fake_kind, plain: (
-        scores.new_empty(4),
-        scores.new_empty(scores.shape),
-        scores.new_empty(n if n * max(real, fake) >= plain else 0),
-    ),
-    lambda scores, bias, n, real, fake, real_kind, fake_kind, plain: _check_scored(real, fake, real_kind, fake_kind),
-)
-masked_outer = Op(
-    "masked_outer(Tensor seeds, Tensor w, Tensor y, float slope) -> Tensor",
-    reference.masked_outer,
-    lambda seeds, w, y, slope: y.new_empty(y.shape),
-)
-penalty_direction_ = Op(
-    "penalty_direction_(Tensor(a!) gradient, Tensor(b!) parts, float weight, float target, bool one_sided) -> ()",
-    reference.penalty_direction_,
-    lambda gradient, parts, weight, target, one_sided: None,
-)
-column_sums = Op(
-    "column_sums(Tensor[] matrices, int plain, Tensor scale) -> Tensor[]",
-    reference.column_sums,
-    lambda matrices, plain, scale: [x.new_empty(x.shape[1]) for x in matrices],
 )
 
 ALL: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}

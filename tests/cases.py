@@ -48,48 +48,6 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (torch.randn(1, 4, 9).half(), 1, 3),
         ],
         "mean_pool_backward": [(torch.randn(2, 3, 3, 4), 2, 2), (torch.randn(5, 2, 3).bfloat16(), 3, 1)],
-        "mlp_critic_step": [
-            (plain, points, [torch.randn(4, 5), torch.randn(1, 4)], [torch.randn(4), torch.empty(0)], [0.2], *options)
-            for plain, points, *options in (
-                ([x], [y], 0, 1, 1, 0, 10.0, 1.0, False, True),
-                ([x, y], [], 0, 1, 3, 2, 0.0, 0.0, False, False),
-                ([x, y], [x, y, c3], 0, 1, 3, 2, 1.0, 1.0, True, True),
-                ([], [x, y, key], -1, -1, 0, 0, 1.0, 1.0, False, True),
-            )
-        ],
-        "critic_batch": [
-            ([x, y], [x, y, c3]),
-            ([], [x, y, key]),
-            ([torch.randn(40, 2), torch.randn(40, 2)], [torch.randn(40, 2)]),
-            ([torch.randn(3, 64)], []),
-        ],
-        "bias_activation_": [
-            (torch.randn(3, 5), torch.randn(5), 0.2),
-            (torch.randn(70, 64), torch.randn(64), 0.0),
-            (torch.randn(3, 4), torch.empty(0), 0.1),
-        ],
-        "score_seeds": [
-            (torch.randn(9, 1), torch.randn(1), 3, 0, 1, 1, 0, 6),
-            (torch.randn(900, 2), torch.empty(0), 300, 0, 1, 3, 2, 900),
-            (torch.randn(6, 1), torch.randn(1), 3, 1, 0, 3, 2, 3),
-            (torch.randn(5, 3), torch.randn(3), 5, -1, -1, 0, 0, 0),
-        ],
-        "masked_outer": [
-            (torch.randn(3, 1), torch.randn(1, 5), torch.randn(3, 5), 0.2),
-            (torch.randn(70, 1), torch.randn(1, 64), torch.randn(70, 64).relu(), 0.0),
-        ],
-        "penalty_direction_": [
-            (torch.randn(3, 5), torch.randn(4), 10.0, 1.0, False),
-            (torch.randn(300, 2), torch.randn(4), 0.1, 1.0, True),
-            (torch.randn(5, 600), torch.randn(4), 2.0, 0.0, False),
-            (torch.randn(2, 9000), torch.randn(4), 2.0, 1.0, False),
-        ],
-        "column_sums": [
-            ([torch.randn(9, 5), torch.randn(9, 1)], 6, torch.empty(0)),
-            ([torch.randn(9, 5), torch.randn(9, 64)], 4, torch.rand(5)),
-            ([torch.randn(700, 40)], 0, torch.rand(700)),
-            ([torch.randn(5, 3)], 0, torch.empty(0)),
-        ],
         "clip_weights_": [(weights, 0.1)],
         "rmsprop_": [
             (weights, like, [w.clone() for w in like], [], [], *hyper, 0.0, False, None),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gpkernels import backends, ops
+from gpkernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -96,9 +96,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 @cache
 def kernels(library: Path) -> dict[str, Any]:
     """The emulated kernels by raw op name."""
-    defined = {name: op.define_in(_library) for name, op in ops.ALL.items() if name != "mlp_critic_step"}
+    defined = {name: op.define_in(_library) for name, op in ops.ALL.items()}
     torch.ops.load_library(str(library))
-    return {**defined, "mlp_critic_step": backends.composed_step}
+    return defined
 
 
 def launches(library: Path) -> int:

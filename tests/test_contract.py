@@ -279,7 +279,6 @@ BAD = {
 
 ONE = torch.ones(())
 KINDS = r"expected 0 \(identity\), 1 \(negative\), .*4 \(negative_softplus\), got "
-LAYER = ([torch.ones(1, 2)], [torch.zeros(1)], [])
 BAD_CODES = {
     "a loss of a kind above all": (lambda: ops.score_loss([SCORE], [7]), rf"kinds: {KINDS}7"),
     "a loss of the kind after the last": (lambda: ops.score_loss([SCORE], [5]), rf"kinds: {KINDS}5"),
@@ -294,14 +293,6 @@ BAD_CODES = {
     "a penalty of a foreign reduction": (
         lambda: ops.gradient_norm_penalty(FLAT, 1.0, False, 7),
         r"reduction: expected 0 \(none\), 1 \(mean\), 2 \(sum\), got 7",
-    ),
-    "a step of a foreign kind for real rows": (
-        lambda: ops.mlp_critic_step([FLAT], [], *LAYER, 0, -1, 7, 0, 1.0, 1.0, False, True),
-        f"real_kind: {KINDS}7",
-    ),
-    "a step of a foreign kind for fake rows": (
-        lambda: ops.mlp_critic_step([FLAT], [], *LAYER, -1, 0, 0, 5, 1.0, 1.0, False, True),
-        f"fake_kind: {KINDS}5",
     ),
 }
 

@@ -32,14 +32,11 @@ RUNTIMES = {"plain": (), "sanitized": ("libasan.so", "libubsan.so"), "raced": ("
 # Whose blocks or warps share sums. One process cannot have so many threads as all kernels' grids.
 SHARING = (
     "affine_gradients",
-    "column_sums",
     "consistency_term",
     "gradient_norm_penalty",
     "lipschitz_consistency",
     "normalise_curvature",
-    "penalty_direction_",
     "score_loss",
-    "score_seeds",
 )
 
 
@@ -88,7 +85,7 @@ def test_no_two_threads_race() -> None:
 LAUNCHES = {"consistency_backward": 2, "score_loss_backward": 2}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in ops.ALL if name != "mlp_critic_step"))
+@pytest.mark.parametrize("name", sorted(ops.ALL))
 def test_an_op_is_one_launch(name: str) -> None:
     library = emulated.build()
     kernel = emulated.kernels(library)[name]
@@ -118,7 +115,6 @@ def _traffic() -> dict[str, float]:
 
 STREAMING = (
     "clip_weights_",
-    "column_sums",
     "consistency_backward",
     "consistency_term",
     "gradient_norm_penalty",

@@ -18,7 +18,7 @@ from torch.profiler import profile
 import gpkernels as gpk
 from comparing import batch
 from critics import mlp
-from gpkernels import backends, ops
+from gpkernels import backends
 from gpkernels.critic.deliver import deliver
 from watchers import PassesFunctions, PassesOps
 
@@ -30,7 +30,6 @@ WAYS = ["the node in Python", pytest.param("the node in C++", marks=needs_cpp)]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "the node in Python":
         monkeypatch.setattr(backends, "deliver", backends.declined)
-        monkeypatch.setattr(ops.mlp_critic_step, "direct", backends.declined)
     name: str = request.param
     return name
 
@@ -206,30 +205,6 @@ def test_the_node_in_cpp_is_not_for_odd_tensors(odd: str) -> None:
         assert backends.deliver(*given[odd]) is NotImplemented
 
 
-def step_arguments() -> tuple[list[Any], list[nn.Parameter], list[int]]:
-    """A whole critic step, its weights, and where their gradients are; the last layer has no bias."""
-    weights = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(1, 4))]
-    bias = nn.Parameter(torch.randn(4))
-    x, y, eps = torch.randn(5, 3), torch.randn(5, 3), torch.rand(5)
-    biases = [bias, torch.empty(0)]
-    arguments = [[x, y], [x, y, eps], weights, biases, [0.2], 0, 1, 1, 0, 10.0, 1.0, False, True]
-    return arguments, [weights[0], bias, weights[1]], [0, 1, 2]
-
-
-@needs_cpp
-@pytest.mark.parametrize("scale", [1.0, -0.5])
-def test_an_op_that_knows_its_gradients_delivers_them_at_once(scale: float) -> None:
-    arguments, tensors, places = step_arguments()
-    values = ops.mlp_critic_step.direct(*arguments, tensors, places)
-    with torch.no_grad():
-        expected, gradients = ops.mlp_critic_step(*arguments)
-    assert torch.equal(torch.stack(values), expected)
-    assert [value.requires_grad for value in values] == [True, False, False, False]
-    (values[0] * scale).backward()
-    for tensor, place in zip(tensors, places, strict=True):
-        assert torch.equal(gradient_of(tensor), scale * gradients[place])
-
-
 def test_gradients_are_handed_over_without_a_copy(way: str) -> None:
     critic = mlp(6, 8, 1)
     real, fake, eps = batch(5, 6, dtype=torch.float32)
@@ -239,31 +214,3 @@ def test_gradients_are_handed_over_without_a_copy(way: str) -> None:
     names = {event.name for event in seen.events()}
     assert "aten::detach" in names  # what autograd does to a gradient that it takes as it is
     assert not names & {"aten::clone", "aten::copy_", "aten::mul", "aten::_foreach_mul", "aten::_foreach_mul_"}
-
-
-@needs_cpp
-def test_an_op_delivers_nothing_where_there_is_no_graph() -> None:
-    arguments, tensors, places = step_arguments()
-    with torch.no_grad():
-        assert ops.mlp_critic_step.direct(*arguments, tensors, places) is NotImplemented
-    with PassesOps():
-        assert ops.mlp_critic_step.direct(*arguments, tensors, places) is NotImplemented
-
-
-@needs_cpp
-def test_an_op_delivers_nothing_to_odd_places() -> None:
-    arguments, tensors, places = step_arguments()
-    for given in ([0, 1, 4], [0, 1, -1], [0, 1, 2.0], [0, 1], (0, 1, 2), [0, 1, 2**64], None):
-        assert ops.mlp_critic_step.direct(*arguments, tensors, given) is NotImplemented
-    for others in ([tensors[0].detach().as_subclass(Own), *tensors[1:]], tuple(tensors), [*tensors[:2], None]):
-        assert ops.mlp_critic_step.direct(*arguments, others, places) is NotImplemented
-    assert ops.mlp_critic_step.direct(*arguments, [], [])[0].requires_grad is False
-
-
-@needs_cpp
-def test_an_op_without_gradients_takes_no_more_than_its_own_arguments() -> None:
-    x, y, eps = batch(5, 6, dtype=torch.float32)
-    weight = torch.ones(5)
-    assert ops.interpolate.direct(x, y, eps, [x.clone().requires_grad_()], [0]) is NotImplemented
-    assert ops.clip_weights_.direct([weight], 0.5, [weight.clone().requires_grad_()], [0]) is NotImplemented
-    assert weight.eq(1).all()

@@ -144,6 +144,12 @@ def test_it_declines(kind: str) -> None:
     assert ops.interpolate.direct(*ODD[kind]()) is NotImplemented
 
 
+def test_it_declines_more_than_the_ops_own_arguments_before_it_writes() -> None:
+    weight = torch.ones(5)
+    assert ops.clip_weights_.direct([weight], 0.5, [weight.clone().requires_grad_()], [0]) is NotImplemented
+    assert weight.eq(1).all()
+
+
 def test_it_declines_a_tensor_with_a_tangent() -> None:
     x, y, eps = three()
     with forward_ad.dual_level():

@@ -19,13 +19,10 @@ TABLE = ROOT / "gpkernels" / "triton_kernels.csv"
 COLUMNS = ("call", "kernel", "dtype", "target", "registers", "spills", "shared", "widest_load")
 VERSION = "3.9.0"  # of the Triton that the table was made with
 HALVES = (("sm_80", "sm_90"), ("sm_100", "gfx90a", "gfx942"))  # two processes at once
-# Loads of less than 16 bytes: rows or windows of two elements, a reduction of one, two scores to an AMD thread.
+# Loads of less than 16 bytes: rows or windows of two elements, a reduction of one.
 NARROW = (
     "gradient_norm_penalty of short rows",
-    "penalty_direction_ in one program",
     "score_loss of one score",
-    "score_seeds",
-    "score_seeds in one program",
     "mean_pool",
     "mean_pool_backward",
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ SHAPES = {"one": (1, 1), "odd": (3, 7), "pairs": (257, 2), "aligned": (5, 48), "
 PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS[1:]]
 # Layouts are the launchers' business, whatever the dtype; float16 rounds as bfloat16 does, and float64 does not.
 PLACES_OF = {"float32": PLACES, "float64": PLACES[: len(SHAPES)], "float16": PLACES[:2], "bfloat16": PLACES}
-GUARDED = ("one", "odd", "long", "image, transposed", "groups", "weights", "special", "steps")
-FULL = ("float64", "float32")  # what the pieces of an MLP's step take
+GUARDED = ("one", "odd", "long", "image, transposed", "groups", "weights", "special")
 KEY = 12345678901234567
 Arguments = tuple[Any, ...]
 
@@ -140,66 +138,6 @@ def _special(dtype: torch.dtype) -> dict[str, list[Arguments]]:
     }
 
 
-def _of_steps(dtype: torch.dtype) -> dict[str, list[Arguments]]:
-    """Arguments of the pieces of an MLP's step: sizes of one program and of several, with infinite and NaN rows."""
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(shape).to(dtype)
-
-    key, none = torch.tensor([KEY]), randn(0)
-    scores = torch.tensor([-800.0, -90.0, -20.0, 0.0, 1e-3, 20.0, 90.0, 800.0, float("inf"), -float("inf")]).to(dtype)
-    odd = randn(5, 6)
-    for i, value in enumerate((0.0, float("inf"), float("nan"))):
-        odd[i] = value
-    batches, activations, outers, directions = [], [], [], [(odd.clone(), randn(4), 0.5, 1.0, False)]
-    for shape in ((1, 1), (3, 7), (257, 2), (5, 48), (2, 4501)):
-        x, y, z = randn(*shape), randn(*shape), laid_out(randn(*shape), "transposed")
-        eps, column, strided = rand(shape[0]), rand(shape[0], 1), rand(shape[0], 2)[:, 0]
-        batches += [([x, z], [x, y, eps]), ([], [z, y, strided]), ([x], [x, y, column]), ([x, y], [x, z, key])]
-        batches += [([z, y], [x]), ([x], []), ([], [y])]
-    for shape in ((1, 1), (3, 7), (257, 2), (20, 48), (70, 100)):
-        y, bias, strided = randn(*shape), randn(shape[1]), randn(shape[1], 2)[:, 0]
-        activations += [(y.clone(), bias, 0.0), (y.clone(), strided, 0.2), (y.clone(), none, 1.5)]
-        outers += [
-            (randn(shape[0], 1), randn(1, shape[1]), y, 0.2),
-            (strided[:1].expand(shape[0], 1), bias[None], y, 0.0),
-        ]
-    for shape in ((1, 1), (3, 7), (257, 2), (3000, 2), (3, 600), (3, 9001), (4, 3, 5, 9)):
-        for target, one_sided in ((1.0, False), (2.5, True), (0.0, False)):
-            directions.append((randn(*shape), randn(4), 0.3, target, one_sided))
-    many, tall = [randn(9, 5), randn(9, 1), randn(9, 100), randn(9, 0)], [randn(700, 100), randn(700, 1), randn(700, 3)]
-    return {
-        "critic_batch": [*batches, ([odd], [odd, odd.flip(0), rand(5)])],
-        "bias_activation_": [*activations, (odd.clone(), randn(6), 0.0), (randn(3, 0), none, 0.1)],
-        "score_seeds": [
-            (randn(1, 1), randn(1), 1, 0, -1, 0, 0, 1),
-            (randn(5001, 1), randn(1), 1667, 0, 1, 3, 2, 3334),
-            (randn(3000, 3), none, 1000, 2, 1, 1, 0, 2000),
-            (laid_out(randn(6, 2), "strided"), randn(2, 2)[:, 0], 2, 1, 1, 4, 2, 4),
-            (randn(4, 1), none, 2, 1, 1, 1, 4, 2),
-            (randn(4, 1), none, 4, -1, -1, 0, 0, 0),
-            *((torch.cat([scores[:7, None], randn(14, 1)]), none, 7, 0, 1, kind, 0, 14) for kind in range(5)),
-            (scores[:, None], none, 10, -1, 0, 0, 2, 10),
-        ],
-        "masked_outer": [*outers, (randn(5, 1), randn(1, 6), odd, 0.2), (odd[:, :1], randn(1, 6), randn(5, 6), 0.0)],
-        "penalty_direction_": directions,
-        "column_sums": [
-            (many, 9, none),
-            (many, 4, rand(5)),
-            (many, 0, rand(9, 2)[:, 0]),
-            (tall, 700, none),
-            (tall, 300, rand(400)),
-            (tall, 1, none),
-            ([randn(1, 1)], 1, none),
-            ([laid_out(randn(40, 7), "transposed"), randn(40, 2)], 0, none),
-            ([odd], 3, rand(2)),
-        ],
-    }
-
-
 def _named(name: str, table: dict[str, list[Arguments]]) -> Iterator[tuple[str, str, Arguments]]:
     for op, several in table.items():
         for i, arguments in enumerate(several):
@@ -215,8 +153,6 @@ def cases() -> Iterator[tuple[str, str, Arguments]]:
         yield from _named(f"{kind} groups", _of_groups(dtype))
         yield from _named(f"{kind} weights", _of_weights(dtype))
         yield from _named(f"{kind} special values", _special(dtype))
-        if kind in FULL:
-            yield from _named(f"{kind} steps", _of_steps(dtype))
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -297,7 +233,7 @@ def refusals() -> dict[str, str]:
     """What a launcher raises for arguments whose sizes disagree."""
     from gpkernels.triton import KERNELS
 
-    x, y, c, one, none = torch.randn(3, 4), torch.randn(3, 3), torch.rand(2), torch.tensor(1.0), torch.empty(0)
+    x, y, c, one = torch.randn(3, 4), torch.randn(3, 3), torch.rand(2), torch.tensor(1.0)
     wrong: dict[str, list[Arguments]] = {
         "interpolate": [(x, y, torch.rand(3)), (x, x, c), (x, x.half(), torch.rand(3)), (x.int(), x.int(), c)],
         "interpolate_random": [(x, y, torch.tensor([1])), (x, x, torch.tensor([1, 2])), (x, x, one)],
@@ -314,66 +250,6 @@ def refusals() -> dict[str, str]:
         "affine_gradients": [(x, x), (x[None], y[None])],
         "mean_pool": [(x, 2, 2), (x, 0, 1), (one, 1, 1)],
         "mean_pool_backward": [(x, 0, 1)],
-        "critic_batch": [
-            ([], []),
-            ([x], [y]),
-            ([x, y], []),
-            ([x], [x, x]),
-            ([x], [x, y, torch.rand(3)]),
-            ([x], [x, x, c]),
-            ([x], [x, x, torch.tensor([1, 2])]),
-            ([x, x.double()], []),
-            ([x.half()], []),
-            ([x[None]], []),
-            ([x[:0]], []),
-        ],
-        "bias_activation_": [
-            (x.clone(), c, 0.1),
-            (x.clone(), torch.rand(4).double(), 0.1),
-            (x.t(), torch.rand(3), 0.1),
-            (x.half(), torch.rand(4).half(), 0.1),
-            (c.clone(), c, 0.1),
-        ],
-        "score_seeds": [
-            (x, c, 3, 0, -1, 0, 0, 3),
-            (x, none, 2, 0, -1, 0, 0, 3),
-            (x, none, 0, 0, -1, 0, 0, 3),
-            (x, none, 3, 1, -1, 0, 0, 3),
-            (x, none, 3, 0, -2, 0, 0, 3),
-            (x, none, 3, 0, 0, 5, 0, 3),
-            (x, none, 3, 0, 0, 0, -1, 3),
-            (x[:, :0], none, 3, 0, 0, 0, 0, 3),
-            (x.half(), none.half(), 3, 0, 0, 0, 0, 3),
-            (x, none.double(), 3, 0, 0, 0, 0, 3),
-            (torch.rand(3), none, 3, 0, 0, 0, 0, 3),
-        ],
-        "masked_outer": [
-            (c, torch.rand(1, 4), x, 0.1),
-            (torch.rand(3, 1), c[None], x, 0.1),
-            (torch.rand(3, 1).double(), torch.rand(1, 4), x, 0.1),
-            (torch.rand(3, 1).half(), torch.rand(1, 4).half(), x.half(), 0.1),
-            (torch.rand(3), torch.rand(1), torch.rand(3), 0.1),
-        ],
-        "penalty_direction_": [
-            (x.t(), torch.rand(4), 1.0, 1.0, False),
-            (x.clone(), c, 1.0, 1.0, False),
-            (x.clone(), torch.rand(4).double(), 1.0, 1.0, False),
-            (x.half(), torch.rand(4).half(), 1.0, 1.0, False),
-            (x.clone(), torch.rand(4, 2)[:, 0], 1.0, 1.0, False),
-            (one.clone(), torch.rand(4), 1.0, 1.0, False),
-            (x[:0].clone(), torch.rand(4), 1.0, 1.0, False),
-        ],
-        "column_sums": [
-            ([], 0, none),
-            ([x, torch.rand(2, 4)], 0, none),
-            ([x, x.double()], 3, none),
-            ([x.half()], 3, none.half()),
-            ([x], 4, none),
-            ([x], -1, none),
-            ([x], 2, c),
-            ([x], 2, torch.rand(1).double()),
-            ([torch.rand(3)], 3, none),
-        ],
         "clip_weights_": [([x.int()], 0.1)],
         "rmsprop_": [([x], [y], [x], [], [], 0.1, 0.9, 0.0, 0.0, 0.0, False, None)],
     }
@@ -388,62 +264,7 @@ def refusals() -> dict[str, str]:
     return raised
 
 
-# --- a whole step -----------------------------------------------------------------------------------------------------
-
-
-def critic_steps() -> Iterator[Arguments]:
-    """Arguments of ``mlp_critic_step``: kinds of loss, points and critics, deep and wide."""
-    key, eps, none = torch.tensor([KEY]), torch.rand(20), torch.empty(0)
-    x, y, z = (torch.randn(20, 7) for _ in range(3))
-    for sizes, slopes in (([7, 1], []), ([7, 1, 2], [0.1]), ([7, 40, 1], [0.0]), ([7, 33, 150, 5, 1], [0.2, 0.0, 0.1])):
-        weights = [torch.randn(n, m) / m**0.5 for m, n in pairwise(sizes)]
-        biases = [torch.randn(len(w)) if i != 1 else none for i, w in enumerate(weights)]
-        critic = weights, biases, slopes
-        yield [x, y], [x, y, eps], *critic, 0, 1, 3, 2, 10.0, 1.0, False, True
-        yield [x, y], [y, x, key], *critic, 0, 1, 1, 0, 10.0, 1.0, True, True
-        yield [x], [y], *critic, 1, 0, 1, 0, 5.0, 0.0, False, True
-        yield [x], [y], *critic, 0, 1, 1, 0, 5.0, 0.0, False, False
-        yield [], [z], *critic, -1, -1, 0, 0, 1.0, 1.0, False, True
-        yield [x, y], [], *critic, 0, 1, 3, 2, 0.0, 0.0, False, True
-        yield [x, y], [], *critic, 0, 1, 3, 2, 0.0, 0.0, False, False
-
-
-def run_critic_steps() -> dict[str, Any]:
-    """The worst error of the step that consists of these kernels, by dtype, and which of them ran."""
-    import gpkernels as gpk
-    from gpkernels import ops
-    from gpkernels.triton import KERNELS
-
-    ran: set[str] = set()
-
-    def recorded(name: str, kernel: Any) -> Any:
-        return lambda *args: ran.add(name) or kernel(*args)
-
-    KERNELS.update({name: recorded(name, kernel) for name, kernel in KERNELS.items()})
-    found: dict[str, Any] = {}
-    torch.manual_seed(0)
-    for kind in FULL:
-        worst, dtype = 0.0, DTYPES[kind]
-        for arguments in critic_steps():
-            given = mapped(lambda x, dtype=dtype: x.to(dtype) if x.is_floating_point() else x, arguments)
-            before = mapped(copy, given)
-            exact = ops.mlp_critic_step.implementation(*mapped(double, given))
-            with gpk.backend("triton"):
-                ours = ops.mlp_critic_step(*given)
-            assert all(map(torch.equal, tensors_in(before), tensors_in(given))), "an argument was changed"
-            results = tensors_in(ours), tensors_in(exact)
-            scale = max(float(e.norm()) for e in results[1])  # some gradients are zero but for rounding
-            for a, e in zip(*results, strict=True):
-                assert (a.dtype, a.shape) == (dtype, e.shape)
-                worst = max(worst, float((a - e).norm()) / scale)
-        found[kind] = str(worst)
-    return {"worst": found, "ran": sorted(ran)}
-
-
 def main(guard: str = "") -> None:
-    if guard == "critic-steps":
-        print(json.dumps(run_critic_steps()))
-        return
     if guard == "refusals":
         from gpkernels.triton import KERNELS
 

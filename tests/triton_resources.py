@@ -37,11 +37,6 @@ VARIANTS = (
     "rmsprop_",
     "mean_pool, channels last",
     "mean_pool_backward, channels last",
-    "critic_batch of random points",
-    "score_seeds in one program",
-    "penalty_direction_ in one program",
-    "penalty_direction_ of long rows",
-    "column_sums in one program",
 )
 
 
@@ -101,30 +96,6 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "mean_pool, channels last": lambda: kernels["mean_pool"](last, 2, 2),
         "mean_pool_backward": lambda: kernels["mean_pool_backward"](x, 2, 2),
         "mean_pool_backward, channels last": lambda: kernels["mean_pool_backward"](last, 2, 2),
-        **(_step_calls(dtype) if dtype in (torch.float32, torch.float64) else {}),
-    }
-
-
-def _step_calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Calls of the pieces of an MLP's step, which takes no dtype that is narrower."""
-    kernels = gpkernels.triton.KERNELS
-    x, eps, key = torch.zeros(256, 784, dtype=dtype), torch.zeros(256, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-    hidden, bias, parts = torch.zeros(768, 512, dtype=dtype), torch.zeros(512, dtype=dtype), torch.zeros(4, dtype=dtype)
-    scores, many, of_scores = (torch.zeros(n, 1, dtype=dtype) for n in (768, 12288, 1))
-    points, long = torch.zeros(256, 2, dtype=dtype), torch.zeros(16, 12288, dtype=dtype)
-    weighted = torch.zeros(256, dtype=dtype)
-    return {
-        "critic_batch": lambda: kernels["critic_batch"]([x, x], [x, x, eps]),
-        "critic_batch of random points": lambda: kernels["critic_batch"]([points, points], [points, points, key]),
-        "bias_activation_": lambda: kernels["bias_activation_"](hidden, bias, 0.2),
-        "score_seeds": lambda: kernels["score_seeds"](many, of_scores[0], 4096, 0, 1, 3, 2, 8192),
-        "score_seeds in one program": lambda: kernels["score_seeds"](scores, of_scores[0], 256, 2, 1, 1, 0, 512),
-        "masked_outer": lambda: kernels["masked_outer"](scores, bias[None], hidden, 0.2),
-        "penalty_direction_": lambda: kernels["penalty_direction_"](x, parts, 10.0, 1.0, False),
-        "penalty_direction_ in one program": lambda: kernels["penalty_direction_"](points, parts, 10.0, 1.0, False),
-        "penalty_direction_ of long rows": lambda: kernels["penalty_direction_"](long, parts, 10.0, 1.0, False),
-        "column_sums": lambda: kernels["column_sums"]([hidden, hidden, scores], 512, weighted),
-        "column_sums in one program": lambda: kernels["column_sums"]([hidden[:96, :64]], 96, bias[:0]),
     }
 
 

@@ -5,6 +5,9 @@
 namespace gpk::cuda {
 namespace {
 
+// Of a block whose warps go down the rows side by side.
+constexpr int kColumns = kWarp, kRows = kThreads / kWarp;
+
 struct Extent {
   int64_t rows, cols, inner;
 };

@@ -16,8 +16,6 @@
 namespace gpk::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
-// Of a block whose warps go down the rows of a matrix side by side.
-constexpr int kColumns = kWarp, kRows = kThreads / kWarp;
 
 // Every kernel's: with more blocks on a processor in mind the compiler spills registers for divisions.
 #define GPK_BOUNDS __launch_bounds__(gpk::cuda::kThreads, 3)

@@ -1,5 +1,5 @@
 // interpolate: eps * real + (1 - eps) * fake, one eps per sample, given or drawn here.
-#include "mix.h"
+#include "device.h"
 
 namespace gpk::cuda {
 namespace {
@@ -8,9 +8,14 @@ template <typename T, typename A, int kWidth>
 __global__ void GPK_BOUNDS interpolate_kernel(const T* real, const T* fake, const A* eps, const int64_t* key, T* out,
                                               A* drawn, int64_t rows, int64_t packs) {
   for_rows(rows, [&](int64_t row) {
-    const A weight = eps_of(eps, key, row);
+    const A weight = key ? row_eps<A>(uint64_t(*key), row) : eps[row];
     if (drawn && blockIdx.x == 0 && threadIdx.x == 0) drawn[row] = weight;
-    mix_row<T, A, kWidth>(real, fake, out, weight, row, packs);
+    for_packs(packs, [&](int64_t i) {
+      const auto r = load<T, kWidth>(real, row * packs + i), f = load<T, kWidth>(fake, row * packs + i);
+      Pack<T, kWidth> o;
+      for (int k = 0; k < kWidth; ++k) o.at[k] = T(gpk::interpolate(A(r.at[k]), A(f.at[k]), weight));
+      store(out, row * packs + i, o);
+    });
   });
 }
 

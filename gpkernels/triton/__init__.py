@@ -8,21 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpkernels.composed import mlp_critic_step
 from gpkernels.triton.affine_gradients import affine_gradients
-from gpkernels.triton.bias_activation import bias_activation_
-from gpkernels.triton.column_sums import column_sums
 from gpkernels.triton.consistency import consistency_backward, consistency_term, lipschitz_consistency
-from gpkernels.triton.critic_batch import critic_batch
 from gpkernels.triton.gradient_norm_penalty import gradient_norm_penalty, gradient_norm_penalty_backward
 from gpkernels.triton.instance_noise import instance_noise
 from gpkernels.triton.interpolate import interpolate, interpolate_backward, interpolate_random
-from gpkernels.triton.masked_outer import masked_outer
 from gpkernels.triton.mean_pool import mean_pool, mean_pool_backward
 from gpkernels.triton.normalise_curvature import normalise_curvature
-from gpkernels.triton.penalty_direction import penalty_direction_
 from gpkernels.triton.score_loss import score_loss, score_loss_backward
-from gpkernels.triton.score_seeds import score_seeds
 from gpkernels.triton.weights import clip_weights_, rmsprop_
 
 _LAUNCHERS: tuple[Callable[..., Any], ...] = (
@@ -43,12 +36,5 @@ _LAUNCHERS: tuple[Callable[..., Any], ...] = (
     affine_gradients,
     mean_pool,
     mean_pool_backward,
-    mlp_critic_step,
-    critic_batch,
-    bias_activation_,
-    score_seeds,
-    masked_outer,
-    penalty_direction_,
-    column_sums,
 )
 KERNELS: dict[str, Callable[..., Any]] = {launcher.__name__: launcher for launcher in _LAUNCHERS}

@@ -1,4 +1,4 @@
-"""What the Triton ops share: launching, layouts, checks, one number per row, tiles, and sums that programs share."""
+"""What the Triton ops share: launching, layouts, checks, one number per row, alignment, and sums over programs."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -68,14 +68,6 @@ def row_sizes(rows: int, *cols: int) -> dict[str, Any]:
     }
 
 
-def tile_sizes(rows: int, cols: int) -> tuple[int, dict[str, int]]:
-    """How many programs take tiles of a matrix, and the tile that each has; elements have four bytes or eight."""
-    tile, warps = (1024, 4) if rows * cols < 2**22 else (2048, 8)
-    width = min(64, triton.next_power_of_2(max(1, cols)))
-    height = tile // width
-    return triton.cdiv(rows, height) * triton.cdiv(cols, width), {"ROWS": height, "COLS": width, "num_warps": warps}
-
-
 def accumulator(*tensors: Tensor) -> tl.dtype:
     """float64 if any tensor has that dtype, otherwise float32."""
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
@@ -126,24 +118,9 @@ def check_same(name: str, x: Tensor, like: Tensor) -> None:
         raise RuntimeError(f"{name}: shapes differ")
 
 
-def check_matrix(name: str, x: Tensor) -> None:
-    """The pieces of an MLP's step take matrices in the dtypes that the step itself does."""
-    if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64):
-        raise RuntimeError(f"{name}: expected a matrix of float32 or float64")
-
-
 def check_key(key: Tensor) -> None:
     if key.dtype != torch.int64 or key.numel() != 1:
         raise RuntimeError("key: expected one int64")
-
-
-def vector(name: str, x: Tensor, count: int, like: Tensor) -> Tensor:
-    """A vector of ``count`` numbers in another tensor's dtype, without gaps."""
-    if x.dtype != like.dtype:
-        raise RuntimeError(f"{name}: dtypes differ")
-    if x.numel() != count:
-        raise RuntimeError(f"{name}: expected {count} numbers")
-    return x.reshape(-1).contiguous()
 
 
 def spread(name: str, x: Tensor, rows: int, one: bool = False) -> tuple[Tensor, int]:
@@ -206,7 +183,7 @@ def per_row(values, stride, start, rows, cols, ACC: tl.constexpr, BLOCK: tl.cons
     return number
 
 
-# --- tiles ------------------------------------------------------------------------------------------------------------
+# --- alignment --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -215,17 +192,6 @@ def hinted(n, ALIGNED: tl.constexpr):
     if ALIGNED:
         n = n // 16 * 16
     return n
-
-
-@triton.jit
-def tile_of(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.constexpr):
-    """This program's rows and columns, the places of its tile's elements, and which of them exist."""
-    program = tl.program_id(0).to(tl.int64)
-    across = (cols + COLS - 1) // COLS
-    row = program // across * ROWS + tl.arange(0, ROWS)
-    col = program % across * COLS + tl.arange(0, COLS)
-    at = row[:, None] * hinted(cols, ALIGNED) + col[None, :]
-    return row, col, at, (row < rows)[:, None] & (col < hinted(cols, ALIGNED))[None, :]
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from gpkernels.triton.functions import divide, square_root
 
 
 @triton.jit
-def penalty_of(squared, target, share, ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr):
+def _penalty_of(squared, target, share, ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr):
     """(|g| - target)^2 of rows from |g|^2, and the coefficient that share times its derivative has."""
     if SMOOTH:  # target = 0
         value = squared
@@ -53,7 +53,7 @@ def _penalty_rows(
     ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
     """The penalties of some rows; stores what there is one of per row."""
-    value, coefficient = penalty_of(squared, target, share, ACC, ONE_SIDED, SMOOTH)
+    value, coefficient = _penalty_of(squared, target, share, ACC, ONE_SIDED, SMOOTH)
     tl.store(coefficients + row, coefficient, mask=row < rows)
     if not REDUCED:
         tl.store(values + row, value, mask=row < rows)

@@ -33,7 +33,7 @@ def _mix(real, fake, out, weight, at, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def mix_block(real, fake, out, weight, start, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _mix_block(real, fake, out, weight, start, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """weight * real + (1 - weight) * fake for the elements of a block from ``start``."""
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= count:  # a mask of unknown length would forbid vector accesses
@@ -49,7 +49,7 @@ def interpolate_kernel(
 ):  # fmt: skip
     start = begin_of_block(BLOCK)
     weight = per_row(eps, stride, start, rows, cols, ACC, BLOCK, LONG)
-    mix_block(real, fake, out, weight, start, rows * cols, ACC, BLOCK)
+    _mix_block(real, fake, out, weight, start, rows * cols, ACC, BLOCK)
 
 
 @triton.jit
@@ -59,23 +59,19 @@ def _draw(key, row, ACC: tl.constexpr):
 
 
 @triton.jit
-def draw_block(
-    key, eps, start, rows, cols, ACC: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr, STORED: tl.constexpr
-):  # fmt: skip
-    """``per_row`` of numbers drawn here; where they are STORED, by the block in which a row begins."""
+def _draw_block(key, eps, start, rows, cols, ACC: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr):
+    """``per_row`` of numbers drawn here, which the block in which a row begins stores."""
     if LONG:
         first = start // cols
         here, after = _draw(key, first, ACC), _draw(key, first + 1, ACC)
         begins = (first + 1) * cols - start
-        if STORED:
-            tl.store(eps + first, here, mask=begins == cols)
-            tl.store(eps + first + 1, after, mask=(begins < BLOCK) & (first + 1 < rows))
+        tl.store(eps + first, here, mask=begins == cols)
+        tl.store(eps + first + 1, after, mask=(begins < BLOCK) & (first + 1 < rows))
         weight = tl.where(tl.arange(0, BLOCK) < begins, here, after)
     else:
         row, col = rows_in_block(start, cols, BLOCK)
         weight = _draw(key, row, ACC)
-        if STORED:
-            tl.store(eps + row, weight, mask=(col == 0) & (row < rows))
+        tl.store(eps + row, weight, mask=(col == 0) & (row < rows))
     return weight
 
 
@@ -85,8 +81,8 @@ def interpolate_random_kernel(
     ACC: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     start = begin_of_block(BLOCK)
-    weight = draw_block(key, eps, start, rows, cols, ACC, BLOCK, LONG, True)
-    mix_block(real, fake, out, weight, start, count, ACC, BLOCK)
+    weight = _draw_block(key, eps, start, rows, cols, ACC, BLOCK, LONG)
+    _mix_block(real, fake, out, weight, start, count, ACC, BLOCK)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def _sigmoid(s):
 
 
 @triton.jit
-def score_value(s, KIND: tl.constexpr):
+def _score_value(s, KIND: tl.constexpr):
     """phi(s), by reference.SCORE_LOSSES."""
     if KIND == 0:
         value = s
@@ -44,7 +44,7 @@ def score_value(s, KIND: tl.constexpr):
 
 
 @triton.jit
-def score_slope(s, KIND: tl.constexpr):
+def _score_slope(s, KIND: tl.constexpr):
     """phi'(s)."""
     if KIND == 0:
         slope = tl.zeros_like(s) + 1.0
@@ -71,7 +71,7 @@ def score_loss_kernel(
         for first in range(program * BLOCK, count, programs * BLOCK):
             at = first + tl.arange(0, BLOCK)
             s = tl.load(scores[i] + at, mask=at < count, other=0.0).to(ACC)
-            sums += tl.where(at < count, score_value(s, KINDS[i]), 0.0)
+            sums += tl.where(at < count, _score_value(s, KINDS[i]), 0.0)
         mean += divide(sums, tl.zeros_like(sums) + count.to(ACC))
     tl.store(partial + program, tl.sum(mean, 0))
     if last_to_arrive(ticket, programs):
@@ -87,7 +87,7 @@ def score_loss_backward_kernel(
     for i in tl.static_range(len(KINDS)):
         count = tl.full([], counts[i], tl.int64)
         s = tl.load(scores[i] + at, mask=at < count, other=0.0).to(ACC)
-        tl.store(grads[i] + at, divide(by, count.to(ACC)) * score_slope(s, KINDS[i]), mask=at < count)
+        tl.store(grads[i] + at, divide(by, count.to(ACC)) * _score_slope(s, KINDS[i]), mask=at < count)
 
 
 def _checked(scores: Sequence[Tensor], kinds: Sequence[int]) -> list[Tensor]:

@@ -42,7 +42,6 @@ STREAMS: dict[str, tuple[Callable[[], Arguments], int, int]] = {
         2,
     ),
     "clip_weights_": (lambda: ([*_rows().split([3, 60, 1])], 0.1), 1, 1),
-    "column_sums": (lambda: ([_rows(), _rows()], 64, torch.empty(0)), 2, 0),
 }
 
 
