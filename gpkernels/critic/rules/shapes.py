@@ -387,6 +387,6 @@ class Stack(Cat):
 
 
 RULES: tuple[type[Rule], ...] = (
-    *(View, Squeeze, Transpose, Permute, Expand, Slice, Select, Flip, Roll, Tril, Triu, Cumsum, Repeat),
+    *(View, Squeeze, T, Transpose, Permute, Expand, Slice, Select, Flip, Roll, Tril, Triu, Cumsum, Repeat),
     *(Split, SplitWithSizes, Unbind, Cat, Stack),
 )
