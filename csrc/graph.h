@@ -217,6 +217,7 @@ class Reader {
     }
     to.saved.push_back(THPVariable_Unpack(x.ptr()));
     if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {  // as graph.py has it: it would be a constant
+      const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);  // a mode would be given the number itself
       to.saved.back() = to.saved.back().detach();
       to.saved.back().unsafeGetTensorImpl()->set_wrapped_number(false);
     }

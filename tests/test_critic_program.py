@@ -98,9 +98,17 @@ def test_programs_hold_no_tensors(loop: str) -> None:
     assert [ref() for ref in refs] == [None] * len(refs)
 
 
+class Sine(nn.Module):
+    """Saves a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(30 * x)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, Sine])
 @pytest.mark.parametrize("watcher", [PassesOps, PassesFunctions])
-def test_who_looks_on_sees_the_same_numbers(watcher: Any, loop: str) -> None:
-    critic = mlp(WIDTH, 8, 1).double()
+def test_who_looks_on_sees_the_same_numbers(watcher: Any, activation: Any, loop: str) -> None:
+    critic = mlp(WIDTH, 8, 1, activation=activation).double()
     for watched in (False, True, False, False, True, False):
         real, fake, eps = batch(N, WIDTH)
         exact = plain_loss(critic, real, fake, eps)
