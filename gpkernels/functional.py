@@ -180,8 +180,8 @@ def add_instance_noise(x: Tensor, sigma: float, *, generator: torch.Generator | 
     check_batch("x", x)
     sigma = check_nonnegative("sigma", sigma)
     key = draw_key(x.device, generator)
-    noisy: Tensor = _apply(_InstanceNoise, x, sigma, key)
-    return noisy
+    noisy: Tensor = NotImplemented if is_compiling() else ops.instance_noise.direct(x, sigma, None, key, True)
+    return _apply(_InstanceNoise, x, sigma, key) if noisy is NotImplemented else noisy
 
 
 # --- gradient norm penalty --------------------------------------------------------------------------------------------
