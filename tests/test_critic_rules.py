@@ -16,10 +16,11 @@ import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from critics import plain_loss, plain_penalty, plain_points
 from gpkernels import backends
+from gpkernels.critic import run
 from gpkernels.critic.graph import Graph
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Saved
-from gpkernels.critic.rules.normalisation import RMSNorm
+from gpkernels.critic.rules.normalisation import BatchNorm, RMSNorm
 
 aten = torch.ops.aten
 cases: dict[str, Case] = {}
@@ -575,6 +576,23 @@ def test_rms_norm_as_one_operation(shape: tuple[int, ...]) -> None:
     bent = rule.bend(saved, given, (c,), (True, True))
     exact = torch.func.grad(lambda x, w: (torch.func.jvp(norm, (x, w), given)[1] * c).sum(), (0, 1))(x, weight)
     assert_same(list(bent), list(exact))
+
+
+def test_what_a_kernel_gives_unasked_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a batch norm's backward on a GPU does: weight gradients that nobody wanted, of whatever was in memory."""
+    given = BatchNorm.pull
+
+    def pull(self: BatchNorm, s: Saved, c: Any, wanted: Any) -> list[Tensor]:
+        found = given(self, s, c, wanted)
+        return [
+            u if w else torch.full((8,), torch.nan, dtype=x.dtype) for u, w, x in zip(found, wanted, s, strict=False)
+        ]
+
+    monkeypatch.setattr(BatchNorm, "pull", pull)
+    critic = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
+    real, fake, eps = batch(N, 6)
+    run.forget()
+    assert_exactly_as(gpk.CriticLoss(critic)(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
 
 
 UNMET = {

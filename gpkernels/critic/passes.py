@@ -130,7 +130,8 @@ class Passes:
         if call.rule is None:
             found = self.outsider(("pull", i), list(c))
             return [u if w else None for u, w in zip(found, wanted, strict=True)]
-        return self.plan.variant(i, which)[0].pull(self._saved(i, which), c, wanted)
+        found = self.plan.variant(i, which)[0].pull(self._saved(i, which), c, wanted)
+        return [u if w else None for u, w in zip(found, wanted, strict=False)]
 
     def _generic_first(self, i: int, call: Call, c: Sequence[Tensor | None]) -> Sequence[Any]:
         found = self.outsider(("first", i), list(c))
