@@ -3,6 +3,7 @@
 #pragma once
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -15,6 +16,7 @@
 
 namespace py = pybind11;
 
+using Dropout = torch::autograd::generated::NativeDropoutBackward0;
 using torch::autograd::Edge;
 using torch::autograd::Node;
 
@@ -194,6 +196,7 @@ class Reader {
       key.number(edge.function ? place_of(edge, start, places) : -1);
       key.number(edge.input_nr);
     }
+    if (const auto* dropout = dynamic_cast<const Dropout*>(node.get())) key.number(dropout->train.value_or(true));
     const auto found = names_.find(name);
     if (found == names_.end()) return;
     const py::object wrapped = wrapped_in_python(node);
@@ -216,7 +219,7 @@ class Reader {
       return;
     }
     to.saved.push_back(THPVariable_Unpack(x.ptr()));
-    if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {  // as graph.py has it: it would be a constant
+    if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {   // as graph.py has it: it would be a constant
       const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);  // a mode would be given the number itself
       to.saved.back() = to.saved.back().detach();
       to.saved.back().unsafeGetTensorImpl()->set_wrapped_number(false);

@@ -186,6 +186,13 @@ class Shelf {
   // Whether hooks have to be called on the way back.
   bool hooked(const std::vector<at::Tensor>& outputs, uint64_t start) const { return read(outputs, start).hooked; }
 
+  // Whether a node of dropout scales what it keeps.
+  bool trains(const py::handle& node) const {
+    const auto* wrapped = reinterpret_cast<const torch::autograd::THPCppFunction*>(node.ptr());
+    const auto* dropout = dynamic_cast<const Dropout*>(wrapped->cdata.get());
+    return dropout && dropout->train.value_or(true);
+  }
+
   void add(const std::string& key, std::shared_ptr<Program> program) {
     if (programs_.size() >= capacity_) programs_.clear();
     programs_[key] = std::move(program);
@@ -341,6 +348,7 @@ void add_shelf(pybind11::module_& module) {
       .def("run", &Shelf::run)
       .def("leaves", &Shelf::leaves)
       .def("hooked", &Shelf::hooked)
+      .def("trains", &Shelf::trains)
       .def("add", &Shelf::add)
       .def("clear", &Shelf::clear);
 }

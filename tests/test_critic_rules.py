@@ -116,6 +116,7 @@ def _seen() -> dict[str, Callable[[Tensor], Tensor]]:
         "a number's quotient": lambda h: aten.div.Scalar(inside(h), 3),
         "number over": lambda h: 2 / above(h),
         "in-place arithmetic": lambda h: inside(h).mul_(2).add_(1).div_(3).sub_(0.2),
+        "dropout as one operation, of nothing": lambda h: torch.native_dropout(inside(h), 0.0, True)[0],
         "masked fill": lambda h: inside(h).masked_fill(h > 0, -1.0),
         "masked fill in place": lambda h: inside(h).masked_fill_(h > 0, -1.0),
         "a mask": lambda h: inside(h) * (h > 0),
@@ -576,6 +577,27 @@ def test_rms_norm_as_one_operation(shape: tuple[int, ...]) -> None:
     bent = rule.bend(saved, given, (c,), (True, True))
     exact = torch.func.grad(lambda x, w: (torch.func.jvp(norm, (x, w), given)[1] * c).sum(), (0, 1))(x, weight)
     assert_same(list(bent), list(exact))
+
+
+class Drops(nn.Module):
+    """Dropout as GPUs have it."""
+
+    trains = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, 0.4, self.trains)[0]
+
+
+def test_dropout_as_one_operation_scales_as_it_was_called() -> None:
+    drops = Drops()
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), drops, nn.Linear(8, 1)).double()
+    for trains in (True,) * 4 + (False,) * 4 + (True,) * 2:
+        drops.trains = trains
+        points, _, _ = batch(N, 6)
+        torch.manual_seed(7)
+        ours = gpk.r1_penalty(critic, points)
+        torch.manual_seed(7)
+        assert_exactly_as(ours, plain_penalty(critic, points, 0.0), critic)
 
 
 def test_what_a_kernel_gives_unasked_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from gpkernels.critic.program import CAPACITY, watched
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule
 
+DROPOUT = "NativeDropoutBackward0"
 LEAF = "torch::autograd::AccumulateGrad"
 _WRAP = 1 << 64
 Edge = tuple[Any, int]  # a node of autograd's graph and which of its outputs
@@ -81,7 +82,7 @@ class Graph:
         outputs = tuple([(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
         parents = tuple([None if p is None else (places[_name((p, nr), start)], nr) for p, nr in node.next_functions])
         reader = _READERS.get(name)
-        if reader is None:
+        if reader is None or (name == DROPOUT and not _trains(node)):
             return name, outputs, parents
         tensors = reader.saved(node)
         flat: list[Tensor | None] = []
@@ -91,6 +92,11 @@ class Graph:
         # calls are traced. A copy is none.
         self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
         return name, outputs, parents, _hashable(reader.constants(node)), tuple([_meta(x) for x in flat])
+
+
+def _trains(node: Any) -> bool:
+    """Whether a dropout scales what it keeps, which only C++ can see."""
+    return backends.program is not None and native().trains(node)
 
 
 def _is_older(node: Any, start: int) -> bool:

@@ -122,6 +122,19 @@ class MaskedFill(Unary):
         return c.masked_fill(mask, 0)
 
 
+class NativeDropout(Unary):
+    """What dropout is on a GPU. Its node does not tell Python whether it trains; ``graph.py`` sees to that."""
+
+    names = ("NativeDropoutBackward0",)
+    saved, origins, constants = ("result1",), (-1,), ("p",)
+
+    def set_up(self, p: float) -> None:
+        self.scale = 0.0 if p == 1 else 1 / (1 - p)
+
+    def slope(self, c: Tensor, mask: Tensor) -> Tensor:
+        return aten.native_dropout_backward(c, mask, self.scale)
+
+
 class Negative(Unary):
     names = ("NegBackward0",)
     sends = False
@@ -193,5 +206,5 @@ class Flat(Unary):
 
 RULES: tuple[type[Rule], ...] = (
     *(ReLU, Threshold, LeakyReLU, LeakyReLUInPlace, Hardtanh, Hardsigmoid, Abs, Clamp, ClampMin, ClampMax),
-    *(MaskedFill, Negative, Copy, AddNumber, SubtractFromNumber, MulNumber, DivNumber, Flat),
+    *(MaskedFill, NativeDropout, Negative, Copy, AddNumber, SubtractFromNumber, MulNumber, DivNumber, Flat),
 )
