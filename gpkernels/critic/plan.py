@@ -32,7 +32,8 @@ class Call:
             outputs = [(shape, dtype, device) for shape, _, dtype, device in outputs]
         self.outputs = [Meta(tuple(shape), dtype, device) for shape, dtype, device in outputs]
         self.parents: tuple[Place | None, ...] = () if self.leaf else entry[2]
-        self.constants: tuple[Any, ...] = entry[3] if len(entry) > 3 else ()
+        self.is_read = len(entry) > 3  # or nothing is known of it
+        self.constants: tuple[Any, ...] = entry[3] if self.is_read else ()
         self.shapes = [None if m is None else tuple(m[0]) for m in entry[4]] if len(entry) > 4 else []
         self.saved = slice(saved, saved + len(self.shapes))
         self.rule: Rule | None = None  # None: autograd's
@@ -87,7 +88,7 @@ class Plan:
         call.tangible = (call.leaf and call.moves) or any(p.tangible for p in parents)
         rule = RULES.get(call.name)
         metas = [m for m in (*self.metas(call), *call.outputs) if m is not None]
-        if rule is None or call.leaf or any(m.dtype.is_complex for m in metas):
+        if rule is None or call.leaf or not call.is_read or any(m.dtype.is_complex for m in metas):
             return
         try:
             call.rule = rule(call.constants, self.metas(call), call.outputs)
