@@ -22,7 +22,12 @@ bench: install  ## times beside eager PyTorch's and the machine's limits: runs/b
 
 test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer where that is there
 	$(BIN)/python -m pytest tests/test_gpu.py
-	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k raw_op; fi
+	if command -v compute-sanitizer; then \
+	  for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k raw_op || exit 1; \
+	  done; \
+	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k is_that_of_the_cpu; \
+	fi
 
 lint: install  ## style, types and C++ format
 	$(BIN)/ruff check .
