@@ -179,4 +179,6 @@ def _transformed() -> bool:
 
 def depth() -> int:
     """How many ``fast_double_backward()`` contexts this thread is in."""
+    if not torch._C._len_torch_function_stack():
+        return 0
     return sum(isinstance(mode, fast_double_backward) for mode in _get_current_function_mode_stack())
