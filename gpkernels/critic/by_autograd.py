@@ -1,27 +1,28 @@
-"""The same by autograd's own engine, on the graphs at hand: for critics with hooks, which it has to call on its way."""
+"""The same by autograd's own engine, on the graphs at hand.
+
+For critics with hooks, which it has to call on its way, and for small ones with calls that have no rule, where the
+engine is the fastest way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gpkernels import reference
-from gpkernels.critic.call import Pass
+from gpkernels.critic.call import Pass, Plain
 from gpkernels.critic.parts import Task
-from gpkernels.reference import REDUCTIONS
+from gpkernels.functional import gradient_norm_penalty
 
 
 def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, weight: Tensor) -> tuple[Any, Any, Any]:
     """As ``run.run``: the values, the leaves' gradients, those at the groups' samples."""
-    with torch.enable_grad():
-        own, term = _scores(passes, task)
-        value = next((_penalty(one, task) for one in passes if any(so for _, so in one.groups)), None)
-        share = 0.0 if task.consistency is None else task.consistency.weight
-        parts: list[tuple[Tensor | None, Any]] = [(own, 1.0), (value, weight), (term, share)]
-        loss = sum((x * factor for x, factor in parts if x is not None), torch.zeros_like(weight))
+    loss, own, value, term = losses(passes, task, weight)
     values = [None if x is None else x.detach().clone() for x in (loss, own, value, term)]
     if not task.gradients or not loss.requires_grad:
         return values, [], []
@@ -37,12 +38,47 @@ def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, we
     return values, gradients, samples
 
 
-def _rows(one: Pass, output: int, name: str) -> Tensor:
+def losses(
+    passes: Sequence[Pass | Plain], task: Task, weight: Tensor | float
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The loss and its parts, with their graph."""
+    with torch.enable_grad():
+        own, term = _scores(passes, task)
+        value = next((penalty_of(one, task) for one in passes if any(so for _, so in one.groups)), None)
+        share = 0.0 if task.consistency is None else task.consistency.weight
+        parts: list[tuple[Tensor | None, Any]] = [(own, None), (value, weight), (term, share)]
+        terms = [x if factor is None else x * factor for x, factor in parts if x is not None]
+        return sum(terms[1:], terms[0]), own, value, term
+
+
+class _Plainly:
+    """The critics whose losses are left to autograd altogether, in training or out of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[bool, Any] = {True: WeakIdKeyDictionary(), False: WeakIdKeyDictionary()}
+
+    def add(self, critic: Any) -> None:
+        with suppress(TypeError):  # there are callables that nothing can point to weakly
+            self._known[_training(critic)][critic] = True
+
+    def has(self, critic: Any) -> bool:
+        known = self._known[_training(critic)]
+        return len(known) > 0 and critic in known
+
+
+def _training(critic: Any) -> bool:
+    return bool(getattr(critic, "training", False))
+
+
+plainly = _Plainly()
+
+
+def _rows(one: Pass | Plain, output: int, name: str) -> Tensor:
     at = [group for group, _ in one.groups].index(name)
     return one.outputs[output] if len(one.groups) == 1 else one.outputs[output].narrow(0, at * one.each, one.each)
 
 
-def _scores(passes: Sequence[Pass], task: Task) -> tuple[Tensor | None, Tensor | None]:
+def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, Tensor | None]:
     """The adversarial loss and the consistency term."""
     if task.adversarial is None:
         return None, None
@@ -64,12 +100,17 @@ def _scores(passes: Sequence[Pass], task: Task) -> tuple[Tensor | None, Tensor |
     return own, reference.consistency_term(*pairs, options.margin, options.feature_weight)[0]
 
 
-def _penalty(one: Pass, task: Task) -> Tensor:
+def penalty_of(one: Pass | Plain, task: Task) -> Tensor:
     """The penalty, with its graph where gradients are wanted."""
     plain = sum(not penalised for _, penalised in one.groups) * one.each
     scores = one.outputs[0]
     rows = scores if not plain else scores.narrow(0, plain, one.each)
-    (gradient,) = torch.autograd.grad(rows.sum(), one.x, create_graph=task.gradients, retain_graph=True)
-    gradient = gradient.narrow(0, plain, one.each)
+    ones = torch.ones_like(rows)
+    (gradient,) = torch.autograd.grad(
+        rows, one.x, ones, create_graph=task.gradients, retain_graph=True, allow_unused=True
+    )
+    if gradient is None:
+        raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+    gradient = gradient.narrow(0, plain, one.each) if plain else gradient
     shaped = gradient.reshape(-1, gradient.shape[-1]) if task.by_point else gradient
-    return reference.gradient_norm_penalty(shaped, task.target, task.one_sided, REDUCTIONS["mean"])[0]
+    return gradient_norm_penalty(shaped, task.target, one_sided=task.one_sided)

@@ -54,8 +54,16 @@ class Pass:
     """
 
     def __init__(
-        self, groups: Sequence[Group], wants: bool, x: Tensor, start: int, output: Any, pools: bool = False
+        self,
+        critic: Any,
+        groups: Sequence[Group],
+        wants: bool,
+        x: Tensor,
+        start: int,
+        output: Any,
+        pools: bool = False,
     ) -> None:
+        self.critic = critic
         self.groups = tuple([(g.name, g.penalised) for g in groups])
         self.each = len(x) // len(groups)
         self.x, self.start, self.wants = x, start, wants
@@ -114,7 +122,32 @@ def call(
         looks_on.follow(x)
     with torch.enable_grad(), uncompiled, looks_on or nullcontext():
         output = critic(x, *args, **(kwargs or {}))
-    return Pass(groups, wants, x, start, output, pools)
+    return Pass(critic, groups, wants, x, start, output, pools)
+
+
+class Plain(NamedTuple):
+    """A call whose graph nobody reads; named as in ``Pass``."""
+
+    groups: tuple[tuple[str, bool], ...]
+    each: int
+    x: Tensor
+    outputs: list[Tensor]
+    wants: bool = False
+
+
+def call_plainly(
+    critic: Any, group: Group, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, pools: bool = False
+) -> Plain:
+    """Call the critic with one group, where all is left to autograd. Grad mode is on."""
+    x = points_of(group.x)
+    if group.penalised:
+        x = x.detach().requires_grad_()
+    with uncompiled:
+        output = critic(x, *args, **(kwargs or {}))
+    scores, features = scores_of(output), features_of(output)
+    if (scores.numel() < len(x) and not pools) or (group.penalised and not scores.requires_grad):
+        Pass(critic, [group], False, x, 0, output, pools)  # raises
+    return Plain(((group.name, group.penalised),), len(x), x, [scores] if features is None else [scores, features])
 
 
 class _Uncompiled:

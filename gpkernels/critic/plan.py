@@ -15,6 +15,10 @@ Cut = tuple[int, int, int]  # axis, start, length
 ALL, PLAIN, PENALISED = "all", "plain", "penalised"
 
 
+# FLOPs of products in a forward pass, on a CPU or not, that make up for one call without a rule.
+PRODUCTS = {True: 1 << 28, False: 1 << 34}
+
+
 class Window(NamedTuple):
     """Rows of a batch."""
 
@@ -139,6 +143,13 @@ class Plan:
                 yield call.number, call.outputs[0]
 
     # --- samples ------------------------------------------------------------------------------------------------------
+
+    def leaves_too_much(self) -> bool:
+        """Whether calls without a rule cost more than is saved on products: then all is left to autograd."""
+        made = [call for call in self.calls if not call.leaf]
+        others = sum(call.rule is None for call in made)
+        flops = sum(call.rule.flops(call.shapes) for call in made if call.rule is not None)
+        return others * PRODUCTS[self.calls[-1].outputs[0].device.type == "cpu"] > flops
 
     def _lay_out(self) -> list[Layout | None]:
         """Where every call's outputs have their samples; Mixed where a call mixes them."""

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from gpkernels import backends
 from gpkernels.critic import program
-from gpkernels.critic.by_autograd import by_autograd
+from gpkernels.critic.by_autograd import by_autograd, plainly
 from gpkernels.critic.call import Group, Pass, call, uncompiled
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import native
@@ -186,7 +186,8 @@ def made(
     """Call the critic with each batch. wants: whether gradients at samples that are scored are asked for. log: what
     calls are held against. before: what came of the first calls, if they were made."""
     passes = [
-        Pass(groups, False, x, start, u, task.by_point) for groups, (u, x, start) in zip(batches, before, strict=False)
+        Pass(critic, groups, False, x, start, u, task.by_point)
+        for groups, (u, x, start) in zip(batches, before, strict=False)
     ]
     for groups in batches[len(passes) :]:
         n = len(groups[0].batch)
@@ -218,6 +219,8 @@ def run(
         signed = Signed(passes, task)
         if look is not None:
             look(signed)
+        if any(signed.known.generic) and any(plan.leaves_too_much() for plan in signed.known.plans):
+            plainly.add(passes[0].critic)
         results = signed.run(weight)
     shelf.keep(key, signed)
     return results

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpkernels.critic.call import Group, call
+from gpkernels.critic.by_autograd import losses, penalty_of, plainly
+from gpkernels.critic.call import Group, call, call_plainly
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, Parts, Task, points_of
 from gpkernels.critic.run import PENALTY, How, Results, Signed, made, number, run, shelf
@@ -34,6 +35,10 @@ def penalty_on_gradient(
     by_point: the norm is over the last axis alone.
     """
     wanted = torch.is_grad_enabled()
+    if wanted and plainly.has(critic):
+        task = Task(None, target, one_sided, by_point, None, True)
+        one = call_plainly(critic, Group("points", points, True), args, kwargs, by_point)
+        return penalty_of(one, task)
     how = _how_of_a_penalty(Task(None, target, one_sided, by_point, None, wanted))
     given = None, None, points if isinstance(points, Tensor) else tuple(points)
     begun = shelf.step(critic, given, how, 1.0, None, tuple(args), dict(kwargs or {})) if wanted else None
@@ -74,6 +79,8 @@ def step_at_once(
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
     shared = _shared(critic, real, fake, points)
+    if not together and task.gradients and plainly.has(critic):
+        return None
     apart, joint = _hows(task, shared, points is not None)
     mode = seen.mode(critic, real) if together is None and points is not None else None
     known = None if mode is None else seen.get(mode)
@@ -119,6 +126,10 @@ def critic_step(
         groups.append(Group("again", real, False))
     if points is not None and shared is None:
         groups.append(Group("points", points if isinstance(points, Between) else points.detach(), True))
+    if task.gradients and not (wants or together) and plainly.has(critic):
+        loss, *parts = losses([call_plainly(critic, group) for group in groups], task, weight)
+        blank = loss.detach()
+        return Parts(loss, *(torch.zeros_like(blank) if x is None else x.detach().clone() for x in parts))
     factor, own = number(weight, real), seen if together is None else None
     with torch.no_grad():
         done = None

@@ -100,6 +100,10 @@ class Rule:
         """Which arguments PyTorch's double backward gives a gradient, perhaps of zeros."""
         return [self.sends] * len(self.inputs)
 
+    def flops(self, shapes: Shapes) -> int:
+        """Of the call itself, products alone; shapes: of the saved tensors."""
+        return 0
+
     def layout(self, layouts: Layouts) -> Layout | None:
         """Where the output has its samples, from where the arguments have them; Mixed if it has them nowhere."""
         raise Mixed

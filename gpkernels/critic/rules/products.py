@@ -7,6 +7,7 @@ double backward of a convolution builds the weight's gradient from a convolution
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -67,6 +68,10 @@ class Product(Rule):
 
     def curved(self, moving: Sequence[bool]) -> bool:
         return all(moving[self.first : self.first + 2])
+
+    def flops(self, shapes: Shapes) -> int:
+        one = next((s for s in shapes if s is not None), ())
+        return 2 * prod(self.outputs[0].shape) * (one[-1] if one else 1)
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Any:
         (a, b), cotangent, i = s, c[0], self.first
@@ -220,6 +225,10 @@ class Convolution(Product):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return aten.convolution(a, b, None, *self.geometry)
+
+    def flops(self, shapes: Shapes) -> int:
+        weight = next((m.shape for m in self.inputs[1:2] if m is not None), shapes[1])
+        return 2 * prod(self.outputs[0].shape) * (prod(weight[1:]) if weight is not None else 1)
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Any:
         (x, w), cotangent = s, c[0]
