@@ -137,9 +137,14 @@ def check_batch(name: str, x: object) -> None:
         raise ValueError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
 
 
+def overlaps(x: Tensor) -> bool:
+    """Whether elements share a place, as in what was expanded."""
+    return x.numel() > 0 and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def check_writable(name: str, x: Tensor) -> None:
     """RuntimeError, as PyTorch's own, where elements share a place: what is written there last would stay."""
-    if x.numel() and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    if overlaps(x):
         raise RuntimeError(
             f"{name}: expected a tensor that does not overlap itself, got shape {tuple(x.shape)}, strides {x.stride()}"
         )

@@ -542,6 +542,27 @@ def test_a_whole_loss_has_pytorchs_value_and_gradients(name: str, way: str, monk
         assert_exactly_as(loss(real, fake, eps=eps).loss, exact, critic, tolerance)
 
 
+class MeanAndSpread(nn.Module):
+    """A mean that bends on its way to the scores, and a variance that does not, of one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own = nn.Linear(6, 8), nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread, mean = torch.var_mean(self.first(x), 1, keepdim=True)
+        return mean.tanh().tanh() * self.own[0] + spread * self.own[1]
+
+
+@pytest.mark.parametrize("together", [True, False, None])
+def test_a_call_whose_results_bend_in_part_has_pytorchs_numbers(together: bool | None) -> None:
+    critic = MeanAndSpread().double()
+    loss = gpk.CriticLoss(critic, together=together)
+    for _ in range(5):
+        real, fake, eps = batch(N, 6)
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
+
+
 def test_hardsigmoid_which_pytorch_cannot_differentiate_twice() -> None:
     critic, twin = (Critic(Case(f)) for f in (F.hardsigmoid, lambda h: (h / 6 + 0.5).clamp(0, 1)))
     critic.middle, twin.middle = nn.Linear(8, 3), nn.Linear(8, 3)

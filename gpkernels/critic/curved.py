@@ -6,14 +6,13 @@ rows' cotangents, so that every call and every weight's product is made once for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from gpkernels.critic.passes import Cotangents, Passes
-from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
-from gpkernels.critic.rules.base import Unary
+from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Place, Plan
 
 
 class CurvedPasses(Passes):
@@ -50,18 +49,21 @@ class CurvedPasses(Passes):
             d, t = self._deltas.pop(i, None), self._tangents.pop(i, None)
             wanted = self._wanted(call, True, True)
             given = self._given(i, adjoints)
-            for which, c in given.items():
-                self._hand(call, self._call_pull(i, which, c, wanted), which, adjoints[which])
+            made = {w: self._pull_on(i, call, c, wanted, w, adjoints[w]) for w, c in given.items()}
             if d is not None and t is not None and any(u is not None for u in t) and any(wanted):
-                if ALL in given:
-                    self._bend_into_all(i, call, d, t, wanted, adjoints)
-                else:
-                    fresh = adjoints[PENALISED] if PENALISED in given else None
-                    self._bend_call(i, call, d, t, wanted, PENALISED, fresh, adjoints[PENALISED])
+                own = self._penalised_of(made[ALL]) if ALL in made else made.get(PENALISED, {})
+                self._bend_call(i, call, d, t, wanted, PENALISED, own, adjoints[PENALISED])
         for some in adjoints.values():
-            for place in list(some):
-                if not plan.calls[place[0]].moves:
-                    self.to_weights.setdefault(place, []).append(some.pop(place))
+            self._keep_weights(some)
+
+    def _penalised_of(self, cotangents: Cotangents) -> Cotangents:
+        """The penalised rows of cotangents of all rows."""
+        found: Cotangents = {}
+        for p, u in cotangents.items():
+            (rows,) = self._rows(p[0], [u], PENALISED)
+            assert rows is not None
+            found[p] = rows
+        return found
 
     def _given(self, i: int, adjoints: dict[str, Cotangents]) -> dict[str, list[Tensor | None]]:
         """A call's cotangents by the rows that have them; those of all rows become one."""
@@ -75,36 +77,6 @@ class CurvedPasses(Passes):
             parts[which] = list(map(_sum, rows, found.get(which) or [None] * len(rows)))
         both = zip(parts[PLAIN], parts[PENALISED], strict=True)
         return {ALL: [None if u is None or v is None else torch.cat([u, v], layout.axis) for u, v in both]}
-
-    def _bend_into_all(
-        self,
-        i: int,
-        call: Call,
-        d: Sequence[Tensor | None],
-        t: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        adjoints: dict[str, Cotangents],
-    ) -> None:
-        """Add what bends to the penalised rows of the cotangents that the call's pull has just made."""
-        rule, saved = self.plan.variant(i, PENALISED)[0], self._saved(i, PENALISED)
-        if isinstance(rule, Unary):
-            (place,) = call.parents
-            if place is not None and place in adjoints[ALL]:
-                (base,) = self._rows(place[0], [adjoints[ALL][place]], PENALISED)
-                assert base is not None
-                rule.add_bent(base, saved, t, d)
-                return
-        for place, u in zip(call.parents, rule.bend(saved, t, d, wanted), strict=False):
-            if place is None or u is None:
-                continue
-            if self.plan.calls[place[0]].moves and place in adjoints[ALL]:
-                alone: Cotangents = {}
-                self._give(place, u, PENALISED, alone)
-                (base,) = self._rows(place[0], [adjoints[ALL][place]], PENALISED)
-                assert base is not None
-                base.add_(alone[place])
-            else:
-                self._give(place, u, PENALISED, adjoints[PENALISED])
 
 
 def _sum(u: Tensor | None, v: Tensor | None) -> Tensor | None:

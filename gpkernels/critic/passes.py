@@ -22,6 +22,7 @@ from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
 from gpkernels.critic.rules.base import Layout, Saved, Unary
 from gpkernels.critic.rules.products import Lazy
 from gpkernels.critic.rules.shapes import T
+from gpkernels.ops import overlaps
 
 Outsider = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
 Cotangents = dict[Place, Tensor]
@@ -64,10 +65,14 @@ class Passes:
                 self._hand(call, self._call_pull(i, ALL, c, self._wanted(call, True, True)), ALL, cotangents)
             else:
                 self._keep(i, c)
-        for place in list(cotangents):
-            if not plan.calls[place[0]].moves:
-                self.to_weights.setdefault(place, []).append(cotangents.pop(place))
+        self._keep_weights(cotangents)
         return None if plan.x is None else cotangents.get(plan.x)
+
+    def _keep_weights(self, cotangents: Cotangents) -> None:
+        """Take out the cotangents of values that do not move: weights, or what is made of them."""
+        for place in list(cotangents):
+            if not self.plan.calls[place[0]].moves:
+                self.to_weights.setdefault(place, []).append(cotangents.pop(place))
 
     def _keep(self, i: int, c: Sequence[Tensor | None]) -> None:
         for nr, u in enumerate(c):
@@ -202,8 +207,7 @@ class Passes:
             a = self._taken(adjoints, i)
             d, t = self._deltas.pop(i, None), self._tangents.pop(i, None)
             wanted = self._wanted(call, True, True)
-            if a is not None:
-                self._hand(call, self._call_pull(i, which, a, wanted), which, adjoints)
+            made = {} if a is None else self._pull_on(i, call, a, wanted, which, adjoints)
             if call.rule is None or d is None:
                 continue
             if i in self._joint:
@@ -211,10 +215,29 @@ class Passes:
             if scale is not None:
                 self._bend_scaled(i, call, d, t, scale, which, wanted, adjoints)
             elif t is not None and any(u is not None for u in t) and any(wanted):
-                self._bend_call(i, call, d, t, wanted, which, adjoints if a is not None else None, adjoints)
-        for place in list(adjoints):
-            if not plan.calls[place[0]].moves:
-                self.to_weights.setdefault(place, []).append(adjoints.pop(place))
+                self._bend_call(i, call, d, t, wanted, which, made, adjoints)
+        self._keep_weights(adjoints)
+
+    def _pull_on(
+        self,
+        i: int,
+        call: Call,
+        c: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        which: str,
+        cotangents: Cotangents,
+    ) -> Cotangents:
+        """Give a call's pull to its parents. Returns those of their cotangents that may be written to.
+
+        They are no tensor that was there before, and none whose elements share a place.
+        """
+        pulled = self._call_pull(i, which, c, wanted)
+        self._hand(call, pulled, which, cotangents)
+        return {
+            p: cotangents[p]
+            for p, u in zip(call.parents, pulled, strict=False)
+            if p in cotangents and u is not None and all(u is not x for x in c) and not overlaps(cotangents[p])
+        }
 
     def _bend_call(
         self,
@@ -224,15 +247,21 @@ class Passes:
         t: Sequence[Tensor | None],
         wanted: Sequence[bool],
         which: str,
-        fresh: Cotangents | None,
+        made: Cotangents,
         adjoints: Cotangents,
     ) -> None:
-        """Give what a call's bend gives, in place where its pull has just made ``fresh`` cotangents."""
-        rule, saved, place = self.plan.variant(i, which)[0], self._saved(i, which), call.parents[0]
-        if isinstance(rule, Unary) and fresh is not None and place is not None and place in fresh:
-            rule.add_bent(fresh[place], saved, t, d)
-        else:
-            self._hand(call, rule.bend(saved, t, d, wanted), which, adjoints)
+        """Give what a call's bend gives: added to what its pull has ``made``, the rest to ``adjoints``."""
+        rule, saved = self.plan.variant(i, which)[0], self._saved(i, which)
+        if isinstance(rule, Unary) and call.parents[0] in made:
+            rule.add_bent(made[call.parents[0]], saved, t, d)
+            return
+        for place, u in zip(call.parents, rule.bend(saved, t, d, wanted), strict=False):
+            if place in made and u is not None:
+                alone: Cotangents = {}
+                self._give(place, u, which, alone)
+                made[place].add_(alone[place])
+            elif place is not None and u is not None:
+                self._give(place, u, which, adjoints)
 
     def _bend_scaled(
         self,
