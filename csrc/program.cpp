@@ -76,20 +76,20 @@ void push(const Argument& argument, const std::vector<c10::IValue>& memory, torc
   }
 }
 
-// A view at its place, without asking the dispatcher; undefined where the tensor is laid out in another way.
-at::Tensor view_at(const Place& place, const at::Tensor& base) {
-  if (base.sizes() != place.base_sizes || base.strides() != place.base_strides) return {};
+// A view where it lies, without asking the dispatcher; undefined where the tensor is laid out in another way.
+at::Tensor view_at(const Alias& alias, const at::Tensor& base) {
+  if (base.sizes() != alias.base_sizes || base.strides() != alias.base_strides) return {};
   at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(base.storage()),
                                                              base.key_set(), base.dtype());
   c10::TensorImpl* impl = view.unsafeGetTensorImpl();
-  impl->set_storage_offset(base.storage_offset() + place.offset);
-  impl->set_sizes_and_strides(place.sizes, place.strides);
+  impl->set_storage_offset(base.storage_offset() + alias.offset);
+  impl->set_sizes_and_strides(alias.sizes, alias.strides);
   return view;
 }
 
 void make(const Call& call, std::vector<c10::IValue>& memory, torch::jit::Stack& stack) {
-  if (call.place) {
-    at::Tensor view = view_at(*call.place, memory[call.arguments[0].slots[0]].toTensor());
+  if (call.alias) {
+    at::Tensor view = view_at(*call.alias, memory[call.arguments[0].slots[0]].toTensor());
     if (view.defined()) {
       memory[call.results[0]] = std::move(view);
       for (const int slot : call.frees) memory[slot] = c10::IValue();
@@ -111,6 +111,19 @@ void make(const Call& call, std::vector<c10::IValue>& memory, torch::jit::Stack&
 
 }  // namespace
 
+py::object wrapped(const at::Tensor& x) {
+  if (!x.defined()) return py::none();
+  PyObject* found = THPVariable_Wrap(x);
+  if (!found) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+py::list listed(const std::vector<at::Tensor>& tensors) {
+  py::list found;
+  for (const at::Tensor& x : tensors) found.append(wrapped(x));
+  return found;
+}
+
 Program::Program(const py::list& calls, std::vector<int> inputs, std::vector<int> outputs,
                  std::vector<std::vector<int>> frees, const py::object& slot_type)
     : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
@@ -127,13 +140,7 @@ py::list Program::run(const py::list& given) const {
     if (item != Py_None) tensors[i] = THPVariable_Unpack(item);
   }
   PyList_SetSlice(given.ptr(), 0, PyList_GET_SIZE(given.ptr()), nullptr);
-  py::list results;
-  for (const at::Tensor& x : run(std::move(tensors))) {
-    PyObject* result = x.defined() ? THPVariable_Wrap(x) : Py_NewRef(Py_None);
-    if (!result) throw py::error_already_set();
-    results.append(py::reinterpret_steal<py::object>(result));
-  }
-  return results;
+  return listed(run(std::move(tensors)));
 }
 
 std::vector<at::Tensor> Program::run(std::vector<at::Tensor> given) const {
@@ -161,7 +168,7 @@ void Program::add(const py::tuple& call, std::vector<int> frees, const py::objec
     const auto at = call[4]
                         .cast<std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
                                          std::vector<int64_t>, int64_t>>();
-    made.place = Place{std::get<0>(at), std::get<1>(at), std::get<2>(at), std::get<3>(at), std::get<4>(at)};
+    made.alias = Alias{std::get<0>(at), std::get<1>(at), std::get<2>(at), std::get<3>(at), std::get<4>(at)};
   }
   const py::list args = call[1];
   const py::dict kwargs = call[2];

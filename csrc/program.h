@@ -14,8 +14,12 @@ struct Argument {
   c10::IValue constant;
 };
 
+// A tensor in Python, None where it is undefined; and several.
+pybind11::object wrapped(const at::Tensor& x);
+pybind11::list listed(const std::vector<at::Tensor>& tensors);
+
 // Where a view of the first argument lies, if that is laid out as it was.
-struct Place {
+struct Alias {
   std::vector<int64_t> base_sizes, base_strides, sizes, strides;
   int64_t offset;
 };
@@ -25,7 +29,7 @@ struct Call {
   std::vector<Argument> arguments;
   std::vector<int> results;  // slots; -1: nobody reads it, or it is an argument
   std::vector<int> frees;    // slots that are empty from here on
-  std::optional<Place> place;
+  std::optional<Alias> alias;
 };
 
 // A list of calls, and the loop that runs it.

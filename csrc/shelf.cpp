@@ -58,19 +58,6 @@ bool is_seen() {
          (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
 }
 
-py::object wrapped(const at::Tensor& x) {
-  if (!x.defined()) return py::none();
-  PyObject* found = THPVariable_Wrap(x);
-  if (!found) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(found);
-}
-
-py::list listed(const std::vector<at::Tensor>& tensors) {
-  py::list found;
-  for (const at::Tensor& x : tensors) found.append(wrapped(x));
-  return found;
-}
-
 // Points between two batches: gpkernels' own op.
 class Mixer {
  public:

@@ -132,7 +132,6 @@ class Plain(NamedTuple):
     each: int
     x: Tensor
     outputs: list[Tensor]
-    wants: bool = False
 
 
 def call_plainly(

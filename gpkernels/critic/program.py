@@ -31,7 +31,7 @@ class Slot(int):
     """A number that stands for a tensor."""
 
 
-class Place(NamedTuple):
+class Alias(NamedTuple):
     """Where a view lies in a tensor of a known layout: how a loop can make it without asking what is called."""
 
     base_sizes: tuple[int, ...]
@@ -41,9 +41,9 @@ class Place(NamedTuple):
     offset: int
 
     @staticmethod
-    def of(base: Tensor, view: Tensor) -> Place:
+    def of(base: Tensor, view: Tensor) -> Alias:
         offset = int(view.storage_offset()) - int(base.storage_offset())
-        return Place(tuple(base.shape), base.stride(), tuple(view.shape), view.stride(), offset)
+        return Alias(tuple(base.shape), base.stride(), tuple(view.shape), view.stride(), offset)
 
 
 def _is_view(func: Any) -> bool:
@@ -75,15 +75,14 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []  # so that ids stay theirs
         self.calls: list[Any] = []
         self.views: dict[Any, Slot | None] = {}
-        self.places: dict[Slot, Place] = {}
+        self.aliases: dict[Slot, Alias] = {}
         self.count = 0
         self.inputs = [None if x is None else self._new(x) for x in inputs]
 
     def _new(self, x: Tensor) -> Slot:
         slot = Slot(self.count)
         self.count += 1
-        self.known[id(x)] = slot
-        self.alive.append(x)
+        self._same(x, slot)
         return slot
 
     def _same(self, x: Tensor, slot: Slot) -> None:
@@ -122,7 +121,7 @@ class Recorder(TorchDispatchMode):
                 self._same(out, known)
                 return out
             slot = self.views[key] = self._new(out)
-            self.places[slot] = Place.of(args[0], out)
+            self.aliases[slot] = Alias.of(args[0], out)
             self.calls.append((func, *given, slot))
             return out
         self.calls.append((func, *given, self._result(out)))
@@ -144,7 +143,7 @@ class Program:
         self.count = recorder.count
         self.inputs = recorder.inputs
         self.results = [None if x is None else recorder.slot(x) for x in results]
-        self.places = recorder.places
+        self.aliases = recorder.aliases
         self.parts = self._parted(self._needed(recorder.calls))
 
     def _needed(self, calls: list[Any]) -> list[Any]:
@@ -180,7 +179,7 @@ class Program:
                 parts.append(between[k])
                 later -= {s for s in between[k].outputs if s is not None}
                 later |= {s for s in between[k].inputs if s is not None}
-            stretch = Stretch(stretches[k], later, self.places)
+            stretch = Stretch(stretches[k], later, self.aliases)
             parts.append(stretch)
             later = (later - set(stretch.outputs)) | set(stretch.inputs)
         return parts[::-1]
@@ -209,8 +208,8 @@ class Program:
 class Stretch:
     """Calls that run without a stop."""
 
-    def __init__(self, calls: list[Any], later: set[Any], places: dict[Slot, Place]) -> None:
-        self.places = places
+    def __init__(self, calls: list[Any], later: set[Any], aliases: dict[Slot, Alias]) -> None:
+        self.aliases = aliases
         made: set[Any] = set()
         inputs: dict[Any, None] = {}
         for _, args, kwargs, out in calls:
@@ -247,8 +246,8 @@ class Stretch:
         calls = []
         for func, args, kwargs, out in self.calls:
             name = func._schema.name, func._schema.overload_name
-            place = self.places.get(out) if isinstance(out, Slot) else None
-            calls.append((name, args, kwargs, out if isinstance(out, list) else [out], place))
+            alias = self.aliases.get(out) if isinstance(out, Slot) else None
+            calls.append((name, args, kwargs, out if isinstance(out, list) else [out], alias))
         numbers = [[-1 if s is None else s for s in slots] for slots in (inputs, outputs)]
         return backends.program.Program(calls, *numbers, self.frees, Slot)
 

@@ -7,6 +7,7 @@ nothing, and nothing is ever differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,11 +36,10 @@ def penalty_on_gradient(
     by_point: the norm is over the last axis alone.
     """
     wanted = torch.is_grad_enabled()
+    task = Task(None, target, one_sided, by_point, None, wanted)
     if wanted and plainly.has(critic):
-        task = Task(None, target, one_sided, by_point, None, True)
-        one = call_plainly(critic, Group("points", points, True), args, kwargs, by_point)
-        return penalty_of(one, task)
-    how = _how_of_a_penalty(Task(None, target, one_sided, by_point, None, wanted))
+        return penalty_of(call_plainly(critic, Group("points", points, True), args, kwargs, by_point), task)
+    how = _how_of_a_penalty(task)
     given = None, None, points if isinstance(points, Tensor) else tuple(points)
     begun = shelf.step(critic, given, how, 1.0, None, tuple(args), dict(kwargs or {})) if wanted else None
     if begun is not None and len(begun) == 4:
@@ -47,8 +47,8 @@ def penalty_on_gradient(
     before, key = begun or ((), None)
     with torch.no_grad():
         groups = [Group("points", points, True)]
-        passes = made(critic, [groups], how.task, args=args, kwargs=kwargs, before=before)
-        (_, _, value, _), found, _ = run(passes, how.task, number(1.0, groups[0].batch), key)
+        passes = made(critic, [groups], task, args=args, kwargs=kwargs, before=before)
+        (_, _, value, _), found, _ = run(passes, task, number(1.0, groups[0].batch), key)
     return deliver(value, found) if wanted else value
 
 
@@ -91,11 +91,10 @@ def step_at_once(
     try:
         log = known if isinstance(known, Log) else None
         found = shelf.step(critic, given, joint if as_one else apart, weight, log)
-    except (Differs, Exception) as error:
+    except (Differs, Exception):
         if mode is None or not as_one:
             raise
         seen.set(mode, None)  # it may be the larger batch that it cannot take; if not, it raises again
-        del error
         return None
     if found is None or len(found) == 4:
         return None if found is None else Parts(*found)
@@ -196,17 +195,13 @@ def _as_one(
     before, key = ((), None) if begun is None else (begun.before, begun.key)
     try:
         passes = made(critic, [ordered], task, wants, log, before=before)
-    except Differs:
-        passes = []
-    except Exception:
+    except (Differs, Exception):
         if seen is None:
             raise
         passes = []  # it may be the larger batch that it cannot take; if not, it raises again
     if passes:
-        try:
+        with suppress(Differs):
             return run(passes, task, weight, key, look)
-        except Differs:
-            pass
     assert seen is not None
     seen.set(mode, None)
     return None

@@ -52,7 +52,8 @@ class Normalise(Rule):
         """The gradients of weight and bias: sums of c * operand and of c."""
         return c * operand if weight else None, c if bias else None
 
-    def _parts(self, s: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, s: Saved) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The input, the mean where it is taken off, and 1 / deviation, by group."""
         if "parts" not in s.notes:
             grouped = self.split(s[0], s).contiguous()
             s.notes["parts"] = grouped, *(u.to(grouped.dtype).reshape(*grouped.shape[:2], 1) for u in s[2:4])
@@ -61,7 +62,7 @@ class Normalise(Rule):
     def _normal(self, s: Saved) -> Tensor:
         if "normal" not in s.notes:
             grouped, mean, inverse = self._parts(s)
-            s.notes["normal"] = (grouped - mean) * inverse
+            s.notes["normal"] = (grouped if mean is None else grouped - mean) * inverse
         return s.notes["normal"]
 
     def _scaled(self, u: Tensor, s: Saved) -> Tensor:
@@ -151,15 +152,14 @@ class RMSNorm(LayerNorm):
     def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
         return True, True
 
-    def _parts(self, s: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, s: Saved) -> tuple[Tensor, Tensor | None, Tensor]:
         if "parts" not in s.notes:
             grouped = self.split(s[0], s).contiguous()
-            inverse = s[2].to(grouped.dtype).reshape(*grouped.shape[:2], 1)
-            s.notes["parts"] = grouped, torch.zeros_like(inverse), inverse
+            s.notes["parts"] = grouped, None, s[2].to(grouped.dtype).reshape(*grouped.shape[:2], 1)
         return s.notes["parts"]
 
     def _jacobian(self, u: Tensor, s: Saved) -> Tensor:
-        _, _, inverse = self._parts(s)
+        inverse = self._parts(s)[2]
         there, normal = self.split(u, s).to(inverse.dtype), self._normal(s)
         return self.join((there - normal * (there * normal).mean(-1, keepdim=True)) * inverse, s)
 

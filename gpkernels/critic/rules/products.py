@@ -70,8 +70,9 @@ class Product(Rule):
         return all(moving[self.first : self.first + 2])
 
     def flops(self, shapes: Shapes) -> int:
-        one = next((s for s in shapes if s is not None), ())
-        return 2 * prod(self.outputs[0].shape) * (one[-1] if one else 1)
+        a = self.inputs[self.first]
+        left = a.shape if a is not None else shapes[0]  # a weight's gradient needs it, if its own is not wanted
+        return 2 * prod(self.outputs[0].shape) * (left[-1] if left else 1)
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Any:
         (a, b), cotangent, i = s, c[0], self.first
@@ -227,8 +228,9 @@ class Convolution(Product):
         return aten.convolution(a, b, None, *self.geometry)
 
     def flops(self, shapes: Shapes) -> int:
-        weight = next((m.shape for m in self.inputs[1:2] if m is not None), shapes[1])
-        return 2 * prod(self.outputs[0].shape) * (prod(weight[1:]) if weight is not None else 1)
+        weight = self.inputs[1]
+        kernel = weight.shape if weight is not None else shapes[1]
+        return 2 * prod(self.outputs[0].shape) * (prod(kernel[1:]) if kernel else 1)
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Any:
         (x, w), cotangent = s, c[0]
