@@ -322,9 +322,21 @@ class Shelf {
   std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
 };
 
+// A tensor without values that a graph can be joined by to an output of a node.
+at::Tensor joint(const py::handle& node, uint32_t number) {
+  if (!torch::autograd::THPCppFunction_Check(node.ptr()))
+    throw py::type_error("node: expected a node of PyTorch's own");
+  const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);
+  const auto& own = reinterpret_cast<const torch::autograd::THPCppFunction*>(node.ptr())->cdata;
+  at::Tensor made = at::empty({0}, own->input_metadata(number).options());
+  torch::autograd::impl::set_gradient_edge(made, {own, number});
+  return made;
+}
+
 }  // namespace
 
 void add_shelf(pybind11::module_& module) {
+  module.def("joint", &joint);
   py::class_<Log, std::shared_ptr<Log>>(module, "Log").def(py::init<py::list, py::object>());
   py::class_<Check>(module, "Check")
       .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Task
-from gpkernels.critic.step import critic_step, step_at_once
+from gpkernels.critic.step import critic_step, groups_of, step_at_once
 from gpkernels.critic.together import Seen
+from gpkernels.critic.traced import step_in_graph
 from gpkernels.functional import consistency_term, draw_key, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.ops import check_eps, check_nonnegative, check_pair
-from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, traced
+from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, transformed
 from gpkernels.reference import SCORE_LOSSES
 
 LOSSES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
@@ -98,8 +100,13 @@ class CriticLoss(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor, *, eps: Tensor | None = None) -> CriticLossParts:
         """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Gives scalars, of which loss has the graph."""
-        if traced() or depth():
+        if is_compiling() and not transformed():
+            return CriticLossParts(*self._in_graph(*self._checked(real, fake, eps), eps))
+        if transformed() or depth():
             return self._composed(*self._checked(real, fake, eps), eps)
+        return self._eagerly(real, fake, eps)
+
+    def _eagerly(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
         points = self._points(real, fake, eps) if isinstance(real, Tensor) else None
         how = self._task(torch.is_grad_enabled()), self.penalty_weight, self.together, self._seen
         parts = step_at_once(self.critic, real, fake, points, *how)
@@ -126,7 +133,8 @@ class CriticLoss(nn.Module):
         """What is asked for now: options may have changed."""
         target = 0.0 if self.penalty in ("r1", "r2", "none") else self.target
         one_sided = self.one_sided and self.penalty == "wgan-gp"
-        return _task_of(
+        task_of = _task_of.__wrapped__ if is_compiling() else _task_of
+        return task_of(
             self.objective,
             target,
             one_sided,
@@ -143,6 +151,20 @@ class CriticLoss(nn.Module):
         if self.penalty == "dragan":
             return dragan_points(real, self.dragan_scale)
         return {"r1": real, "r2": fake, "none": None}[self.penalty]
+
+    def _in_graph(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Any:
+        """The parts for the compiler to trace."""
+        points = self._points(real, fake, eps)
+        gradients = torch.is_grad_enabled()
+        wants = gradients and (real.requires_grad or fake.requires_grad)
+        task = self._task(gradients)
+        groups = groups_of(self.critic, real, fake, points, task, wants)
+        if self.together and points is not None:
+            calls = [[g for g in groups if not g.penalised] + [g for g in groups if g.penalised]]
+        else:
+            calls = [[g] for g in groups]
+        otherwise = lambda: self._eagerly(real, fake, eps)  # noqa: E731
+        return step_in_graph(self.critic, calls, task, self.penalty_weight, otherwise, wants)
 
     def _composed(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
         """Part by part, by autograd."""

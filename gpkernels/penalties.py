@@ -16,12 +16,14 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gpkernels import ops
-from gpkernels.critic.call import scores_of
+from gpkernels.critic.call import Group, scores_of
 from gpkernels.critic.double_backward import depth, fast_double_backward
-from gpkernels.critic.parts import Between, points_of
+from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.step import penalty_on_gradient
+from gpkernels.critic.traced import step_in_graph
 from gpkernels.functional import draw_key, gradient_norm_penalty, promote
 from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair
 
@@ -117,9 +119,14 @@ def _penalty(
     """The penalty at the points; of PyTorch's own operations where more derivatives are to be taken."""
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
-    if not (traced() or depth()):
+    eagerly = lambda: penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)  # noqa: E731
+    if is_compiling() and not transformed():
+        task = Task(None, target, one_sided, by_point, None, torch.is_grad_enabled())
+        found = step_in_graph(critic, [[Group("points", points, True)]], task, 1.0, eagerly, False, args, kwargs)
+        return found if isinstance(found, Tensor) else found[0]
+    if not (transformed() or depth()):
         _warn_of_batch_norm(critic)
-        return penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)
+        return eagerly()
     grad = input_gradient(critic, points_of(points), args, kwargs)
     return gradient_norm_penalty(grad.reshape(-1, grad.shape[-1]) if by_point else grad, target, one_sided=one_sided)
 
@@ -133,7 +140,7 @@ def input_gradient(
     """
     _warn_of_batch_norm(critic)
     kwargs = critic_kwargs or {}
-    if traced():  # one graph for everything: the compiler, or the transform around this, differentiates it
+    if transformed():  # the transform around this differentiates it once more
         return torch.func.grad(lambda x: scores_of(critic(x, *critic_args, **kwargs)).sum())(x.detach())
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), fast_double_backward():
@@ -148,13 +155,13 @@ def input_gradient(
     return grad
 
 
-def traced() -> bool:
-    """Whether ``torch.compile`` or a ``torch.func`` transform is at work: neither can see through a tape."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, which differentiates by itself."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _warn_of_batch_norm(critic: Critic) -> None:
-    if not isinstance(critic, nn.Module) or critic in (seen := _looked_at[critic.training]) or traced():
+    if not isinstance(critic, nn.Module) or critic in (seen := _looked_at[critic.training]) or transformed():
         return
     seen.add(critic)
     for module in critic.modules():

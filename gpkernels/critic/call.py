@@ -120,7 +120,7 @@ def call(
     start = 0 if backends.program is None else _get_sequence_nr()
     if isinstance(looks_on, Watch):
         looks_on.follow(x)
-    with torch.enable_grad(), uncompiled, looks_on or nullcontext():
+    with torch.enable_grad(), uncompiled(), looks_on or nullcontext():
         output = critic(x, *args, **(kwargs or {}))
     return Pass(critic, groups, wants, x, start, output, pools)
 
@@ -141,7 +141,7 @@ def call_plainly(
     x = points_of(group.x)
     if group.penalised:
         x = x.detach().requires_grad_()
-    with uncompiled:
+    with uncompiled():
         output = critic(x, *args, **(kwargs or {}))
     scores, features = scores_of(output), features_of(output)
     if (scores.numel() < len(x) and not pools) or (group.penalised and not scores.requires_grad):
@@ -149,32 +149,34 @@ def call_plainly(
     return Plain(((group.name, group.penalised),), len(x), x, [scores] if features is None else [scores, features])
 
 
-class _Uncompiled:
-    """Compiled parts of a critic run as they were written: PyTorch cannot differentiate a compiled part twice.
+class uncompiled:
+    """Context: compiled parts of a critic run as they were written, as PyTorch cannot differentiate them twice.
 
     The compiler's stance is the process's own, so the first thread that comes sets it and the last one puts it back.
+    Which frames the compiler looks at is the thread's own.
     """
 
-    def __init__(self) -> None:
-        self._lock, self._inside = Lock(), 0
-        self._before: Any = None  # the stance, where the compiler is there at all
+    __slots__ = ("_callback",)
+    _lock, _inside = Lock(), 0
+    _before: Any = None  # the stance, where the compiler is there at all
 
     def __enter__(self) -> None:
-        with self._lock:
-            compiler = sys.modules.get("torch._dynamo.eval_frame")
-            if not self._inside and compiler is not None:  # torch.compiler.set_stance, without what it costs
-                self._before = compiler._set_stance(compiler.DynamoStance("force_eager"))
-            self._inside += 1
+        compiler = sys.modules.get("torch._dynamo.eval_frame")
+        self._callback = None if compiler is None else compiler.set_eval_frame(None)  # or no stance can be set
+        with uncompiled._lock:
+            if not uncompiled._inside and compiler is not None:  # torch.compiler.set_stance, without what it costs
+                uncompiled._before = compiler._set_stance(compiler.DynamoStance("force_eager"))
+            uncompiled._inside += 1
 
     def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside and self._before is not None:
-                before, self._before = self._before, None
+        compiler = sys.modules.get("torch._dynamo.eval_frame")
+        with uncompiled._lock:
+            uncompiled._inside -= 1
+            if not uncompiled._inside and uncompiled._before is not None:
+                before, uncompiled._before = uncompiled._before, None
                 sys.modules["torch._dynamo.eval_frame"]._set_stance(before)
-
-
-uncompiled = _Uncompiled()
+        if self._callback is not None and compiler is not None:
+            compiler.set_eval_frame(self._callback)
 
 
 def _batch(groups: list[Tensor], moves: bool) -> Tensor:

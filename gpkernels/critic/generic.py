@@ -7,6 +7,7 @@ scripted part or an operation that nobody wrote a rule for costs what it costs i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ Edge = tuple[Any, int]
 def fitted(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As autograd's engine makes it: summed over axes that were broadcast, in the right dtype."""
     shape = tuple(shape)
-    if tuple(x.shape) != shape:
+    if x.dim() != len(shape) or tuple(x.shape) != shape:
         extra = x.dim() - len(shape)
         spread = extra > 0 and tuple(x.shape[extra:]) == shape
         x = x.sum(list(range(extra))) if spread else x.sum_to_size(shape)
@@ -34,7 +35,7 @@ def pull(node: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     if isinstance(node, BackwardCFunction):  # written in Python
         metas: Any = node._input_metadata  # type: ignore[attr-defined]
         given = [_or_zeros(c, meta) for c, meta in zip(cotangents, metas, strict=True)]
-        results = _tuple(node.apply(*given))
+        results = _tuple(_apply(node, given))
         wanted = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
         results = tuple([None if p is None else next(wanted, None) for p, _ in parents])
     else:
@@ -43,6 +44,31 @@ def pull(node: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         None if p is None or u is None else fitted(u, tuple(p._input_metadata[nr].shape), p._input_metadata[nr].dtype)
         for (p, nr), u in zip(parents, results, strict=True)
     ]
+
+
+def _apply(node: Any, cotangents: Sequence[Tensor]) -> Any:
+    """Call the backward of a custom function.
+
+    ``torch.compile`` makes two graphs of a custom function. That of its backward has grad mode switched off, which is
+    right for what the compiler differentiates, once, and would be silently wrong here.
+    """
+    cls = type(node)._forward_cls
+    if cls.__name__ != "ApplyTemplate":
+        return node.apply(*cotangents)
+    backward = inspect.getclosurevars(cls.backward).nonlocals
+    if "bwd" not in backward or "saved_values" not in backward:
+        raise RuntimeError(
+            "a custom autograd function cannot be differentiated twice in torch.compile here; declare it by "
+            "torch.compiler.allow_in_graph, or leave the critic uncompiled"
+        )
+    return _Differentiably(backward["bwd"]).run(*cotangents, *backward["saved_values"])
+
+
+class _Differentiably(torch.fx.Interpreter):
+    """Runs a graph in the grad mode that is on."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return None if target is torch._C._set_grad_enabled else super().call_function(target, args, kwargs)
 
 
 def _tuple(x: Any) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from gpkernels.critic.rules.base import Meta, Rule
 
 DROPOUT = "NativeDropoutBackward0"
 LEAF = "torch::autograd::AccumulateGrad"
+GIVEN = "torch::autograd::Error"  # what AOTAutograd has behind the inputs of a graph that it traces
 _WRAP = 1 << 64
 Edge = tuple[Any, int]  # a node of autograd's graph and which of its outputs
 
@@ -79,6 +80,10 @@ class Graph:
             variable = node.variable
             self.leaves.append(variable)
             return name, (_meta(variable),)
+        if name == GIVEN:
+            self.leaves.append(None)
+            meta = node._input_metadata[0]
+            return LEAF, ((tuple(meta.shape), None, meta.dtype, meta.device),)
         outputs = tuple([(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
         parents = tuple([None if p is None else (places[_name((p, nr), start)], nr) for p, nr in node.next_functions])
         reader = _READERS.get(name)

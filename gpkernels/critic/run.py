@@ -117,7 +117,7 @@ class _Shelf:
         if _others_look_on() or forward_ad._current_level >= 0:
             return None
         logged = None if log is None else log.native()
-        with uncompiled:
+        with uncompiled():
             found: tuple[Any, ...] | None = native().step(
                 *(critic, tensors, how.places, how.moves, logged, how.task.by_point, args, kwargs),
                 *(self._tag(how), weight, PENALTY if how.task.adversarial is None else LOSS),

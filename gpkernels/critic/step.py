@@ -119,12 +119,7 @@ def critic_step(
     begun: what there is of it.
     """
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
-    shared = None if wants else _shared(critic, real, fake, points)
-    groups = [Group("fake", fake, shared == "fake"), Group("real", real, shared == "real")]
-    if task.consistency is not None:
-        groups.append(Group("again", real, False))
-    if points is not None and shared is None:
-        groups.append(Group("points", points if isinstance(points, Between) else points.detach(), True))
+    groups = groups_of(critic, real, fake, points, task, wants)
     if task.gradients and not (wants or together) and plainly.has(critic):
         loss, *parts = losses([call_plainly(critic, group) for group in groups], task, weight)
         blank = loss.detach()
@@ -142,6 +137,19 @@ def critic_step(
     if task.gradients:
         loss = deliver(loss, [*gradients, *_merged(inputs, real, fake)])
     return Parts(loss, adversarial, value, term)
+
+
+def groups_of(
+    critic: Any, real: Tensor, fake: Tensor, points: Tensor | Between | None, task: Task, wants: bool
+) -> list[Group]:
+    """What the critic is called with, in the usual order. wants: whether samples that are scored have gradients."""
+    shared = None if wants else _shared(critic, real, fake, points)
+    groups = [Group("fake", fake, shared == "fake"), Group("real", real, shared == "real")]
+    if task.consistency is not None:
+        groups.append(Group("again", real, False))
+    if points is not None and shared is None:
+        groups.append(Group("points", points if isinstance(points, Between) else points.detach(), True))
+    return groups
 
 
 def _shared(critic: Any, real: Tensor, fake: Tensor, points: Any) -> str | None:

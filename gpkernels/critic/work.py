@@ -117,7 +117,7 @@ def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, 
     names = "real", "again"
     scores = [at[n].rows(at[n].scores, n) for n in names]  # type: ignore[arg-type]
     features = [at[n].rows(at[n].features, n) if at[n].features is not None else None for n in names]  # type: ignore[arg-type]
-    pair = [scores[i].new_empty(len(scores[i]), 0) if f is None else f for i, f in enumerate(features)]
+    pair = [scores[i].new_empty(scores[i].shape[0], 0) if f is None else f for i, f in enumerate(features)]
     tensors = [x.to(wide) for x in (*scores, *pair)]
     term, *coefficients = ops.consistency_term(*tensors, options.margin, options.feature_weight)
     if not task.gradients:
@@ -176,7 +176,7 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
     meta = one.plan.x_meta
     if gradient is None:
         gradient = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
-    at_points = gradient if len(gradient) == one.each else gradient.narrow(0, one.plan.plain, one.each)
+    at_points = gradient if gradient.shape[0] == one.each else gradient.narrow(0, one.plan.plain, one.each)
     rows = at_points.reshape(-1, at_points.shape[-1]) if task.by_point else at_points
     value, coefficient = ops.gradient_norm_penalty(rows, task.target, task.one_sided, REDUCTIONS["mean"])
     if task.gradients:

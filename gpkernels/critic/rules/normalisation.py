@@ -194,7 +194,7 @@ class PerChannel(Normalise):
         if layout_of(c) is torch.channels_last:
             rows = [u.permute(0, 2, 3, 1).reshape(-1, channels, 1) for u in (c, operand)]
         else:
-            rows = [u.reshape(len(u), channels, -1) for u in (c, operand)]
+            rows = [u.reshape(u.shape[0], channels, -1) for u in (c, operand)]
         to_weight, to_bias = ops.affine_gradients(*rows)
         return to_weight if weight else None, to_bias if bias else None
 
@@ -208,7 +208,7 @@ class GroupNorm(PerChannel):
 
     def split(self, u: Tensor, s: Saved) -> Tensor:
         last = self.groups == 1 and layout_of(s[0]) is torch.channels_last
-        return (u.permute(0, 2, 3, 1) if last else u).reshape(len(u), self.groups, -1)
+        return (u.permute(0, 2, 3, 1) if last else u).reshape(u.shape[0], self.groups, -1)
 
     def join(self, u: Tensor, s: Saved) -> Tensor:
         if self.groups > 1 or layout_of(s[0]) is not torch.channels_last:
