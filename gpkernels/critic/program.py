@@ -139,12 +139,17 @@ class Recorder(TorchDispatchMode):
 class Program:
     """A list of calls, for tensors that are laid out as those that it was traced with."""
 
-    def __init__(self, recorder: Recorder, results: Tensors) -> None:
-        self.count = recorder.count
-        self.inputs = recorder.inputs
-        self.results = [None if x is None else recorder.slot(x) for x in results]
-        self.aliases = recorder.aliases
-        self.parts = self._parted(self._needed(recorder.calls))
+    def __init__(
+        self, calls: list[Any], inputs: list[Slot | None], results: list[Slot | None], aliases: dict[Slot, Alias]
+    ) -> None:
+        self.inputs, self.results, self.aliases = inputs, results, aliases
+        self.parts = self._parted(self._needed(calls))
+
+    @staticmethod
+    def of(recorder: Recorder, results: Tensors) -> Program:
+        """All that was recorded, for some tensors."""
+        slots = [None if x is None else recorder.slot(x) for x in results]
+        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases)
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Without the calls whose results nobody reads."""
@@ -309,7 +314,7 @@ class Signature:
         recorder = Recorder(inputs)
         with recorder:
             results = work(inputs, lambda name, given: recorder.outside(outsider, name, given))
-        self.program = Program(recorder, results)
+        self.program = Program.of(recorder, results)
         return results
 
 

@@ -8,6 +8,7 @@ in the compiler's graph: no zeros, no double backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def step_in_graph(
 @allow_in_graph
 def _batch(groups: Sequence[Any], moves: bool) -> Tensor:
     """What the critic is called with; ``moves``: a leaf, whose gradient can be had."""
-    with torch.no_grad(), backends.backend("reference"):
+    with torch.no_grad(), _plain():
         points = [x.detach() if isinstance(x, Tensor) else points_of(Between(*x)) for x in groups]
         x = torch.cat(points) if len(points) > 1 else points[0]
     return x.requires_grad_() if moves else x
@@ -78,21 +79,21 @@ def _passes(
 ) -> tuple[Tensor, ...]:
     """The values, of which the first has the gradients; zeros for those that were not asked for."""
     passes = [_Traced(*one, wants, task.by_point) for one in zip(outputs, batches, names, strict=True)]
-    with torch.no_grad(), backends.backend("reference"):
+    with torch.no_grad(), _plain():
         like = outputs[0][0]
         unit = torch.ones((), dtype=accumulation_dtype(like.dtype), device=like.device)
-        blank = torch.zeros_like(unit)
+        zero = lambda: torch.zeros_like(unit)  # noqa: E731
         if backends.program is None:  # nothing could join the gradients to the weights
             plain = [Plain(one.groups, one.each, one.x, list(one.outputs)) for one in passes]
             loss, *others = losses(plain, task, weight)
-            return loss, *(blank if x is None else x.detach() for x in others)
+            return loss, *(zero() if x is None else x.detach() for x in others)
         flat = [source for given in sources for source in given]
         (loss, *others), gradients, at_samples = _gone_through(passes, task, unit * weight, unit)
         given = [(x, g) for x, g in zip(flat, at_samples, strict=True) if g is not None and x.requires_grad]
         pairs = [*gradients, *given]
     if pairs:
         loss = _Deliver.apply(loss, len(pairs), *[g for _, g in pairs], *[x for x, _ in pairs])
-    return loss, *(blank if x is None else x for x in others)
+    return loss, *(zero() if x is None else x for x in others)
 
 
 class _Traced:
@@ -150,15 +151,27 @@ def _gone_through(passes: Sequence[_Traced], task: Task, weight: Tensor, unit: T
     return found[:4], [(x, g) for x, g in gradients if g is not None], found[4 + len(weights) :]
 
 
+def _plain() -> Any:
+    """Context: a compiler is given PyTorch's own calls, which it can fuse."""
+    return backends.backend("reference") if is_compiling() else nullcontext()
+
+
 class _Deliver(Function):
     """A value with known gradients of some tensors: ``count`` gradients, then the tensors."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[:count])
+        ctx.gradients, ctx.tensors = tensors[:count], tensors[count:]
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        gradients = ctx.saved_tensors
-        return None, None, *[None] * len(gradients), *[g * cotangent for g in gradients]
+        return None, None, *[None] * len(ctx.gradients), *[g * cotangent for g in ctx.gradients]
+
+
+def delivered_by(x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """Tensors with their gradients where ``x`` is a value whose gradients are known, and nothing more; else None."""
+    node = x.grad_fn
+    if getattr(type(node), "_forward_cls", None) is not _Deliver:
+        return None
+    return list(zip(node.tensors, node.gradients, strict=True))  # type: ignore[union-attr]
