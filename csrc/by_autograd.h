@@ -5,8 +5,6 @@
 
 // What comes after the critic's calls: loss = adversarial + weight * penalty; by_point: norms are over the last axis.
 struct Ends {
-  Ends(double target, bool one_sided, bool by_point, double weight)
-      : target(target), one_sided(one_sided), by_point(by_point), weight(weight) {}
   double target;
   bool one_sided, by_point;
   double weight;

@@ -93,7 +93,8 @@ class Shelf {
   // The values with their graph, of a critic that is left to autograd; else what came of the calls, or None.
   py::object by_autograd(const py::object& critic, const py::tuple& tensors, const Places& places,
                          const std::vector<bool>& moves, const std::vector<int64_t>& kinds, const py::tuple& args,
-                         const py::dict& kwargs, const Ends& ends) {
+                         const py::dict& kwargs, double target, bool one_sided, bool by_point, double weight) {
+    const Ends ends{target, one_sided, by_point, weight};
     return ::by_autograd(caller_, critic, tensors, places, moves, kinds, args, kwargs, ends);
   }
 
@@ -199,7 +200,6 @@ void add_shelf(pybind11::module_& module) {
   py::class_<Check>(module, "Check")
       .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),
            py::arg() = py::none());
-  py::class_<Ends>(module, "Ends").def(py::init<double, bool, bool, double>());
   py::class_<Shelf>(module, "Shelf")
       .def(py::init<py::dict, size_t>())
       .def("step", &Shelf::step)

@@ -138,9 +138,9 @@ class _Shelf:
         task = how.task
         if _others_look_on() or forward_ad._current_level >= 0 or task.consistency is not None:
             return None
-        ends = backends.program.Ends(task.target, task.one_sided, task.by_point, weight)
+        ends = task.target, task.one_sided, task.by_point, weight
         with uncompiled:
-            return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, ends)
+            return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
 
     def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
         """The results of calls that were made, or the key under which to ``keep`` a program; None where C++ has no
