@@ -3,27 +3,20 @@
 #include "shelf.h"
 
 #include <ATen/SequenceNumber.h>
-#include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <algorithm>
 #include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "by_autograd.h"
+#include "calls.h"
 #include "direct.h"
 #include "graph.h"
-#include "program.h"
 
 namespace {
 
@@ -41,73 +34,29 @@ struct Done {
 
 constexpr size_t kValues = 4;
 
-// Null unless it is a tensor of PyTorch's own class, on a device that has memory.
-const at::Tensor* plain(const py::handle& x) {
-  if (!THPVariable_CheckExact(x.ptr())) return nullptr;
-  const at::Tensor& found = THPVariable_Unpack(x.ptr());
-  const bool is_plain = found.defined() && !found.is_inference() && !at::isTensorSubclassLike(found) &&
-                        (found.is_cpu() || found.is_cuda());
-  return is_plain ? &found : nullptr;
-}
-
-// Whether a mode or a transform is on, which has to see every call. Autocast need not be: programs run without it.
-bool is_seen() {
-  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  const c10::DispatchKeySet autocast = c10::autocast_dispatch_keyset;
-  return keys.included_ != c10::default_included_set ||
-         (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
-}
-
-// Points between two batches: gpkernels' own op.
-class Mixer {
- public:
-  Mixer() : by_eps_(op("gpkernels::interpolate")), by_key_(op("gpkernels::interpolate_random")) {}
-
-  at::Tensor operator()(const at::Tensor& real, const at::Tensor& fake, const at::Tensor& eps) const {
-    const bool draws = eps.scalar_type() == at::kLong;
-    torch::jit::Stack stack{real, fake, eps};
-    (draws ? by_key_ : by_eps_).callBoxed(stack);
-    return std::move(stack[0]).toTensor();
-  }
-
- private:
-  static c10::OperatorHandle op(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
-  c10::OperatorHandle by_eps_, by_key_;
-};
-
 // Programs by all that they depend on.
 class Shelf {
  public:
   Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
 
-  // Calls the critic with each batch and goes through the passes. tensors: fake, real, and where the gradient is
-  // penalised, each a tensor, None or (real, fake, eps) for points between them; batches: places among these, for each
-  // call; moves: whether the gradient at a batch is wanted. log: what was watched of one of as many rows as a part has.
-  // of: the place of the value that gets the gradients. Gives the values; else (what came of the calls, key or None);
-  // None, before anything is called, where it is not for here.
-  py::object step(const py::object& critic, const py::tuple& tensors, const std::vector<std::vector<size_t>>& batches,
+  // Calls the critic with each batch and goes through the passes. tensors, places, moves: as in ``Caller::batches``;
+  // log: what was watched of one of as many rows as a part has. of: the place of the value that gets the gradients.
+  // Gives the values; else (what came of the calls, key or None); None, before anything is called, where it is not for
+  // here.
+  py::object step(const py::object& critic, const py::tuple& tensors, const Places& places,
                   const std::vector<bool>& moves, const std::shared_ptr<Log>& log, bool pools, const py::tuple& args,
                   const py::dict& kwargs, int64_t tag, double weight, size_t of) {
-    if (is_seen() || !at::GradMode::is_enabled()) return py::none();
-    std::vector<at::Tensor> parts;
-    for (const py::handle& given : tensors) parts.push_back(part(given));
-    for (const size_t scored : {0, 1})
-      if (parts.at(scored).defined() && parts[scored].requires_grad()) return py::none();
-    std::vector<at::Tensor> inputs;
-    for (size_t i = 0; i < batches.size(); ++i) {
-      inputs.push_back(batch(parts, batches[i], moves[i]));
-      if (!inputs.back().defined() || inputs.back().requires_grad() != moves[i]) return py::none();
-    }
-    parts.clear();
+    std::vector<at::Tensor> inputs = caller_.batches(tensors, places, moves);
+    if (inputs.empty()) return py::none();
     py::list made;
     std::vector<Called> calls;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const at::Tensor& x = inputs[i];
       const uint64_t start = at::sequence_number::peek();
-      const int64_t rows = x.size(0) / int64_t(batches[i].size());
-      const py::object output = called(critic, x, rows, log, args, kwargs);
+      const int64_t rows = x.size(0) / int64_t(places[i].size());
+      const py::object output = Caller::called(critic, x, rows, log, args, kwargs);
       made.append(py::make_tuple(output, wrapped(x), start));
-      std::vector<at::Tensor> outputs = outputs_of(output);
+      std::vector<at::Tensor> outputs = Caller::outputs_of(output);
       const bool fit =
           !outputs.empty() && (pools || outputs[0].numel() >= x.size(0)) && (!moves[i] || outputs[0].requires_grad());
       if (!fit) return py::make_tuple(made, py::none());
@@ -121,7 +70,7 @@ class Shelf {
           made.attr("clear")();
           inputs.clear();
         },
-        constant(weight, inputs[0]), constant(1.0, inputs[0]), key);
+        caller_.constant(weight, inputs[0]), caller_.constant(1.0, inputs[0]), key);
     if (!done) return py::make_tuple(made, py::bytes(key.bytes()));
     std::vector<at::Tensor>& results = done->results;
     std::vector<at::Tensor> gradients, to;
@@ -141,8 +90,16 @@ class Shelf {
     return py::tuple(listed(results));
   }
 
-  // The same of calls that were made, [(outputs, the batch, the number of the first node)]: results and leaves, or the
-  // key; None where something looks on.
+  // The values with their graph, of a critic that is left to autograd; else what came of the calls, or None.
+  py::object by_autograd(const py::object& critic, const py::tuple& tensors, const Places& places,
+                         const std::vector<bool>& moves, const std::vector<int64_t>& kinds, const py::tuple& args,
+                         const py::dict& kwargs, double target, bool one_sided, bool by_point, double weight) {
+    const Ends ends{target, one_sided, by_point, weight};
+    return ::by_autograd(caller_, critic, tensors, places, moves, kinds, args, kwargs, ends);
+  }
+
+  // What ``step`` gives, of calls that were made, [(outputs, the batch, the number of the first node)]: results and
+  // leaves, or the key; None where something looks on.
   py::object run(const py::list& passes, int64_t tag, const at::Tensor& weight, const at::Tensor& unit) const {
     if (is_seen()) return py::none();
     std::vector<Called> calls;
@@ -195,91 +152,6 @@ class Shelf {
     return found;
   }
 
-  // A floating-point batch; undefined where it is none that plain calls can take. A tuple is of points between two.
-  at::Tensor part(const py::handle& given) const {
-    if (!PyTuple_Check(given.ptr())) {
-      const at::Tensor* x = plain(given);
-      return x && is_batch(*x) ? *x : at::Tensor();
-    }
-    const at::Tensor *real = plain(PyTuple_GET_ITEM(given.ptr(), 0)), *fake = plain(PyTuple_GET_ITEM(given.ptr(), 1)),
-                     *eps = plain(PyTuple_GET_ITEM(given.ptr(), 2));
-    if (!real || !fake || !eps || !is_batch(*real) || !alike(*real, *fake) || eps->device() != real->device())
-      return {};
-    const bool is_key = eps->scalar_type() == at::kLong && eps->numel() == 1;
-    const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() &&
-                      eps->size(0) == eps->numel() && (eps->dim() == 1 || eps->dim() == real->dim());
-    if (!is_key && !fits) return {};
-    const at::NoGradGuard no_graph;
-    return mix_(real->detach(), fake->detach(), eps->detach());
-  }
-
-  static bool is_floating(const at::Tensor& x) {
-    const at::ScalarType type = x.scalar_type();
-    return x.layout() == at::kStrided &&
-           (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16);
-  }
-  static bool is_batch(const at::Tensor& x) { return is_floating(x) && x.dim() && x.size(0); }
-  static bool alike(const at::Tensor& a, const at::Tensor& b) {
-    return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
-           a.layout() == b.layout();
-  }
-
-  // One after the other, a leaf where it moves; undefined where some part of it is, or they differ.
-  static at::Tensor batch(const std::vector<at::Tensor>& parts, const std::vector<size_t>& places, bool moves) {
-    const at::NoGradGuard no_graph;
-    const c10::impl::ExcludeDispatchKeyGuard plainly(c10::autocast_dispatch_keyset);
-    std::vector<at::Tensor> rows;
-    for (const size_t place : places) {
-      const at::Tensor& x = parts.at(place);
-      if (!x.defined() || (!rows.empty() && !alike(x, rows[0]))) return {};
-      rows.push_back(x);
-    }
-    if (rows.size() == 1 && !moves) return rows[0];
-    const at::Tensor x = rows.size() == 1 ? rows[0].detach() : at::cat(rows);
-    return moves ? x.set_requires_grad(true) : x;
-  }
-
-  // A number as a tensor that nobody writes to, as wide as losses of such a batch are.
-  at::Tensor constant(double value, const at::Tensor& like) {
-    const at::ScalarType wide = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const std::tuple<double, at::ScalarType, at::Device> name{value, wide, like.device()};
-    for (const auto& [known, number] : constants_)
-      if (known == name) return number;
-    if (constants_.size() >= 16) constants_.clear();
-    constants_.emplace_back(name, at::full({}, value, like.options().dtype(wide).requires_grad(false)));
-    return constants_.back().second;
-  }
-
-  static py::object called(const py::object& critic, const at::Tensor& x, int64_t rows, const std::shared_ptr<Log>& log,
-                           const py::tuple& args, const py::dict& kwargs) {
-    const at::AutoGradMode enabled(true);
-    if (!log) return critic(wrapped(x), *args, **kwargs);
-    const py::object check = py::cast(Check(log, rows, x.size(0)));
-    py::object output;
-    {
-      const Looking looking(check);
-      output = critic(wrapped(x), *args, **kwargs);
-    }
-    check.cast<Check&>().finish();
-    return output;
-  }
-
-  // Scores, and features where there are any; empty where there are no scores.
-  static std::vector<at::Tensor> outputs_of(const py::object& output) {
-    std::vector<at::Tensor> found;
-    if (THPVariable_Check(output.ptr())) {
-      found.push_back(THPVariable_Unpack(output.ptr()));
-    } else if (PyTuple_Check(output.ptr()) || PyList_Check(output.ptr())) {
-      const py::sequence items = py::reinterpret_borrow<py::sequence>(output);
-      for (size_t i = 0; i < std::min<size_t>(2, items.size()); ++i) {
-        const py::object item = items[i];
-        if (!THPVariable_Check(item.ptr())) break;
-        found.push_back(THPVariable_Unpack(item.ptr()));
-      }
-    }
-    return found;
-  }
-
   // Runs the program, if there is one. let_go: drops Python's hold on the calls; each tensor goes when it has been
   // read.
   template <typename LetGo>
@@ -317,8 +189,7 @@ class Shelf {
 
   const Reader reader_;
   const size_t capacity_;
-  const Mixer mix_;
-  std::vector<std::pair<std::tuple<double, at::ScalarType, at::Device>, at::Tensor>> constants_;
+  Caller caller_;
   std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
 };
 
@@ -344,6 +215,7 @@ void add_shelf(pybind11::module_& module) {
   py::class_<Shelf>(module, "Shelf")
       .def(py::init<py::dict, size_t>())
       .def("step", &Shelf::step)
+      .def("by_autograd", &Shelf::by_autograd)
       .def("run", &Shelf::run)
       .def("leaves", &Shelf::leaves)
       .def("hooked", &Shelf::hooked)

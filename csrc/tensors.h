@@ -169,6 +169,11 @@ inline void check_list(const char* name, const std::vector<Tensor>& tensors, con
   for (size_t i = 0; i < params.size(); ++i) check_same(name, tensors[i], params[i]);
 }
 
+// Of an enumeration that starts at 0.
+inline void check_code(const char* name, int64_t code, int64_t last) {
+  STD_TORCH_CHECK(code >= 0 && code <= last, name, ": expected 0 to ", last, ", got ", code);
+}
+
 inline void check_per_row(const char* name, const Tensor& x, Shape shape) {
   STD_TORCH_CHECK(x.numel() == shape.rows, name, ": expected one number per row");
 }

@@ -31,8 +31,8 @@ class Op:
 
     direct: gives what the op gives for dense CPU tensors that nothing watches, checked by the kernel alone, and
     NotImplemented where the op has to be called in another way. ``torch.compile`` cannot trace it.
-    check: raises for codes that name nothing, which kernels would take for one that they know; it is asked before any
-    backend, but not before ``direct``.
+    check: raises for codes that name nothing, and says what they are called; it is asked before any backend, but not
+    before ``direct``, where the kernel raises.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from gpkernels import ops
 from gpkernels.critic.call import Group, scores_of
@@ -156,7 +156,12 @@ def input_gradient(
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work, which differentiates by itself."""
+    """Whether a transform of ``torch.func`` is at work, which differentiates by itself.
+
+    Raises RuntimeError in ``torch.export``, whose programs hold calls that autograd has not seen.
+    """
+    if is_exporting():
+        raise RuntimeError("torch.export cannot hold a gradient of the critic; export the critic, or use torch.compile")
     return torch._C._are_functorch_transforms_active()
 
 

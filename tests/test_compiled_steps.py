@@ -481,6 +481,13 @@ def test_a_second_backward_is_an_error() -> None:
         torch.autograd.grad(gradient.sum(), weight)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_is_refused(strict: bool) -> None:
+    real, fake, eps = batch(8, 6)
+    with pytest.raises(Exception, match=r"torch\.export cannot hold a gradient of the critic"):
+        torch.export.export(gpk.CriticLoss(mlp(6, 16, 1).double()), (real, fake), {"eps": eps}, strict=strict)
+
+
 def test_errors_name_the_argument() -> None:
     critic = mlp(6, 16, 1).double()
     real, fake, eps = batch(8, 6)

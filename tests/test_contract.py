@@ -304,6 +304,16 @@ def test_a_code_that_names_nothing_is_refused(name: str, backend: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("kind", [-1, 5])
+def test_a_code_that_names_nothing_is_refused_by_the_registered_kernel(kind: int) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=f"kinds: expected .*, got {kind}"):
+        torch.ops.gpkernels.score_loss([SCORE, SCORE], [0, kind])
+    with pytest.raises((ValueError, RuntimeError), match=f"kinds: expected .*, got {kind}"):
+        torch.ops.gpkernels.score_loss_backward(ONE, [SCORE], [kind])
+    with pytest.raises((ValueError, RuntimeError), match=f"reduction: expected .*, got {kind}"):
+        torch.ops.gpkernels.gradient_norm_penalty(FLAT, 1.0, False, kind)
+
+
 def test_a_code_that_names_nothing_is_refused_while_tracing_and_by_the_specification() -> None:
     for call in (ops.score_loss.overload, reference.score_loss):
         with FakeTensorMode() as mode, pytest.raises(ValueError, match=f"kinds: {KINDS}7"):

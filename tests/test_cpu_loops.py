@@ -48,6 +48,20 @@ def test_writing_past_the_cache_fills_its_range_and_no_more(size: int, loops: ct
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_clipping_misses_nothing_wherever_it_lies(dtype: torch.dtype) -> None:
+    """Blocks are looked at before they are written; the neighbours of one with something outside are not."""
+    for at in (0, 511, 512, 16_383, 16_384, 32_767, 32_768, 99_999):
+        for value in (0.7, -math.inf, math.nan):
+            x = torch.rand(100_000).sub_(0.5).to(dtype)
+            x[at] = x[(7 * at + 5_000) % len(x)] = value
+            expected = x.clamp(-0.5, 0.5)
+            with gpk.backend("cpu"):
+                gpk.clip_weights_(x, 0.5)
+            torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
 def test_every_gaussian_number_is_right_to_a_few_ulp() -> None:
     zero = torch.zeros(1_000_003)
     with gpk.backend("cpu"):

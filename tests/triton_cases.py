@@ -230,7 +230,7 @@ def run(op: str, arguments: Arguments, guard: str) -> tuple[float, float]:
 
 
 def refusals() -> dict[str, str]:
-    """What a launcher raises for arguments whose sizes disagree."""
+    """What a launcher raises for arguments whose sizes disagree, and for codes that name nothing."""
     from gpkernels.triton import KERNELS
 
     x, y, c, one = torch.randn(3, 4), torch.randn(3, 3), torch.rand(2), torch.tensor(1.0)
@@ -239,13 +239,13 @@ def refusals() -> dict[str, str]:
         "interpolate_random": [(x, y, torch.tensor([1])), (x, x, torch.tensor([1, 2])), (x, x, one)],
         "interpolate_backward": [(x, c, True, True)],
         "instance_noise": [(x, 1.0, c, torch.tensor([1]), True), (x, 1.0, None, one, True)],
-        "gradient_norm_penalty": [(one, 1.0, False, 1), (x[:0], 1.0, False, 1)],
+        "gradient_norm_penalty": [(one, 1.0, False, 1), (x[:0], 1.0, False, 1), (x, 1.0, False, 3)],
         "gradient_norm_penalty_backward": [(one, x, c), (c, x, torch.rand(3))],
         "consistency_term": [(x, y, x, x, 0.1, 0.1), (x, x, x[:2], x[:2], 0.1, 0.1)],
         "lipschitz_consistency": [(x, x, x, y, 0.1)],
         "consistency_backward": [(one, x, x, y, x, torch.rand(3), torch.rand(3), True), (c, x, x, x, x, c, c, False)],
-        "score_loss": [([], []), ([x], [1, 2]), ([x[:0]], [1])],
-        "score_loss_backward": [(c, [x], [1])],
+        "score_loss": [([], []), ([x], [1, 2]), ([x[:0]], [1]), ([x, x], [0, 5]), ([x], [-1])],
+        "score_loss_backward": [(c, [x], [1]), (one, [x], [5])],
         "normalise_curvature": [(x, x, x, x, True), (x[None], c, x[None], x[None], True)],
         "affine_gradients": [(x, x), (x[None], y[None])],
         "mean_pool": [(x, 2, 2), (x, 0, 1), (one, 1, 1)],

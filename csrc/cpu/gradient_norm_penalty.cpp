@@ -29,6 +29,7 @@ GPK_SIMD void scale_rows(const T* x, const A* scale, T* out, int64_t row_begin, 
 
 std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target, bool one_sided, int64_t reduction) {
   const Shape shape = rows_of("grad", grad);
+  check_code("reduction", reduction, kSum);
   const Tensor dense = in_format(grad, common_format({&grad}));
   std::vector<double> values;
   dispatch(grad, [&](auto zero) {

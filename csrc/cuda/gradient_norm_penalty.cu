@@ -45,6 +45,7 @@ __global__ void GPK_BOUNDS scale_kernel(const A* cotangent, bool by_row, const T
 
 std::tuple<Tensor, Tensor> gradient_norm_penalty_cuda(Tensor grad, double target, bool one_sided, int64_t reduction) {
   const Shape shape = rows_of("grad", grad);
+  check_code("reduction", reduction, kSum);
   const Tensor dense = in_format(grad, common_format({&grad}));
   const double share = reduction == kMean ? 1.0 / double(shape.rows) : 1.0;
   Tensor value, coefficient;

@@ -140,6 +140,29 @@ def recurrent(s: Any, x: Tensor) -> Tensor:
         return s.out(s.rnn(x)[0][:, -1])
 
 
+class Cubed(torch.autograd.Function):
+    """A custom function, which no rule knows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * cotangents[0] * x**2
+
+
+def with_custom_function() -> nn.Module:
+    return Calls(
+        lambda s, x: s.out(F.relu(s.b(Cubed.apply(F.relu(s.a(x)))))),
+        a=nn.Linear(16, 64),
+        b=nn.Linear(64, 64),
+        out=nn.Linear(64, 1),
+    )
+
+
 def _dropout(width: int) -> list[nn.Module]:
     return [_leaky(), nn.Dropout(0.5)]
 
@@ -192,6 +215,16 @@ SMALL: dict[str, Case] = {
     "GRU, N 4": Case(
         lambda: Calls(recurrent, rnn=nn.GRU(6, 16, batch_first=True), out=nn.Linear(16, 1)),
         (4, 6, 6),
+    ),
+    "LSTM, N 4": Case(
+        lambda: Calls(recurrent, rnn=nn.LSTM(6, 16, batch_first=True), out=nn.Linear(16, 1)),
+        (4, 6, 6),
+    ),
+    "custom function, N 2": Case(with_custom_function, (2, 16)),
+    "custom function, N 64": Case(with_custom_function, (64, 16)),
+    "cumulated product, N 16": Case(
+        lambda: Calls(lambda s, x: s.out(s.a(x).sigmoid().cumprod(1)), a=nn.Linear(16, 32), out=nn.Linear(32, 1)),
+        (16, 16),
     ),
     "PointNet, N 2": Case(
         lambda: Calls(lambda s, x: s.out(s.net(x).max(1)[0]), net=mlp(3, 32, 64, 64), out=mlp(64, 32, 1)), (2, 32, 3)

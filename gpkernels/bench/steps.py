@@ -120,13 +120,16 @@ def _of(name: str, step: Step, field: bool) -> Iterator[Trial]:
 
 
 def penalty_trial(case: str, step: Step) -> Trial:
-    """``gradient_penalty`` and its weight gradients."""
-    points = plain_points(step.real, step.fake, step.eps, "wgan-gp")
+    """``gradient_penalty`` and its weight gradients, from the points on."""
+
+    def points() -> Tensor:
+        return plain_points(step.real, step.fake, step.eps, "wgan-gp")
+
     return _trial(
         case,
         step.gradients(lambda: gpk.gradient_penalty(step.critic, step.real, step.fake, eps=step.eps)),
-        step.gradients(lambda: plain_penalty(step.critic, points)),
-        lambda: step.compiled(lambda critic: _penalty(critic, points)),
+        step.gradients(lambda: plain_penalty(step.critic, points())),
+        lambda: step.compiled(lambda critic: _penalty(critic, points())),
     )
 
 

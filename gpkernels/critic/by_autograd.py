@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gpkernels import reference
 from gpkernels.critic.call import Pass, Plain
@@ -52,18 +52,19 @@ def losses(
 
 
 class _Plainly:
-    """The critics whose losses are left to autograd altogether, in training or out of it."""
+    """The critics whose losses are left to autograd altogether, in training or out of it, for batches up to a size."""
 
     def __init__(self) -> None:
-        self._known: dict[bool, Any] = {True: WeakIdKeyDictionary(), False: WeakIdKeyDictionary()}
+        self._known: dict[tuple[int, bool], tuple[ReferenceType[Any], int]] = {}
 
-    def add(self, critic: Any) -> None:
+    def add(self, critic: Any, elements: int) -> None:
+        key = id(critic), _training(critic)
         with suppress(TypeError):  # there are callables that nothing can point to weakly
-            self._known[_training(critic)][critic] = True
+            self._known[key] = ref(critic, lambda _: self._known.pop(key, None)), elements
 
-    def has(self, critic: Any) -> bool:
-        known = self._known[_training(critic)]
-        return len(known) > 0 and critic in known
+    def has(self, critic: Any, batch: Tensor) -> bool:
+        known = self._known.get((id(critic), _training(critic))) if self._known else None
+        return known is not None and known[0]() is critic and batch.numel() <= known[1]
 
 
 def _training(critic: Any) -> bool:

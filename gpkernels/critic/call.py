@@ -135,18 +135,33 @@ class Plain(NamedTuple):
 
 
 def call_plainly(
-    critic: Any, group: Group, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, pools: bool = False
-) -> Plain:
-    """Call the critic with one group, where all is left to autograd. Grad mode is on."""
-    x = points_of(group.x)
-    if group.penalised:
-        x = x.detach().requires_grad_()
-    with uncompiled():
-        output = critic(x, *args, **(kwargs or {}))
-    scores, features = scores_of(output), features_of(output)
-    if (scores.numel() < len(x) and not pools) or (group.penalised and not scores.requires_grad):
-        Pass(critic, [group], False, x, 0, output, pools)  # raises
-    return Plain(((group.name, group.penalised),), len(x), x, [scores] if features is None else [scores, features])
+    critic: Any,
+    groups: Sequence[Group],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    pools: bool = False,
+    before: Sequence[Any] = (),
+) -> list[Plain]:
+    """Call the critic with one group after the other, where all is left to autograd. Grad mode is on.
+
+    before: what came of the first calls, if they were made, each (output, batch).
+    """
+    found = []
+    for i, group in enumerate(groups):
+        if i < len(before):
+            output, x = before[i]
+        else:
+            x = points_of(group.x)
+            if group.penalised:
+                x = x.detach().requires_grad_()
+            with uncompiled():
+                output = critic(x, *args, **(kwargs or {}))
+        scores, features = scores_of(output), features_of(output)
+        if (scores.numel() < len(x) and not pools) or (group.penalised and not scores.requires_grad):
+            Pass(critic, [group], False, x, 0, output, pools)  # raises
+        outputs = [scores] if features is None else [scores, features]
+        found.append(Plain(((group.name, group.penalised),), len(x), x, outputs))
+    return found
 
 
 class uncompiled:

@@ -124,12 +124,30 @@ class _Shelf:
             )
         return found
 
+    def by_autograd(
+        self,
+        critic: Any,
+        tensors: tuple[Any, Any, Any],
+        how: How,
+        weight: float,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = NOTHING,
+    ) -> Any:
+        """What ``step`` gives, of a critic that is left to autograd; or [(output, batch)] of the calls that were made;
+        None where C++ has no say."""
+        task = how.task
+        if _others_look_on() or forward_ad._current_level >= 0 or task.consistency is not None:
+            return None
+        ends = task.target, task.one_sided, task.by_point, weight
+        with uncompiled():
+            return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
+
     def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
         """The results of calls that were made, or the key under which to ``keep`` a program; None where C++ has no
         say."""
         if _others_look_on():
             return None
-        tag = self._tag(How(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]), [], []))
+        tag = self._tag(How(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]), [], [], []))
         found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, number(1.0, weight))
         if found is None or type(found) is bytes:
             return found
@@ -163,11 +181,14 @@ class How(NamedTuple):
     calls: tuple[tuple[tuple[str, bool], ...], ...]
     places: list[list[int]]  # of the groups' samples among fake, real and points
     moves: list[bool]  # whether the gradient at a call's samples is wanted
+    kinds: list[int]  # the score loss of each call's first group, by ``reference.SCORE_LOSSES``; -1: it has none
 
     @staticmethod
     def of(task: Task, calls: tuple[tuple[tuple[str, bool], ...], ...]) -> How:
         places = [[PLACES[name] for name, _ in call] for call in calls]
-        return How(task, calls, places, [any(penalised for _, penalised in call) for call in calls])
+        scored = {} if task.adversarial is None else {"real": task.adversarial.real, "fake": task.adversarial.fake}
+        kinds = [scored.get(call[0][0], -1) for call in calls]
+        return How(task, calls, places, [any(penalised for _, penalised in call) for call in calls], kinds)
 
 
 PLACES = {"fake": 0, "real": 1, "again": 1, "points": 2}
@@ -220,7 +241,7 @@ def run(
         if look is not None:
             look(signed)
         if any(signed.known.generic) and any(plan.leaves_too_much() for plan in signed.known.plans):
-            plainly.add(passes[0].critic)
+            plainly.add(passes[0].critic, passes[0].x.numel() // len(passes[0].groups))
         results = signed.run(weight)
     shelf.keep(key, signed)
     return results

@@ -37,11 +37,16 @@ def penalty_on_gradient(
     """
     wanted = torch.is_grad_enabled()
     task = Task(None, target, one_sided, by_point, None, wanted)
-    if wanted and plainly.has(critic):
-        return penalty_of(call_plainly(critic, Group("points", points, True), args, kwargs, by_point), task)
     how = _how_of_a_penalty(task)
     given = None, None, points if isinstance(points, Tensor) else tuple(points)
-    begun = shelf.step(critic, given, how, 1.0, None, tuple(args), dict(kwargs or {})) if wanted else None
+    more = tuple(args), dict(kwargs or {})
+    if wanted and plainly.has(critic, points if isinstance(points, Tensor) else points.real):
+        found = shelf.by_autograd(critic, given, how, 1.0, *more)
+        if isinstance(found, Tensor):
+            return found
+        (one,) = call_plainly(critic, [Group("points", points, True)], *more, by_point, found or ())
+        return penalty_of(one, task)
+    begun = shelf.step(critic, given, how, 1.0, None, *more) if wanted else None
     if begun is not None and len(begun) == 4:
         return begun[PENALTY]
     before, key = begun or ((), None)
@@ -79,15 +84,16 @@ def step_at_once(
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
     shared = _shared(critic, real, fake, points)
-    if not together and task.gradients and plainly.has(critic):
-        return None
     apart, joint = _hows(task, shared, points is not None)
+    given = fake, real, tuple(points) if isinstance(points, Between) else None if shared else points
+    if not together and task.gradients and plainly.has(critic, real):
+        found = shelf.by_autograd(critic, given, apart, weight)
+        return Begun(False, found, None) if isinstance(found, list) else None if found is None else Parts(*found)
     mode = seen.mode(critic, real) if together is None and points is not None else None
     known = None if mode is None else seen.get(mode)
     as_one = points is not None and (bool(together) or isinstance(known, Log))
     if not as_one and (known in ("new", "looked") or not _go_at_once(real, task)):
         return None
-    given = fake, real, tuple(points) if isinstance(points, Between) else None if shared else points
     try:
         log = known if isinstance(known, Log) else None
         found = shelf.step(critic, given, joint if as_one else apart, weight, log)
@@ -120,8 +126,9 @@ def critic_step(
     """
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
     groups = groups_of(critic, real, fake, points, task, wants)
-    if task.gradients and not (wants or together) and plainly.has(critic):
-        loss, *parts = losses([call_plainly(critic, group) for group in groups], task, weight)
+    if task.gradients and not (wants or together) and plainly.has(critic, real):
+        called = call_plainly(critic, groups, before=() if begun is None else begun.before)
+        loss, *parts = losses(called, task, weight)
         blank = loss.detach()
         return Parts(loss, *(torch.zeros_like(blank) if x is None else x.detach().clone() for x in parts))
     factor, own = number(weight, real), seen if together is None else None

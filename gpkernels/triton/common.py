@@ -3,6 +3,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -101,6 +102,12 @@ def tickets(device: torch.device, count: int) -> Tensor:
 def check_floating(*tensors: Tensor) -> None:
     if any(t.dtype not in _FLOATING for t in tensors):
         raise RuntimeError("expected a floating-point tensor")
+
+
+def check_codes(name: str, codes: Sequence[int], known: Mapping[str, int]) -> None:
+    wrong = [code for code in codes if code not in known.values()]
+    if wrong:
+        raise RuntimeError(f"{name}: expected 0 to {len(known) - 1}, got {wrong[0]}")
 
 
 def rows_of(name: str, x: Tensor) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from gpkernels.triton.common import (
     accumulator,
     aligned,
     begin_of_block,
+    check_codes,
     dense,
     empty_like,
     flat_sizes,
@@ -118,6 +119,7 @@ def gradient_norm_penalty_backward_kernel(
 
 def gradient_norm_penalty(grad: Tensor, target: float, one_sided: bool, reduction: int) -> tuple[Tensor, Tensor]:
     rows, cols = rows_of("grad", grad)
+    check_codes("reduction", [reduction], REDUCTIONS)
     (g,) = dense(grad)
     reduced = reduction != REDUCTIONS["none"]
     values, coefficients = wide(g, *([] if reduced else [rows])), wide(g, rows)

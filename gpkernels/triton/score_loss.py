@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpkernels.triton.common import accumulator, check_floating, last_to_arrive, launch, spread, sum_of, tickets, wide
+from gpkernels.reference import SCORE_LOSSES
+from gpkernels.triton.common import (
+    accumulator,
+    check_codes,
+    check_floating,
+    last_to_arrive,
+    launch,
+    spread,
+    sum_of,
+    tickets,
+    wide,
+)
 from gpkernels.triton.functions import divide, exp_of_negative, log1p
 
 _BLOCK, _PROGRAMS = 1024, 256
@@ -93,6 +104,7 @@ def score_loss_backward_kernel(
 def _checked(scores: Sequence[Tensor], kinds: Sequence[int]) -> list[Tensor]:
     if not scores or len(scores) != len(kinds):
         raise RuntimeError("kinds: expected one for each tensor of scores")
+    check_codes("kinds", kinds, SCORE_LOSSES)
     if any(s.numel() == 0 for s in scores):
         raise RuntimeError("scores: expected at least one")
     check_floating(*scores)

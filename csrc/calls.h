@@ -1,0 +1,168 @@
+// Calls of the critic: the batches that it is called with, and what it gives.
+#pragma once
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "program.h"
+
+// Null unless it is a tensor of PyTorch's own class, on a device that has memory.
+inline const at::Tensor* plain(const py::handle& x) {
+  if (!THPVariable_CheckExact(x.ptr())) return nullptr;
+  const at::Tensor& found = THPVariable_Unpack(x.ptr());
+  const bool is_plain = found.defined() && !found.is_inference() && !at::isTensorSubclassLike(found) &&
+                        (found.is_cpu() || found.is_cuda());
+  return is_plain ? &found : nullptr;
+}
+
+// Whether a mode or a transform is on, which has to see every call. Autocast need not be: programs run without it.
+inline bool is_seen() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet autocast = c10::autocast_dispatch_keyset;
+  return keys.included_ != c10::default_included_set ||
+         (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
+}
+
+// One of gpkernels' own ops.
+inline c10::OperatorHandle op(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+
+// Points between two batches.
+class Mixer {
+ public:
+  Mixer() : by_eps_(op("gpkernels::interpolate")), by_key_(op("gpkernels::interpolate_random")) {}
+
+  at::Tensor operator()(const at::Tensor& real, const at::Tensor& fake, const at::Tensor& eps) const {
+    const bool draws = eps.scalar_type() == at::kLong;
+    torch::jit::Stack stack{real, fake, eps};
+    (draws ? by_key_ : by_eps_).callBoxed(stack);
+    return std::move(stack[0]).toTensor();
+  }
+
+ private:
+  c10::OperatorHandle by_eps_, by_key_;
+};
+
+using Places = std::vector<std::vector<size_t>>;
+
+// Makes batches and calls the critic with them.
+class Caller {
+ public:
+  // A batch for each call, empty where some tensor is not for here. tensors: fake, real, and where the gradient is
+  // penalised, each a tensor, None or (real, fake, eps) for points between them; places: among these, for each call;
+  // moves: whether the gradient at a batch is wanted.
+  std::vector<at::Tensor> batches(const py::tuple& tensors, const Places& places,
+                                  const std::vector<bool>& moves) const {
+    if (is_seen() || !at::GradMode::is_enabled()) return {};
+    std::vector<at::Tensor> parts, found;
+    for (const py::handle& given : tensors) parts.push_back(part(given));
+    for (const size_t scored : {0, 1})
+      if (parts.at(scored).defined() && parts[scored].requires_grad()) return {};
+    for (size_t i = 0; i < places.size(); ++i) {
+      found.push_back(batch(parts, places[i], moves[i]));
+      if (!found.back().defined() || found.back().requires_grad() != moves[i]) return {};
+    }
+    return found;
+  }
+
+  // What the critic gives; log: what its calls are held against, watched of as many rows.
+  static py::object called(const py::object& critic, const at::Tensor& x, int64_t rows, const std::shared_ptr<Log>& log,
+                           const py::tuple& args, const py::dict& kwargs) {
+    const at::AutoGradMode enabled(true);
+    if (!log) return critic(wrapped(x), *args, **kwargs);
+    const py::object check = py::cast(Check(log, rows, x.size(0)));
+    py::object output;
+    {
+      const Looking looking(check);
+      output = critic(wrapped(x), *args, **kwargs);
+    }
+    check.cast<Check&>().finish();
+    return output;
+  }
+
+  // Scores, and features where there are any; empty where there are no scores.
+  static std::vector<at::Tensor> outputs_of(const py::object& output) {
+    std::vector<at::Tensor> found;
+    if (THPVariable_Check(output.ptr())) {
+      found.push_back(THPVariable_Unpack(output.ptr()));
+    } else if (PyTuple_Check(output.ptr()) || PyList_Check(output.ptr())) {
+      const py::sequence items = py::reinterpret_borrow<py::sequence>(output);
+      for (size_t i = 0; i < std::min<size_t>(2, items.size()); ++i) {
+        const py::object item = items[i];
+        if (!THPVariable_Check(item.ptr())) break;
+        found.push_back(THPVariable_Unpack(item.ptr()));
+      }
+    }
+    return found;
+  }
+
+  // A number as a tensor that nobody writes to, as wide as losses of such a batch are.
+  at::Tensor constant(double value, const at::Tensor& like) {
+    const at::ScalarType wide = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const std::tuple<double, at::ScalarType, at::Device> name{value, wide, like.device()};
+    for (const auto& [known, number] : constants_)
+      if (known == name) return number;
+    if (constants_.size() >= 16) constants_.clear();
+    constants_.emplace_back(name, at::full({}, value, like.options().dtype(wide).requires_grad(false)));
+    return constants_.back().second;
+  }
+
+  static bool is_floating(const at::Tensor& x) {
+    const at::ScalarType type = x.scalar_type();
+    return x.layout() == at::kStrided &&
+           (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16);
+  }
+
+ private:
+  // A floating-point batch; undefined where it is none that plain calls can take. A tuple is of points between two.
+  at::Tensor part(const py::handle& given) const {
+    if (!PyTuple_Check(given.ptr())) {
+      const at::Tensor* x = plain(given);
+      return x && is_batch(*x) ? *x : at::Tensor();
+    }
+    const at::Tensor *real = plain(PyTuple_GET_ITEM(given.ptr(), 0)), *fake = plain(PyTuple_GET_ITEM(given.ptr(), 1)),
+                     *eps = plain(PyTuple_GET_ITEM(given.ptr(), 2));
+    if (!real || !fake || !eps || !is_batch(*real) || !alike(*real, *fake) || eps->device() != real->device())
+      return {};
+    const bool is_key = eps->scalar_type() == at::kLong && eps->numel() == 1;
+    const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() &&
+                      eps->size(0) == eps->numel() && (eps->dim() == 1 || eps->dim() == real->dim());
+    if (!is_key && !fits) return {};
+    const at::NoGradGuard no_graph;
+    return mix_(real->detach(), fake->detach(), eps->detach());
+  }
+
+  static bool is_batch(const at::Tensor& x) { return is_floating(x) && x.dim() && x.size(0); }
+  static bool alike(const at::Tensor& a, const at::Tensor& b) {
+    return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
+           a.layout() == b.layout();
+  }
+
+  // One after the other, a leaf where it moves; undefined where some part of it is, or they differ.
+  static at::Tensor batch(const std::vector<at::Tensor>& parts, const std::vector<size_t>& places, bool moves) {
+    const at::NoGradGuard no_graph;
+    const c10::impl::ExcludeDispatchKeyGuard plainly(c10::autocast_dispatch_keyset);
+    std::vector<at::Tensor> rows;
+    for (const size_t place : places) {
+      const at::Tensor& x = parts.at(place);
+      if (!x.defined() || (!rows.empty() && !alike(x, rows[0]))) return {};
+      rows.push_back(x);
+    }
+    if (rows.size() == 1 && !moves) return rows[0];
+    const at::Tensor x = rows.size() == 1 ? rows[0].detach() : at::cat(rows);
+    return moves ? x.set_requires_grad(true) : x;
+  }
+
+  const Mixer mix_;
+  std::vector<std::pair<std::tuple<double, at::ScalarType, at::Device>, at::Tensor>> constants_;
+};
