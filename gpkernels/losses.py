@@ -13,13 +13,17 @@ from gpkernels.critic.double_backward import depth
 from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Task
 from gpkernels.critic.step import critic_step, step_at_once
 from gpkernels.critic.together import Seen
-from gpkernels.functional import consistency_term, draw_key, gan_discriminator_loss, wgan_critic_loss
-from gpkernels.ops import check_eps, check_nonnegative, check_pair
+from gpkernels.ops.checks import check_eps, check_nonnegative, check_pair
+from gpkernels.ops.consistency import consistency_term
+from gpkernels.ops.philox import draw_key
+from gpkernels.ops.score_loss import ScoreLoss, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, traced
-from gpkernels.reference import SCORE_LOSSES
 
 LOSSES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
-OBJECTIVES = {"wgan": ("negative", "identity"), "gan": ("softplus_negative", "softplus")}  # of real and fake scores
+OBJECTIVES = {  # of real and fake scores
+    "wgan": (ScoreLoss.NEGATIVE, ScoreLoss.IDENTITY),
+    "gan": (ScoreLoss.SOFTPLUS_NEGATIVE, ScoreLoss.SOFTPLUS),
+}
 PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
 
 
@@ -27,7 +31,7 @@ PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
 def _task_of(
     objective: str, target: float, one_sided: bool, weight: float, margin: float, feature_weight: float, wanted: bool
 ) -> Task:
-    on_real, on_fake = (SCORE_LOSSES[kind] for kind in OBJECTIVES[objective])
+    on_real, on_fake = OBJECTIVES[objective]
     adversarial = Adversarial(on_real, on_fake, objective == "wgan")
     consistency = Consistency(weight, margin, feature_weight) if weight > 0 else None
     return Task(adversarial, target, one_sided, False, consistency, wanted)

@@ -17,13 +17,15 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from gpkernels import ops
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, fast_double_backward
 from gpkernels.critic.parts import Between, points_of
 from gpkernels.critic.step import penalty_on_gradient
-from gpkernels.functional import draw_key, gradient_norm_penalty, promote
-from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair
+from gpkernels.ops.checks import check_batch, check_eps, check_nonnegative, check_pair
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
+from gpkernels.ops.instance_noise import instance_noise_op
+from gpkernels.ops.philox import draw_key
+from gpkernels.ops.tensors import promote
 
 Critic = Callable[..., Any]
 _looked_at: dict[bool, WeakSet[nn.Module]] = {True: WeakSet(), False: WeakSet()}  # in training and out of it
@@ -101,7 +103,7 @@ def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None 
     scale = check_nonnegative("scale", scale)
     real = real.detach()
     spread = real.to(torch.promote_types(real.dtype, torch.float32)).std().reshape(1)
-    points: Tensor = ops.instance_noise(real, scale, spread, draw_key(real.device, generator), False)
+    points: Tensor = instance_noise_op(real, scale, spread, draw_key(real.device, generator), False)
     return points
 
 

@@ -10,7 +10,11 @@ from scipy import stats
 from torch import Tensor
 
 import gpkernels as gpk
-from gpkernels import ops, penalties, reference
+from gpkernels import penalties
+from gpkernels.ops.instance_noise import instance_noise_op, instance_noise_reference
+from gpkernels.ops.interpolate import interpolate_op, interpolate_random_op
+from gpkernels.ops.philox import philox
+from gpkernels.ops.tensors import accumulation_dtype
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEY = torch.tensor([-6_148_914_691_236_517_206])  # every other bit, the sign too
@@ -37,14 +41,14 @@ def _philox_in_python(counter: int, key: int) -> tuple[int, ...]:
 
 
 def test_philox_gives_the_published_words_for_zero_key_and_counter() -> None:
-    words = reference.philox(torch.tensor([0]), torch.tensor([0]))
+    words = philox(torch.tensor([0]), torch.tensor([0]))
     assert tuple(int(w) for w in words) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
 def test_philox_uses_every_bit_of_key_and_counter() -> None:
     for counter in (0, 1, 2**31, 2**32 + 5, 2**62 + 3):
         for key in (0, 1, -1, 2**40 + 7, int(KEY)):
-            words = reference.philox(torch.tensor([key]), torch.tensor([counter]))
+            words = philox(torch.tensor([key]), torch.tensor([counter]))
             assert tuple(int(w) for w in words) == _philox_in_python(counter, key % 2**64)
 
 
@@ -52,11 +56,11 @@ def test_philox_uses_every_bit_of_key_and_counter() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eps_is_the_first_philox_word_bit_for_bit(dtype: str, layout: str, backend: str) -> None:
     real, fake = _images(DTYPES[dtype], layout), _images(DTYPES[dtype], layout)
-    mixed, eps = ops.interpolate_random(real, fake, KEY)
+    mixed, eps = interpolate_random_op(real, fake, KEY)
     expected = [(_philox_in_python(n, int(KEY) % 2**64)[0] >> 8) / 2**24 for n in range(5)]
     assert eps.tolist() == expected
-    assert eps.dtype == ops.accumulation_dtype(DTYPES[dtype])
-    assert torch.equal(mixed, ops.interpolate(real, fake, eps))
+    assert eps.dtype == accumulation_dtype(DTYPES[dtype])
+    assert torch.equal(mixed, interpolate_op(real, fake, eps))
     assert mixed.stride() == real.stride()
 
 
@@ -67,21 +71,21 @@ def test_noise_is_the_reference_to_a_few_ulp(dtype: str, layout: str, gaussian: 
     kind = DTYPES[dtype]
     x = _images(kind, layout)
     for scale in (None, torch.tensor([1.7])):
-        noisy = ops.instance_noise(x, 0.5, scale, KEY, gaussian)
+        noisy = instance_noise_op(x, 0.5, scale, KEY, gaussian)
         # In float64 the 24 random bits are the same, so it is the exact answer for every dtype.
-        exact = reference.instance_noise(x.double(), 0.5, scale, KEY, gaussian)
+        exact = instance_noise_reference(x.double(), 0.5, scale, KEY, gaussian)
         # A cosine near zero keeps the absolute error of its angle, so the amplitude counts too.
         size = x.double().abs() + (exact - x.double()).abs() + 0.5 * (1 if scale is None else 1.7)
-        wide = torch.finfo(ops.accumulation_dtype(kind)).eps
+        wide = torch.finfo(accumulation_dtype(kind)).eps
         assert ((noisy.double() - exact).abs() <= size * (4 * wide + torch.finfo(kind).eps)).all()
         assert noisy.stride() == x.stride()
 
 
 def test_noise_follows_memory_so_layouts_of_one_tensor_differ_and_strided_views_agree(backend: str) -> None:
     x = torch.randn(4, 3, 5, 5)
-    plain = ops.instance_noise(x, 1.0, None, KEY, True)
-    assert torch.equal(ops.instance_noise(torch.stack([x, x], -1)[..., 0], 1.0, None, KEY, True), plain)
-    last = ops.instance_noise(x.contiguous(memory_format=torch.channels_last), 1.0, None, KEY, True)
+    plain = instance_noise_op(x, 1.0, None, KEY, True)
+    assert torch.equal(instance_noise_op(torch.stack([x, x], -1)[..., 0], 1.0, None, KEY, True), plain)
+    last = instance_noise_op(x.contiguous(memory_format=torch.channels_last), 1.0, None, KEY, True)
     assert not torch.equal(last, plain)
 
 

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import gpkernels.triton
-from gpkernels.reference import REDUCTIONS
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

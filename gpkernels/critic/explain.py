@@ -33,7 +33,7 @@ from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Layout, Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
-from gpkernels.ops import check_batch
+from gpkernels.ops.checks import check_batch
 
 _NO_INPUT = "critic: expected scores that depend on the input, got scores that do not"
 _KINDS = {

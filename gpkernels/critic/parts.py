@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpkernels import ops
+from gpkernels.ops.interpolate import interpolate_op, interpolate_random_op
+from gpkernels.ops.score_loss import ScoreLoss
 
 
 class Adversarial(NamedTuple):
-    """The score losses of real and fake rows, by ``reference.SCORE_LOSSES``, and whether both are linear."""
+    """The score losses of real and fake rows, and whether both are linear."""
 
-    real: int
-    fake: int
+    real: ScoreLoss
+    fake: ScoreLoss
     linear: bool
 
 
@@ -36,7 +37,7 @@ class Between(NamedTuple):
     def points(self) -> Tensor:
         real, fake, eps = (x.detach() for x in self)
         mixed: Tensor = (
-            ops.interpolate_random(real, fake, eps)[0] if eps.dtype == torch.int64 else ops.interpolate(real, fake, eps)
+            interpolate_random_op(real, fake, eps)[0] if eps.dtype == torch.int64 else interpolate_op(real, fake, eps)
         )
         return mixed
 

@@ -22,7 +22,7 @@ from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
 from gpkernels.critic.rules.base import Layout, Saved, Unary
 from gpkernels.critic.rules.products import Lazy
 from gpkernels.critic.rules.shapes import T
-from gpkernels.ops import overlaps
+from gpkernels.ops.tensors import overlaps
 
 Outsider = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
 Cotangents = dict[Place, Tensor]

@@ -22,7 +22,7 @@ from gpkernels.critic.graph import native
 from gpkernels.critic.parts import Task
 from gpkernels.critic.together import Check, Log, autocasts
 from gpkernels.critic.work import Known, work
-from gpkernels.reference import accumulation_dtype
+from gpkernels.ops.tensors import accumulation_dtype
 
 NOTHING: Mapping[str, Any] = {}
 Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]

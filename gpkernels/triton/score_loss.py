@@ -29,7 +29,7 @@ def _sigmoid(s):
 
 @triton.jit
 def _score_value(s, KIND: tl.constexpr):
-    """phi(s), by reference.SCORE_LOSSES."""
+    """phi(s), by ``ScoreLoss``."""
     if KIND == 0:
         value = s
     elif KIND == 1:
@@ -108,7 +108,7 @@ def score_loss(scores: Sequence[Tensor], kinds: Sequence[int]) -> Tensor:
     launch(
         score_loss_kernel, programs, device,
         tuple(dense), counts, total, wide(longest, programs), tickets(device, 1),
-        KINDS=tuple(kinds), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
+        KINDS=tuple(map(int, kinds)), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return total
 
@@ -120,6 +120,6 @@ def score_loss_backward(cotangent: Tensor, scores: Sequence[Tensor], kinds: Sequ
     counts = tuple(s.numel() for s in dense)
     launch(
         score_loss_backward_kernel, triton.cdiv(max(counts), _BLOCK), dense[0].device,
-        by, tuple(dense), counts, tuple(grads), KINDS=tuple(kinds), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
+        by, tuple(dense), counts, tuple(grads), KINDS=tuple(map(int, kinds)), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return grads
