@@ -12,6 +12,7 @@ from gpkernels.ops.instance_noise import add_instance_noise
 from gpkernels.ops.interpolate import interpolate
 from gpkernels.ops.score_loss import (
     gan_discriminator_loss,
+    hinge_critic_loss,
     nonsaturating_generator_loss,
     saturating_generator_loss,
     wgan_critic_loss,
@@ -36,6 +37,7 @@ __all__ = [
     "gan_discriminator_loss",
     "gradient_norm_penalty",
     "gradient_penalty",
+    "hinge_critic_loss",
     "interpolate",
     "lipschitz_consistency",
     "nonsaturating_generator_loss",

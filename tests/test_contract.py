@@ -20,6 +20,7 @@ from gpkernels import ops
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_backward_op, gradient_norm_penalty_op
 from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.ops.score_loss import (
+    ScoreLoss,
     score_loss_backward_op,
     score_loss_backward_reference,
     score_loss_op,
@@ -280,6 +281,7 @@ BAD = {
         "margin",
     ),
     "a loss of integers": (lambda: gpk.wgan_critic_loss(INT, INT), TypeError, "real_scores"),
+    "a hinge loss of integers": (lambda: gpk.hinge_critic_loss(SCORE, INT), TypeError, "fake_scores.*int64"),
     "a loss of nothing": (lambda: gpk.wgan_generator_loss(torch.empty(0)), ValueError, "fake_scores"),
     "clipping by a negative number": (lambda: gpk.clip_weights_([FLAT.clone()], -0.1), ValueError, "c: .*-0.1"),
     "clipping integers": (lambda: gpk.clip_weights_([FLAT.clone(), INT], 0.1), TypeError, r"params\[1\]"),
@@ -288,10 +290,11 @@ BAD = {
 
 
 ONE = torch.ones(())
-KINDS = r"expected 0 \(identity\), 1 \(negative\), .*4 \(negative_softplus\), got "
+AFTER = len(ScoreLoss)
+KINDS = rf"expected 0 \(identity\), 1 \(negative\), .*{AFTER - 1} \(hinge_negative\), got "
 BAD_CODES = {
-    "a loss of a kind above all": (lambda: score_loss_op([SCORE], [7]), rf"kinds: {KINDS}7"),
-    "a loss of the kind after the last": (lambda: score_loss_op([SCORE], [5]), rf"kinds: {KINDS}5"),
+    "a loss of a kind above all": (lambda: score_loss_op([SCORE], [70]), rf"kinds: {KINDS}70"),
+    "a loss of the kind after the last": (lambda: score_loss_op([SCORE], [AFTER]), rf"kinds: {KINDS}{AFTER}"),
     "a loss of a negative kind": (lambda: score_loss_op([SCORE], [-1]), rf"kinds: {KINDS}-1"),
     "a loss of a bad second kind": (lambda: score_loss_op([SCORE, SCORE], [0, 9]), rf"kinds: {KINDS}9"),
     "a loss of too few kinds": (lambda: score_loss_op([SCORE, SCORE], [0]), "kinds: .* 2 scores, got 1"),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkernels.ops.score_loss import ScoreLoss
 from gpkernels.verify.cases import DTYPES, LAYOUTS, laid_out
 
 SHAPES = {"one": (1, 1), "odd": (3, 7), "pairs": (257, 2), "aligned": (5, 48), "image": (4, 3, 5, 9), "long": (2, 4501)}
@@ -133,8 +134,8 @@ def _special(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "gradient_norm_penalty_backward": [(one, x, c), (one, empty, torch.rand(3))],
         "consistency_term": [(s[3:], t[3:], x[3:], y[3:], 0.0, 0.1), (s[1:], t[1:], x[1:], y[1:], 0.0, 0.1)],
         "lipschitz_consistency": [(s[3:], t[3:], x[3:], y[3:], 0.0), (s[:1], t[:1], x[:1], y[:1], 0.0)],
-        "score_loss": [([scores[1:8]], [kind]) for kind in range(5)] + [([scores], [2]), ([x], [3])],
-        "score_loss_backward": [(one, [scores, x], [kind, kind]) for kind in range(5)],
+        "score_loss": [([scores[1:8]], [kind]) for kind in ScoreLoss] + [([scores], [2]), ([x], [3])],
+        "score_loss_backward": [(one, [scores, x], [kind, kind]) for kind in ScoreLoss],
     }
 
 

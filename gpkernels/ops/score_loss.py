@@ -25,6 +25,8 @@ class ScoreLoss(IntEnum):
     SOFTPLUS = 2  # softplus(s)
     SOFTPLUS_NEGATIVE = 3  # softplus(-s)
     NEGATIVE_SOFTPLUS = 4  # -softplus(s)
+    HINGE = 5  # max(0, 1 + s)
+    HINGE_NEGATIVE = 6  # max(0, 1 - s)
 
     __hash__ = int.__hash__  # in C: kinds are keys of what a critic step looks up
 
@@ -46,8 +48,12 @@ def score_loss_reference(scores: Sequence[Tensor], kinds: Sequence[int]) -> Tens
             value = -logsigmoid(-wide)
         elif kind == ScoreLoss.SOFTPLUS_NEGATIVE:
             value = -logsigmoid(wide)
-        else:
+        elif kind == ScoreLoss.NEGATIVE_SOFTPLUS:
             value = logsigmoid(-wide)
+        elif kind == ScoreLoss.HINGE:
+            value = (1 + wide).relu()
+        else:
+            value = (1 - wide).relu()
         total = value.mean() if total is None else total + value.mean()
     assert total is not None
     return total
@@ -67,8 +73,12 @@ def score_loss_backward_reference(cotangent: Tensor, scores: Sequence[Tensor], k
             slope = wide.sigmoid()
         elif kind == ScoreLoss.SOFTPLUS_NEGATIVE:
             slope = -(-wide).sigmoid()
-        else:
+        elif kind == ScoreLoss.NEGATIVE_SOFTPLUS:
             slope = -wide.sigmoid()
+        elif kind == ScoreLoss.HINGE:
+            slope = torch.where(1 + wide <= 0, 0.0, torch.ones_like(wide))
+        else:
+            slope = torch.where(1 - wide <= 0, 0.0, -torch.ones_like(wide))
         grads.append((cotangent * slope / s.numel()).to(s.dtype))
     return grads
 
@@ -173,6 +183,15 @@ def wgan_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 def wgan_generator_loss(fake_scores: Tensor) -> Tensor:
     """-mean fake. Scores: (N, *). Differentiable to any order. Raises TypeError or ValueError for bad input."""
     return _score_loss(fake_scores=(fake_scores, ScoreLoss.NEGATIVE))
+
+
+def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """mean max(0, 1 - real) + mean max(0, 1 + fake) (Lim & Ye 2017; Miyato et al. 2018, eq. 16).
+
+    Scores: (N, *), batches may differ; at a kink the derivative is 0. Differentiable to any order. Raises TypeError or
+    ValueError for bad input.
+    """
+    return _score_loss(real_scores=(real_scores, ScoreLoss.HINGE_NEGATIVE), fake_scores=(fake_scores, ScoreLoss.HINGE))
 
 
 def gan_discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:

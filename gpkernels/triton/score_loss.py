@@ -28,6 +28,12 @@ def _sigmoid(s):
 
 
 @triton.jit
+def _relu(x):
+    """max(0, x); NaN stays NaN."""
+    return tl.where(x <= 0.0, 0.0, x)
+
+
+@triton.jit
 def _score_value(s, KIND: tl.constexpr):
     """phi(s), by ``ScoreLoss``."""
     if KIND == 0:
@@ -38,8 +44,12 @@ def _score_value(s, KIND: tl.constexpr):
         value = _softplus(s)
     elif KIND == 3:
         value = _softplus(-s)
-    else:
+    elif KIND == 4:
         value = -_softplus(s)
+    elif KIND == 5:
+        value = _relu(1.0 + s)
+    else:
+        value = _relu(1.0 - s)
     return value
 
 
@@ -54,8 +64,12 @@ def _score_slope(s, KIND: tl.constexpr):
         slope = _sigmoid(s)
     elif KIND == 3:
         slope = -_sigmoid(-s)
-    else:
+    elif KIND == 4:
         slope = -_sigmoid(s)
+    elif KIND == 5:
+        slope = tl.where(1.0 + s <= 0.0, 0.0, 1.0).to(s.dtype)
+    else:
+        slope = tl.where(1.0 - s <= 0.0, 0.0, -1.0).to(s.dtype)
     return slope
 
 
@@ -120,6 +134,7 @@ def score_loss_backward(cotangent: Tensor, scores: Sequence[Tensor], kinds: Sequ
     counts = tuple(s.numel() for s in dense)
     launch(
         score_loss_backward_kernel, triton.cdiv(max(counts), _BLOCK), dense[0].device,
-        by, tuple(dense), counts, tuple(grads), KINDS=tuple(map(int, kinds)), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
+        by, tuple(dense), counts, tuple(grads),
+        KINDS=tuple(map(int, kinds)), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return grads

@@ -78,6 +78,7 @@ CASES: dict[str, Case] = {
     ),
     "wgan_critic_loss": Case(gpk.wgan_critic_loss, _score(ScoreLoss.NEGATIVE, ScoreLoss.IDENTITY), "sr"),
     "wgan_generator_loss": Case(gpk.wgan_generator_loss, _score(ScoreLoss.NEGATIVE), "r"),
+    "hinge_critic_loss": Case(gpk.hinge_critic_loss, _score(ScoreLoss.HINGE_NEGATIVE, ScoreLoss.HINGE), "sr"),
     "gan_discriminator_loss": Case(
         gpk.gan_discriminator_loss, _score(ScoreLoss.SOFTPLUS_NEGATIVE, ScoreLoss.SOFTPLUS), "rs"
     ),
