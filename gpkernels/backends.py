@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from gpkernels.private import carried, carry, has_kernel, is_carried, xpu_is_built
+
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
@@ -106,7 +108,7 @@ def interprets_triton() -> bool:
 
 def takes_triton(device_type: str) -> bool:
     """Whether "auto" gives this device's tensors Triton kernels. Asks no device, only what PyTorch was built for."""
-    built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": torch.xpu._is_compiled()}
+    built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": xpu_is_built()}
     return built.get(device_type, False) and has_triton()
 
 
@@ -196,14 +198,14 @@ def backend(name: str) -> Iterator[None]:
 
 def _carry() -> None:
     """Let PyTorch carry the choice along: a backward pass on a GPU runs in a thread of autograd's."""
-    torch._C._stash_obj_in_tls(_CARRIED, (get_ident(), _chosen.get(None)))
+    carry(_CARRIED, (get_ident(), _chosen.get(None)))
 
 
 def _carried() -> str | None:
     """The choice of the thread that this one works for, if it did choose."""
-    if not torch._C._is_key_in_tls(_CARRIED):
+    if not is_carried(_CARRIED):
         return None
-    thread, name = torch._C._get_obj_in_tls(_CARRIED)
+    thread, name = carried(_CARRIED)
     return name if thread != get_ident() else None  # what another task of this very thread chose is not ours
 
 
@@ -274,7 +276,7 @@ def running(device_type: str) -> str:
 
 def running_op(name: str, device_type: str) -> str:
     """The backend that "auto" takes for one op's tensors on a device type."""
-    known = torch._C._dispatch_has_kernel_for_dispatch_key(f"gpkernels::{name}", device_type.upper())
+    known = has_kernel(f"gpkernels::{name}", device_type.upper())
     return running(device_type) if known else "reference"
 
 

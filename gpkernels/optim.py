@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from gpkernels import backends
 from gpkernels.ops.checks import check_floating, check_nonnegative, check_number, check_writable
 from gpkernels.ops.weights import rmsprop_op
+from gpkernels.private import foreach_add_
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -181,7 +182,7 @@ class _Update:
 
     def store(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Count the step, keep what is new, and let graphs that saved any of it notice."""
-        torch._foreach_add_(self.steps, 1)
+        foreach_add_(self.steps, 1)
         for p, own in self.new.items():
             state[p].update(own)
         torch.autograd.graph.increment_version([*self.params, *(t for tensors in self.state.values() for t in tensors)])

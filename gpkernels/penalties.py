@@ -26,6 +26,7 @@ from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
 from gpkernels.ops.instance_noise import instance_noise_op
 from gpkernels.ops.philox import draw_key
 from gpkernels.ops.tensors import promote
+from gpkernels.private import BatchNorm, transforms_active
 
 Critic = Callable[..., Any]
 _looked_at: dict[bool, WeakSet[nn.Module]] = {True: WeakSet(), False: WeakSet()}  # in training and out of it
@@ -152,7 +153,7 @@ def input_gradient(
 
 def traced() -> bool:
     """Whether ``torch.compile`` or a ``torch.func`` transform is at work: neither can see through a tape."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or transforms_active()
 
 
 def _warn_of_batch_norm(critic: Critic) -> None:
@@ -160,7 +161,7 @@ def _warn_of_batch_norm(critic: Critic) -> None:
         return
     seen.add(critic)
     for module in critic.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, BatchNorm) and module.training:
             warnings.warn(
                 "the critic has BatchNorm in training mode, which mixes samples: the penalty is not per sample",
                 stacklevel=4,

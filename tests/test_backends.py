@@ -429,7 +429,7 @@ def test_gpus_get_triton_where_there_is_no_cuda_library(
     monkeypatch.setattr(backends, "cuda_error", None if cuda else "no library")
     monkeypatch.setattr(backends, "has_triton", lambda: triton)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(torch.xpu, "_is_compiled", lambda: False)
+    monkeypatch.setattr(backends, "xpu_is_built", lambda: False)
     Library.registered.clear()
     registration.register_triton(Library())
     everything = {(name, "CUDA") for name in ops.ALL}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gpkernels.critic import plan
 from gpkernels.critic.call import scores_of
@@ -34,6 +31,7 @@ from gpkernels.critic.rules.base import Layout, Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
 from gpkernels.ops.checks import check_batch
+from gpkernels.private import TorchDispatchMode, compiler, tree_leaves, without_function_modes
 
 _NO_INPUT = "critic: expected scores that depend on the input, got scores that do not"
 _KINDS = {
@@ -445,7 +443,7 @@ def _names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Run compiled functions as they were written: one that meets a mode is never compiled again."""
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+    with torch.compiler.set_stance("force_eager") if compiler() is not None else nullcontext():
         yield
 
 
@@ -532,7 +530,7 @@ class _Follow(TorchFunctionMode):
     def claim(self, values: Any, function: str = "") -> None:
         """Give the nodes that lead to some tensors, and that nobody has, to the layer at work."""
         fresh: list[Any] = []
-        with torch._C.DisableTorchFunction():
+        with without_function_modes():
             for x in tree_leaves(values):
                 if isinstance(x, Tensor):
                     self._walk([y.grad_fn for y in (x, x._base) if y is not None], fresh)

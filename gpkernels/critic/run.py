@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from gpkernels import backends
@@ -23,6 +22,7 @@ from gpkernels.critic.parts import Task
 from gpkernels.critic.together import Check, Log, autocasts
 from gpkernels.critic.work import Known, work
 from gpkernels.ops.tensors import accumulation_dtype
+from gpkernels.private import dual_level
 
 NOTHING: Mapping[str, Any] = {}
 Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
@@ -114,7 +114,7 @@ class _Shelf:
 
         tensors: fake, real, and where the gradient is penalised; as tuple of a ``Between``.
         """
-        if _others_look_on() or forward_ad._current_level >= 0:
+        if _others_look_on() or dual_level() >= 0:
             return None
         logged = None if log is None else log.native()
         with uncompiled:

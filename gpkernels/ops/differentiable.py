@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.compiler import is_compiling
+
+from gpkernels.private import any_requires_grad, dual_level, transforms_active
 
 
 class Differentiable(Function):
@@ -21,9 +23,9 @@ class Differentiable(Function):
 
 def apply(function: type[Differentiable], *args: Any) -> Any:
     """``function.apply`` without what costs more than a small op: a graph that nobody wants, and binding arguments."""
-    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_compiling() or transforms_active() or dual_level() >= 0:
         return function.apply(*args)
-    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    if not (torch.is_grad_enabled() and any_requires_grad(*args)):
         return function.forward(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
 

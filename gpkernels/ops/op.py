@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gpkernels import backends
+from gpkernels.private import OpOverload, tree_flatten, tree_map, tree_unflatten
 
 LIBRARY = torch.library.Library("gpkernels", "DEF")
 ALL: dict[str, Op] = {}  # by name, each as it is defined
@@ -45,12 +45,12 @@ class Op:
         LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
         ALL[self.name] = self
 
-    def define_in(self, library: torch.library.Library) -> torch._ops.OpOverload:
+    def define_in(self, library: torch.library.Library) -> OpOverload:
         """Give a library this schema, with what tracing and vmap need; kernels are left to others."""
         qualified = f"{library.ns}::{self.name}"
         library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, self.fake, lib=library)
-        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, library.ns), self.name).default
+        overload: OpOverload = getattr(getattr(torch.ops, library.ns), self.name).default
         if not overload._schema.is_mutable:
             torch.library.register_vmap(qualified, self._vmap, lib=library)
         return overload
