@@ -125,12 +125,6 @@ GPK_HD void random_numbers(uint64_t key, uint64_t counter, bool gaussian, A* num
 
 // --- interpolate ------------------------------------------------------------------------------------------------
 
-// A row's eps where it is drawn.
-template <typename A>
-GPK_HD A row_eps(uint64_t key, int64_t row) {
-  return unit_interval<A>(philox(key, uint64_t(row)).word[0]);
-}
-
 template <typename A>
 GPK_HD A interpolate(A real, A fake, A eps) {
   return eps * real + (A(1) - eps) * fake;

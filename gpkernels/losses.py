@@ -15,7 +15,7 @@ from gpkernels.critic.step import critic_step, step_at_once
 from gpkernels.critic.together import Seen
 from gpkernels.ops.checks import check_eps, check_nonnegative, check_pair
 from gpkernels.ops.consistency import consistency_term
-from gpkernels.ops.philox import draw_key
+from gpkernels.ops.interpolate import draw_eps
 from gpkernels.ops.score_loss import ScoreLoss, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, traced
 
@@ -143,7 +143,7 @@ class CriticLoss(nn.Module):
     def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | Between | None:
         """Where the gradient is penalised; ``real`` or ``fake`` itself shares its pass with the scores."""
         if self.penalty == "wgan-gp":
-            return Between(real, fake, draw_key(real.device) if eps is None else eps)
+            return Between(real, fake, draw_eps(real) if eps is None else eps)
         if self.penalty == "dragan":
             return dragan_points(real, self.dragan_scale)
         return {"r1": real, "r2": fake, "none": None}[self.penalty]

@@ -24,6 +24,7 @@ from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.ops.checks import check_batch, check_eps, check_nonnegative, check_pair
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
 from gpkernels.ops.instance_noise import instance_noise_op
+from gpkernels.ops.interpolate import draw_eps
 from gpkernels.ops.philox import draw_key
 from gpkernels.ops.tensors import promote
 from gpkernels.private import BatchNorm, transforms_active
@@ -47,15 +48,16 @@ def gradient_penalty(
     """E (|grad D(x)| - target)^2 at x between real and fake (Gulrajani et al. 2017, eq. 3).
 
     real, fake: (N, *), one shape. one_sided: max(0, |grad D| - target)^2 instead. eps: (N,) or (N, 1, ..., 1), one
-    per sample, drawn from U[0, 1) by ``generator`` if None. critic_args, critic_kwargs: further inputs, such as labels,
-    passed after x and not differentiated.
+    per sample; if None it is drawn as ``torch.rand(N, 1, ..., 1)`` draws it, by ``generator`` if given. critic_args,
+    critic_kwargs: further inputs, such as labels, passed after x and not differentiated.
     """
     check_pair("real", real, "fake", fake)
     target = check_nonnegative("target", target)
     if eps is not None:
         check_eps(eps, real)
+    eps = draw_eps(real, generator) if eps is None else eps
     real, fake = promote(real, fake)
-    points = Between(real, fake, draw_key(real.device, generator) if eps is None else eps)
+    points = Between(real, fake, eps)
     return _penalty(critic, points, target, bool(one_sided), critic_args, critic_kwargs)
 
 

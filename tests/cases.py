@@ -25,7 +25,6 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
 
     return {
         "interpolate": [(x, y, c3), (image, image.clone(), c2), (image, other, c2)],
-        "interpolate_random": [(x, y, key), (image, image.clone(), key)],
         "interpolate_backward": [(x, c3, True, True), (image, c2, True, False), (x.t(), torch.rand(5), False, True)],
         "instance_noise": [(x, 0.5, None, key, True), (image, 0.5, torch.rand(1), key, False)],
         "gradient_norm_penalty": [(x, 1.0, False, 1), (image, 0.0, True, 2), (x.half(), 1.0, False, 0)],

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 import gpkernels as gpk
-from gpkernels import penalties
 from gpkernels.ops.instance_noise import instance_noise_op, instance_noise_reference
-from gpkernels.ops.interpolate import interpolate_op, interpolate_random_op
+from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.ops.philox import philox
 from gpkernels.ops.tensors import accumulation_dtype
 
@@ -54,14 +56,15 @@ def test_philox_uses_every_bit_of_key_and_counter() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_eps_is_the_first_philox_word_bit_for_bit(dtype: str, layout: str, backend: str) -> None:
-    real, fake = _images(DTYPES[dtype], layout), _images(DTYPES[dtype], layout)
-    mixed, eps = interpolate_random_op(real, fake, KEY)
-    expected = [(_philox_in_python(n, int(KEY) % 2**64)[0] >> 8) / 2**24 for n in range(5)]
-    assert eps.tolist() == expected
-    assert eps.dtype == accumulation_dtype(DTYPES[dtype])
-    assert torch.equal(mixed, interpolate_op(real, fake, eps))
-    assert mixed.stride() == real.stride()
+def test_a_seed_gives_the_eps_of_hand_written_code(dtype: str, layout: str, backend: str) -> None:
+    kind = DTYPES[dtype]
+    real, fake = _images(kind, layout), _images(kind, layout)
+    drawn: dict[str, Any] = {"dtype": torch.float64} if dtype == "float64" else {}  # else the default, float32
+    expected = interpolate_op(real, fake, torch.rand(5, 1, 1, 1, generator=_generator(3), **drawn))
+    assert torch.equal(gpk.interpolate(real, fake, generator=_generator(3)), expected)
+    torch.manual_seed(3)
+    assert torch.equal(gpk.interpolate(real, fake), expected)
+    assert expected.stride() == real.stride()
 
 
 @pytest.mark.parametrize("gaussian", [True, False], ids=["normal", "uniform"])
@@ -215,4 +218,40 @@ def test_a_generator_of_another_device_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"generator.*cpu.*cuda"):
         gpk.interpolate(X, Y, generator=Elsewhere())
-    assert penalties.draw_key(torch.device("cpu"), _generator(1)).dtype == torch.int64
+    with pytest.raises(ValueError, match=r"generator.*cpu.*cuda"):
+        gpk.add_instance_noise(X, 1.0, generator=Elsewhere())
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 2, 4, 4)], ids=["points", "images"])
+@pytest.mark.parametrize("whole", [False, True], ids=["penalty", "loss"])
+def test_training_by_hand_from_the_same_seed_takes_the_same_penalties(
+    whole: bool, shape: tuple[int, ...], backend: str
+) -> None:
+    torch.manual_seed(1)
+    ours = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 16), nn.Tanh(), nn.Linear(16, 1))
+    theirs = copy.deepcopy(ours)
+    batches = [(torch.randn(shape), torch.randn(shape) + 1) for _ in range(5)]
+    loss = gpk.CriticLoss(ours, penalty_weight=10.0)
+
+    def by_us(real: Tensor, fake: Tensor) -> Tensor:
+        return loss(real, fake).loss if whole else gpk.gradient_penalty(ours, real, fake)
+
+    def by_hand(real: Tensor, fake: Tensor) -> Tensor:
+        eps = torch.rand(len(real), *[1] * (real.dim() - 1))
+        x = (eps * real + (1 - eps) * fake).requires_grad_()
+        (gradient,) = torch.autograd.grad(theirs(x).sum(), x, create_graph=True)
+        penalty = ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+        return theirs(fake).mean() - theirs(real).mean() + 10 * penalty if whole else penalty
+
+    found = []
+    for critic, step in ((ours, by_us), (theirs, by_hand)):
+        torch.manual_seed(2)
+        optimiser, values = torch.optim.SGD(critic.parameters(), lr=0.01), []
+        for real, fake in batches:
+            optimiser.zero_grad()
+            value = step(real, fake)
+            value.backward()
+            optimiser.step()
+            values.append(value.detach())
+        found.append(torch.stack(values))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from gpkernels.ops.interpolate import interpolate_op, interpolate_random_op
+from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.ops.score_loss import ScoreLoss
 
 
@@ -28,17 +27,15 @@ class Consistency(NamedTuple):
 
 
 class Between(NamedTuple):
-    """Points between real and fake samples, not computed yet: eps per sample, or the Philox key that draws it."""
+    """Points between real and fake samples, not computed yet."""
 
     real: Tensor
     fake: Tensor
-    eps_or_key: Tensor
+    eps: Tensor
 
     def points(self) -> Tensor:
         real, fake, eps = (x.detach() for x in self)
-        mixed: Tensor = (
-            interpolate_random_op(real, fake, eps)[0] if eps.dtype == torch.int64 else interpolate_op(real, fake, eps)
-        )
+        mixed: Tensor = interpolate_op(real, fake, eps)
         return mixed
 
 

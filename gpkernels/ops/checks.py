@@ -73,3 +73,11 @@ def check_eps(eps: Tensor, like: Tensor) -> None:
     if eps.shape != (n,) and eps.shape != (n, *[1] * (like.dim() - 1)):
         raise ValueError(f"eps: expected one number per sample, shape ({n},) or ({n}, 1, ...), got {tuple(eps.shape)}")
     check_same_device("real", like, "eps", eps)
+
+
+def check_generator(generator: object, device: torch.device) -> None:
+    """A generator that draws on such a device."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator: expected one on {device}, got one on {generator.device}")

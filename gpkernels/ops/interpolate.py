@@ -8,24 +8,16 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gpkernels.ops.checks import check_eps, check_pair
+from gpkernels.ops.checks import check_eps, check_generator, check_pair
 from gpkernels.ops.differentiable import Differentiable, apply
 from gpkernels.ops.op import Op
-from gpkernels.ops.philox import draw_key, philox, unit_interval
-from gpkernels.ops.tensors import accumulation_dtype, laid_out, memory_format, new_like, new_wide, per_row, promote
+from gpkernels.ops.tensors import accumulation_dtype, laid_out, memory_format, new_like, per_row, promote
 
 
 def interpolate_reference(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
     """eps * real + (1 - eps) * fake, eps one per sample (Gulrajani et al. 2017, Algorithm 1)."""
     weight = per_row(eps, real).to(accumulation_dtype(real.dtype))
     return (weight * real + (1 - weight) * fake).to(real.dtype)
-
-
-def interpolate_random_reference(real: Tensor, fake: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with eps drawn from U[0, 1): the first Philox word of counter n for sample n."""
-    counter = torch.arange(real.shape[0], dtype=torch.int64, device=real.device)
-    eps = unit_interval(philox(key, counter)[0], accumulation_dtype(real.dtype))
-    return interpolate_reference(real, fake, eps), eps
 
 
 def interpolate_backward_reference(
@@ -45,12 +37,6 @@ def _interpolate(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
     return interpolate_reference(real, fake, eps).contiguous(memory_format=layout)
 
 
-def _interpolate_random(real: Tensor, fake: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    layout, (real, fake) = memory_format(real, fake), laid_out(real, fake)
-    mixed, eps = interpolate_random_reference(real, fake, key)
-    return mixed.contiguous(memory_format=layout), eps
-
-
 def _interpolate_backward(cotangent: Tensor, eps: Tensor, to_real: bool, to_fake: bool) -> tuple[Tensor, Tensor]:
     layout, (cotangent,) = memory_format(cotangent), laid_out(cotangent)
     to = interpolate_backward_reference(cotangent, eps, to_real, to_fake)
@@ -63,13 +49,6 @@ interpolate_op = Op(
     "interpolate(Tensor real, Tensor fake, Tensor eps) -> Tensor",
     _interpolate,
     lambda real, fake, eps: new_like(real, fake),
-)
-
-
-interpolate_random_op = Op(
-    "interpolate_random(Tensor real, Tensor fake, Tensor key) -> (Tensor, Tensor)",
-    _interpolate_random,
-    lambda real, fake, key: (new_like(real, fake), new_wide(real, real.shape[0])),
 )
 
 
@@ -94,28 +73,9 @@ class _Interpolate(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return *_to_sides(ctx, cotangent, ctx.saved_tensors[0]), None
-
-
-class _InterpolateRandom(Differentiable):
-    @staticmethod
-    def forward(real: Tensor, fake: Tensor, key: Tensor) -> Any:
-        return interpolate_random_op(real, fake, key)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> Any:
-        return *_to_sides(ctx, cotangent, ctx.saved_tensors[0]), None
-
-
-def _to_sides(ctx: Any, cotangent: Tensor, eps: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    to_real, to_fake = ctx.needs_input_grad[:2]
-    real, fake = apply(_InterpolateBackward, cotangent, eps, to_real, to_fake)
-    return real if to_real else None, fake if to_fake else None
+        to_real, to_fake = ctx.needs_input_grad[:2]
+        real, fake = apply(_InterpolateBackward, cotangent, ctx.saved_tensors[0], to_real, to_fake)
+        return real if to_real else None, fake if to_fake else None, None
 
 
 class _InterpolateBackward(Differentiable):
@@ -137,26 +97,36 @@ class _InterpolateBackward(Differentiable):
         return apply(_InterpolateBackward, (real, fake)[side], eps, *ctx.sides)[side], None, None, None
 
 
+def draw_eps(real: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One eps per sample from U[0, 1), as ``torch.rand(N, 1, ..., 1)`` draws it in the dtype of real.
+
+    For float16 and bfloat16 in float32, in which hand-written code draws it too unless it is told otherwise.
+    """
+    if generator is not None:
+        check_generator(generator, real.device)
+    shape = (*real.shape[:1], *[1] * (real.dim() - 1))
+    return torch.rand(shape, dtype=accumulation_dtype(real.dtype), device=real.device, generator=generator)
+
+
 def interpolate(
     real: Tensor, fake: Tensor, eps: Tensor | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """eps * real + (1 - eps) * fake, the points where WGAN-GP penalises (Gulrajani et al. 2017, Algorithm 1).
 
-    real, fake: (N, *), one shape. eps: (N,) or (N, 1, ..., 1), one per sample; drawn from U[0, 1) if None, from
-    ``generator`` if given. Returns (N, *) in the promoted dtype of real and fake. Differentiable to any order in every
-    tensor. Raises TypeError or ValueError for bad input.
+    real, fake: (N, *), one shape. eps: (N,) or (N, 1, ..., 1), one per sample; if None it is drawn as
+    ``torch.rand(N, 1, ..., 1)`` draws it, by ``generator`` if given. Returns (N, *) in the promoted dtype of real and
+    fake. Differentiable to any order in every tensor. Raises TypeError or ValueError for bad input.
     """
     if eps is not None and not is_compiling():
         mixed = interpolate_op.direct(real, fake, eps)
         if mixed is not NotImplemented:
             return mixed
     check_pair("real", real, "fake", fake)
-    if eps is not None:
+    if eps is None:
+        eps = draw_eps(real, generator)
+    else:
         check_eps(eps, real)
     real, fake = promote(real, fake)
-    if eps is None:
-        mixed = apply(_InterpolateRandom, real, fake, draw_key(real.device, generator))[0]
-        return mixed
     if torch.is_grad_enabled() and eps.requires_grad:  # rare enough to leave to PyTorch
         return interpolate_reference(real, fake, eps)
     mixed = apply(_Interpolate, real, fake, eps)

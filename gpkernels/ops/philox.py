@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpkernels.ops.checks import check_generator
 from gpkernels.ops.tensors import accumulation_dtype
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -56,8 +57,5 @@ def random_elements(key: Tensor, x: Tensor, gaussian: bool) -> Tensor:
 def draw_key(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """A Philox key: one int64 on ``device``, from torch's own generator there."""
     if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-        if generator.device.type != device.type:
-            raise ValueError(f"generator: expected one on {device}, got one on {generator.device}")
+        check_generator(generator, device)
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
