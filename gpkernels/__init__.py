@@ -5,7 +5,8 @@ from gpkernels import registration as registration
 from gpkernels.backends import backend, set_backend
 from gpkernels.critic.double_backward import fast_double_backward
 from gpkernels.critic.explain import explain
-from gpkernels.losses import CriticLoss, CriticLossParts
+from gpkernels.critic.parts import CriticLossParts
+from gpkernels.losses import CriticLoss
 from gpkernels.ops.consistency import consistency_term, lipschitz_consistency
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
 from gpkernels.ops.instance_noise import add_instance_noise

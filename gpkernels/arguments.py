@@ -14,7 +14,7 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake on the command line: one line, exit code 2."""
+    """What a user can put right: its text is the one line that is printed, and the command ends with exit code 2."""
 
 
 @contextmanager
@@ -63,3 +63,10 @@ def shape_of(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--input: expected a shape such as 64x3x32x32, got {text!r}")
     return [int(part) for part in parts]
+
+
+def count(text: str) -> int:
+    """A whole number above 0, as an option's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return int(text)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth
-from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Task
+from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Task
 from gpkernels.critic.step import critic_step, step_at_once
 from gpkernels.critic.together import Seen
 from gpkernels.ops.checks import check_eps, check_nonnegative, check_pair
@@ -35,15 +35,6 @@ def _task_of(
     adversarial = Adversarial(on_real, on_fake, objective == "wgan")
     consistency = Consistency(weight, margin, feature_weight) if weight > 0 else None
     return Task(adversarial, target, one_sided, False, consistency, wanted)
-
-
-class CriticLossParts(NamedTuple):
-    """What a critic minimises, and its parts before they are weighted."""
-
-    loss: Tensor
-    adversarial: Tensor
-    penalty: Tensor
-    consistency: Tensor
 
 
 class CriticLoss(nn.Module):
@@ -107,14 +98,14 @@ class CriticLoss(nn.Module):
         points = self._points(real, fake, eps) if isinstance(real, Tensor) else None
         how = self._task(torch.is_grad_enabled()), self.penalty_weight, self.together, self._seen
         parts = step_at_once(self.critic, real, fake, points, *how)
-        if not isinstance(parts, Parts):
+        if not isinstance(parts, CriticLossParts):
             first, second = self._checked(real, fake, eps)
             if isinstance(points, Between):
                 points = points._replace(real=first, fake=second)
             elif points is not None:
                 points = first if points is real else second if points is fake else points
             parts = critic_step(self.critic, first, second, points, *how, parts)
-        return CriticLossParts(*parts)
+        return parts
 
     def _checked(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both in one dtype, and told apart by identity."""

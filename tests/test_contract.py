@@ -291,7 +291,7 @@ BAD = {
 
 ONE = torch.ones(())
 AFTER = len(ScoreLoss)
-KINDS = rf"expected 0 \(identity\), 1 \(negative\), .*{AFTER - 1} \(hinge_negative\), got "
+KINDS = rf"expected 0 \(identity\), 1 \(negative\), .*{AFTER - 1} \({ScoreLoss(AFTER - 1).name.lower()}\), got "
 BAD_CODES = {
     "a loss of a kind above all": (lambda: score_loss_op([SCORE], [70]), rf"kinds: {KINDS}70"),
     "a loss of the kind after the last": (lambda: score_loss_op([SCORE], [AFTER]), rf"kinds: {KINDS}{AFTER}"),

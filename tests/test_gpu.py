@@ -13,10 +13,10 @@ import gpkernels as gpk
 from cases import raw_arguments
 from critics import ResidualCritic, mlp
 from gpkernels import backends, ops
-from gpkernels.bench.zoo import plain_loss
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_op
 from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.verify.cases import CASES
+from gpkernels.zoo import plain_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -25,6 +25,14 @@ def _kernels(path: Path) -> set[str]:
     return set(re.findall(r"__global__ void GPK_BOUNDS (\w+)|^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
 
 
+def test_an_op_has_a_file_of_its_stem_in_every_folder() -> None:
+    shared = {"__init__", "checks", "common", "differentiable", "functions", "op", "philox", "tensors"}
+    folders = ("gpkernels/ops/*.py", "gpkernels/triton/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu")
+    stems = [{path.stem for path in ROOT.glob(folder)} - shared for folder in folders]
+    assert stems[0]
+    assert all(found == stems[0] for found in stems)
+
+
 def test_the_table_of_cuda_kernels_lists_those_of_the_sources_for_every_architecture() -> None:
     over_rows = {name for name, _ in _kernels(ROOT / "csrc" / "cuda" / "reduce_rows.h")}
     names = {(source.stem, name) for source in SOURCES for name, _ in _kernels(source)}

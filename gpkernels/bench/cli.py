@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from gpkernels.arguments import UserError, blamed, own_critic
+from gpkernels.arguments import UserError, blamed, count, own_critic
 from gpkernels.bench import machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
 
@@ -50,7 +50,7 @@ def _parser(suites: Suites) -> argparse.ArgumentParser:
     parser.add_argument("--growth", action="store_true", help="curves over batch, width, depth and image size instead")
     parser.add_argument("--quick", action="store_true", help="few and small cases, for seconds")
     parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for a call of a case (default: {SECONDS:g})")
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of PyTorch (default: 1)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of PyTorch (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and warnings there")
@@ -60,12 +60,6 @@ def _parser(suites: Suites) -> argparse.ArgumentParser:
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of results; 1 where NEW is worse"
     )
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

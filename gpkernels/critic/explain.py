@@ -22,12 +22,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from gpkernels.critic import plan
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.generic import Edge, Outsider
 from gpkernels.critic.graph import LEAF, Graph
+from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
-from gpkernels.critic.rules.base import Layout, Unfit
+from gpkernels.critic.rules.base import Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
 from gpkernels.ops.checks import check_batch
@@ -378,32 +378,16 @@ def _graph_of(scores: Tensor) -> Graph:
     return Graph([scores])
 
 
-def _planned(graph: Graph, x: Tensor) -> _Plan:
+def _planned(graph: Graph, x: Tensor) -> Plan:
     at = next((i for i, leaf in enumerate(graph.leaves) if leaf is x), None)
     if at is None:
         raise ValueError(_NO_INPUT)
-    return _Plan(graph.key, at, len(x))
+    return Plan(graph.key, at, False, len(x), 0)
 
 
 def _alike(name: str) -> str:
     """A node's name; a reshape's, too, which is another one's while a mode looks on."""
     return "ViewBackward0" if name == "ReshapeAliasBackward0" else name
-
-
-class _Plan(plan.Plan):
-    """A plan that says where samples meet. meet: the place of that call, or None."""
-
-    def __init__(self, key: Any, x: int, rows: int) -> None:
-        self._passed: set[int] = set()
-        super().__init__(key, x, False, rows, 0)
-        self.meet = None
-        if self.mixes is not None:
-            moving = (i for i, call in enumerate(self.calls) if call.moves and not call.leaf)
-            self.meet = next((i for i in moving if id(self.calls[i]) not in self._passed), None)
-
-    def _look_for_rows(self, call: plan.Call, out: Layout | None) -> None:
-        super()._look_for_rows(call, out)
-        self._passed.add(id(call))
 
 
 # --- where nodes come from --------------------------------------------------------------------------------------------

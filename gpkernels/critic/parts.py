@@ -44,7 +44,9 @@ def points_of(points: Tensor | Between) -> Tensor:
     return points.points() if isinstance(points, Between) else points
 
 
-class Parts(NamedTuple):
+class CriticLossParts(NamedTuple):
+    """What a critic minimises, and its parts before they are weighted."""
+
     loss: Tensor
     adversarial: Tensor
     penalty: Tensor
