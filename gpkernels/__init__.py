@@ -1,7 +1,7 @@
 """Exact gradient penalties in PyTorch for any critic: WGAN-GP, R1, R2, DRAGAN, CT-GAN's consistency term, eikonal."""
 
 from gpkernels import optim
-from gpkernels import registration as registration
+from gpkernels import registration as registration  # ties the ops to their kernels
 from gpkernels.backends import backend, set_backend
 from gpkernels.critic.double_backward import fast_double_backward
 from gpkernels.critic.explain import explain
