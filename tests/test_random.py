@@ -92,6 +92,19 @@ def test_noise_follows_memory_so_layouts_of_one_tensor_differ_and_strided_views_
     assert not torch.equal(last, plain)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_code_draws_the_eps_of_hand_written_code(dynamic: bool) -> None:
+    critic = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    for function in (gpk.interpolate, lambda real, fake: gpk.gradient_penalty(critic, real, fake)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for rows in (12, 7):
+            found = []
+            for call in (function, compiled):
+                torch.manual_seed(3)
+                found.append(call(X[:rows], Y[:rows]))
+            torch.testing.assert_close(*found)
+
+
 def _dragan_points(generator: torch.Generator | None) -> Tensor:
     seen: list[Tensor] = []
 

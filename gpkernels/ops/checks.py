@@ -61,7 +61,7 @@ def check_number(name: str, value: object) -> float:
 def check_nonnegative(name: str, value: object) -> float:
     """The value as a float; TypeError or ValueError unless it is a finite number of at least 0."""
     value = check_number(name, value)
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value < math.inf:  # nor NaN
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     return value
 

@@ -102,10 +102,12 @@ def draw_eps(real: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     For float16 and bfloat16 in float32, in which hand-written code draws it too unless it is told otherwise.
     """
-    if generator is not None:
-        check_generator(generator, real.device)
     shape = (*real.shape[:1], *[1] * (real.dim() - 1))
-    return torch.rand(shape, dtype=accumulation_dtype(real.dtype), device=real.device, generator=generator)
+    dtype = accumulation_dtype(real.dtype)
+    if generator is None:  # an overload of its own: the other one takes no size that the compiler leaves open
+        return torch.rand(shape, dtype=dtype, device=real.device)
+    check_generator(generator, real.device)
+    return torch.rand(shape, dtype=dtype, device=real.device, generator=generator)
 
 
 def interpolate(
