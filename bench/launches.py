@@ -22,7 +22,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import gpkernels as gpk
-from gpkernels.bench.zoo import CASES, plain_loss
+from gpkernels.bench.cases import CASES
+from gpkernels.zoo import plain_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from launches import launches_of

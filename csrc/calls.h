@@ -40,17 +40,16 @@ inline c10::OperatorHandle op(const char* name) { return c10::Dispatcher::single
 // Points between two batches.
 class Mixer {
  public:
-  Mixer() : by_eps_(op("gpkernels::interpolate")), by_key_(op("gpkernels::interpolate_random")) {}
+  Mixer() : op_(op("gpkernels::interpolate")) {}
 
   at::Tensor operator()(const at::Tensor& real, const at::Tensor& fake, const at::Tensor& eps) const {
-    const bool draws = eps.scalar_type() == at::kLong;
     torch::jit::Stack stack{real, fake, eps};
-    (draws ? by_key_ : by_eps_).callBoxed(stack);
+    op_.callBoxed(stack);
     return std::move(stack[0]).toTensor();
   }
 
  private:
-  c10::OperatorHandle by_eps_, by_key_;
+  c10::OperatorHandle op_;
 };
 
 using Places = std::vector<std::vector<size_t>>;
@@ -134,10 +133,9 @@ class Caller {
                      *eps = plain(PyTuple_GET_ITEM(given.ptr(), 2));
     if (!real || !fake || !eps || !is_batch(*real) || !alike(*real, *fake) || eps->device() != real->device())
       return {};
-    const bool is_key = eps->scalar_type() == at::kLong && eps->numel() == 1;
     const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() &&
                       eps->size(0) == eps->numel() && (eps->dim() == 1 || eps->dim() == real->dim());
-    if (!is_key && !fits) return {};
+    if (!fits) return {};
     const at::NoGradGuard no_graph;
     return mix_(real->detach(), fake->detach(), eps->detach());
   }

@@ -30,7 +30,7 @@ std::optional<Kind> kind_of(const c10::Type& type) {
 }
 
 std::optional<int64_t> integer(PyObject* x) {
-  if (!PyLong_CheckExact(x)) return std::nullopt;
+  if (!PyLong_Check(x) || PyBool_Check(x)) return std::nullopt;  // an IntEnum is one
   int overflow = 0;
   const int64_t value = PyLong_AsLongLongAndOverflow(x, &overflow);
   return overflow ? std::nullopt : std::optional(value);

@@ -1,4 +1,4 @@
-// The arithmetic of each op, written once for host and device. gpkernels/reference.py is the specification.
+// The arithmetic of each op, written once for host and device. gpkernels/ops has the specification.
 #pragma once
 
 #include <bit>
@@ -125,12 +125,6 @@ GPK_HD void random_numbers(uint64_t key, uint64_t counter, bool gaussian, A* num
 
 // --- interpolate ------------------------------------------------------------------------------------------------
 
-// A row's eps where it is drawn.
-template <typename A>
-GPK_HD A row_eps(uint64_t key, int64_t row) {
-  return unit_interval<A>(philox(key, uint64_t(row)).word[0]);
-}
-
 template <typename A>
 GPK_HD A interpolate(A real, A fake, A eps) {
   return eps * real + (A(1) - eps) * fake;
@@ -179,7 +173,15 @@ GPK_HD ConsistencyRow<A> lipschitz_row(A scores, A inputs, A margin, A share) {
 
 // --- score losses -----------------------------------------------------------------------------------------------
 
-enum class ScoreLoss : int64_t { identity, negative, softplus, softplus_negative, negative_softplus };
+enum class ScoreLoss : int64_t {
+  identity,
+  negative,
+  softplus,
+  softplus_negative,
+  negative_softplus,
+  hinge,
+  hinge_negative
+};
 
 template <typename A>
 GPK_HD A softplus(A x) {
@@ -191,6 +193,17 @@ GPK_HD A sigmoid(A x) {
   return A(1) / (A(1) + std::exp(-x));
 }
 
+// max(0, x), and its slope, 0 at 0; NaN stays NaN.
+template <typename A>
+GPK_HD A relu(A x) {
+  return x <= A(0) ? A(0) : x;
+}
+
+template <typename A>
+GPK_HD A relu_slope(A x) {
+  return x <= A(0) ? A(0) : A(1);
+}
+
 template <typename A>
 GPK_HD A score_value(ScoreLoss kind, A s) {
   switch (kind) {
@@ -198,7 +211,9 @@ GPK_HD A score_value(ScoreLoss kind, A s) {
     case ScoreLoss::negative: return -s;
     case ScoreLoss::softplus: return softplus(s);
     case ScoreLoss::softplus_negative: return softplus(-s);
-    default: return -softplus(s);
+    case ScoreLoss::negative_softplus: return -softplus(s);
+    case ScoreLoss::hinge: return relu(A(1) + s);
+    default: return relu(A(1) - s);
   }
 }
 
@@ -209,7 +224,9 @@ GPK_HD A score_slope(ScoreLoss kind, A s) {
     case ScoreLoss::negative: return A(-1);
     case ScoreLoss::softplus: return sigmoid(s);
     case ScoreLoss::softplus_negative: return -sigmoid(-s);
-    default: return -sigmoid(s);
+    case ScoreLoss::negative_softplus: return -sigmoid(s);
+    case ScoreLoss::hinge: return relu_slope(A(1) + s);
+    default: return -relu_slope(A(1) - s);
   }
 }
 

@@ -87,7 +87,7 @@ inline bool laid_out(const Tensor& x, MemoryFormat format) {
   return true;
 }
 
-// channels_last where every tensor is so, otherwise contiguous: as ops.memory_format.
+// channels_last where every tensor is so, otherwise contiguous: as in gpkernels/ops/tensors.py.
 inline MemoryFormat common_format(std::initializer_list<const Tensor*> tensors) {
   auto all = [&](MemoryFormat format) {
     return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) { return laid_out(*t, format); });

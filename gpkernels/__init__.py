@@ -1,23 +1,25 @@
 """Exact gradient penalties in PyTorch for any critic: WGAN-GP, R1, R2, DRAGAN, CT-GAN's consistency term, eikonal."""
 
 from gpkernels import optim
+from gpkernels import registration as registration  # ties the ops to their kernels
 from gpkernels.backends import backend, set_backend
 from gpkernels.critic.double_backward import fast_double_backward
 from gpkernels.critic.explain import explain
-from gpkernels.functional import (
-    add_instance_noise,
-    clip_weights_,
-    consistency_term,
+from gpkernels.critic.parts import CriticLossParts
+from gpkernels.losses import CriticLoss
+from gpkernels.ops.consistency import consistency_term, lipschitz_consistency
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
+from gpkernels.ops.instance_noise import add_instance_noise
+from gpkernels.ops.interpolate import interpolate
+from gpkernels.ops.score_loss import (
     gan_discriminator_loss,
-    gradient_norm_penalty,
-    interpolate,
-    lipschitz_consistency,
+    hinge_critic_loss,
     nonsaturating_generator_loss,
     saturating_generator_loss,
     wgan_critic_loss,
     wgan_generator_loss,
 )
-from gpkernels.losses import CriticLoss, CriticLossParts
+from gpkernels.ops.weights import clip_weights_
 from gpkernels.penalties import dragan_penalty, eikonal_loss, gradient_penalty, r1_penalty, r2_penalty
 from gpkernels.version import __version__
 
@@ -36,6 +38,7 @@ __all__ = [
     "gan_discriminator_loss",
     "gradient_norm_penalty",
     "gradient_penalty",
+    "hinge_critic_loss",
     "interpolate",
     "lipschitz_consistency",
     "nonsaturating_generator_loss",

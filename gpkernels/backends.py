@@ -19,14 +19,13 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from threading import get_ident, local
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-if TYPE_CHECKING:
-    from gpkernels.ops import Op
+from gpkernels.private import carried, carry, has_kernel, is_carried, xpu_is_built
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
@@ -34,8 +33,17 @@ GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
 _everywhere = "auto"  # what set_backend chose
 _chosen: ContextVar[str] = ContextVar("gpkernels.backend")  # what backend chose, where it did
 _CARRIED = "gpkernels.backend"  # the key of that choice in the state that PyTorch carries from thread to thread
-_tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
+_tables: dict[str, Callable[[], Mapping[str, Callable[..., Any]]]] = {}
 _short_ways: list[tuple[Op, Callable[..., Any]]] = []
+
+
+class Op(Protocol):
+    """What is asked of an op here."""
+
+    name: str
+    implementation: Callable[..., Any]
+    overload: Any
+    direct: Callable[..., Any]
 
 
 def declined(*args: Any) -> Any:
@@ -59,13 +67,12 @@ def load_extension() -> None:
     """Load the native kernels; a failure is kept for ``info`` and for a forced backend's message."""
     global extension, extension_error, cuda_error, direct, deliver, program
     try:
-        from gpkernels import _C  # type: ignore[attr-defined]
+        extension = importlib.import_module("gpkernels._C")
+    except ModuleNotFoundError:
+        extension_error = "the package was built without it"
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        missing = "cannot import name '_C'" in reason
-        extension_error = "the package was built without it" if missing else reason
+        extension_error = " ".join(str(error).split())
     else:
-        extension = _C
         module = _load_short_way("_direct")
         if module is not None:
             direct, deliver = module.direct, module.deliver
@@ -99,25 +106,10 @@ def interprets_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def triton_kernels() -> Mapping[str, Callable[..., Any]]:
-    """Raw op names to Triton launchers; imports Triton."""
-    from gpkernels.triton import KERNELS
-
-    return KERNELS
-
-
 def takes_triton(device_type: str) -> bool:
     """Whether "auto" gives this device's tensors Triton kernels. Asks no device, only what PyTorch was built for."""
-    built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": torch.xpu._is_compiled()}
+    built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": xpu_is_built()}
     return built.get(device_type, False) and has_triton()
-
-
-def register_device_kernels(library: torch.library.Library, ops: Mapping[str, Op]) -> None:
-    """Triton kernels where "auto" takes them, imported when one is first called."""
-    for device in GPUS:
-        if takes_triton(device):
-            for name in ops:
-                library.impl(name, _later(name), device.upper())
 
 
 def bind_directly(ops: Mapping[str, Op]) -> None:
@@ -139,10 +131,6 @@ def _open_short_ways() -> None:
     """
     for op, way in _short_ways:
         op.direct = way if _everywhere == "auto" or (_everywhere == "cpu" and cuda_error is not None) else declined
-
-
-def _later(name: str) -> Callable[..., Any]:
-    return lambda *args: triton_kernels()[name](*args)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -210,19 +198,22 @@ def backend(name: str) -> Iterator[None]:
 
 def _carry() -> None:
     """Let PyTorch carry the choice along: a backward pass on a GPU runs in a thread of autograd's."""
-    torch._C._stash_obj_in_tls(_CARRIED, (get_ident(), _chosen.get(None)))
+    carry(_CARRIED, (get_ident(), _chosen.get(None)))
 
 
 def _carried() -> str | None:
     """The choice of the thread that this one works for, if it did choose."""
-    if not torch._C._is_key_in_tls(_CARRIED):
+    if not is_carried(_CARRIED):
         return None
-    thread, name = torch._C._get_obj_in_tls(_CARRIED)
+    thread, name = carried(_CARRIED)
     return name if thread != get_ident() else None  # what another task of this very thread chose is not ours
 
 
-def add_kernels(name: str, kernels: Mapping[str, Callable[..., Any]]) -> None:
-    """Kernels under a name that ``set_backend`` takes from then on, as tests do with kernels of an emulated device."""
+def add_kernels(name: str, kernels: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
+    """Kernels by their ops' names, asked for when one is first called, of a backend that the dispatcher does not have.
+
+    ``set_backend`` takes its name from then on.
+    """
     _tables[name] = kernels
 
 
@@ -257,14 +248,15 @@ def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
     name = forced() or "auto"
     if name == "reference":
         return op.implementation
-    if name in _tables:
-        return _tables[name][op.name]
+    if name in _tables and name not in NAMES:
+        return _tables[name]()[op.name]
     reason, device = unavailable(name), _device(args).type
     if name == "triton":
         if reason is None and device not in GPUS and not interprets_triton():
             reason = f"it runs on GPU tensors, got {device} tensors; use backend 'auto'"
-        if reason is None and op.name in triton_kernels():
-            return triton_kernels()[op.name]
+        kernel = _tables[name]().get(op.name) if reason is None else None
+        if kernel is not None:
+            return kernel
         reason = reason or "it has no Triton kernel"
     elif reason is None and device != name:
         reason = f"it runs on {name} tensors, got {device} tensors; use backend 'auto'"
@@ -284,7 +276,7 @@ def running(device_type: str) -> str:
 
 def running_op(name: str, device_type: str) -> str:
     """The backend that "auto" takes for one op's tensors on a device type."""
-    known = torch._C._dispatch_has_kernel_for_dispatch_key(f"gpkernels::{name}", device_type.upper())
+    known = has_kernel(f"gpkernels::{name}", device_type.upper())
     return running(device_type) if known else "reference"
 
 

@@ -6,23 +6,18 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 
 from gpkernels import backends, info
+from gpkernels.arguments import UserError, blamed, load_critic, own_critic, shape_of
 
 # What the "train" extra installs, as it is imported.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
-
-
-class UserError(Exception):
-    """A mistake on the command line: one line, exit code 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["bench"]:
         from gpkernels.bench.cli import main as bench
 
-        return bench(arguments[1:])
+        return bench(arguments[1:], {"train": _training_suite})
     parser = argparse.ArgumentParser(prog="gpkernels", description="Exact gradient penalties in PyTorch, fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     describe = commands.add_parser("info", help="which backend runs, why, and how it was built")
@@ -80,16 +75,6 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def blamed(options: argparse.Namespace) -> Iterator[None]:
-    """A UserError for whatever the user's own critic raises."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{options.critic} on {options.input}: {type(error).__name__}: {reason}") from error
-
-
 def _verify(options: argparse.Namespace) -> int:
     from gpkernels.verify import run
     from gpkernels.verify.cases import DTYPES
@@ -126,42 +111,12 @@ def _among(option: str, given: Sequence[str] | None, known: Sequence[str], defau
     return given or default
 
 
-def own_critic(options: argparse.Namespace) -> tuple[torch.nn.Module, list[int]] | None:
-    """The critic and the shape of its batch that --critic and --input name; UserError for one without the other."""
-    if not (options.critic or options.input):
-        return None
-    if not (options.critic and options.input):
-        raise UserError("--critic: expected with --input, and --input with --critic")
-    critic = load_critic(options.critic)
-    if not isinstance(critic, torch.nn.Module):
-        raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
-    return critic, shape_of(options.input)
-
-
-def load_critic(name: str) -> Callable[..., Any]:
-    """The critic that ``module:Class`` names, made without arguments; UserError where that cannot be done."""
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise UserError(f"critic: expected module:Class, got {name!r}")
-    sys.path.insert(0, os.getcwd())
+def _training_suite() -> ModuleType:
+    """What `gpkernels bench` measures of the trainer."""
     try:
-        found = getattr(importlib.import_module(module), attribute)
-        made = found() if isinstance(found, type) else found
-    except Exception as error:  # whatever the user's own module raises
-        raise UserError(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    finally:
-        sys.path.pop(0)
-    if not callable(made):
-        raise UserError(f"{name}: expected a critic that can be called, got {type(made).__name__}")
-    return made
-
-
-def shape_of(text: str) -> list[int]:
-    """64x3x32x32 as numbers; UserError for anything else."""
-    parts = text.lower().split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--input: expected a shape such as 64x3x32x32, got {text!r}")
-    return [int(part) for part in parts]
+        return importlib.import_module("gptrainer.benchmark")
+    except ImportError as error:
+        raise UserError(f"train: needs {error.name}; install it with: pip install 'gpkernels[train]'") from None
 
 
 def _trainer(command: str, *arguments: str) -> int:

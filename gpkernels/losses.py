@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,20 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth
-from gpkernels.critic.parts import Adversarial, Between, Consistency, Parts, Task
+from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Task
 from gpkernels.critic.step import critic_step, groups_of, step_at_once
 from gpkernels.critic.together import Seen
-from gpkernels.critic.traced import step_in_graph
-from gpkernels.functional import consistency_term, draw_key, gan_discriminator_loss, wgan_critic_loss
-from gpkernels.ops import check_eps, check_nonnegative, check_pair
+from gpkernels.ops.checks import check_eps, check_nonnegative, check_pair
+from gpkernels.ops.consistency import consistency_term
+from gpkernels.ops.interpolate import draw_eps
+from gpkernels.ops.score_loss import ScoreLoss, gan_discriminator_loss, wgan_critic_loss
 from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, transformed
-from gpkernels.reference import SCORE_LOSSES
 
 LOSSES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
-OBJECTIVES = {"wgan": ("negative", "identity"), "gan": ("softplus_negative", "softplus")}  # of real and fake scores
+OBJECTIVES = {  # of real and fake scores
+    "wgan": (ScoreLoss.NEGATIVE, ScoreLoss.IDENTITY),
+    "gan": (ScoreLoss.SOFTPLUS_NEGATIVE, ScoreLoss.SOFTPLUS),
+}
 PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
 
 
@@ -29,19 +32,10 @@ PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
 def _task_of(
     objective: str, target: float, one_sided: bool, weight: float, margin: float, feature_weight: float, wanted: bool
 ) -> Task:
-    on_real, on_fake = (SCORE_LOSSES[kind] for kind in OBJECTIVES[objective])
+    on_real, on_fake = OBJECTIVES[objective]
     adversarial = Adversarial(on_real, on_fake, objective == "wgan")
     consistency = Consistency(weight, margin, feature_weight) if weight > 0 else None
     return Task(adversarial, target, one_sided, False, consistency, wanted)
-
-
-class CriticLossParts(NamedTuple):
-    """What a critic minimises, and its parts before they are weighted."""
-
-    loss: Tensor
-    adversarial: Tensor
-    penalty: Tensor
-    consistency: Tensor
 
 
 class CriticLoss(nn.Module):
@@ -110,14 +104,14 @@ class CriticLoss(nn.Module):
         points = self._points(real, fake, eps) if isinstance(real, Tensor) else None
         how = self._task(torch.is_grad_enabled()), self.penalty_weight, self.together, self._seen
         parts = step_at_once(self.critic, real, fake, points, *how)
-        if not isinstance(parts, Parts):
+        if not isinstance(parts, CriticLossParts):
             first, second = self._checked(real, fake, eps)
             if isinstance(points, Between):
                 points = points._replace(real=first, fake=second)
             elif points is not None:
                 points = first if points is real else second if points is fake else points
             parts = critic_step(self.critic, first, second, points, *how, parts)
-        return CriticLossParts(*parts)
+        return parts
 
     def _checked(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both in one dtype, and told apart by identity."""
@@ -147,13 +141,15 @@ class CriticLoss(nn.Module):
     def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | Between | None:
         """Where the gradient is penalised; ``real`` or ``fake`` itself shares its pass with the scores."""
         if self.penalty == "wgan-gp":
-            return Between(real, fake, draw_key(real.device) if eps is None else eps)
+            return Between(real, fake, draw_eps(real) if eps is None else eps)
         if self.penalty == "dragan":
             return dragan_points(real, self.dragan_scale)
         return {"r1": real, "r2": fake, "none": None}[self.penalty]
 
     def _in_graph(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Any:
         """The parts for the compiler to trace."""
+        from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
+
         points = self._points(real, fake, eps)
         gradients = torch.is_grad_enabled()
         wants = gradients and (real.requires_grad or fake.requires_grad)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gpkernels import backends, ops
-from gpkernels.ops import check_nonnegative, check_number
+from gpkernels import backends
+from gpkernels.ops.checks import check_floating, check_nonnegative, check_number, check_writable
+from gpkernels.ops.weights import rmsprop_op
+from gpkernels.private import foreach_add_
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -82,13 +84,13 @@ class RMSprop(torch.optim.RMSprop):
                 updates += [_Update(params, options, self.state) for params in by_device.values()]
         # The kernel checks its tensors before it writes; that is enough where there is one call.
         alone = len(updates) == 1 and not is_compiling()
-        if alone and ops.rmsprop_.direct(*updates[0].arguments()) is not NotImplemented:
+        if alone and rmsprop_op.direct(*updates[0].arguments()) is not NotImplemented:
             updates[0].store(self.state)
             return loss
         for update in updates:
             update.check()
         for update in updates:
-            ops.rmsprop_(*update.arguments())
+            rmsprop_op(*update.arguments())
             update.store(self.state)
         return loss
 
@@ -152,7 +154,7 @@ class _Update:
                 tensors.append(own[name] if name in own else self._zeros(p, name))
 
     def _begin(self, p: Tensor) -> dict[str, Tensor]:
-        ops.check_floating("params", p)
+        check_floating("params", p)
         return self.new.setdefault(p, {"step": torch.zeros((), dtype=torch.float32)})
 
     def _zeros(self, p: Tensor, name: str) -> Tensor:
@@ -167,20 +169,20 @@ class _Update:
     def check(self) -> None:
         """TypeError, ValueError or RuntimeError for tensors that the kernel does not take, or a backend that cannot."""
         for i, p in enumerate(self.params):
-            ops.check_floating("params", p)
-            ops.check_floating("grad", self.grads[i])
+            check_floating("params", p)
+            check_floating("grad", self.grads[i])
             _check_like("grad", self.grads[i], p)
-            ops.check_writable("params", p)
+            check_writable("params", p)
             for name, tensors in self.state.items():
                 if tensors:
                     _check_like(name, tensors[i], p)
-                    ops.check_writable(name, tensors[i])
+                    check_writable(name, tensors[i])
         if backends.forced() is not None:
-            backends.implementation(ops.rmsprop_, self.arguments())
+            backends.implementation(rmsprop_op, self.arguments())
 
     def store(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Count the step, keep what is new, and let graphs that saved any of it notice."""
-        torch._foreach_add_(self.steps, 1)
+        foreach_add_(self.steps, 1)
         for p, own in self.new.items():
             state[p].update(own)
         torch.autograd.graph.increment_version([*self.params, *(t for tensors in self.state.values() for t in tensors)])

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_exporting
 
-from gpkernels import ops
 from gpkernels.critic.call import Group, scores_of
 from gpkernels.critic.double_backward import depth, fast_double_backward
 from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.step import penalty_on_gradient
-from gpkernels.critic.traced import step_in_graph
-from gpkernels.functional import draw_key, gradient_norm_penalty, promote
-from gpkernels.ops import check_batch, check_eps, check_nonnegative, check_pair
+from gpkernels.ops.checks import check_batch, check_eps, check_nonnegative, check_pair
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
+from gpkernels.ops.instance_noise import instance_noise_op
+from gpkernels.ops.interpolate import draw_eps
+from gpkernels.ops.philox import draw_key
+from gpkernels.ops.tensors import promote
+from gpkernels.private import BatchNorm, transforms_active
 
 Critic = Callable[..., Any]
 _looked_at: dict[bool, WeakSet[nn.Module]] = {True: WeakSet(), False: WeakSet()}  # in training and out of it
@@ -46,15 +49,16 @@ def gradient_penalty(
     """E (|grad D(x)| - target)^2 at x between real and fake (Gulrajani et al. 2017, eq. 3).
 
     real, fake: (N, *), one shape. one_sided: max(0, |grad D| - target)^2 instead. eps: (N,) or (N, 1, ..., 1), one
-    per sample, drawn from U[0, 1) by ``generator`` if None. critic_args, critic_kwargs: further inputs, such as labels,
-    passed after x and not differentiated.
+    per sample; if None it is drawn as ``torch.rand(N, 1, ..., 1)`` draws it, by ``generator`` if given. critic_args,
+    critic_kwargs: further inputs, such as labels, passed after x and not differentiated.
     """
     check_pair("real", real, "fake", fake)
     target = check_nonnegative("target", target)
     if eps is not None:
         check_eps(eps, real)
+    eps = draw_eps(real, generator) if eps is None else eps
     real, fake = promote(real, fake)
-    points = Between(real, fake, draw_key(real.device, generator) if eps is None else eps)
+    points = Between(real, fake, eps)
     return _penalty(critic, points, target, bool(one_sided), critic_args, critic_kwargs)
 
 
@@ -103,7 +107,7 @@ def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None 
     scale = check_nonnegative("scale", scale)
     real = real.detach()
     spread = real.to(torch.promote_types(real.dtype, torch.float32)).std().reshape(1)
-    points: Tensor = ops.instance_noise(real, scale, spread, draw_key(real.device, generator), False)
+    points: Tensor = instance_noise_op(real, scale, spread, draw_key(real.device, generator), False)
     return points
 
 
@@ -121,6 +125,8 @@ def _penalty(
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
     eagerly = lambda: penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)  # noqa: E731
     if is_compiling() and not transformed():
+        from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
+
         task = Task(None, target, one_sided, by_point, None, torch.is_grad_enabled())
         found = step_in_graph(critic, [[Group("points", points, True)]], task, 1.0, eagerly, False, args, kwargs)
         return found if isinstance(found, Tensor) else found[0]
@@ -162,7 +168,7 @@ def transformed() -> bool:
     """
     if is_exporting():
         raise RuntimeError("torch.export cannot hold a gradient of the critic; export the critic, or use torch.compile")
-    return torch._C._are_functorch_transforms_active()
+    return transforms_active()
 
 
 def _warn_of_batch_norm(critic: Critic) -> None:
@@ -170,7 +176,7 @@ def _warn_of_batch_norm(critic: Critic) -> None:
         return
     seen.add(critic)
     for module in critic.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, BatchNorm) and module.training:
             warnings.warn(
                 "the critic has BatchNorm in training mode, which mixes samples: the penalty is not per sample",
                 stacklevel=4,

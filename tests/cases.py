@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from gpkernels.ops.score_loss import ScoreLoss
+
 
 def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
     """Arguments for every raw op, several layouts each."""
@@ -23,7 +25,6 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
 
     return {
         "interpolate": [(x, y, c3), (image, image.clone(), c2), (image, other, c2)],
-        "interpolate_random": [(x, y, key), (image, image.clone(), key)],
         "interpolate_backward": [(x, c3, True, True), (image, c2, True, False), (x.t(), torch.rand(5), False, True)],
         "instance_noise": [(x, 0.5, None, key, True), (image, 0.5, torch.rand(1), key, False)],
         "gradient_norm_penalty": [(x, 1.0, False, 1), (image, 0.0, True, 2), (x.half(), 1.0, False, 0)],
@@ -31,8 +32,8 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
         "consistency_term": [(x, y, none, none, 0.1, 0.1), (x, y, y, x, 0.1, 0.1)],
         "lipschitz_consistency": [(c3, c3 + 1, x, y, 0.1)],
         "consistency_backward": [(one, x, y, none, none, c3, c3, False), (one, c2, c2, image, other, c2, c2, True)],
-        "score_loss": [([x, c3], [1, 0]), ([image], [2])],
-        "score_loss_backward": [(one, [x, c3], [1, 3]), (one, [image], [4])],
+        "score_loss": [([x, c3], [1, 0]), *(([image], [kind]) for kind in ScoreLoss)],
+        "score_loss_backward": [(one, [x, c3], [1, 3]), *((one, [image], [kind]) for kind in ScoreLoss)],
         "normalise_curvature": [
             (normal(2, 3, 5), torch.rand(2, 3, 1), torch.randn(2, 3, 5), torch.randn(2, 3, 5), True),
             (normal(2, 3, 16), torch.rand(2, 3, 1), other.flatten(2), other.flatten(2), False),

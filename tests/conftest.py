@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda-emulated":
         if emulated.compiler() is None:
             pytest.skip("there is no C++ compiler to build the emulated kernels with")
-        backends.add_kernels(request.param, emulated.kernels(emulated.build()))
+        backends.add_kernels(request.param, partial(emulated.kernels, emulated.build()))
     reason = backends.unavailable(request.param)
     if reason is not None:
         pytest.skip(reason)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpkernels.bench.zoo import (
+from gpkernels.zoo import (
     NORMS,
     ResidualCritic,
     SkipField,
@@ -22,7 +22,7 @@ from gpkernels.bench.zoo import (
 
 __all__ = [
     "ACTIVATIONS", "NORMS", "PIECEWISE", "Featured", "MaxPooled", "Noisy", "ResidualCritic", "SkipField", "dcgan",
-    "first", "mlp", "plain_loss", "plain_penalty", "plain_points", "plain_step",
+    "first", "mlp", "plain_loss", "plain_penalty", "plain_points"
 ]  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -42,19 +42,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
 }
 PIECEWISE = ("relu", "relu_in_place", "leaky_relu", "leaky_relu_in_place", "hardtanh", "relu6", "prelu")
-
-
-def plain_step(
-    critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor, objective: str = "wgan", penalty: str = "wgan-gp"
-) -> Tensor:
-    """Plain PyTorch's loss, with the passes in the order of ours where they are apart: fake, real, points."""
-    on_fake, on_real = critic(fake), critic(real)
-    if objective == "wgan":
-        loss = on_fake.mean() - on_real.mean()
-    else:
-        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
-    target = 1.0 if penalty == "wgan-gp" else 0.0
-    return loss + 10 * plain_penalty(critic, plain_points(real, fake, eps, penalty), target)
 
 
 class MaxPooled(nn.Module):

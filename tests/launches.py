@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def launches_of(call: Callable[[], Any]) -> Launches:
 
     Once it has settled, as a critic's step does after two calls.
     """
-    backends.add_kernels(BACKEND, emulated.kernels(emulated.build()))
+    backends.add_kernels(BACKEND, partial(emulated.kernels, emulated.build()))
     with gpk.backend(BACKEND):
         for _ in range(2):
             call()

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 import gpkernels as gpk
-from gpkernels import backends, cli, info, ops
+from gpkernels import backends, cli, info, ops, registration
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_op
+from gpkernels.ops.interpolate import interpolate_op
 from installed import copy_package, output, run
 
 USE = """
@@ -62,9 +64,10 @@ def test_a_broken_extension_is_a_reason_and_no_error(tmp_path: Path, content: by
 
 def test_the_environment_forces_the_reference() -> None:
     code = (
-        "import torch, gpkernels as gpk; from gpkernels import backends, ops\n"
+        "import torch, gpkernels as gpk; from gpkernels import backends\n"
+        "from gpkernels.ops.weights import clip_weights_op\n"
         "x = torch.ones(3); ran = []\n"
-        "ops.clip_weights_.implementation = lambda *args: ran.append(args)\n"
+        "clip_weights_op.implementation = lambda *args: ran.append(args)\n"
         "gpk.clip_weights_(x, 0.1); print(backends.forced(), len(ran))"
     )
     assert output(code, GPKERNELS_BACKEND="reference").split() == ["reference", "1"]
@@ -113,7 +116,7 @@ def test_a_forced_gpu_backend_raises_with_the_reason_and_the_cure(name: str, cur
 @pytest.mark.skipif(backends.extension is None, reason="the extension is not built")
 def test_forced_cpu_kernels_refuse_tensors_of_another_device() -> None:
     with gpk.backend("cpu"), pytest.raises(RuntimeError, match=r"cpu tensors, got meta tensors"):
-        ops.gradient_norm_penalty(torch.ones(2, 3, device="meta"), 1.0, False, 1)
+        gradient_norm_penalty_op(torch.ones(2, 3, device="meta"), 1.0, False, 1)
 
 
 def test_the_context_restores_what_was_chosen_before_even_after_an_error() -> None:
@@ -133,13 +136,13 @@ def test_the_context_restores_what_was_chosen_before_even_after_an_error() -> No
 def references(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Grows by one for each penalty that the reference computes."""
     ran: list[int] = []
-    reference = ops.gradient_norm_penalty.implementation
+    reference = gradient_norm_penalty_op.implementation
 
     def counted(*args: object) -> object:
         ran.append(len(ran))
         return reference(*args)
 
-    monkeypatch.setattr(ops.gradient_norm_penalty, "implementation", counted)
+    monkeypatch.setattr(gradient_norm_penalty_op, "implementation", counted)
     yield ran
     torch._dynamo.reset()
 
@@ -364,7 +367,7 @@ def test_info_says_reference_of_an_op_that_has_no_kernel_yet(monkeypatch: pytest
     with torch.library._scoped_library("gpkernels", "FRAGMENT") as library:
         library.define("kernels_to_come(Tensor x) -> Tensor")
         library.impl("kernels_to_come", torch.clone, "CompositeExplicitAutograd")
-        monkeypatch.setitem(ops.ALL, "kernels_to_come", ops.interpolate)
+        monkeypatch.setitem(ops.ALL, "kernels_to_come", interpolate_op)
         runs = info.facts()["ops"]
     assert runs["kernels_to_come"]["cpu"] == "reference"
     assert runs["interpolate"]["cpu"] == backends.running("cpu")
@@ -426,8 +429,8 @@ def test_gpus_get_triton_where_there_is_no_cuda_library(
     monkeypatch.setattr(backends, "cuda_error", None if cuda else "no library")
     monkeypatch.setattr(backends, "has_triton", lambda: triton)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(torch.xpu, "_is_compiled", lambda: False)
+    monkeypatch.setattr(backends, "xpu_is_built", lambda: False)
     Library.registered.clear()
-    backends.register_device_kernels(Library(), ops.ALL)
+    registration.register_triton(Library())
     everything = {(name, "CUDA") for name in ops.ALL}
     assert set(Library.registered) == (everything if triton and not cuda else set())

@@ -18,10 +18,11 @@ from torch import nn
 
 from gpkernels import cli
 from gpkernels.bench import counts, jax_step, machine, ops, results, steps
+from gpkernels.bench.cases import CASES, Case
 from gpkernels.bench.clock import time_in_turns
 from gpkernels.bench.results import Row
 from gpkernels.bench.trial import EAGER, LIMIT, OURS, Trial, measure
-from gpkernels.bench.zoo import CASES, Case, mlp
+from gpkernels.zoo import mlp
 
 CPU = torch.device("cpu")
 FAST = ["--quick", "--seconds", "0.001"]

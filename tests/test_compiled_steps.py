@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from counting import Count, counted
-from critics import Featured, dcgan, mlp, plain_loss, plain_penalty, plain_points, plain_step
+from critics import Featured, dcgan, mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import SMALL
 
@@ -46,7 +46,7 @@ def test_a_step_of_every_small_critic(name: str) -> None:
     critic, (real, fake, eps) = small(name)
     twin = copy.deepcopy(critic)
     torch.manual_seed(1)
-    exact = plain_step(twin, real, fake, eps)
+    exact = plain_loss(twin, real, fake, eps)
     torch.manual_seed(1)
     ours = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
     torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
@@ -58,7 +58,7 @@ def test_a_step_of_every_small_critic(name: str) -> None:
 @pytest.mark.parametrize("name", ["tanh, N 2", "DCGAN GroupNorm, N 2", "residual, N 2", "attention, N 4"])
 def test_as_one_batch(name: str) -> None:
     critic, (real, fake, eps) = small(name)
-    exact = plain_step(critic, real, fake, eps)
+    exact = plain_loss(critic, real, fake, eps)
     loss = gpk.CriticLoss(critic, together=True)
     assert_exactly_as(compiled(lambda r, f, e: loss(r, f, eps=e).loss)(real, fake, eps), exact, critic)
 
@@ -128,7 +128,7 @@ def test_gradients_at_the_samples(kind: str) -> None:
     real.requires_grad_()
     fake.requires_grad_()
     loss = compiled(lambda r, f, e: gpk.CriticLoss(critic, penalty=kind)(r, f.sin(), eps=e).loss)(real, fake, eps)
-    assert_exactly_as(loss, plain_step(critic, real, fake.sin(), eps, penalty=kind), critic, inputs=(real, fake))
+    assert_exactly_as(loss, plain_loss(critic, real, fake.sin(), eps, penalty=kind), critic, inputs=(real, fake))
 
 
 def test_nothing_is_differentiated_without_grad_mode() -> None:
@@ -138,7 +138,7 @@ def test_nothing_is_differentiated_without_grad_mode() -> None:
         ours = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e))(real, fake, eps)
         penalty = compiled(lambda x: gpk.r1_penalty(critic, x))(real)
     assert not ours.loss.requires_grad
-    torch.testing.assert_close(ours.loss, plain_step(critic, real, fake, eps).detach())
+    torch.testing.assert_close(ours.loss, plain_loss(critic, real, fake, eps).detach())
     torch.testing.assert_close(penalty, plain_penalty(critic, real, 0.0).detach())
 
 
@@ -219,7 +219,7 @@ def test_two_compilations_serve_every_batch_size(kind: str, dynamic: bool | None
     step = compiled(lambda r, f, e: loss(r, f, eps=e).loss, counter, dynamic=dynamic)
     for n in (4, 5, 16, 2, 64):
         real, fake, eps = batch(n, *shape)
-        assert_exactly_as(step(real, fake, eps), plain_step(critic, real, fake, eps), critic)
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
     assert counter.frame_count <= 2
 
 
@@ -308,7 +308,7 @@ def test_nothing_is_stale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     penalty = compiled(lambda x: gpk.r1_penalty(critic, x))
     for turn in range(2):
         for ours, exact in (
-            (lambda: step(real, fake, eps), lambda: plain_step(critic, real, fake, eps)),
+            (lambda: step(real, fake, eps), lambda: plain_loss(critic, real, fake, eps)),
             (lambda: penalty(real), lambda: plain_penalty(critic, real, 0.0)),
         ):
             torch.manual_seed(turn)
@@ -367,7 +367,7 @@ def test_custom_functions_and_calls_without_a_rule() -> None:
     critic = Own().double()
     real, fake, eps = batch(5, 6)
     ours = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
-    assert_exactly_as(ours, plain_step(critic, real, fake, eps), critic)
+    assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
 
 
 @pytest.mark.parametrize("make", [Broken, lambda: SMALL["GRU, N 4"].make()])
@@ -378,7 +378,7 @@ def test_a_critic_that_breaks_the_graph_goes_as_outside(make: Callable[[], nn.Mo
     penalty = torch.compile(lambda r, f, e: gpk.gradient_penalty(critic, r, f, eps=e), backend="aot_eager")
     for _ in range(2):
         exact = plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp"))
-        assert_exactly_as(step(real, fake, eps), plain_step(critic, real, fake, eps), critic)
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
         assert_same(gradients(penalty(real, fake, eps), critic), gradients(exact, critic))
 
 
@@ -388,7 +388,7 @@ def test_a_dispatch_mode_around_a_compiled_step() -> None:
     step = torch.compile(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss, backend="aot_eager")
     with Count():
         ours = step(real, fake, eps)
-    assert_exactly_as(ours, plain_step(critic, real, fake, eps), critic)
+    assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -422,7 +422,7 @@ def test_a_training_loop_around_it() -> None:
     for turn in range(4):
         torch.manual_seed(turn)
         real, fake, eps = batch(8, 6)
-        for adam, value in zip(adams, (step, lambda r, f, e: plain_step(twin, r, f, e)), strict=True):
+        for adam, value in zip(adams, (step, lambda r, f, e: plain_loss(twin, r, f, e)), strict=True):
             adam.zero_grad()
             value(real, fake, eps).backward()
             adam.step()
@@ -441,7 +441,7 @@ def test_backward_and_the_update_inside() -> None:
             for p, g in zip(critic.parameters(), found, strict=True):
                 p.sub_(0.1 * g)
 
-    plain_step(twin, real, fake, eps).backward()
+    plain_loss(twin, real, fake, eps).backward()
     torch.optim.SGD(twin.parameters(), 0.1).step()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         compiled(step)(real, fake, eps)
@@ -453,7 +453,7 @@ def test_a_module_that_compiles_itself() -> None:
     real, fake, eps = batch(8, 6)
     loss = gpk.CriticLoss(critic)
     loss.compile(backend="aot_eager", fullgraph=True)
-    assert_exactly_as(loss(real, fake, eps=eps).loss, plain_step(critic, real, fake, eps), critic)
+    assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
 
 
 def test_transforms_inside_a_compiled_function() -> None:
@@ -506,7 +506,7 @@ def test_errors_name_the_argument() -> None:
 def test_distributed_data_parallel_around_the_critic(tmp_path: Any) -> None:
     critic = mlp(6, 16, 1).double()
     real, fake, eps = batch(8, 6)
-    exact = gradients(plain_step(critic, real, fake, eps), critic)
+    exact = gradients(plain_loss(critic, real, fake, eps), critic)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         loss = gpk.CriticLoss(DistributedDataParallel(critic))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from counting import Count
-from critics import mlp, plain_step
+from critics import mlp, plain_loss
 from gpkernels.bench.small import SMALL
 from gpkernels.compiler import as_program
 
@@ -72,7 +72,7 @@ def test_a_step_of_a_critic(name: str) -> None:
     for turn in range(3):
         real, fake, eps = batch(*case.shape)
         torch.manual_seed(turn)
-        exact = plain_step(twin, real, fake, eps)
+        exact = plain_loss(twin, real, fake, eps)
         torch.manual_seed(turn)
         ours = step(real, fake, eps)
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
@@ -259,7 +259,7 @@ def test_a_step_with_its_generator_and_an_update() -> None:
         return loss(real, generator(z).detach(), eps=eps).loss
 
     def plain(real: Tensor, z: Tensor, eps: Tensor) -> Tensor:
-        return plain_step(twins[0], real, twins[1](z).detach(), eps)
+        return plain_loss(twins[0], real, twins[1](z).detach(), eps)
 
     step, counted = compiled(ours)
     for _ in range(4):

@@ -16,7 +16,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gpkernels as gpk
 from cases import raw_arguments
-from gpkernels import ops, reference
+from gpkernels import ops
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_backward_op, gradient_norm_penalty_op
+from gpkernels.ops.interpolate import interpolate_op
+from gpkernels.ops.score_loss import (
+    ScoreLoss,
+    score_loss_backward_op,
+    score_loss_backward_reference,
+    score_loss_op,
+    score_loss_reference,
+)
+from gpkernels.ops.tensors import accumulation_dtype
+from gpkernels.ops.weights import rmsprop_op
 from gpkernels.verify.cases import CASES, DTYPES, PLACES, SHAPES, Case, laid_out
 
 
@@ -51,7 +62,7 @@ def test_value_and_gradient_agree_with_float64(name: str, dtype: str, shape: str
     floor = 4 * torch.finfo(kind).eps
     for got, ordinary, value in zip(_error(ours, exact), _error(plain, exact), ours, strict=True):
         assert got <= 2 * ordinary + floor, (got, ordinary)
-        assert value.dtype == (ops.accumulation_dtype(kind) if value.dim() == 0 else value.dtype)
+        assert value.dtype == (accumulation_dtype(kind) if value.dim() == 0 else value.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -270,6 +281,7 @@ BAD = {
         "margin",
     ),
     "a loss of integers": (lambda: gpk.wgan_critic_loss(INT, INT), TypeError, "real_scores"),
+    "a hinge loss of integers": (lambda: gpk.hinge_critic_loss(SCORE, INT), TypeError, "fake_scores.*int64"),
     "a loss of nothing": (lambda: gpk.wgan_generator_loss(torch.empty(0)), ValueError, "fake_scores"),
     "clipping by a negative number": (lambda: gpk.clip_weights_([FLAT.clone()], -0.1), ValueError, "c: .*-0.1"),
     "clipping integers": (lambda: gpk.clip_weights_([FLAT.clone(), INT], 0.1), TypeError, r"params\[1\]"),
@@ -278,20 +290,21 @@ BAD = {
 
 
 ONE = torch.ones(())
-KINDS = r"expected 0 \(identity\), 1 \(negative\), .*4 \(negative_softplus\), got "
+AFTER = len(ScoreLoss)
+KINDS = rf"expected 0 \(identity\), 1 \(negative\), .*{AFTER - 1} \({ScoreLoss(AFTER - 1).name.lower()}\), got "
 BAD_CODES = {
-    "a loss of a kind above all": (lambda: ops.score_loss([SCORE], [7]), rf"kinds: {KINDS}7"),
-    "a loss of the kind after the last": (lambda: ops.score_loss([SCORE], [5]), rf"kinds: {KINDS}5"),
-    "a loss of a negative kind": (lambda: ops.score_loss([SCORE], [-1]), rf"kinds: {KINDS}-1"),
-    "a loss of a bad second kind": (lambda: ops.score_loss([SCORE, SCORE], [0, 9]), rf"kinds: {KINDS}9"),
-    "a loss of too few kinds": (lambda: ops.score_loss([SCORE, SCORE], [0]), "kinds: .* 2 scores, got 1"),
-    "a loss of no scores": (lambda: ops.score_loss([], []), "scores: .* none"),
-    "a slope of a kind above all": (lambda: ops.score_loss_backward(ONE, [SCORE], [7]), rf"kinds: {KINDS}7"),
-    "a slope of a negative kind": (lambda: ops.score_loss_backward(ONE, [SCORE], [-1]), rf"kinds: {KINDS}-1"),
-    "a slope of no scores": (lambda: ops.score_loss_backward(ONE, [], []), "scores: .* none"),
-    "a mapped loss": (lambda: torch.func.vmap(lambda s: ops.score_loss([s], [7]))(FLAT), rf"kinds: {KINDS}7"),
+    "a loss of a kind above all": (lambda: score_loss_op([SCORE], [70]), rf"kinds: {KINDS}70"),
+    "a loss of the kind after the last": (lambda: score_loss_op([SCORE], [AFTER]), rf"kinds: {KINDS}{AFTER}"),
+    "a loss of a negative kind": (lambda: score_loss_op([SCORE], [-1]), rf"kinds: {KINDS}-1"),
+    "a loss of a bad second kind": (lambda: score_loss_op([SCORE, SCORE], [0, 9]), rf"kinds: {KINDS}9"),
+    "a loss of too few kinds": (lambda: score_loss_op([SCORE, SCORE], [0]), "kinds: .* 2 scores, got 1"),
+    "a loss of no scores": (lambda: score_loss_op([], []), "scores: .* none"),
+    "a slope of a kind above all": (lambda: score_loss_backward_op(ONE, [SCORE], [7]), rf"kinds: {KINDS}7"),
+    "a slope of a negative kind": (lambda: score_loss_backward_op(ONE, [SCORE], [-1]), rf"kinds: {KINDS}-1"),
+    "a slope of no scores": (lambda: score_loss_backward_op(ONE, [], []), "scores: .* none"),
+    "a mapped loss": (lambda: torch.func.vmap(lambda s: score_loss_op([s], [7]))(FLAT), rf"kinds: {KINDS}7"),
     "a penalty of a foreign reduction": (
-        lambda: ops.gradient_norm_penalty(FLAT, 1.0, False, 7),
+        lambda: gradient_norm_penalty_op(FLAT, 1.0, False, 7),
         r"reduction: expected 0 \(none\), 1 \(mean\), 2 \(sum\), got 7",
     ),
 }
@@ -315,11 +328,11 @@ def test_a_code_that_names_nothing_is_refused_by_the_registered_kernel(kind: int
 
 
 def test_a_code_that_names_nothing_is_refused_while_tracing_and_by_the_specification() -> None:
-    for call in (ops.score_loss.overload, reference.score_loss):
+    for call in (score_loss_op.overload, score_loss_reference):
         with FakeTensorMode() as mode, pytest.raises(ValueError, match=f"kinds: {KINDS}7"):
             call([mode.from_tensor(SCORE)], [7])
     with pytest.raises(ValueError, match=f"kinds: {KINDS}7"):
-        reference.score_loss_backward(ONE, [SCORE], [7])
+        score_loss_backward_reference(ONE, [SCORE], [7])
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -348,13 +361,13 @@ def test_a_number_may_be_of_any_real_type(number: Any) -> None:
 def test_raw_ops_refuse_shapes_that_would_read_out_of_bounds() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        ops.interpolate.overload(x, torch.randn(3, 3), torch.rand(3))
+        interpolate_op.overload(x, torch.randn(3, 3), torch.rand(3))
     with pytest.raises(RuntimeError, match="one number per row"):
-        ops.interpolate.overload(x, x, torch.rand(2))
+        interpolate_op.overload(x, x, torch.rand(2))
     with pytest.raises(RuntimeError, match="one number per row"):
-        ops.gradient_norm_penalty_backward.overload(torch.tensor(1.0), x, torch.rand(2))
+        gradient_norm_penalty_backward_op.overload(torch.tensor(1.0), x, torch.rand(2))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        ops.rmsprop_.overload([x], [x[:2]], [x], [], [], 0.1, 0.9, 1e-8, 0.0, 0.0, False, None)
+        rmsprop_op.overload([x], [x[:2]], [x], [], [], 0.1, 0.9, 1e-8, 0.0, 0.0, False, None)
 
 
 def test_every_public_function_states_its_errors() -> None:

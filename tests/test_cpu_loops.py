@@ -13,7 +13,13 @@ from torch import Tensor
 
 import emulated
 import gpkernels as gpk
-from gpkernels import backends, ops, reference
+from gpkernels import backends
+from gpkernels.ops.consistency import consistency_backward_op, lipschitz_consistency_op
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_backward_op, gradient_norm_penalty_op
+from gpkernels.ops.instance_noise import instance_noise_op, instance_noise_reference
+from gpkernels.ops.interpolate import interpolate_backward_op, interpolate_op
+from gpkernels.ops.normalise_curvature import normalise_curvature_op
+from gpkernels.ops.philox import philox
 
 KEY = torch.tensor([-6_148_914_691_236_517_206])
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU kernels are not built")
@@ -65,8 +71,8 @@ def test_clipping_misses_nothing_wherever_it_lies(dtype: torch.dtype) -> None:
 def test_every_gaussian_number_is_right_to_a_few_ulp() -> None:
     zero = torch.zeros(1_000_003)
     with gpk.backend("cpu"):
-        noise = ops.instance_noise(zero, 1.0, None, KEY, True).double()
-    exact = reference.instance_noise(zero.double(), 1.0, None, KEY, True)
+        noise = instance_noise_op(zero, 1.0, None, KEY, True).double()
+    exact = instance_noise_reference(zero.double(), 1.0, None, KEY, True)
     # Float64 takes its cosine of a rounded angle, which is wrong by a little where the cosine is nearly zero.
     assert ((noise - exact).abs() <= 4 * 2.0**-23 * exact.abs() + 1e-14).all()
 
@@ -77,9 +83,9 @@ def test_every_gaussian_number_is_right_to_a_few_ulp() -> None:
 def test_row_sums_lose_no_digits(dtype: torch.dtype, count: int) -> None:
     a, b = (torch.randn(3, count + 1, dtype=dtype)[:, 1:] for _ in range(2))
     with gpk.backend("cpu"):
-        squares, _ = ops.gradient_norm_penalty(a, 0.0, False, 0)
+        squares, _ = gradient_norm_penalty_op(a, 0.0, False, 0)
         one = torch.ones(3, 1, dtype=dtype)
-        mean, *_ = ops.lipschitz_consistency(one, 0 * one, a, b, 0.0)
+        mean, *_ = lipschitz_consistency_op(one, 0 * one, a, b, 0.0)
     tolerance = torch.finfo(dtype).eps if dtype == torch.float32 else 1e-14
     exact = [math.fsum(v * v for v in row) for row in a.tolist()]
     assert squares.tolist() == pytest.approx(exact, rel=tolerance, abs=0)
@@ -97,25 +103,25 @@ def cache(loops: ctypes.CDLL) -> int:
 
 
 def _interpolate(x: Tensor, rows: Tensor) -> list[Tensor]:
-    return [ops.interpolate(x, x.flip(1), rows)]
+    return [interpolate_op(x, x.flip(1), rows)]
 
 
 def _interpolate_backward(x: Tensor, rows: Tensor) -> list[Tensor]:
-    return list(ops.interpolate_backward(x, rows, True, True))
+    return list(interpolate_backward_op(x, rows, True, True))
 
 
 def _penalty_backward(x: Tensor, rows: Tensor) -> list[Tensor]:
-    return [ops.gradient_norm_penalty_backward(rows, x, rows)]
+    return [gradient_norm_penalty_backward_op(rows, x, rows)]
 
 
 def _consistency_backward(x: Tensor, rows: Tensor) -> list[Tensor]:
     scores = rows[:, None]
-    return list(ops.consistency_backward(torch.tensor(0.7), scores, scores, x, x.flip(1), rows, rows, True))
+    return list(consistency_backward_op(torch.tensor(0.7), scores, scores, x, x.flip(1), rows, rows, True))
 
 
 def _curvature(x: Tensor, rows: Tensor) -> list[Tensor]:
     x = x[:, None]
-    return [ops.normalise_curvature(x, rows[:, None, None], x.flip(2), x, True)]
+    return [normalise_curvature_op(x, rows[:, None, None], x.flip(2), x, True)]
 
 
 @needs_kernels
@@ -143,10 +149,10 @@ def test_noise_larger_than_the_cache_is_that_of_its_parts(gaussian: bool, cache:
     x = torch.randn(cache // 4 + 5)
     short = len(x) - 1003
     with gpk.backend("cpu"):
-        whole = ops.instance_noise(x, 0.5, None, KEY, gaussian)
-        assert torch.equal(whole[:short], ops.instance_noise(x[:short], 0.5, None, KEY, gaussian))
+        whole = instance_noise_op(x, 0.5, None, KEY, gaussian)
+        assert torch.equal(whole[:short], instance_noise_op(x[:short], 0.5, None, KEY, gaussian))
     # The last numbers are those of the last counters.
-    words = reference.philox(KEY, torch.arange(short // 4, (len(x) + 3) // 4))
+    words = philox(KEY, torch.arange(short // 4, (len(x) + 3) // 4))
     u = torch.stack(words, 1).reshape(-1)[short % 4 :][: len(x) - short] // 2**8 / 2**24
     if not gaussian:
         torch.testing.assert_close(whole[short:], (x[short:].double() + 0.5 * u).float())

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
-from critics import mlp, plain_loss, plain_penalty, plain_points, plain_step
+from critics import mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 
 N, WIDTH = 5, 6
@@ -145,7 +145,7 @@ def test_buffers_and_numbers_are_as_plain_pytorch_leaves_them(name: str, penalty
     for _ in range(6):
         real, fake, eps = batch(N, WIDTH)
         ours = loss(real, fake, eps=eps).loss
-        exact = plain_step(twin, real, fake, eps, penalty=penalty)
+        exact = plain_loss(twin, real, fake, eps, penalty=penalty)
         torch.testing.assert_close(ours, exact)
         assert_same(gradients(ours, critic), gradients(exact, twin))
         for (key, a), b in zip(critic.named_buffers(), twin.buffers(), strict=True):
@@ -212,7 +212,7 @@ def test_random_numbers_apart_are_those_of_plain_pytorch(objective: str) -> None
         ours, after = loss(real, fake, eps=eps).loss, _states()
         drawn, critic.drawn = critic.drawn, []
         _seed()
-        exact = plain_step(critic, real, fake, eps, objective)
+        exact = plain_loss(critic, real, fake, eps, objective)
         assert after == _states()
         assert drawn == critic.drawn
         critic.drawn = []

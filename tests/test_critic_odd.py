@@ -18,7 +18,6 @@ from critics import (
     plain_loss,
     plain_penalty,
     plain_points,
-    plain_step,
 )
 
 # --- samples that mix, and calls without a rule -----------------------------------------------------------------------
@@ -133,7 +132,7 @@ def test_spectral_norm_in_training_takes_as_many_steps_as_in_pytorch(penalty: st
         critic = nn.Sequential(*layers, *extra).double()
         twin = copy.deepcopy(critic)
         real, fake, eps = batch(5, 6)
-        exact = plain_step(twin, real, fake, eps, penalty=penalty)
+        exact = plain_loss(twin, real, fake, eps, penalty=penalty)
         loss = gpk.CriticLoss(critic, penalty=penalty)(real, fake, eps=eps).loss
         torch.testing.assert_close(loss, exact)
         assert_same(gradients(loss, critic), gradients(exact, twin))
@@ -256,7 +255,7 @@ def test_batch_norm_counts_its_passes_as_in_pytorch() -> None:
     twin = copy.deepcopy(critic)
     real, fake, eps = batch(5, 6)
     gpk.CriticLoss(critic)(real, fake, eps=eps)
-    plain_step(twin, real, fake, eps)
+    plain_loss(twin, real, fake, eps)
     for ours, exact in zip(critic.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(ours, exact)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 import gpkernels as gpk
-from gpkernels import ops, penalties, reference
+from gpkernels.ops.instance_noise import instance_noise_op, instance_noise_reference
+from gpkernels.ops.interpolate import interpolate_op
+from gpkernels.ops.philox import philox
+from gpkernels.ops.tensors import accumulation_dtype
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEY = torch.tensor([-6_148_914_691_236_517_206])  # every other bit, the sign too
@@ -37,27 +43,28 @@ def _philox_in_python(counter: int, key: int) -> tuple[int, ...]:
 
 
 def test_philox_gives_the_published_words_for_zero_key_and_counter() -> None:
-    words = reference.philox(torch.tensor([0]), torch.tensor([0]))
+    words = philox(torch.tensor([0]), torch.tensor([0]))
     assert tuple(int(w) for w in words) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
 def test_philox_uses_every_bit_of_key_and_counter() -> None:
     for counter in (0, 1, 2**31, 2**32 + 5, 2**62 + 3):
         for key in (0, 1, -1, 2**40 + 7, int(KEY)):
-            words = reference.philox(torch.tensor([key]), torch.tensor([counter]))
+            words = philox(torch.tensor([key]), torch.tensor([counter]))
             assert tuple(int(w) for w in words) == _philox_in_python(counter, key % 2**64)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_eps_is_the_first_philox_word_bit_for_bit(dtype: str, layout: str, backend: str) -> None:
-    real, fake = _images(DTYPES[dtype], layout), _images(DTYPES[dtype], layout)
-    mixed, eps = ops.interpolate_random(real, fake, KEY)
-    expected = [(_philox_in_python(n, int(KEY) % 2**64)[0] >> 8) / 2**24 for n in range(5)]
-    assert eps.tolist() == expected
-    assert eps.dtype == ops.accumulation_dtype(DTYPES[dtype])
-    assert torch.equal(mixed, ops.interpolate(real, fake, eps))
-    assert mixed.stride() == real.stride()
+def test_a_seed_gives_the_eps_of_hand_written_code(dtype: str, layout: str, backend: str) -> None:
+    kind = DTYPES[dtype]
+    real, fake = _images(kind, layout), _images(kind, layout)
+    drawn: dict[str, Any] = {"dtype": torch.float64} if dtype == "float64" else {}  # else the default, float32
+    expected = interpolate_op(real, fake, torch.rand(5, 1, 1, 1, generator=_generator(3), **drawn))
+    assert torch.equal(gpk.interpolate(real, fake, generator=_generator(3)), expected)
+    torch.manual_seed(3)
+    assert torch.equal(gpk.interpolate(real, fake), expected)
+    assert expected.stride() == real.stride()
 
 
 @pytest.mark.parametrize("gaussian", [True, False], ids=["normal", "uniform"])
@@ -67,22 +74,35 @@ def test_noise_is_the_reference_to_a_few_ulp(dtype: str, layout: str, gaussian: 
     kind = DTYPES[dtype]
     x = _images(kind, layout)
     for scale in (None, torch.tensor([1.7])):
-        noisy = ops.instance_noise(x, 0.5, scale, KEY, gaussian)
+        noisy = instance_noise_op(x, 0.5, scale, KEY, gaussian)
         # In float64 the 24 random bits are the same, so it is the exact answer for every dtype.
-        exact = reference.instance_noise(x.double(), 0.5, scale, KEY, gaussian)
+        exact = instance_noise_reference(x.double(), 0.5, scale, KEY, gaussian)
         # A cosine near zero keeps the absolute error of its angle, so the amplitude counts too.
         size = x.double().abs() + (exact - x.double()).abs() + 0.5 * (1 if scale is None else 1.7)
-        wide = torch.finfo(ops.accumulation_dtype(kind)).eps
+        wide = torch.finfo(accumulation_dtype(kind)).eps
         assert ((noisy.double() - exact).abs() <= size * (4 * wide + torch.finfo(kind).eps)).all()
         assert noisy.stride() == x.stride()
 
 
 def test_noise_follows_memory_so_layouts_of_one_tensor_differ_and_strided_views_agree(backend: str) -> None:
     x = torch.randn(4, 3, 5, 5)
-    plain = ops.instance_noise(x, 1.0, None, KEY, True)
-    assert torch.equal(ops.instance_noise(torch.stack([x, x], -1)[..., 0], 1.0, None, KEY, True), plain)
-    last = ops.instance_noise(x.contiguous(memory_format=torch.channels_last), 1.0, None, KEY, True)
+    plain = instance_noise_op(x, 1.0, None, KEY, True)
+    assert torch.equal(instance_noise_op(torch.stack([x, x], -1)[..., 0], 1.0, None, KEY, True), plain)
+    last = instance_noise_op(x.contiguous(memory_format=torch.channels_last), 1.0, None, KEY, True)
     assert not torch.equal(last, plain)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_code_draws_the_eps_of_hand_written_code(dynamic: bool) -> None:
+    critic = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    for function in (gpk.interpolate, lambda real, fake: gpk.gradient_penalty(critic, real, fake)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for rows in (12, 7):
+            found = []
+            for call in (function, compiled):
+                torch.manual_seed(3)
+                found.append(call(X[:rows], Y[:rows]))
+            torch.testing.assert_close(*found)
 
 
 def _dragan_points(generator: torch.Generator | None) -> Tensor:
@@ -211,4 +231,40 @@ def test_a_generator_of_another_device_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"generator.*cpu.*cuda"):
         gpk.interpolate(X, Y, generator=Elsewhere())
-    assert penalties.draw_key(torch.device("cpu"), _generator(1)).dtype == torch.int64
+    with pytest.raises(ValueError, match=r"generator.*cpu.*cuda"):
+        gpk.add_instance_noise(X, 1.0, generator=Elsewhere())
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 2, 4, 4)], ids=["points", "images"])
+@pytest.mark.parametrize("whole", [False, True], ids=["penalty", "loss"])
+def test_training_by_hand_from_the_same_seed_takes_the_same_penalties(
+    whole: bool, shape: tuple[int, ...], backend: str
+) -> None:
+    torch.manual_seed(1)
+    ours = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 16), nn.Tanh(), nn.Linear(16, 1))
+    theirs = copy.deepcopy(ours)
+    batches = [(torch.randn(shape), torch.randn(shape) + 1) for _ in range(5)]
+    loss = gpk.CriticLoss(ours, penalty_weight=10.0)
+
+    def by_us(real: Tensor, fake: Tensor) -> Tensor:
+        return loss(real, fake).loss if whole else gpk.gradient_penalty(ours, real, fake)
+
+    def by_hand(real: Tensor, fake: Tensor) -> Tensor:
+        eps = torch.rand(len(real), *[1] * (real.dim() - 1))
+        x = (eps * real + (1 - eps) * fake).requires_grad_()
+        (gradient,) = torch.autograd.grad(theirs(x).sum(), x, create_graph=True)
+        penalty = ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+        return theirs(fake).mean() - theirs(real).mean() + 10 * penalty if whole else penalty
+
+    found = []
+    for critic, step in ((ours, by_us), (theirs, by_hand)):
+        torch.manual_seed(2)
+        optimiser, values = torch.optim.SGD(critic.parameters(), lr=0.01), []
+        for real, fake in batches:
+            optimiser.zero_grad()
+            value = step(real, fake)
+            value.backward()
+            optimiser.step()
+            values.append(value.detach())
+        found.append(torch.stack(values))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels as gpk
-from gpkernels import cli
+from gpkernels import arguments, cli
 from gpkernels.verify import cases, critics, training
 
 QUICK = ["verify", "--quick", "--backend", "reference"]
@@ -116,7 +116,7 @@ class Own(nn.Module):
 
 
 def test_a_users_own_critic_is_verified(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_critic", lambda name: Own())
+    monkeypatch.setattr(arguments, "load_critic", lambda name: Own())
     code, page = told(capsys, "--critic", "mine:Own", "--input", "16x4")
     assert code == 0
     assert "eikonal" in page
@@ -124,7 +124,7 @@ def test_a_users_own_critic_is_verified(capsys: pytest.CaptureFixture[str], monk
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("given", "said"),
     [
         (["--op", "nonsense"], "--op: expected one of interpolate"),
         (["--dtype", "int8"], "--dtype: expected one of float64"),
@@ -136,8 +136,8 @@ def test_a_users_own_critic_is_verified(capsys: pytest.CaptureFixture[str], monk
     ],
     ids=lambda x: x[0].lstrip("-") if isinstance(x, list) else x,
 )
-def test_a_mistake_is_one_line_and_two(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*QUICK, *arguments]) == 2
+def test_a_mistake_is_one_line_and_two(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*QUICK, *given]) == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1
     assert said in complaint

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkernels.ops.score_loss import ScoreLoss
 from gpkernels.verify.cases import DTYPES, LAYOUTS, laid_out
 
 SHAPES = {"one": (1, 1), "odd": (3, 7), "pairs": (257, 2), "aligned": (5, 48), "image": (4, 3, 5, 9), "long": (2, 4501)}
@@ -38,7 +39,6 @@ def _of_rows(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> dict[st
     column = per_row.reshape(-1, *[1] * (len(shape) - 1))
     return {
         "interpolate": [(x, y, per_row), (x, y, column), (x, y, strided)],
-        "interpolate_random": [(x, y, key)],
         "interpolate_backward": [(x, strided, True, True), (x, per_row, True, False), (x, per_row, False, True)],
         "instance_noise": [(x, 0.5, None, key, True), (x, 0.3, one, key, False)],
         "gradient_norm_penalty": [(x, 1.0, False, 1), (x, 0.0, True, 2), (x, 2.5, True, 0)],
@@ -126,15 +126,14 @@ def _special(dtype: torch.dtype) -> dict[str, list[Arguments]]:
     one, empty, key = torch.tensor(0.7), torch.empty(3, 0, dtype=dtype), torch.tensor([KEY])
     return {
         "interpolate": [(x, t, c), (empty, empty, torch.rand(3))],
-        "interpolate_random": [(empty, empty, key)],
         "interpolate_backward": [(x, c, False, False), (empty, torch.rand(3), True, True)],
         "instance_noise": [(x, 0.5, None, key, True), (empty, 0.5, None, key, False)],
         "gradient_norm_penalty": [(x, 1.0, one_sided, 0) for one_sided in (True, False)] + [(empty, 1.0, False, 1)],
         "gradient_norm_penalty_backward": [(one, x, c), (one, empty, torch.rand(3))],
         "consistency_term": [(s[3:], t[3:], x[3:], y[3:], 0.0, 0.1), (s[1:], t[1:], x[1:], y[1:], 0.0, 0.1)],
         "lipschitz_consistency": [(s[3:], t[3:], x[3:], y[3:], 0.0), (s[:1], t[:1], x[:1], y[:1], 0.0)],
-        "score_loss": [([scores[1:8]], [kind]) for kind in range(5)] + [([scores], [2]), ([x], [3])],
-        "score_loss_backward": [(one, [scores, x], [kind, kind]) for kind in range(5)],
+        "score_loss": [([scores[1:8]], [kind]) for kind in ScoreLoss] + [([scores], [2]), ([x], [3])],
+        "score_loss_backward": [(one, [scores, x], [kind, kind]) for kind in ScoreLoss],
     }
 
 
@@ -236,7 +235,6 @@ def refusals() -> dict[str, str]:
     x, y, c, one = torch.randn(3, 4), torch.randn(3, 3), torch.rand(2), torch.tensor(1.0)
     wrong: dict[str, list[Arguments]] = {
         "interpolate": [(x, y, torch.rand(3)), (x, x, c), (x, x.half(), torch.rand(3)), (x.int(), x.int(), c)],
-        "interpolate_random": [(x, y, torch.tensor([1])), (x, x, torch.tensor([1, 2])), (x, x, one)],
         "interpolate_backward": [(x, c, True, True)],
         "instance_noise": [(x, 1.0, c, torch.tensor([1]), True), (x, 1.0, None, one, True)],
         "gradient_norm_penalty": [(one, 1.0, False, 1), (x[:0], 1.0, False, 1), (x, 1.0, False, 3)],

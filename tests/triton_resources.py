@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import gpkernels.triton
-from gpkernels.reference import REDUCTIONS
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +30,6 @@ TARGETS = {
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 VARIANTS = (
     "interpolate of short rows",
-    "interpolate_random of short rows",
     "instance_noise, uniform",
     "gradient_norm_penalty of short rows",
     "score_loss of one score",
@@ -60,8 +59,6 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     return {
         "interpolate": lambda: kernels["interpolate"](x, y, per_row),
         "interpolate of short rows": lambda: kernels["interpolate"](points, points, torch.zeros(256, dtype=wide)),
-        "interpolate_random": lambda: kernels["interpolate_random"](x, y, key),
-        "interpolate_random of short rows": lambda: kernels["interpolate_random"](points, points, key),
         "interpolate_backward": lambda: kernels["interpolate_backward"](x, per_row, True, True),
         "instance_noise, Gaussian": lambda: kernels["instance_noise"](x, 0.1, one, key, True),
         "instance_noise, uniform": lambda: kernels["instance_noise"](x, 0.1, one, key, False),

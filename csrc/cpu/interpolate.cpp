@@ -34,52 +34,26 @@ GPK_SIMD void split_rows(const T* cotangent, const A* eps, T* to_real, T* to_fak
   }
 }
 
-template <typename T, typename A>
-Tensor mix(const Tensor& real, const Tensor& fake, Shape shape, const std::vector<A>& eps) {
-  const MemoryFormat format = common_format({&real, &fake});
-  const Tensor r = in_format(real, format), f = in_format(fake, format), out = result_like(real, format);
-  T* to = mutable_data<T>(out);
-  const auto kernel =
-      past_cache(out.numel() * sizeof(T)) ? &interpolate_rows<true, T, A> : &interpolate_rows<false, T, A>;
-  for_tiles(shape, [&, from_real = data<T>(r), from_fake = data<T>(f)](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-    kernel(from_real, from_fake, eps.data(), to, r0, r1, c0, c1, shape.cols);
-  });
-  return out;
-}
-
-Shape check(const Tensor& real, const Tensor& fake) {
+Tensor interpolate_cpu(Tensor real, Tensor fake, Tensor eps) {
   const Shape shape = rows_of("real", real);
   check_same("fake", fake, real);
-  return shape;
-}
-
-Tensor interpolate_cpu(Tensor real, Tensor fake, Tensor eps) {
-  const Shape shape = check(real, fake);
   check_per_row("eps", eps, shape);
   STD_TORCH_CHECK(eps.dim() == 1 || (eps.dim() == real.dim() && eps.size(0) == shape.rows),
                   "eps: expected (N, 1, ...)");
-  Tensor out;
-  dispatch(real, [&](auto zero) {
-    using T = decltype(zero);
-    out = mix<T>(real, fake, shape, small_vector<Accumulate<T>>(eps));
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> interpolate_random_cpu(Tensor real, Tensor fake, Tensor key) {
-  const Shape shape = check(real, fake);
-  const uint64_t seed = philox_key(key);
-  Tensor out, drawn;
+  const MemoryFormat format = common_format({&real, &fake});
+  const Tensor r = in_format(real, format), f = in_format(fake, format), out = result_like(real, format);
   dispatch(real, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    std::vector<A> eps(shape.rows);
-    for (int64_t n = 0; n < shape.rows; ++n) eps[n] = row_eps<A>(seed, n);
-    out = mix<T>(real, fake, shape, eps);
-    const std::vector<double> wide(eps.begin(), eps.end());
-    drawn = from_doubles(real, wide.data(), shape.rows);
+    const std::vector<A> weights = small_vector<A>(eps);
+    const auto kernel =
+        past_cache(out.numel() * sizeof(T)) ? &interpolate_rows<true, T, A> : &interpolate_rows<false, T, A>;
+    for_tiles(shape, [&, from_real = data<T>(r), from_fake = data<T>(f), to = mutable_data<T>(out)](
+                         int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+      kernel(from_real, from_fake, weights.data(), to, r0, r1, c0, c1, shape.cols);
+    });
   });
-  return {out, drawn};
+  return out;
 }
 
 std::tuple<Tensor, Tensor> interpolate_backward_cpu(Tensor cotangent, Tensor eps, bool to_real, bool to_fake) {
@@ -108,7 +82,6 @@ std::tuple<Tensor, Tensor> interpolate_backward_cpu(Tensor cotangent, Tensor eps
 
 STABLE_TORCH_LIBRARY_IMPL(gpkernels, CPU, m) {
   m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
-  m.impl("interpolate_random", TORCH_BOX(&interpolate_random_cpu));
   m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cpu));
 }
 

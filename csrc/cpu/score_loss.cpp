@@ -19,7 +19,7 @@ void slopes(const T* s, ScoreLoss kind, A scale, T* out, int64_t begin, int64_t 
 
 void check(const std::vector<Tensor>& scores, const std::vector<int64_t>& kinds) {
   STD_TORCH_CHECK(!scores.empty() && scores.size() == kinds.size(), "kinds: expected one for each tensor of scores");
-  for (const int64_t kind : kinds) check_code("kinds", kind, int64_t(ScoreLoss::negative_softplus));
+  for (const int64_t kind : kinds) check_code("kinds", kind, int64_t(ScoreLoss::hinge_negative));
   for (const Tensor& s : scores) STD_TORCH_CHECK(s.numel() > 0, "scores: expected at least one");
 }
 

@@ -1,15 +1,14 @@
-// interpolate: eps * real + (1 - eps) * fake, one eps per sample, given or drawn here.
+// interpolate: eps * real + (1 - eps) * fake, one eps per sample.
 #include "device.h"
 
 namespace gpk::cuda {
 namespace {
 
 template <typename T, typename A, int kWidth>
-__global__ void GPK_BOUNDS interpolate_kernel(const T* real, const T* fake, const A* eps, const int64_t* key, T* out,
-                                              A* drawn, int64_t rows, int64_t packs) {
+__global__ void GPK_BOUNDS interpolate_kernel(const T* real, const T* fake, const A* eps, T* out, int64_t rows,
+                                              int64_t packs) {
   for_rows(rows, [&](int64_t row) {
-    const A weight = key ? row_eps<A>(uint64_t(*key), row) : eps[row];
-    if (drawn && blockIdx.x == 0 && threadIdx.x == 0) drawn[row] = weight;
+    const A weight = eps[row];
     for_packs(packs, [&](int64_t i) {
       const auto r = load<T, kWidth>(real, row * packs + i), f = load<T, kWidth>(fake, row * packs + i);
       Pack<T, kWidth> o;
@@ -37,9 +36,10 @@ __global__ void GPK_BOUNDS split_kernel(const T* cotangent, const A* eps, T* to_
   });
 }
 
-Tensor mix(const Tensor& real, const Tensor& fake, const Tensor* eps, const Tensor* key, Tensor* drawn) {
+Tensor interpolate_cuda(Tensor real, Tensor fake, Tensor eps) {
   const Shape shape = rows_of("real", real);
   check_same("fake", fake, real);
+  check_per_row("eps", eps, shape);
   const MemoryFormat format = common_format({&real, &fake});
   const Tensor r = in_format(real, format), f = in_format(fake, format), out = empty_like(real, format);
   if (shape.cols == 0) return out;
@@ -47,30 +47,16 @@ Tensor mix(const Tensor& real, const Tensor& fake, const Tensor* eps, const Tens
   dispatch(real, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
-    const Tensor weights = eps ? in_accumulation<A>(*eps) : empty(real, shape.rows, scalar_type_of<A>());
-    if (drawn) *drawn = weights;
+    const Tensor weights = in_accumulation<A>(eps);
     with_width<T>(shape.cols, {data<T>(r), data<T>(f), data<T>(out)}, [&](auto width, int64_t packs) {
       const RowGrid grid = row_grid(shape.rows, packs);
       auto kernel = interpolate_kernel<T, A, decltype(width)::value>;
-      GPK_LAUNCH(kernel, grid.grid, grid.block, stream, data<T>(r), data<T>(f), data<A>(weights),
-                 key ? data<int64_t>(*key) : nullptr, mutable_data<T>(out), drawn ? mutable_data<A>(weights) : nullptr,
+      GPK_LAUNCH(kernel, grid.grid, grid.block, stream, data<T>(r), data<T>(f), data<A>(weights), mutable_data<T>(out),
                  shape.rows, packs);
     });
   });
   check_launch();
   return out;
-}
-
-Tensor interpolate_cuda(Tensor real, Tensor fake, Tensor eps) {
-  check_per_row("eps", eps, rows_of("real", real));
-  return mix(real, fake, &eps, nullptr, nullptr);
-}
-
-std::tuple<Tensor, Tensor> interpolate_random_cuda(Tensor real, Tensor fake, Tensor key) {
-  check_key(key);
-  Tensor drawn;
-  const Tensor out = mix(real, fake, nullptr, &key, &drawn);
-  return {out, drawn};
 }
 
 std::tuple<Tensor, Tensor> interpolate_backward_cuda(Tensor cotangent, Tensor eps, bool to_real, bool to_fake) {
@@ -102,7 +88,6 @@ std::tuple<Tensor, Tensor> interpolate_backward_cuda(Tensor cotangent, Tensor ep
 
 GPK_REGISTER(m) {
   m.impl("interpolate", TORCH_BOX(&interpolate_cuda));
-  m.impl("interpolate_random", TORCH_BOX(&interpolate_random_cuda));
   m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cuda));
 }
 

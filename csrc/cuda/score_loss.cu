@@ -29,7 +29,7 @@ __global__ void GPK_BOUNDS slope_kernel(const A* cotangent, const T* scores, Sco
 std::vector<Tensor> checked(const std::vector<Tensor>& scores, const std::vector<int64_t>& kinds) {
   STD_TORCH_CHECK(!scores.empty() && scores.size() <= kTensors, "scores: expected one tensor or two");
   STD_TORCH_CHECK(scores.size() == kinds.size(), "kinds: expected one for each tensor of scores");
-  for (const int64_t kind : kinds) check_code("kinds", kind, int64_t(ScoreLoss::negative_softplus));
+  for (const int64_t kind : kinds) check_code("kinds", kind, int64_t(ScoreLoss::hinge_negative));
   std::vector<Tensor> dense;
   for (const Tensor& s : scores) {
     STD_TORCH_CHECK(s.numel() > 0, "scores: expected at least one");

@@ -6,38 +6,43 @@ import argparse
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from gpkernels.arguments import UserError, blamed, count, own_critic
 from gpkernels.bench import machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
-from gpkernels.cli import UserError, blamed, own_critic
 
 PROGRAM = "gpkernels bench"
-SUITES = ("ops", "steps", "train")
+Suites = Mapping[str, Callable[[], ModuleType]]
+SUITES: Suites = {"ops": lambda: ops, "steps": lambda: steps}
 SECONDS, QUICK_SECONDS = 2.0, 0.2
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure and tell; 0, 1 where a comparison finds a regression, 2 for a user's mistake."""
-    options = _parser().parse_args(argv)
+def main(argv: Sequence[str], others: Suites) -> int:
+    """Measure and tell; 0, 1 where a comparison finds a regression, 2 for a user's mistake.
+
+    others: further suites, loaded when they are asked for.
+    """
+    suites = {**SUITES, **others}
+    options = _parser(suites).parse_args(argv)
     try:
-        return _compare(*options.compare) if options.compare else _bench(options)
+        return _compare(*options.compare) if options.compare else _bench(options, suites)
     except (UserError, results.Unreadable) as mistake:
         print(f"{PROGRAM}: {mistake}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(suites: Suites) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Ops, critic steps and whole training iterations beside what others do, taken in turns in one run. "
         "Times are the CPU time of the process, the least of many rounds; on a GPU they are between events there.",
     )
-    parser.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)}; by default all")
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(suites)}; by default all")
     parser.add_argument("--critic", metavar="module:Class", help="penalty and step of this critic alone")
     parser.add_argument("--input", metavar="NxCxHxW", help="the shape of its batch, such as 64x3x32x32")
     parser.add_argument("--peers", default=EAGER, metavar="NAMES", help=f"of {', '.join(PEERS)} (default: {EAGER})")
@@ -45,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--growth", action="store_true", help="curves over batch, width, depth and image size instead")
     parser.add_argument("--quick", action="store_true", help="few and small cases, for seconds")
     parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for a call of a case (default: {SECONDS:g})")
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of PyTorch (default: 1)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of PyTorch (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and warnings there")
@@ -55,12 +60,6 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of results; 1 where NEW is worse"
     )
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -73,9 +72,9 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace, suites: Suites) -> int:
     peers = _peers(options.peers)
-    chosen = _trials(options)  # what is wrong with the options is said before anything is measured
+    chosen = _trials(options, suites)  # what is wrong with the options is said before anything is measured
     pages = _pages() if options.html or options.plots else None
     device = _device(options.device)
     torch.set_num_threads(options.threads)
@@ -103,7 +102,7 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _trials(options: argparse.Namespace) -> Callable[[torch.device], Iterator[Trial]]:
+def _trials(options: argparse.Namespace, suites: Suites) -> Callable[[torch.device], Iterator[Trial]]:
     """What was asked for, made a case at a time."""
     if (options.critic or options.input) and options.suites not in ([], ["steps"]):
         raise UserError(f"--critic: expected steps as the suite, got {' '.join(options.suites)}")
@@ -113,24 +112,15 @@ def _trials(options: argparse.Namespace) -> Callable[[torch.device], Iterator[Tr
             critic(torch.randn(shape))
         return lambda device: steps.own_trials(critic, shape, options.critic, device)
     for name in options.suites:
-        if name not in SUITES:
-            raise UserError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
-    modules = [_suite(name) for name in options.suites or SUITES]
+        if name not in suites:
+            raise UserError(f"suite: expected one of {', '.join(suites)}, got {name!r}")
+    modules = [suites[name]() for name in options.suites or suites]
 
     def made(device: torch.device) -> Iterator[Trial]:
         for module in modules:
             yield from module.growth(device) if options.growth else module.trials(device, options.quick)
 
     return made
-
-
-def _suite(name: str) -> ModuleType:
-    if name != "train":
-        return {"ops": ops, "steps": steps}[name]
-    try:
-        return importlib.import_module("gptrainer.benchmark")  # the trainer brings its own
-    except ImportError as error:
-        raise UserError(f"train: needs {error.name}; install it with: pip install 'gpkernels[train]'") from None
 
 
 def _pages() -> ModuleType:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from gpkernels.bench.zoo import Case, ResidualBlock, SkipField, mlp
+from gpkernels.bench.cases import Case
+from gpkernels.zoo import ResidualBlock, SkipField, mlp
 
 
 class Calls(nn.Module):

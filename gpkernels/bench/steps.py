@@ -12,21 +12,12 @@ from torch.func import functional_call
 
 import gpkernels as gpk
 from gpkernels.bench import jax_step
+from gpkernels.bench.cases import CASES, Case, in_scale
 from gpkernels.bench.clock import Call
 from gpkernels.bench.counts import bare_products
 from gpkernels.bench.small import SMALL
 from gpkernels.bench.trial import EAGER, OURS, Trial
-from gpkernels.bench.zoo import (
-    CASES,
-    Case,
-    dcgan,
-    first,
-    in_scale,
-    mlp,
-    plain_loss,
-    plain_penalty,
-    plain_points,
-)
+from gpkernels.zoo import dcgan, first, mlp, plain_loss, plain_penalty, plain_points
 
 SUITE = "steps"
 QUICK = ("MLP 2-64x3-1, N 64", "DCGAN 32 px, N 64")

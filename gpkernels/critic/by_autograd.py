@@ -14,10 +14,11 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from gpkernels import reference
 from gpkernels.critic.call import Pass, Plain
 from gpkernels.critic.parts import Task
-from gpkernels.functional import gradient_norm_penalty
+from gpkernels.ops.consistency import consistency_term_reference
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
+from gpkernels.ops.score_loss import score_loss_reference
 
 
 def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, weight: Tensor) -> tuple[Any, Any, Any]:
@@ -88,7 +89,7 @@ def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, 
     scored = [name for name in kinds if name in at]
     own = None
     if scored:
-        own = reference.score_loss([_rows(at[n], 0, n) for n in scored], [kinds[n] for n in scored])
+        own = score_loss_reference([_rows(at[n], 0, n) for n in scored], [kinds[n] for n in scored])
     options = task.consistency
     if options is None or "again" not in at:
         return own, None
@@ -98,7 +99,7 @@ def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, 
     features = [_rows(at[n], 1, n) if some else s.new_empty(len(s), 0) for n, s in zip(names, scores, strict=True)]
     first, second = zip(scores, features, strict=True)
     pairs = first[0], second[0], first[1], second[1]
-    return own, reference.consistency_term(*pairs, options.margin, options.feature_weight)[0]
+    return own, consistency_term_reference(*pairs, options.margin, options.feature_weight)[0]
 
 
 def penalty_of(one: Pass | Plain, task: Task) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from threading import Lock
@@ -10,13 +9,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_sequence_nr
 from torch.autograd import forward_ad
 
 from gpkernels import backends
 from gpkernels.critic.graph import Graph, native
 from gpkernels.critic.parts import Between, points_of
 from gpkernels.critic.together import Check, Watch
+from gpkernels.private import (
+    compile_nothing,
+    dual_level,
+    look_at_frames,
+    look_at_no_frames,
+    next_sequence_number,
+    set_stance,
+)
 
 
 def scores_of(output: Any) -> Tensor:
@@ -75,7 +81,7 @@ class Pass:
                 f"critic: expected a score for each of {len(x)} samples, got shape {tuple(scores.shape)}; "
                 "for scores of several samples at once there is the option pack"
             )
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
+        if dual_level() >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
             raise RuntimeError(
                 "the critic has a forward-mode tangent, which this penalty would not carry on; call it inside "
                 "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
@@ -117,7 +123,7 @@ def call(
 ) -> Pass:
     """Call the critic once, with all samples of some groups."""
     x = _batch([points_of(g.x) for g in groups], wants or any(g.penalised for g in groups))
-    start = 0 if backends.program is None else _get_sequence_nr()
+    start = 0 if backends.program is None else next_sequence_number()
     if isinstance(looks_on, Watch):
         looks_on.follow(x)
     with torch.enable_grad(), uncompiled(), looks_on or nullcontext():
@@ -176,22 +182,20 @@ class uncompiled:
     _before: Any = None  # the stance, where the compiler is there at all
 
     def __enter__(self) -> None:
-        compiler = sys.modules.get("torch._dynamo.eval_frame")
-        self._callback = None if compiler is None else compiler.set_eval_frame(None)  # or no stance can be set
+        self._callback = look_at_no_frames()  # or no stance can be set
         with uncompiled._lock:
-            if not uncompiled._inside and compiler is not None:  # torch.compiler.set_stance, without what it costs
-                uncompiled._before = compiler._set_stance(compiler.DynamoStance("force_eager"))
+            if not uncompiled._inside:
+                uncompiled._before = compile_nothing()
             uncompiled._inside += 1
 
     def __exit__(self, *exception: object) -> None:
-        compiler = sys.modules.get("torch._dynamo.eval_frame")
         with uncompiled._lock:
             uncompiled._inside -= 1
             if not uncompiled._inside and uncompiled._before is not None:
                 before, uncompiled._before = uncompiled._before, None
-                sys.modules["torch._dynamo.eval_frame"]._set_stance(before)
-        if self._callback is not None and compiler is not None:
-            compiler.set_eval_frame(self._callback)
+                set_stance(before)
+        if self._callback is not None:
+            look_at_frames(self._callback)
 
 
 def _batch(groups: list[Tensor], moves: bool) -> Tensor:

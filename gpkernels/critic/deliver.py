@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_current_graph_task_keep_graph as _kept
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_compiling
 
 from gpkernels import backends
+from gpkernels.private import foreach_mul, foreach_mul_, graph_is_kept, is_batched, is_legacy_batched
 
 
 class _Deliver(Function):
@@ -37,15 +36,17 @@ class _Deliver(Function):
         gradients = ctx.gradients
         if gradients is None:
             raise RuntimeError("backward through this penalty a second time: the first needs retain_graph=True")
-        kept = _kept() or not isinstance(ctx, BackwardCFunction)  # compiled autograd's stand-in: the node keeps them
+        kept = graph_is_kept() or not isinstance(
+            ctx, BackwardCFunction
+        )  # compiled autograd's stand-in: the node keeps them
         if not kept:
             ctx.gradients = None
-        if is_batchedtensor(cotangent) or is_legacy_batchedtensor(cotangent):  # lists have no rule for it
+        if is_batched(cotangent) or is_legacy_batched(cotangent):  # lists have no rule for it
             return None, None, *(g * cotangent for g in gradients)
         if kept:
-            return None, None, *torch._foreach_mul(gradients, cotangent)
+            return None, None, *foreach_mul(gradients, cotangent)
         if not _is_one(cotangent):
-            torch._foreach_mul_(gradients, cotangent)
+            foreach_mul_(gradients, cotangent)
         return None, None, *gradients
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.compiler import is_compiling
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from gpkernels.critic.graph import LEAF, rule_of
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule, Saved, Unfit
 from gpkernels.critic.rules.piecewise import Hardtanh, LeakyReLUInPlace, ReLU
+from gpkernels.private import dual_level, function_mode_count, function_modes, transforms_active
 
 
 class _Forward(Function):
@@ -174,11 +175,11 @@ class fast_double_backward(TorchFunctionMode):
 
 def _transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transforms_active() or dual_level() >= 0
 
 
 def depth() -> int:
     """How many ``fast_double_backward()`` contexts this thread is in."""
-    if not torch._C._len_torch_function_stack():
+    if not function_mode_count():
         return 0
-    return sum(isinstance(mode, fast_double_backward) for mode in _get_current_function_mode_stack())
+    return sum(isinstance(mode, fast_double_backward) for mode in function_modes())

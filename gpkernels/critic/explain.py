@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,18 +21,17 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from gpkernels.critic import plan
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.generic import Edge, Outsider
 from gpkernels.critic.graph import LEAF, Graph
+from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
-from gpkernels.critic.rules.base import Layout, Unfit
+from gpkernels.critic.rules.base import Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
-from gpkernels.ops import check_batch
+from gpkernels.ops.checks import check_batch
+from gpkernels.private import TorchDispatchMode, compiler, tree_leaves, without_function_modes
 
 _NO_INPUT = "critic: expected scores that depend on the input, got scores that do not"
 _KINDS = {
@@ -380,32 +378,16 @@ def _graph_of(scores: Tensor) -> Graph:
     return Graph([scores])
 
 
-def _planned(graph: Graph, x: Tensor) -> _Plan:
+def _planned(graph: Graph, x: Tensor) -> Plan:
     at = next((i for i, leaf in enumerate(graph.leaves) if leaf is x), None)
     if at is None:
         raise ValueError(_NO_INPUT)
-    return _Plan(graph.key, at, len(x))
+    return Plan(graph.key, at, False, len(x), 0)
 
 
 def _alike(name: str) -> str:
     """A node's name; a reshape's, too, which is another one's while a mode looks on."""
     return "ViewBackward0" if name == "ReshapeAliasBackward0" else name
-
-
-class _Plan(plan.Plan):
-    """A plan that says where samples meet. meet: the place of that call, or None."""
-
-    def __init__(self, key: Any, x: int, rows: int) -> None:
-        self._passed: set[int] = set()
-        super().__init__(key, x, False, rows, 0)
-        self.meet = None
-        if self.mixes is not None:
-            moving = (i for i, call in enumerate(self.calls) if call.moves and not call.leaf)
-            self.meet = next((i for i in moving if id(self.calls[i]) not in self._passed), None)
-
-    def _look_for_rows(self, call: plan.Call, out: Layout | None) -> None:
-        super()._look_for_rows(call, out)
-        self._passed.add(id(call))
 
 
 # --- where nodes come from --------------------------------------------------------------------------------------------
@@ -445,7 +427,7 @@ def _names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Run compiled functions as they were written: one that meets a mode is never compiled again."""
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+    with torch.compiler.set_stance("force_eager") if compiler() is not None else nullcontext():
         yield
 
 
@@ -532,7 +514,7 @@ class _Follow(TorchFunctionMode):
     def claim(self, values: Any, function: str = "") -> None:
         """Give the nodes that lead to some tensors, and that nobody has, to the layer at work."""
         fresh: list[Any] = []
-        with torch._C.DisableTorchFunction():
+        with without_function_modes():
             for x in tree_leaves(values):
                 if isinstance(x, Tensor):
                     self._walk([y.grad_fn for y in (x, x._base) if y is not None], fresh)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
+from gpkernels.private import forward_class, set_grad_mode
+
 Edge = tuple[Any, int]
 
 
@@ -52,7 +54,7 @@ def _apply(node: Any, cotangents: Sequence[Tensor]) -> Any:
     ``torch.compile`` makes two graphs of a custom function. That of its backward has grad mode switched off, which is
     right for what the compiler differentiates, once, and would be silently wrong here.
     """
-    cls = type(node)._forward_cls
+    cls = forward_class(node)
     if cls.__name__ != "ApplyTemplate":
         return node.apply(*cotangents)
     backward = inspect.getclosurevars(cls.backward).nonlocals
@@ -68,7 +70,7 @@ class _Differentiably(torch.fx.Interpreter):
     """Runs a graph in the grad mode that is on."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return None if target is torch._C._set_grad_enabled else super().call_function(target, args, kwargs)
+        return None if target is set_grad_mode else super().call_function(target, args, kwargs)
 
 
 def _tuple(x: Any) -> tuple[Any, ...]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from gpkernels import ops
+from gpkernels.ops.interpolate import interpolate_op
+from gpkernels.ops.score_loss import ScoreLoss
 
 
 class Adversarial(NamedTuple):
-    """The score losses of real and fake rows, by ``reference.SCORE_LOSSES``, and whether both are linear."""
+    """The score losses of real and fake rows, and whether both are linear."""
 
-    real: int
-    fake: int
+    real: ScoreLoss
+    fake: ScoreLoss
     linear: bool
 
 
@@ -27,17 +27,15 @@ class Consistency(NamedTuple):
 
 
 class Between(NamedTuple):
-    """Points between real and fake samples, not computed yet: eps per sample, or the Philox key that draws it."""
+    """Points between real and fake samples, not computed yet."""
 
     real: Tensor
     fake: Tensor
-    eps_or_key: Tensor
+    eps: Tensor
 
     def points(self) -> Tensor:
         real, fake, eps = (x.detach() for x in self)
-        mixed: Tensor = (
-            ops.interpolate_random(real, fake, eps)[0] if eps.dtype == torch.int64 else ops.interpolate(real, fake, eps)
-        )
+        mixed: Tensor = interpolate_op(real, fake, eps)
         return mixed
 
 
@@ -46,7 +44,9 @@ def points_of(points: Tensor | Between) -> Tensor:
     return points.points() if isinstance(points, Between) else points
 
 
-class Parts(NamedTuple):
+class CriticLossParts(NamedTuple):
+    """What a critic minimises, and its parts before they are weighted."""
+
     loss: Tensor
     adversarial: Tensor
     penalty: Tensor

@@ -22,7 +22,8 @@ from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
 from gpkernels.critic.rules.base import Layout, Saved, Unary
 from gpkernels.critic.rules.products import Lazy
 from gpkernels.critic.rules.shapes import T
-from gpkernels.ops import overlaps
+from gpkernels.ops.tensors import overlaps
+from gpkernels.private import foreach_add
 
 Outsider = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
 Cotangents = dict[Place, Tensor]
@@ -439,7 +440,7 @@ def totals(all_parts: Sequence[Sequence[Any]]) -> list[Tensor]:
         if len(at) == 1:
             sums[at[0]] = sums[at[0]] + dense[at[0]][k]
             continue
-        added = torch._foreach_add([sums[i] for i in at], [dense[i][k] for i in at])
+        added = foreach_add([sums[i] for i in at], [dense[i][k] for i in at])
         for i, whole in zip(at, added, strict=True):
             sums[i] = whole
     found = []

@@ -72,13 +72,8 @@ class Plan:
         self.saved_count = saved
         self._look_back()
         self.curved = any(call.moves and call.curved for call in self.calls)
-        self.layouts: list[Layout | None] | None = None
-        self.mixes: str | None = None  # the call in which samples meet
+        self.layouts, self.meet = self._lay_out()
         self._variants: dict[tuple[int, str], tuple[Rule, list[Cut | None]]] = {}
-        try:
-            self.layouts = self._lay_out()
-        except Mixed as at:
-            self.mixes = str(at)
 
     def _place(self, p: Place | None) -> Place | None:
         """A leaf has one output, whichever of an older node it is."""
@@ -151,8 +146,13 @@ class Plan:
         flops = sum(call.rule.flops(call.shapes) for call in made if call.rule is not None)
         return others * PRODUCTS[self.calls[-1].outputs[0].device.type == "cpu"] > flops
 
-    def _lay_out(self) -> list[Layout | None]:
-        """Where every call's outputs have their samples; Mixed where a call mixes them."""
+    @property
+    def mixes(self) -> str | None:
+        """The name of the call in which samples meet, if they do."""
+        return None if self.meet is None else self.calls[self.meet].name
+
+    def _lay_out(self) -> tuple[list[Layout | None] | None, int | None]:
+        """Where every call's outputs have their samples, or the place of the call in which these meet."""
         found: list[Layout | None] = []
         for i, call in enumerate(self.calls):
             if self.x is not None and i == self.x[0]:
@@ -162,13 +162,13 @@ class Plan:
                 found.append(None)
                 continue
             if call.rule is None:
-                raise Mixed(call.name)
+                return None, i
             try:
                 found.append(call.rule.layout([None if p is None else found[p[0]] for p in call.parents]))
                 self._look_for_rows(call, found[-1])
             except Mixed:
-                raise Mixed(call.name) from None
-        return found
+                return None, i
+        return found, None
 
     def _look_for_rows(self, call: Call, out: Layout | None) -> None:
         """Mixed where a weight has a row for each sample, but for one that is the same in all."""

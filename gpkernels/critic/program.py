@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from gpkernels import backends
+from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
 aten = torch.ops.aten
@@ -129,7 +129,7 @@ class Recorder(TorchDispatchMode):
 
     def outside(self, outsider: Outsider, name: Hashable, given: Tensors) -> Tensors:
         """Make a call that is not traced."""
-        with _disable_current_modes():
+        with without_dispatch_modes():
             out = outsider(name, given)
         inputs = [None if x is None else self.slot(x) for x in given]
         self.calls.append(Outside(name, inputs, [None if x is None else self._new(x) for x in out]))
@@ -358,4 +358,4 @@ def _traceable(inputs: Tensors) -> bool:
 
 def watched() -> bool:
     """Whether a mode or a transform looks on, which has to see every call."""
-    return _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active()
+    return dispatch_mode() is not None or transforms_active()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from gpkernels import backends
@@ -22,7 +21,8 @@ from gpkernels.critic.graph import native
 from gpkernels.critic.parts import Task
 from gpkernels.critic.together import Check, Log, autocasts
 from gpkernels.critic.work import Known, work
-from gpkernels.reference import accumulation_dtype
+from gpkernels.ops.tensors import accumulation_dtype
+from gpkernels.private import dual_level
 
 NOTHING: Mapping[str, Any] = {}
 Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
@@ -114,7 +114,7 @@ class _Shelf:
 
         tensors: fake, real, and where the gradient is penalised; as tuple of a ``Between``.
         """
-        if _others_look_on() or forward_ad._current_level >= 0:
+        if _others_look_on() or dual_level() >= 0:
             return None
         logged = None if log is None else log.native()
         with uncompiled():
@@ -136,7 +136,7 @@ class _Shelf:
         """What ``step`` gives, of a critic that is left to autograd; or [(output, batch)] of the calls that were made;
         None where C++ has no say."""
         task = how.task
-        if _others_look_on() or forward_ad._current_level >= 0 or task.consistency is not None:
+        if _others_look_on() or dual_level() >= 0 or task.consistency is not None:
             return None
         ends = task.target, task.one_sided, task.by_point, weight
         with uncompiled():
@@ -181,7 +181,7 @@ class How(NamedTuple):
     calls: tuple[tuple[tuple[str, bool], ...], ...]
     places: list[list[int]]  # of the groups' samples among fake, real and points
     moves: list[bool]  # whether the gradient at a call's samples is wanted
-    kinds: list[int]  # the score loss of each call's first group, by ``reference.SCORE_LOSSES``; -1: it has none
+    kinds: list[int]  # the score loss of each call's first group, by ``ScoreLoss``; -1: it has none
 
     @staticmethod
     def of(task: Task, calls: tuple[tuple[tuple[str, bool], ...], ...]) -> How:

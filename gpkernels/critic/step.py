@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gpkernels.critic.by_autograd import losses, penalty_of, plainly
 from gpkernels.critic.call import Group, call, call_plainly
 from gpkernels.critic.deliver import deliver
-from gpkernels.critic.parts import Between, Parts, Task, points_of
+from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
 from gpkernels.critic.run import PENALTY, How, Results, Signed, made, number, run, shelf
 from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
@@ -79,7 +79,7 @@ def step_at_once(
     weight: float,
     together: bool | None,
     seen: Seen,
-) -> Parts | Begun | None:
+) -> CriticLossParts | Begun | None:
     """``critic_step`` in C++, if that knows how to and finds nothing wrong with the tensors; None otherwise."""
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
@@ -88,7 +88,9 @@ def step_at_once(
     given = fake, real, tuple(points) if isinstance(points, Between) else None if shared else points
     if not together and task.gradients and plainly.has(critic, real):
         found = shelf.by_autograd(critic, given, apart, weight)
-        return Begun(False, found, None) if isinstance(found, list) else None if found is None else Parts(*found)
+        if isinstance(found, list):
+            return Begun(False, found, None)
+        return None if found is None else CriticLossParts(*found)
     mode = seen.mode(critic, real) if together is None and points is not None else None
     known = None if mode is None else seen.get(mode)
     as_one = points is not None and (bool(together) or isinstance(known, Log))
@@ -103,7 +105,7 @@ def step_at_once(
         seen.set(mode, None)  # it may be the larger batch that it cannot take; if not, it raises again
         return None
     if found is None or len(found) == 4:
-        return None if found is None else Parts(*found)
+        return None if found is None else CriticLossParts(*found)
     return Begun(as_one, *found)
 
 
@@ -117,7 +119,7 @@ def critic_step(
     together: bool | None,
     seen: Seen,
     begun: Begun | None = None,
-) -> Parts:
+) -> CriticLossParts:
     """All parts of a critic's loss.
 
     points: where the gradient is penalised; the very tensor ``real`` or ``fake`` shares its pass with the scores.
@@ -130,7 +132,7 @@ def critic_step(
         called = call_plainly(critic, groups, before=() if begun is None else begun.before)
         loss, *parts = losses(called, task, weight)
         blank = loss.detach()
-        return Parts(loss, *(torch.zeros_like(blank) if x is None else x.detach().clone() for x in parts))
+        return CriticLossParts(loss, *(torch.zeros_like(blank) if x is None else x.detach().clone() for x in parts))
     factor, own = number(weight, real), seen if together is None else None
     with torch.no_grad():
         done = None
@@ -143,7 +145,7 @@ def critic_step(
         loss, adversarial, value, term = (torch.zeros_like(factor) if x is None else x for x in values)
     if task.gradients:
         loss = deliver(loss, [*gradients, *_merged(inputs, real, fake)])
-    return Parts(loss, adversarial, value, term)
+    return CriticLossParts(loss, adversarial, value, term)
 
 
 def groups_of(

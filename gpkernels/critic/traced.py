@@ -2,7 +2,7 @@
 
 The compiler traces the critic's calls as it traces everything, with its guards on all that they read. What autograd
 then knows of these calls is gone through by the same rules as outside, once for each trace, and what the rules call is
-in the compiler's graph: no zeros, no double backward.
+in the compiler's graph: no zeros, no double backward. Importing this imports the compiler, which takes seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.together import keeps_apart
 from gpkernels.critic.work import Known, work
-from gpkernels.reference import accumulation_dtype
+from gpkernels.ops.tensors import accumulation_dtype
+from gpkernels.private import forward_class
 
 
 def step_in_graph(
@@ -172,6 +173,6 @@ class _Deliver(Function):
 def delivered_by(x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
     """Tensors with their gradients where ``x`` is a value whose gradients are known, and nothing more; else None."""
     node = x.grad_fn
-    if getattr(type(node), "_forward_cls", None) is not _Deliver:
+    if forward_class(node) is not _Deliver:
         return None
     return list(zip(node.tensors, node.gradients, strict=True))  # type: ignore[union-attr]

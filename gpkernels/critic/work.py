@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels import ops
 from gpkernels.critic.curved import CurvedPasses
 from gpkernels.critic.parts import Task
 from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import Outsider
 from gpkernels.critic.rules.base import Meta
-from gpkernels.reference import REDUCTIONS, accumulation_dtype
+from gpkernels.ops.consistency import consistency_backward_op, consistency_term_op
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, gradient_norm_penalty_backward_op, gradient_norm_penalty_op
+from gpkernels.ops.score_loss import score_loss_backward_op, score_loss_op
+from gpkernels.ops.tensors import accumulation_dtype
 
 
 class Known:
@@ -101,9 +103,9 @@ def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tup
     if scored:
         scores = [one.rows(one.scores, name) for one, name in scored]  # type: ignore[arg-type]
         chosen = [kinds[name] for _, name in scored]
-        loss = ops.score_loss(scores, chosen)
+        loss = score_loss_op(scores, chosen)
         if task.gradients:
-            seeds = dict(zip(scored, ops.score_loss_backward(unit.to(wide), scores, chosen), strict=True))
+            seeds = dict(zip(scored, score_loss_backward_op(unit.to(wide), scores, chosen), strict=True))
     if task.consistency is None or not any(name == "again" for one in ones for name, _ in one.groups):
         return loss, None, seeds
     return loss, _consistency(ones, task, wide, unit, seeds), seeds
@@ -119,11 +121,11 @@ def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, 
     features = [at[n].rows(at[n].features, n) if at[n].features is not None else None for n in names]  # type: ignore[arg-type]
     pair = [scores[i].new_empty(scores[i].shape[0], 0) if f is None else f for i, f in enumerate(features)]
     tensors = [x.to(wide) for x in (*scores, *pair)]
-    term, *coefficients = ops.consistency_term(*tensors, options.margin, options.feature_weight)
+    term, *coefficients = consistency_term_op(*tensors, options.margin, options.feature_weight)
     if not task.gradients:
         return term
     cotangent = unit.to(wide) * options.weight
-    grads = ops.consistency_backward(cotangent, *tensors, *coefficients, features[0] is not None)
+    grads = consistency_backward_op(cotangent, *tensors, *coefficients, features[0] is not None)
     for i, name in enumerate(names):
         known = seeds.get((at[name], name))
         own = grads[i].to(scores[i].dtype)
@@ -178,9 +180,9 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
         gradient = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
     at_points = gradient if gradient.shape[0] == one.each else gradient.narrow(0, one.plan.plain, one.each)
     rows = at_points.reshape(-1, at_points.shape[-1]) if task.by_point else at_points
-    value, coefficient = ops.gradient_norm_penalty(rows, task.target, task.one_sided, REDUCTIONS["mean"])
+    value, coefficient = gradient_norm_penalty_op(rows, task.target, task.one_sided, REDUCTIONS["mean"])
     if task.gradients:
-        direction = ops.gradient_norm_penalty_backward(weight.to(value.dtype), rows, coefficient)
+        direction = gradient_norm_penalty_backward_op(weight.to(value.dtype), rows, coefficient)
         one.passes.push(direction.reshape(at_points.shape))
         scale = _scale(one, task, own, top)
         one.passes.bend({} if scale is not None else own, scale)

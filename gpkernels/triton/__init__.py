@@ -12,7 +12,7 @@ from gpkernels.triton.affine_gradients import affine_gradients
 from gpkernels.triton.consistency import consistency_backward, consistency_term, lipschitz_consistency
 from gpkernels.triton.gradient_norm_penalty import gradient_norm_penalty, gradient_norm_penalty_backward
 from gpkernels.triton.instance_noise import instance_noise
-from gpkernels.triton.interpolate import interpolate, interpolate_backward, interpolate_random
+from gpkernels.triton.interpolate import interpolate, interpolate_backward
 from gpkernels.triton.mean_pool import mean_pool, mean_pool_backward
 from gpkernels.triton.normalise_curvature import normalise_curvature
 from gpkernels.triton.score_loss import score_loss, score_loss_backward
@@ -20,7 +20,6 @@ from gpkernels.triton.weights import clip_weights_, rmsprop_
 
 _LAUNCHERS: tuple[Callable[..., Any], ...] = (
     interpolate,
-    interpolate_random,
     interpolate_backward,
     gradient_norm_penalty,
     gradient_norm_penalty_backward,

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpkernels.ops import memory_format
-from gpkernels.reference import accumulation_dtype
+from gpkernels.ops.tensors import accumulation_dtype, memory_format
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _tickets: dict[tuple[torch.device, int], Tensor] = {}

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpkernels.reference import REDUCTIONS
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS
 from gpkernels.triton.common import (
     accumulator,
     aligned,

@@ -10,19 +10,15 @@ from torch import Tensor
 from gpkernels.triton.common import (
     accumulator,
     begin_of_block,
-    check_key,
     check_same,
     dense,
     empty_like,
     flat_sizes,
     launch,
     per_row,
-    rows_in_block,
     rows_of,
     spread,
-    wide,
 )
-from gpkernels.triton.philox import philox, unit_interval
 
 
 @triton.jit
@@ -32,16 +28,6 @@ def _mix(real, fake, out, weight, at, mask, ACC: tl.constexpr):
     tl.store(out + at, weight * r + (1.0 - weight) * f, mask=mask)
 
 
-@triton.jit
-def _mix_block(real, fake, out, weight, start, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """weight * real + (1 - weight) * fake for the elements of a block from ``start``."""
-    at = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= count:  # a mask of unknown length would forbid vector accesses
-        _mix(real, fake, out, weight, at, None, ACC)
-    else:
-        _mix(real, fake, out, weight, at, at < count, ACC)
-
-
 @triton.jit(do_not_specialize=["stride", "rows", "cols"])
 def interpolate_kernel(
     real, fake, eps, out, stride: tl.int64, rows: tl.int64, cols: tl.int64,
@@ -49,40 +35,11 @@ def interpolate_kernel(
 ):  # fmt: skip
     start = begin_of_block(BLOCK)
     weight = per_row(eps, stride, start, rows, cols, ACC, BLOCK, LONG)
-    _mix_block(real, fake, out, weight, start, rows * cols, ACC, BLOCK)
-
-
-@triton.jit
-def _draw(key, row, ACC: tl.constexpr):
-    word, _, _, _ = philox(key, row)
-    return unit_interval(word, ACC)
-
-
-@triton.jit
-def _draw_block(key, eps, start, rows, cols, ACC: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr):
-    """``per_row`` of numbers drawn here, which the block in which a row begins stores."""
-    if LONG:
-        first = start // cols
-        here, after = _draw(key, first, ACC), _draw(key, first + 1, ACC)
-        begins = (first + 1) * cols - start
-        tl.store(eps + first, here, mask=begins == cols)
-        tl.store(eps + first + 1, after, mask=(begins < BLOCK) & (first + 1 < rows))
-        weight = tl.where(tl.arange(0, BLOCK) < begins, here, after)
+    at = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= rows * cols:  # a mask of unknown length would forbid vector accesses
+        _mix(real, fake, out, weight, at, None, ACC)
     else:
-        row, col = rows_in_block(start, cols, BLOCK)
-        weight = _draw(key, row, ACC)
-        tl.store(eps + row, weight, mask=(col == 0) & (row < rows))
-    return weight
-
-
-@triton.jit(do_not_specialize=["rows", "cols", "count"])
-def interpolate_random_kernel(
-    real, fake, key, out, eps, rows: tl.int64, cols: tl.int64, count: tl.int64,
-    ACC: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
-):  # fmt: skip
-    start = begin_of_block(BLOCK)
-    weight = _draw_block(key, eps, start, rows, cols, ACC, BLOCK, LONG)
-    _mix_block(real, fake, out, weight, start, count, ACC, BLOCK)
+        _mix(real, fake, out, weight, at, at < rows * cols, ACC)
 
 
 @triton.jit
@@ -121,22 +78,6 @@ def interpolate(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
         ACC=accumulator(real), LONG=long, **sizes,
     )  # fmt: skip
     return out
-
-
-def interpolate_random(real: Tensor, fake: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    rows, cols = rows_of("real", real)
-    check_same("fake", fake, real)
-    check_key(key)
-    real, fake = dense(real, fake)
-    out, eps = empty_like(real), wide(real, rows)
-    stored = max(1, cols)  # rows of no elements have an eps too
-    programs, sizes = flat_sizes(real, rows * stored)
-    long = stored >= sizes["BLOCK"]
-    launch(
-        interpolate_random_kernel, programs, real.device, real, fake, key, out, eps, rows, stored, rows * cols,
-        ACC=accumulator(real), LONG=long, **sizes,
-    )  # fmt: skip
-    return out, eps
 
 
 def interpolate_backward(cotangent: Tensor, eps: Tensor, to_real: bool, to_fake: bool) -> tuple[Tensor, Tensor]:

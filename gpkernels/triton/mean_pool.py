@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpkernels.ops import memory_format
+from gpkernels.ops.tensors import memory_format
 from gpkernels.triton.common import accumulator, aligned, begin_of_block, check_floating, hinted, launch
 
 

@@ -1,4 +1,4 @@
-"""Philox-4x32-10 (Salmon et al. 2011) as in ``reference.philox``: the key in two words, the counter in the low two."""
+"""Philox-4x32-10 (Salmon et al. 2011) as in ``ops.philox``: the key in two words, the counter in the low two."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpkernels.reference import SCORE_LOSSES
+from gpkernels.ops.score_loss import ScoreLoss
 from gpkernels.triton.common import (
     accumulator,
     check_codes,
@@ -39,8 +39,14 @@ def _sigmoid(s):
 
 
 @triton.jit
+def _relu(x):
+    """max(0, x); NaN stays NaN."""
+    return tl.where(x <= 0.0, 0.0, x)
+
+
+@triton.jit
 def _score_value(s, KIND: tl.constexpr):
-    """phi(s), by reference.SCORE_LOSSES."""
+    """phi(s), by ``ScoreLoss``."""
     if KIND == 0:
         value = s
     elif KIND == 1:
@@ -49,8 +55,12 @@ def _score_value(s, KIND: tl.constexpr):
         value = _softplus(s)
     elif KIND == 3:
         value = _softplus(-s)
-    else:
+    elif KIND == 4:
         value = -_softplus(s)
+    elif KIND == 5:
+        value = _relu(1.0 + s)
+    else:
+        value = _relu(1.0 - s)
     return value
 
 
@@ -65,8 +75,12 @@ def _score_slope(s, KIND: tl.constexpr):
         slope = _sigmoid(s)
     elif KIND == 3:
         slope = -_sigmoid(-s)
-    else:
+    elif KIND == 4:
         slope = -_sigmoid(s)
+    elif KIND == 5:
+        slope = tl.where(1.0 + s <= 0.0, 0.0, 1.0).to(s.dtype)
+    else:
+        slope = tl.where(1.0 - s <= 0.0, 0.0, -1.0).to(s.dtype)
     return slope
 
 
@@ -104,7 +118,7 @@ def score_loss_backward_kernel(
 def _checked(scores: Sequence[Tensor], kinds: Sequence[int]) -> list[Tensor]:
     if not scores or len(scores) != len(kinds):
         raise RuntimeError("kinds: expected one for each tensor of scores")
-    check_codes("kinds", kinds, SCORE_LOSSES)
+    check_codes("kinds", kinds, ScoreLoss.__members__)
     if any(s.numel() == 0 for s in scores):
         raise RuntimeError("scores: expected at least one")
     check_floating(*scores)
@@ -120,7 +134,7 @@ def score_loss(scores: Sequence[Tensor], kinds: Sequence[int]) -> Tensor:
     launch(
         score_loss_kernel, programs, device,
         tuple(dense), counts, total, wide(longest, programs), tickets(device, 1),
-        KINDS=tuple(kinds), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
+        KINDS=tuple(map(int, kinds)), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return total
 
@@ -132,6 +146,7 @@ def score_loss_backward(cotangent: Tensor, scores: Sequence[Tensor], kinds: Sequ
     counts = tuple(s.numel() for s in dense)
     launch(
         score_loss_backward_kernel, triton.cdiv(max(counts), _BLOCK), dense[0].device,
-        by, tuple(dense), counts, tuple(grads), KINDS=tuple(kinds), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
+        by, tuple(dense), counts, tuple(grads),
+        KINDS=tuple(map(int, kinds)), ACC=accumulator(*dense), BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return grads

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 import gpkernels as gpk
-from gpkernels import reference
-from gpkernels.reference import REDUCTIONS, SCORE_LOSSES, accumulation_dtype
+from gpkernels.ops.consistency import consistency_term_reference, lipschitz_consistency_reference
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, gradient_norm_penalty_reference
+from gpkernels.ops.interpolate import interpolate_reference
+from gpkernels.ops.score_loss import ScoreLoss, score_loss_reference
+from gpkernels.ops.tensors import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,20 @@ def _first(function: Callable[..., Any], *args: Any) -> Callable[..., Tensor]:
     return lambda *tensors: function(*tensors, *args)[0]
 
 
-def _score(*kinds: str) -> Callable[..., Tensor]:
-    codes = [SCORE_LOSSES[kind] for kind in kinds]
-    return lambda *tensors: reference.score_loss(tensors, codes)
+def _score(*kinds: ScoreLoss) -> Callable[..., Tensor]:
+    return lambda *tensors: score_loss_reference(tensors, kinds)
 
 
 def _penalty(target: float, one_sided: bool, reduction: str) -> Case:
     return Case(
         partial(gpk.gradient_norm_penalty, target=target, one_sided=one_sided, reduction=reduction),
-        _first(reference.gradient_norm_penalty, target, one_sided, REDUCTIONS[reduction]),
+        _first(gradient_norm_penalty_reference, target, one_sided, REDUCTIONS[reduction]),
         "r",
     )
 
 
 CASES: dict[str, Case] = {
-    "interpolate": Case(gpk.interpolate, reference.interpolate, "rre"),
+    "interpolate": Case(gpk.interpolate, interpolate_reference, "rre"),
     "penalty_two_sided": _penalty(1.0, False, "mean"),
     "penalty_one_sided": _penalty(1.5, True, "mean"),
     "penalty_zero_centred": _penalty(0.0, False, "mean"),
@@ -63,22 +65,25 @@ CASES: dict[str, Case] = {
     "penalty_per_sample": _penalty(1.0, True, "none"),
     "consistency_of_scores": Case(
         partial(gpk.consistency_term, margin=0.1),
-        lambda s, t: reference.consistency_term(s, t, s.new_empty(len(s), 0), s.new_empty(len(s), 0), 0.1, 0.1)[0],
+        lambda s, t: consistency_term_reference(s, t, s.new_empty(len(s), 0), s.new_empty(len(s), 0), 0.1, 0.1)[0],
         "ss",
     ),
     "consistency_with_features": Case(
         partial(gpk.consistency_term, margin=0.2, feature_weight=0.3),
-        _first(reference.consistency_term, 0.2, 0.3),
+        _first(consistency_term_reference, 0.2, 0.3),
         "ssrr",
     ),
     "lipschitz_consistency": Case(
-        partial(gpk.lipschitz_consistency, margin=0.01), _first(reference.lipschitz_consistency, 0.01), "ssrr"
+        partial(gpk.lipschitz_consistency, margin=0.01), _first(lipschitz_consistency_reference, 0.01), "ssrr"
     ),
-    "wgan_critic_loss": Case(gpk.wgan_critic_loss, _score("negative", "identity"), "sr"),
-    "wgan_generator_loss": Case(gpk.wgan_generator_loss, _score("negative"), "r"),
-    "gan_discriminator_loss": Case(gpk.gan_discriminator_loss, _score("softplus_negative", "softplus"), "rs"),
-    "saturating_generator_loss": Case(gpk.saturating_generator_loss, _score("negative_softplus"), "r"),
-    "nonsaturating_generator_loss": Case(gpk.nonsaturating_generator_loss, _score("softplus_negative"), "r"),
+    "wgan_critic_loss": Case(gpk.wgan_critic_loss, _score(ScoreLoss.NEGATIVE, ScoreLoss.IDENTITY), "sr"),
+    "wgan_generator_loss": Case(gpk.wgan_generator_loss, _score(ScoreLoss.NEGATIVE), "r"),
+    "hinge_critic_loss": Case(gpk.hinge_critic_loss, _score(ScoreLoss.HINGE_NEGATIVE, ScoreLoss.HINGE), "sr"),
+    "gan_discriminator_loss": Case(
+        gpk.gan_discriminator_loss, _score(ScoreLoss.SOFTPLUS_NEGATIVE, ScoreLoss.SOFTPLUS), "rs"
+    ),
+    "saturating_generator_loss": Case(gpk.saturating_generator_loss, _score(ScoreLoss.NEGATIVE_SOFTPLUS), "r"),
+    "nonsaturating_generator_loss": Case(gpk.nonsaturating_generator_loss, _score(ScoreLoss.SOFTPLUS_NEGATIVE), "r"),
 }
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,48 +13,21 @@ from torch import Tensor, nn
 import gpkernels as gpk
 from gpkernels.verify.cases import DTYPES
 from gpkernels.verify.result import Result, distance
+from gpkernels.zoo import ResidualCritic, dcgan, mlp
 
 Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """A penalty or loss of (critic, real, fake, eps), eps one per sample."""
 
 
-class Residual(nn.Module):
-    """Two convolutions round a shortcut, normalised, as in WGAN-GP's residual critics."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), norm
-        self.second, self.short = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
-        self.top = nn.Linear(8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.second(torch.relu(self.norm(self.first(x)))) + self.short(x)
-        return self.top(torch.relu(nn.functional.avg_pool2d(h, 2)).mean((2, 3)))
-
-
-def _mlp(inputs: int, outputs: int, *between: nn.Module) -> nn.Module:
-    """Two hidden layers with the same modules after each."""
-    return nn.Sequential(
-        nn.Linear(inputs, 32), *between, nn.Linear(32, 32), *copy.deepcopy(between), nn.Linear(32, outputs)
-    )
-
-
-def _convolutional() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 5, 2, 2), nn.LeakyReLU(0.2), nn.Conv2d(8, 16, 5, 2, 2), nn.LeakyReLU(0.2), nn.Flatten(),
-        nn.Linear(64, 1),
-    )  # fmt: skip
-
-
 ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "MLP, ReLU": (lambda: _mlp(6, 1, nn.ReLU()), (6,)),
-    "MLP, tanh": (lambda: _mlp(6, 1, nn.Tanh()), (6,)),
-    "MLP, LayerNorm, SiLU": (lambda: _mlp(6, 1, nn.LayerNorm(32), nn.SiLU()), (6,)),
-    "MLP, several outputs": (lambda: _mlp(6, 4, nn.LeakyReLU(0.2)), (6,)),
-    "signed distance field": (lambda: _mlp(3, 1, nn.Softplus(10.0)), (3,)),
-    "DCGAN": (_convolutional, (3, 8, 8)),
-    "residual, GroupNorm": (lambda: Residual(nn.GroupNorm(2, 8)), (3, 8, 8)),
-    "residual, InstanceNorm": (lambda: Residual(nn.InstanceNorm2d(8, affine=True)), (3, 8, 8)),
+    "MLP, ReLU": (lambda: mlp(6, 32, 32, 1), (6,)),
+    "MLP, tanh": (lambda: mlp(6, 32, 32, 1, activation=nn.Tanh), (6,)),
+    "MLP, LayerNorm, SiLU": (lambda: mlp(6, 32, 32, 1, activation=nn.SiLU, norm=True), (6,)),
+    "MLP, several outputs": (lambda: mlp(6, 32, 32, 4, activation=partial(nn.LeakyReLU, 0.2)), (6,)),
+    "signed distance field": (lambda: mlp(3, 32, 32, 1, activation=partial(nn.Softplus, 10.0)), (3,)),
+    "DCGAN": (lambda: dcgan(3, 8, 8), (3, 8, 8)),
+    "residual, GroupNorm": (lambda: ResidualCritic(8, 8, "group_norm"), (3, 8, 8)),
+    "residual, InstanceNorm": (lambda: ResidualCritic(8, 8, "instance_norm"), (3, 8, 8)),
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import gpkernels as gpk
 from gpkernels.verify.result import Result, distance
+from gpkernels.zoo import plain_loss
 
 STEPS, N_CRITIC, BATCH = 200, 5, 64
 LR, BETAS = 1e-4, (0.5, 0.9)  # the toy code's; at ten times that rate training itself makes 1e-7 of a rounding
@@ -50,7 +51,7 @@ def _train(generator: nn.Module, critic: nn.Module, steps: int, device: torch.de
             real, eps = draw(BATCH, 2) + 2, draw(BATCH, uniform=True)
             with torch.no_grad():
                 fake = generator(draw(BATCH, 2))
-            loss = ours(real, fake, eps=eps).loss if fused else _plain_loss(critic, real, fake, eps)
+            loss = ours(real, fake, eps=eps).loss if fused else plain_loss(critic, real, fake, eps)
             _step(optimisers[0], loss, critic)
         scores = critic(generator(draw(BATCH, 2)))
         loss = gpk.wgan_generator_loss(scores) if fused else -scores.mean()
@@ -61,11 +62,3 @@ def _step(optimiser: torch.optim.Optimizer, loss: Tensor, model: nn.Module) -> N
     optimiser.zero_grad()
     loss.backward(inputs=list(model.parameters()))
     optimiser.step()
-
-
-def _plain_loss(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
-    mixed = (eps[:, None] * real + (1 - eps[:, None]) * fake).requires_grad_()
-    (grad,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
-    penalty = ((grad.norm(2, dim=1) - 1) ** 2).mean()
-    loss: Tensor = critic(fake).mean() - critic(real).mean() + 10 * penalty
-    return loss

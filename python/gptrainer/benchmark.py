@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gpkernels.bench.clock import Call
 from gpkernels.bench.counts import bare_products
 from gpkernels.bench.trial import EAGER, OURS, Trial
+from gpkernels.zoo import plain_loss
 from gptrainer import parts
-from gptrainer.comparison import plain_gradient_norm
 from gptrainer.config import TrainConfig, filled
 from gptrainer.loop import Trainer
 from gptrainer.processes import Processes
@@ -81,9 +81,7 @@ class PlainTrainer:
             real = self.batches.next()
             with torch.no_grad():
                 fake = self.generator(self.noise())
-            loss = self.critic(fake).mean() - self.critic(real).mean()
-            if self.config.algorithm == "wgan-gp":
-                loss = loss + filled(self.config.penalty_weight) * self.penalty(real, fake)
+            loss = self.critic_loss(real, fake)
             self.critic_optimiser.zero_grad()
             loss.backward()
             self.critic_optimiser.step()
@@ -101,8 +99,9 @@ class PlainTrainer:
         """(N, latent)."""
         return torch.randn(filled(self.config.batch_size), filled(self.config.latent), device=self.device)
 
-    def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Gulrajani et al. 2017, eq. 3."""
-        eps = torch.rand(len(real), *[1] * (real.dim() - 1), device=self.device)
-        x = eps * real + (1 - eps) * fake
-        return ((plain_gradient_norm(self.critic, x) - 1) ** 2).mean()
+    def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """WGAN's, with the penalty (Gulrajani et al. 2017, eq. 3) where there is one."""
+        eps = torch.rand(len(real), device=self.device)
+        if self.config.algorithm == "wgan":
+            return plain_loss(self.critic, real, fake, eps, penalty="none")
+        return plain_loss(self.critic, real, fake, eps, weight=filled(self.config.penalty_weight))

@@ -1,7 +1,7 @@
-"""What a user can put right."""
+"""What a user can put right; the commands of gpkernels say it the same way."""
 
 from __future__ import annotations
 
+from gpkernels.arguments import UserError
 
-class UserError(Exception):
-    """Its text is the one line a user reads; the command then ends with exit code 2."""
+__all__ = ["UserError"]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpkernels import ops
 from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule
 from gpkernels.critic.rules.shapes import Moving
+from gpkernels.ops.mean_pool import mean_pool_backward_op, mean_pool_op
 
 aten = torch.ops.aten
 
@@ -119,11 +119,11 @@ class AvgPool(Spatial):
 
     def back(self, c: Tensor, *s: Any) -> Tensor:
         if self.window:
-            return ops.mean_pool_backward(c, *self.window)
+            return mean_pool_backward_op(c, *self.window)
         return aten.avg_pool2d_backward(c, s[0], *self.options)
 
     def forth(self, t: Tensor, *s: Any) -> Tensor:
-        return ops.mean_pool(t, *self.window) if self.window else aten.avg_pool2d(t, *self.options)
+        return mean_pool_op(t, *self.window) if self.window else aten.avg_pool2d(t, *self.options)
 
 
 class AdaptiveAvgPool(Spatial):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels import ops
 from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
 from gpkernels.critic.rules.reductions import Sum
 from gpkernels.critic.rules.shapes import Along
+from gpkernels.ops.affine_gradients import affine_gradients_op
+from gpkernels.ops.normalise_curvature import normalise_curvature_op
 
 aten = torch.ops.aten
 
@@ -98,7 +99,7 @@ class Normalise(Rule):
         if wanted[0] and x is not None:
             inverse = self._parts(s)[2]
             pair = [self.split(u, s).to(inverse.dtype) for u in (x, self._scaled(cotangent, s))]
-            to_x = self.join(ops.normalise_curvature(self._normal(s), inverse, *pair, self.centred), s)
+            to_x = self.join(normalise_curvature_op(self._normal(s), inverse, *pair, self.centred), s)
         if wanted[0] and weight is not None:
             more = self._jacobian(cotangent * self.spread(weight), s)
             to_x = more if to_x is None else to_x + more
@@ -123,7 +124,7 @@ class LayerNorm(Normalise):
 
     def sums(self, c: Tensor, operand: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
         rows = (u.to(c.dtype).reshape(-1, self.entries, 1) for u in (c, operand))
-        to_weight, to_bias = (u.reshape(self.shape) for u in ops.affine_gradients(*rows))
+        to_weight, to_bias = (u.reshape(self.shape) for u in affine_gradients_op(*rows))
         return to_weight if weight else None, to_bias if bias else None
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
@@ -195,7 +196,7 @@ class PerChannel(Normalise):
             rows = [u.permute(0, 2, 3, 1).reshape(-1, channels, 1) for u in (c, operand)]
         else:
             rows = [u.reshape(u.shape[0], channels, -1) for u in (c, operand)]
-        to_weight, to_bias = ops.affine_gradients(*rows)
+        to_weight, to_bias = affine_gradients_op(*rows)
         return to_weight if weight else None, to_bias if bias else None
 
 

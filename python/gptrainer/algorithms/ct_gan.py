@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import gpkernels
-from gpkernels.losses import CriticLossParts
+from gpkernels.critic.parts import CriticLossParts
 from gptrainer.algorithms.system import Setup, WassersteinSystem, adam
 from gptrainer.config import filled
 

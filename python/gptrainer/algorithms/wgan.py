@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import gpkernels
-from gpkernels.losses import CriticLossParts
+from gpkernels.critic.parts import CriticLossParts
 from gptrainer.algorithms.system import Setup, WassersteinSystem, adam
 from gptrainer.config import filled
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels
-from gpkernels.losses import CriticLossParts
+from gpkernels.critic.parts import CriticLossParts
 from gptrainer.algorithms.system import Setup, System
 from gptrainer.config import filled
 from gptrainer.optimiser import Adam

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from gpkernels.arguments import count
 from gptrainer.errors import UserError
 from gptrainer.interruption import Stopped, terminable
 from gptrainer.reproduce import report, runner
@@ -75,12 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="results and report (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seeds", type=_count, metavar="N", help="seeds of each experiment, in place of its own number"
-    )
+    parser.add_argument("--seeds", type=count, metavar="N", help="seeds of each experiment, in place of its own number")
     parser.add_argument(
         "--jobs",
-        type=_count,
+        type=count,
         default=min(2, os.cpu_count() or 1),
         metavar="N",
         help="runs at a time, a core each (default: %(default)s)",
@@ -88,12 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="run again what has a result")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where image data lies, if not in its usual place")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return int(text)
 
 
 def _chosen(names: Sequence[str]) -> list[Experiment]:

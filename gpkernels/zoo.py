@@ -1,9 +1,8 @@
-"""The critics that are measured, each with its batch, and the losses as they are usually written."""
+"""Critics as the papers have them, and the losses as they are usually written, for who measures and verifies ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -18,29 +17,12 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """make: the critic. shape: its batch. field: an SDF, whose penalty is the eikonal loss and which has no scores."""
-
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    field: bool = False
-
-
 def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool = False) -> nn.Sequential:
     """Linear layers with an activation between them, after LayerNorm if asked for."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes[:-1]):
         layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if norm else []), activation()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
-
-
-def in_scale(critic: nn.Sequential) -> nn.Sequential:
-    """He's initialisation: by PyTorch's own, gradients vanish to denormal numbers in 120 layers, slow for everybody."""
-    for layer in critic:
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return critic
 
 
 def dcgan(channels: int = 3, dim: int = 64, size: int = 32) -> nn.Sequential:
@@ -108,20 +90,6 @@ class SkipField(nn.Module):
         return self.top(h)
 
 
-CASES: dict[str, Case] = {
-    "MLP 2-64x3-1, N 64": Case(lambda: mlp(2, 64, 64, 64, 1), (64, 2)),
-    "MLP 2-128x3-1, N 256": Case(lambda: mlp(2, 128, 128, 128, 1), (256, 2)),
-    "MLP 2-512x3-1, N 256": Case(lambda: mlp(2, 512, 512, 512, 1), (256, 2)),
-    "AMP 105-1024-512-1, N 1024": Case(lambda: mlp(105, 1024, 512, 1), (1024, 105)),
-    "DCGAN 32 px, N 64": Case(lambda: dcgan(3, 64, 32), (64, 3, 32, 32)),
-    "residual, N 8": Case(lambda: ResidualCritic(64, 32), (8, 3, 32, 32)),
-    "residual, N 32": Case(lambda: ResidualCritic(64, 32), (32, 3, 32, 32)),
-    "residual LayerNorm, N 8": Case(lambda: ResidualCritic(64, 32, "layer_norm"), (8, 3, 32, 32)),
-    "residual GroupNorm(1), N 8": Case(lambda: ResidualCritic(64, 32, "group_norm"), (8, 3, 32, 32)),
-    "SDF 3-256x8-1 softplus, N 4096": Case(lambda: SkipField(256, 8, 100.0), (4096, 3), field=True),
-}
-
-
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------
 
 
@@ -159,8 +127,8 @@ def plain_loss(
     penalty: str = "wgan-gp",
     weight: float = 10.0,
 ) -> Tensor:
-    """The critic's whole loss."""
-    on_real, on_fake = first(critic(real)), first(critic(fake))
+    """The critic's whole loss, with its calls in the order of ``CriticLoss`` where they are apart."""
+    on_fake, on_real = first(critic(fake)), first(critic(real))
     if objective == "wgan":
         loss = on_fake.mean() - on_real.mean()
     else:

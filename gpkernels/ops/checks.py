@@ -1,0 +1,83 @@
+"""Checks of arguments: TypeError or ValueError naming the argument, what it got and what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from gpkernels.ops.tensors import overlaps
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_floating(name: str, x: object) -> None:
+    """TypeError unless ``x`` is a dense floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATING or x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense floating-point tensor, got {x.dtype}, {x.layout}")
+
+
+def check_batch(name: str, x: object) -> None:
+    """``check_floating``, and ValueError unless the first axis, the batch, has at least one sample."""
+    check_floating(name, x)
+    assert isinstance(x, Tensor)
+    if x.dim() == 0 or x.shape[0] == 0:
+        raise ValueError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
+
+
+def check_writable(name: str, x: Tensor) -> None:
+    """RuntimeError, as PyTorch's own, where elements share a place: what is written there last would stay."""
+    if overlaps(x):
+        raise RuntimeError(
+            f"{name}: expected a tensor that does not overlap itself, got shape {tuple(x.shape)}, strides {x.stride()}"
+        )
+
+
+def check_pair(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    """Two batches of one shape on one device."""
+    check_batch(name1, x1)
+    check_batch(name2, x2)
+    if x1.shape != x2.shape:
+        raise ValueError(f"{name2}: expected the shape of {name1}, {tuple(x1.shape)}, got {tuple(x2.shape)}")
+    check_same_device(name1, x1, name2, x2)
+
+
+def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    if x1.device != x2.device:
+        raise ValueError(f"{name2}: expected the device of {name1}, {x1.device}, got {x2.device}")
+
+
+def check_number(name: str, value: object) -> float:
+    """The value as a float; TypeError unless it is a real number, which may be numpy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_nonnegative(name: str, value: object) -> float:
+    """The value as a float; TypeError or ValueError unless it is a finite number of at least 0."""
+    value = check_number(name, value)
+    if not 0 <= value < math.inf:  # nor NaN
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return value
+
+
+def check_eps(eps: Tensor, like: Tensor) -> None:
+    """One eps per sample: shape (N,) or (N, 1, ..., 1)."""
+    check_floating("eps", eps)
+    n = like.shape[0]
+    if eps.shape != (n,) and eps.shape != (n, *[1] * (like.dim() - 1)):
+        raise ValueError(f"eps: expected one number per sample, shape ({n},) or ({n}, 1, ...), got {tuple(eps.shape)}")
+    check_same_device("real", like, "eps", eps)
+
+
+def check_generator(generator: object, device: torch.device) -> None:
+    """A generator that draws on such a device."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator: expected one on {device}, got one on {generator.device}")

@@ -1,0 +1,41 @@
+"""Autograd over raw ops: how a pair of Functions is called, and derivatives beyond the first.
+
+The first derivative is a kernel. Derivatives beyond it are taken of the reference, through ``torch.func.vjp``, so every
+order exists and is exact. The pairs work under ``torch.func`` and ``torch.compile(fullgraph=True)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from gpkernels.private import any_requires_grad, dual_level, transforms_active
+
+
+class Differentiable(Function):
+    generate_vmap_rule = True
+
+
+def apply(function: type[Differentiable], *args: Any) -> Any:
+    """``function.apply`` without what costs more than a small op: a graph that nobody wants, and binding arguments."""
+    if is_compiling() or transforms_active() or dual_level() >= 0:
+        return function.apply(*args)
+    if not (torch.is_grad_enabled() and any_requires_grad(*args)):
+        return function.forward(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def second_order(
+    value: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor, tangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Derivative of (cotangent, *primals) -> vjp of ``value``, applied to ``tangents``, in that order."""
+
+    def first_order(cotangent: Tensor, *primals: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.func.vjp(value, *primals)[1](cotangent))
+
+    return tuple(torch.func.vjp(first_order, cotangent, *primals)[1](tuple(tangents)))

@@ -1,0 +1,87 @@
+"""A raw op: a schema, its fake kernel and the reference as its last resort, called by name or through the dispatcher.
+
+The schemas are in Python, so the library works with no binary: the reference registers as the default implementation
+of each op, and the extension adds faster ones for its device types. Raw ops carry no autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.compiler import is_compiling
+
+from gpkernels import backends
+from gpkernels.private import OpOverload, tree_flatten, tree_map, tree_unflatten
+
+LIBRARY = torch.library.Library("gpkernels", "DEF")
+ALL: dict[str, Op] = {}  # by name, each as it is defined
+
+
+class Op:
+    """One schema: callable, and the place where the implementation that runs is chosen.
+
+    direct: gives what the op gives for dense CPU tensors that nothing watches, checked by the kernel alone, and
+    NotImplemented where the op has to be called in another way. ``torch.compile`` cannot trace it.
+    check: raises for codes that name nothing, which kernels would take for one that they know; it is asked before any
+    backend, but not before ``direct``.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        implementation: Callable[..., Any],
+        fake: Callable[..., Any],
+        check: Callable[..., None] | None = None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.check = check
+        if check is not None:  # torch.ops leads to these past __call__
+            implementation, fake = _after(check, implementation), _after(check, fake)
+        self.schema, self.implementation, self.fake = schema, implementation, fake
+        self.direct = backends.declined
+        self.overload = self.define_in(LIBRARY)
+        LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
+        ALL[self.name] = self
+
+    def define_in(self, library: torch.library.Library) -> OpOverload:
+        """Give a library this schema, with what tracing and vmap need; kernels are left to others."""
+        qualified = f"{library.ns}::{self.name}"
+        library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, self.fake, lib=library)
+        overload: OpOverload = getattr(getattr(torch.ops, library.ns), self.name).default
+        if not overload._schema.is_mutable:
+            torch.library.register_vmap(qualified, self._vmap, lib=library)
+        return overload
+
+    def __call__(self, *args: Any) -> Any:
+        if self.check is not None:
+            self.check(*args)
+        if not is_compiling():
+            given = self.direct(*args)
+            if given is not NotImplemented:
+                return given
+        if backends.forced() is None:
+            return self.overload(*args)
+        return backends.implementation(self, args)(*args)
+
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """One call of the op for each entry of the batch axis."""
+        flat_args, spec = tree_flatten(args)
+        flat_dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
+
+        def entry(i: int) -> Any:
+            pairs = zip(flat_args, flat_dims, strict=True)
+            return self(*tree_unflatten([a if dim is None else a.select(dim, i) for a, dim in pairs], spec))
+
+        outputs = tree_map(lambda *entries: torch.stack(entries), *(entry(i) for i in range(info.batch_size)))
+        return outputs, tree_map(lambda _: 0, outputs)
+
+
+def _after(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        check(*args)
+        return function(*args)
+
+    return checked

@@ -1,0 +1,96 @@
+"""clip_weights_ and rmsprop_: updates of all weights in place, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from gpkernels.ops.checks import check_floating, check_nonnegative, check_writable
+from gpkernels.ops.op import Op
+from gpkernels.ops.tensors import accumulation_dtype
+
+
+def clip_weights_reference(params: Sequence[Tensor], c: float) -> None:
+    """Clamp every weight to [-c, c] in place (Arjovsky et al. 2017, Algorithm 1); NaN stays NaN."""
+    for p in params:
+        p.clamp_(-c, c)
+
+
+def rmsprop_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    square_avgs: Sequence[Tensor],
+    grad_avgs: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+    clip: float | None,
+) -> None:
+    """torch.optim.RMSprop's update, then a clamp to [-clip, clip]; state is rounded once, when it is stored.
+
+    Centred where ``grad_avgs`` is not empty, with momentum where ``momentum_buffers`` is not empty.
+    """
+    for i, param in enumerate(params):
+        wide = accumulation_dtype(param.dtype)
+        p, g, square = param.to(wide), grads[i].to(wide), square_avgs[i].to(wide)
+        g = -g if maximize else g
+        if weight_decay != 0:
+            g = g.add(p, alpha=weight_decay)
+        square = square.mul(alpha).addcmul(g, g, value=1 - alpha)
+        square_avgs[i].copy_(square)
+        variance = square
+        if grad_avgs:
+            average = grad_avgs[i].to(wide).lerp(g, 1 - alpha)
+            grad_avgs[i].copy_(average)
+            variance = square.addcmul(average, average, value=-1)
+        step = variance.sqrt().add(eps)
+        if momentum_buffers:
+            buffer = momentum_buffers[i].to(wide).mul(momentum).addcdiv(g, step)
+            momentum_buffers[i].copy_(buffer)
+            p = p.add(buffer, alpha=-lr)
+        else:
+            p = p.addcdiv(g, step, value=-lr)
+        param.copy_(p if clip is None else p.clamp(-clip, clip))
+
+
+clip_weights_op = Op(
+    "clip_weights_(Tensor(a!)[] params, float c) -> ()", clip_weights_reference, lambda params, c: None
+)
+
+
+rmsprop_op = Op(
+    "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs,"
+    " Tensor(d!)[] momentum_buffers, float lr, float alpha, float eps, float weight_decay, float momentum,"
+    " bool maximize, float? clip) -> ()",
+    rmsprop_reference,
+    lambda *args: None,
+)
+
+
+def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
+    """Clamp every weight to [-c, c] in place, all tensors in one call (Arjovsky et al. 2017, Algorithm 1).
+
+    params: a tensor or an iterable of them, such as ``critic.parameters()``; c >= 0. NaN stays NaN. Not
+    differentiable. Raises TypeError or ValueError for bad input, RuntimeError for a tensor that overlaps itself, before
+    any weight is changed.
+    """
+    c = check_nonnegative("c", c)
+    tensors = [params] if isinstance(params, Tensor) else list(params)
+    if not is_compiling() and clip_weights_op.direct(tensors, c) is not NotImplemented:
+        return
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for i, p in enumerate(tensors):
+        check_floating(f"params[{i}]", p)
+        check_writable(f"params[{i}]", p)
+        by_device.setdefault(p.device, []).append(p)
+    for group in by_device.values():
+        with torch.no_grad():
+            clip_weights_op(group, c)
+        torch.autograd.graph.increment_version(group)

@@ -1,0 +1,355 @@
+"""PyTorch's private names: each is as it is expected to be, and one module alone uses them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import get_ident
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from gpkernels import private
+
+PACKAGE = Path(private.__file__).parent
+aten = torch.ops.aten
+
+
+class Seen(private.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[object] = []
+
+    def __torch_dispatch__(self, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def leaf() -> Tensor:
+    return torch.ones(2, requires_grad=True)
+
+
+def without_function_modes() -> None:
+    with Functions() as mode:
+        with private.without_function_modes():
+            torch.ones(2).shape  # noqa: B018
+        assert mode.calls == 0
+        torch.ones(2).dtype  # noqa: B018
+        assert mode.calls > 0
+
+
+def any_requires_grad() -> None:
+    assert private.any_requires_grad(1.0, torch.ones(2), leaf())
+    assert not private.any_requires_grad(leaf().detach(), None)
+
+
+def transforms_active() -> None:
+    assert not private.transforms_active()
+    assert torch.func.vmap(lambda x: x + private.transforms_active())(torch.zeros(2)).tolist() == [1, 1]
+
+
+def has_kernel() -> None:
+    assert private.has_kernel("aten::mul.Tensor", "Meta")
+    assert not private.has_kernel("aten::relu6", "CPU")
+
+
+def carried() -> None:
+    """From thread to thread is tests/test_backends.py's."""
+    key = "gpkernels.test"
+    assert not private.is_carried(key)
+    private.carry(key, get_ident())
+    assert private.is_carried(key)
+    assert private.carried(key) == get_ident()
+
+
+def function_modes() -> None:
+    assert private.function_mode_count() == len(private.function_modes()) == 0
+    with Functions() as mode:
+        assert private.function_mode_count() == 1
+        assert private.function_modes() == [mode]
+
+
+def graph_is_kept() -> None:
+    told: list[bool] = []
+    x = leaf()
+    y = x * 2
+    y.register_hook(lambda g: told.append(private.graph_is_kept()))
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert told == [True, False]
+
+
+def sequence_number() -> None:
+    before = leaf() * 2
+    start = private.next_sequence_number()
+    after = before * 2
+    assert before.grad_fn._sequence_nr() < start <= after.grad_fn._sequence_nr()
+
+
+def batched() -> None:
+    def doubled(x: Tensor) -> Tensor:
+        assert private.is_batched(x)
+        return 2 * x
+
+    torch.func.vmap(doubled)(torch.ones(3))
+    assert not private.is_batched(torch.ones(3))
+    told: list[bool] = []
+    x = leaf()
+    y = x * x
+    y.register_hook(lambda g: told.append(private.is_legacy_batched(g)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert not private.is_legacy_batched(torch.ones(3))
+    assert told == [True]
+
+
+def overloads() -> None:
+    add = aten.add.Tensor
+    assert isinstance(add, private.OpOverload)
+    assert add._overloadpacket is aten.add
+    assert not add._schema.is_mutable
+    assert aten.add_.Tensor._schema.is_mutable
+    assert aten.view.default._schema.returns[0].alias_info is not None
+
+
+def batch_norm() -> None:
+    for kind in (nn.BatchNorm1d, nn.LazyBatchNorm2d, nn.SyncBatchNorm):
+        assert issubclass(kind, private.BatchNorm)
+    assert not issubclass(nn.InstanceNorm2d, private.BatchNorm)
+
+
+def dispatch_modes() -> None:
+    assert private.dispatch_mode() is None
+    with Seen() as mode:
+        assert private.dispatch_mode() is mode
+        torch.ones(2)
+        count = len(mode.calls)
+        with private.without_dispatch_modes():
+            assert private.dispatch_mode() is None
+            torch.ones(2)
+    assert count == len(mode.calls) > 0
+
+
+def trees() -> None:
+    tree = {"a": [1, (2, None)]}
+    leaves, spec = private.tree_flatten(tree)
+    assert leaves == private.tree_leaves(tree) == [1, 2, None]
+    assert private.tree_unflatten(leaves, spec) == tree
+    assert private.tree_map(lambda x: x and 2 * x, tree) == {"a": [2, (4, None)]}
+
+
+def lists_of_tensors() -> None:
+    x = [torch.ones(2), torch.zeros(1)]
+    assert [t.tolist() for t in private.foreach_add(x, x)] == [[2, 2], [0]]
+    assert [t.tolist() for t in private.foreach_mul(x, torch.tensor(3.0))] == [[3, 3], [0]]
+    private.foreach_add_(x, 1)
+    private.foreach_mul_(x, torch.tensor(2.0))
+    assert [t.tolist() for t in x] == [[4, 4], [2]]
+
+
+def xpu() -> None:
+    assert private.xpu_is_built() == hasattr(torch._C, "_XpuDeviceProperties")
+
+
+def dual_level() -> None:
+    assert private.dual_level() == -1
+    with forward_ad.dual_level():
+        assert private.dual_level() == 0
+    assert private.dual_level() == -1
+
+
+def stance() -> None:
+    ran: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        ran.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: x.sin(), backend=backend)
+    assert private.compiler() is not None
+    before = private.compile_nothing()
+    compiled(torch.ones(2))
+    assert not ran
+    private.set_stance(before)
+    compiled(torch.ones(2))
+    assert ran
+
+
+def frames() -> None:
+    ran: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        ran.append(graph)
+        return graph
+
+    def inner(x: Tensor) -> Tensor:
+        return x.sin()
+
+    def outer(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        before = private.look_at_no_frames()
+        try:
+            private.set_stance(private.compile_nothing())  # raises where the compiler looks at frames
+            x = inner(x)
+        finally:
+            private.look_at_frames(before)
+        return x
+
+    torch.compile(torch._dynamo.disable(outer, recursive=False), backend=backend)(torch.ones(2))
+    assert not ran
+
+
+def custom_functions() -> None:
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: object, cotangent: Tensor) -> Tensor:
+            return cotangent * 2
+
+    assert private.forward_class(Own.apply(leaf()).grad_fn) is Own
+    assert private.forward_class(leaf().exp().grad_fn) is None
+
+
+def grad_mode() -> None:
+    found: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        found.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    def silent(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.sin()
+
+    torch.compile(silent, backend=backend)(leaf())
+    assert private.set_grad_mode in found
+
+
+def of_tensors_and_nodes() -> None:
+    x = torch.ones(4)
+    view, version = x[:2], x._version
+    assert view._base is x
+    assert x._base is None
+    view.add_(1)
+    assert x._version == version + 1
+    assert x.untyped_storage()._cdata == view.untyped_storage()._cdata != torch.ones(4).untyped_storage()._cdata
+    (meta,) = (leaf().double() * 2).grad_fn._input_metadata
+    assert (tuple(meta.shape), meta.dtype, meta.device) == ((2,), torch.float64, torch.device("cpu"))
+    assert leaf().exp().grad_fn._saved_result.requires_grad
+    norm = nn.BatchNorm1d(2)
+    norm._buffers["running_mean"] = x
+    assert norm.running_mean is x
+
+
+EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
+    without_function_modes: ("without_function_modes",),
+    any_requires_grad: ("any_requires_grad",),
+    transforms_active: ("transforms_active",),
+    has_kernel: ("has_kernel",),
+    carried: ("carry", "carried", "is_carried"),
+    function_modes: ("function_mode_count", "function_modes"),
+    graph_is_kept: ("graph_is_kept",),
+    sequence_number: ("next_sequence_number", "_sequence_nr"),
+    batched: ("is_batched", "is_legacy_batched"),
+    overloads: ("OpOverload", "_overloadpacket", "_schema"),
+    batch_norm: ("BatchNorm",),
+    dispatch_modes: ("TorchDispatchMode", "dispatch_mode", "without_dispatch_modes"),
+    trees: ("tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"),
+    lists_of_tensors: ("foreach_add", "foreach_add_", "foreach_mul", "foreach_mul_"),
+    xpu: ("xpu_is_built",),
+    dual_level: ("dual_level",),
+    stance: ("compiler", "compile_nothing", "set_stance"),
+    frames: ("look_at_no_frames", "look_at_frames"),
+    custom_functions: ("forward_class",),
+    grad_mode: ("set_grad_mode",),
+    of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),
+}
+
+
+@pytest.mark.parametrize("check", EXPECTED, ids=lambda check: check.__name__)
+def test_it_is_as_expected(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_nothing_is_left_out() -> None:
+    own = {
+        "Any",
+        "Callable",
+        "Tensor",
+        "annotations",
+        "forward_ad",
+        "overrides",
+        "partial",
+        "sys",
+        "torch",
+        "ATTRIBUTES",
+    }
+    names = {name for name in vars(private) if not name.startswith("_")} - own
+    assert sorted((*names, *private.ATTRIBUTES)) == sorted(name for names in EXPECTED.values() for name in names)
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """What a file takes of PyTorch that begins with an underscore, and attributes of any object that do."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "torch":
+            yield from (f"{node.module}.{a.name}" for a in node.names if "._" in f"{node.module}.{a.name}")
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("torch") and "._" in a.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"\btorch(?:\.\w+)*\._\w+|^_saved_", node.value)
+        elif isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and not is_aten(node.value):
+            yield node.attr
+
+
+def is_aten(node: ast.expr) -> bool:
+    """Whether an attribute of this is an operator of ATen, as ``aten._softmax``."""
+    return isinstance(node, ast.Name) and node.id == "aten"
+
+
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """Attributes that a file gives its own modules, classes and objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_no_other_module_uses_one() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if path.name != "private.py"}
+    own = {name for tree in trees.values() for name in own_names(tree)} | {"_replace"}  # of named tuples
+    known = own | set(private.ATTRIBUTES)
+    found = {(path.name, name) for path, tree in trees.items() for name in private_names(tree) if name not in known}
+    assert found == {("graph.py", "_saved_")}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch._dynamo",
+        "from torch._C import _autograd",
+        "from torch.overrides import _get_overloaded_args",
+        "torch._foreach_sub(a, b)",
+        "sys.modules['torch._dynamo.config']",
+        "x._is_view()",
+    ],
+)
+def test_a_use_would_be_found(code: str) -> None:
+    assert list(private_names(ast.parse(code)))
