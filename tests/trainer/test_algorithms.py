@@ -12,16 +12,16 @@ from torch.nn import functional as F
 
 import gpkernels
 from gptrainer.algorithms import BUILDERS
-from gptrainer.algorithms.ct_gan import WithFeatures
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
 from gptrainer.algorithms.unrolled import critic_loss, look_ahead
+from gptrainer.algorithms.wgan import WithFeatures
 from gptrainer.algorithms.zero_centred import LazyPenalty
 from gptrainer.config import TrainConfig
 from gptrainer.data import DATASETS
-from gptrainer.defaults import SYSTEMS
 from gptrainer.loop import Trainer
 from gptrainer.models.layers import FeatureCritic
 from gptrainer.processes import Processes
+from gptrainer.systems import SYSTEMS
 
 MakeConfig = Callable[..., TrainConfig]
 pytestmark = pytest.mark.usefixtures("no_quality")
@@ -98,7 +98,7 @@ def test_instance_noise_falls_linearly_to_nothing(tiny: MakeConfig) -> None:
     spreads = []
     for step in (0, 5, 10, 20):
         system.begin_step(step)
-        spreads.append(system.shown(x).std().item())
+        spreads.append(system.critic_input(x).std().item())
     assert spreads == pytest.approx([2.0, 1.0, 0.0, 0.0], rel=0.05)
 
 
@@ -205,7 +205,7 @@ def test_the_critic_of_ct_gan_drops_units_in_every_pass_of_training(tiny: MakeCo
     trainer = Trainer(tiny(algorithm="ct-gan"))
     x = torch.randn(16, 2)
     assert not torch.equal(trainer.critic(x), trainer.critic(x))
-    told = trainer.system.told(trainer.system.critic_step(x, torch.randn(16, 2)))
+    told = trainer.system.metrics(trainer.system.critic_step(x, torch.randn(16, 2)))
     assert told["consistency"] > 0
 
 
@@ -344,11 +344,11 @@ def test_the_moving_average_is_what_is_measured_and_its_weights_are_the_average(
     for _ in range(3):
         trainer.train_step()
         kept.append([p.detach().clone() for p in trainer.generator.parameters()])
-    for i, average in enumerate(trainer.shown("generator").parameters()):
+    for i, average in enumerate(trainer.evaluated("generator").parameters()):
         first, second, third = (weights[i] for weights in kept)
         assert torch.allclose(average, 0.5 * (0.5 * first + 0.5 * second) + 0.5 * third)
-    assert trainer.shown("generator") is not trainer.generator
-    assert Trainer(tiny()).shown("generator").state_dict().keys() == trainer.generator.state_dict().keys()
+    assert trainer.evaluated("generator") is not trainer.generator
+    assert Trainer(tiny()).evaluated("generator").state_dict().keys() == trainer.generator.state_dict().keys()
 
 
 def test_a_boosted_critic_takes_a_hundred_steps_at_first(tiny: MakeConfig) -> None:
@@ -372,7 +372,7 @@ def test_one_pass_of_the_generator_serves_all_critic_steps_unless_it_mixes_sampl
     trainer.train_step()
     assert len(sizes) == passes
     assert sum(sizes[:-1]) == 5 * trainer.config.batch_size
-    assert sizes[-1] == trainer.config.generator_batch_size
+    assert sizes[-1] == trainer.config.resolved("generator_batch_size")
 
 
 def test_the_critic_sees_no_sample_of_a_pass_twice(tiny: MakeConfig) -> None:

@@ -16,10 +16,10 @@ from torch import nn
 from gptrainer.checkpoint import NAME, PREVIOUS, Checkpoints, Damaged, read
 from gptrainer.cli import main, parse
 from gptrainer.config import TrainConfig
-from gptrainer.defaults import SYSTEMS
 from gptrainer.divergence import check_losses
 from gptrainer.errors import UserError
 from gptrainer.loop import Trainer
+from gptrainer.systems import SYSTEMS
 
 MakeConfig = Callable[..., TrainConfig]
 QUICK = ("wgan-gp", "--data", "8gaussians", "--width", "8", "--batch-size", "16", "--n-critic", "1")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from gptrainer import plots
-from gptrainer.config import TrainConfig, filled
 from gptrainer.models import sample
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings, Table
 from gptrainer.reproduce.training import start, train
+from gptrainer.systems import configure
 
 SYSTEMS = ("gan", "nsgan", "gan-noise", "wgan", "wgan-gp", "ct-gan", "r1", "r2", "dragan", "unrolled")
 HIGHEST_RATE = 1e-3
@@ -44,26 +44,26 @@ def _run(name: str, settings: Settings, seed: int, context: Context) -> dict[str
     started = time.thread_time() - begun
     curve: dict[str, Any] = {"frechet": [trainer.quality_curve["frechet_distance"][0]], "seconds": -started}
 
-    def look(run: object, told: dict[str, float]) -> None:
+    def look(run: object, losses: dict[str, float]) -> None:
         paused = time.thread_time()
-        measured = trainer.quality.measure(trainer.shown("generator"))
+        measured = trainer.quality.measure(trainer.evaluated("generator"))
         curve["frechet"].append(measured["frechet_distance"])
         curve["score"] = measured["inception_score"]
         curve["seconds"] -= time.thread_time() - paused
 
     train(trainer, steps // 5, look)
     curve["seconds"] += time.thread_time() - begun
-    latent = torch.randn(8, trainer.config.latent or 0, generator=torch.Generator().manual_seed(seed))
-    curve["samples"] = sample(trainer.shown("generator"), latent)[:, 0].mul(255).round().int().tolist()
+    latent = torch.randn(8, trainer.config.latent, generator=torch.Generator().manual_seed(seed))
+    curve["samples"] = sample(trainer.evaluated("generator"), latent)[:, 0].mul(255).round().int().tolist()
     return curve
 
 
 def _hastened(name: str, settings: Settings) -> dict[str, float]:
     """The system's own rates, raised for a short run, and the shorter memory that this asks of a moving average."""
-    own = TrainConfig(name, settings["data"]).complete()
+    own = configure(name, settings["data"])
     rates = {
-        option: min(settings["rates"] * filled(rate), HIGHEST_RATE)
-        for option, rate in (("lr", own.lr), ("generator_lr", own.generator_lr))
+        option: min(settings["rates"] * rate, HIGHEST_RATE)
+        for option, rate in (("lr", own.lr), ("generator_lr", own.resolved("generator_lr")))
     }
     return rates | ({"ema": settings["ema"]} if own.ema else {})
 
@@ -101,7 +101,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 
 def _table(runs: dict[str, list[dict[str, Any]]], order: Sequence[str], findings: Sequence[Findings]) -> Table:
-    def shown(values: Sequence[float]) -> str:
+    def cell(values: Sequence[float]) -> str:
         return f"{fmean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
     shows = findings[0].series
@@ -115,7 +115,7 @@ def _table(runs: dict[str, list[dict[str, Any]]], order: Sequence[str], findings
         f"{shows['data']}, {shows['critic_steps']:,} critic steps each, {len(findings)} seeds; seconds of one "
         f"core, training alone.",
         ("system", "Fréchet distance", "at the start", "score", "seconds"),
-        [(name, *(shown([value(run) for run in runs[name]]) for value in columns)) for name in order],
+        [(name, *(cell([value(run) for run in runs[name]]) for value in columns)) for name in order],
     )
 
 

@@ -89,7 +89,7 @@ def _train(way: str, settings: Settings, seed: int, context: Context) -> dict[st
     trainer = start(way, "8gaussians", settings["train_steps"], seed, context, width=settings["train_width"])
     curve: dict[str, list[float]] = {"step": [], "wasserstein": []}
 
-    def look(run: object, told: dict[str, float]) -> None:
+    def look(run: object, losses: dict[str, float]) -> None:
         curve["step"].append(trainer.step)
         curve["wasserstein"].append(trainer.quality.measure(trainer.generator)["wasserstein_1"])
 

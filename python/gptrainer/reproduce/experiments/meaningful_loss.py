@@ -48,14 +48,14 @@ def _run(algorithm: str, data: str, quality: str, settings: Settings, seed: int,
     estimate = trainer.system.estimate
     curve: dict[str, Any] = {"step": [], "estimate": [], "quality": [trainer.quality_curve[quality][0]]}
 
-    def look(run: Trainer, told: dict[str, float]) -> None:
+    def look(run: Trainer, losses: dict[str, float]) -> None:
         curve["step"].append(run.step)
-        curve["estimate"].append(told[estimate])
-        curve["quality"].append(run.quality.measure(run.shown("generator"))[quality])
+        curve["estimate"].append(losses[estimate])
+        curve["quality"].append(run.quality.measure(run.evaluated("generator"))[quality])
 
     train(trainer, settings["steps"] // settings["looks"], look)
     further = [
-        trainer.system.told(trainer.system.critic_step(*batch))[estimate].item()
+        trainer.system.metrics(trainer.system.critic_step(*batch))[estimate].item()
         for batch in trainer.next_batches(settings.get("further", 0))
     ]
     curve["optimal"] = sum(further[-20:]) / 20

@@ -41,15 +41,15 @@ def _run(settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     trainer = start(settings["algorithm"], settings["data"], settings["steps"], seed, context, **values)
     curve: dict[str, Any] = {"step": [], "modes": [], "share": [], "data": settings["data"]}
 
-    def look(run: Trainer, told: dict[str, float]) -> None:
-        quality = run.quality.measure(run.shown("generator"))
+    def look(run: Trainer, losses: dict[str, float]) -> None:
+        quality = run.quality.measure(run.evaluated("generator"))
         curve["step"].append(run.step)
         curve["modes"].append(quality["modes_covered"])
         curve["share"].append(quality["share_within_4_sigma"])
 
     train(trainer, max(1, settings["steps"] // 20), look)
     latent = torch.randn(1500, trainer.config.latent or 0, generator=torch.Generator().manual_seed(seed))
-    curve["samples"] = sample(trainer.shown("generator"), latent).double().tolist()
+    curve["samples"] = sample(trainer.evaluated("generator"), latent).double().tolist()
     return curve
 
 

@@ -45,7 +45,7 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
     unknown = load_images(data, data_dir=context.data_dir, split="held-out", limit=images)[torch.arange(500)]
     curve: dict[str, Any] = {"step": [], "known": [], "unknown": [], "gap": [], "quality": []}
 
-    def look(run: Trainer, told: dict[str, float]) -> None:
+    def look(run: Trainer, losses: dict[str, float]) -> None:
         with torch.no_grad(), evaluating(run.critic), evaluating(run.generator):
             generated = run.critic(run.generator(torch.randn(500, run.config.latent or 0))).mean()
             seen, unseen = ((run.critic(x).mean() - generated).item() for x in (known, unknown))
@@ -53,7 +53,7 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
         curve["known"].append(-seen)
         curve["unknown"].append(-unseen)
         curve["gap"].append((seen - unseen) / abs(seen))
-        curve["quality"].append(run.quality.measure(run.shown("generator"))["frechet_distance"])
+        curve["quality"].append(run.quality.measure(run.evaluated("generator"))["frechet_distance"])
 
     train(trainer, settings["steps"] // 12, look)
     return curve

@@ -81,7 +81,7 @@ def _clothes(settings: Settings, seed: int, context: Context) -> World:
     """Fashion-MNIST, and a generator trained on it for a while."""
     values = {"width": settings["width"], "batch_size": settings["batch"]}
     trainer = start("nsgan", "fashion-mnist", settings["pretraining"], seed, context, **values)
-    train(trainer, settings["pretraining"], lambda run, told: None)
+    train(trainer, settings["pretraining"], lambda run, losses: None)
     latent = trainer.config.latent or 0
     return World(
         "fashion-mnist",
@@ -134,15 +134,15 @@ def _game(world: World, critic: nn.Module, latent: Tensor, norm: float) -> dict[
         probability = scores.double().sigmoid().flatten()
     slope = (probability * (1 - probability)) * gradient_norms(critic, fake).double()  # of D, not of its logit
     distance = (probability.max() + slope.max()).item()  # from D* = 0, grad D* = 0 on the generator's manifold
-    told = {
+    found = {
         "accuracy": accuracy,
         "saturating": saturating,
         "log_d": stacked.norm(dim=1).mean().item(),
         "variance": stacked.var(dim=0).sum().item(),
     }
     if distance < 1:  # the theorem says nothing of a discriminator further away
-        told["over_bound"] = saturating / (norm * distance / (1 - distance))
-    return told
+        found["over_bound"] = saturating / (norm * distance / (1 - distance))
+    return found
 
 
 def _wasserstein(world: World, critic: nn.Module, latent: Tensor, norm: float) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
     latent = torch.randn(1000, 256, generator=torch.Generator().manual_seed(seed))
     curve: dict[str, Any] = {"step": [], "modes": [], "samples": []}
 
-    def look(run: Trainer, told: dict[str, float]) -> None:
+    def look(run: Trainer, losses: dict[str, float]) -> None:
         points = sample(run.generator, latent)
         near = torch.cdist(points, MIXTURES["ring"].centres) < settings["reach"]
         curve["step"].append(run.step)
