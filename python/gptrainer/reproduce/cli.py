@@ -1,4 +1,4 @@
-"""``gpkernels reproduce``: reads the command line, runs, writes the report."""
+"""``gpkernels reproduce``: read the command line, run, write the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ PROGRAM = "gpkernels reproduce"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 if an experiment broke, 2 for a mistake, 128 + its number after a signal."""
+    """Return the exit code.
+
+    0; 1 if an experiment crashed or, with --strict, a claim failed; 2 after a user's mistake; 128 + its number after a
+    signal.
+    """
     try:
         options = _parser().parse_args(argv)
         size: Size = "quick" if options.quick else "full"
@@ -33,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
             outcomes = runner.run(
                 chosen, size, options.out, context, jobs=options.jobs, seeds=options.seeds, fresh=options.fresh
             )
-        told = report.sections(outcomes, size)
-        page, data = report.write(options.out, told, size)
+        sections = report.sections(outcomes, size)
+        page, data = report.write(options.out, sections, size)
     except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
@@ -42,16 +46,27 @@ def main(argv: Sequence[str]) -> int:
         print(f"{PROGRAM}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{PROGRAM}: stopped; runs that had ended are kept, the same command goes on", file=sys.stderr)
+        print(f"{PROGRAM}: stopped; finished runs are kept, and the same command continues", file=sys.stderr)
         return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
-    for section in told:
+    failures = _print_results(sections)
+    print(f"report  {page}\nnumbers {data}")
+    return int(any(outcome.crashed for outcome in outcomes) or (options.strict and failures > 0))
+
+
+def _print_results(sections: Sequence[report.Section]) -> int:
+    """Print the tally of each experiment and the claims that failed; return the number of these."""
+    failures = 0
+    for section in sections:
         print(f"{section.experiment.name:<22} {section.tally}")
         for judged in section.claims:
             if judged.judgement.verdict == "failed":
+                failures += 1
                 measured = report.number(judged.judgement.mean)
-                print(f"  failed: {judged.claim.text} ({judged.claim.what}: {measured}, not {judged.claim.bound})")
-    print(f"report  {page}\nnumbers {data}")
-    return 1 if any(outcome.crashed for outcome in outcomes) else 0
+                cause = f"; {judged.judgement.reason}" if judged.judgement.reason else ""
+                print(
+                    f"  failed: {judged.claim.text} ({judged.claim.what}: {measured}, not {judged.claim.bound}{cause})"
+                )
+    return failures
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,9 +75,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Measure again what the papers published, and report it with verdicts.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, or all (the default)")
-    parser.add_argument("--list", action="store_true", help="name the experiments, and end")
+    parser = _Parser(prog=PROGRAM, description="Reproduce published results and report a verdict on each claim.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of experiments, or all (the default)")
+    parser.add_argument("--list", action="store_true", help="list the experiments and exit")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -75,18 +90,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="results and report (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seeds", type=_count, metavar="N", help="seeds of each experiment, in place of its own number"
-    )
+    parser.add_argument("--seeds", type=_count, metavar="N", help="number of seeds, instead of that of each experiment")
     parser.add_argument(
         "--jobs",
         type=_count,
         default=min(2, os.cpu_count() or 1),
         metavar="N",
-        help="runs at a time, a core each (default: %(default)s)",
+        help="parallel runs, one core each (default: %(default)s)",
     )
-    parser.add_argument("--fresh", action="store_true", help="run again what has a result")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where image data lies, if not in its usual place")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results and run everything again")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a claim failed")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="folder of Fashion-MNIST's files, if not Debian's default"
+    )
     return parser
 
 
@@ -97,7 +113,7 @@ def _count(text: str) -> int:
 
 
 def _chosen(names: Sequence[str]) -> list[Experiment]:
-    """In the report's order, each once."""
+    """Look up experiments by name, in the order of the report."""
     experiments = every()
     if not names or "all" in names:
         return experiments
@@ -113,4 +129,5 @@ def _chosen(names: Sequence[str]) -> list[Experiment]:
 def _print_list(experiments: Sequence[Experiment]) -> None:
     for experiment in experiments:
         claims = f"{len(experiment.claims)} claim" + "s" * (len(experiment.claims) > 1)
-        print(f"{experiment.name:<22} {experiment.title} ({claims}; {experiment.source})")
+        needs = f"; needs {experiment.needs}" if experiment.needs else ""
+        print(f"{experiment.name:<22} {experiment.title} ({claims}; {experiment.source}{needs})")

@@ -168,6 +168,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     exhibit=exhibit,
+    needs="Fashion-MNIST for the full set",
     limits=(
         "R1 and R2 are measured by a moving average of the generator, as published, with a memory of 100 steps where "
         "the paper has 1000."

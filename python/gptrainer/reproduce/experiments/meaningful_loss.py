@@ -172,6 +172,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     exhibit=exhibit,
+    needs="Fashion-MNIST for the full set",
     limits=(
         "Published curves are of weight clipping on LSUN; these are of the gradient penalty, which gets "
         "there in the time there is."

@@ -150,6 +150,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     exhibit=exhibit,
+    needs="Fashion-MNIST for the full set",
     limits=(
         "The published networks are convolutional and trained for 50,000 steps and more; here it is 3,000 generator "
         "steps of fully connected ones at five times the rate, where the gap has opened but not all of it."

@@ -312,6 +312,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     exhibit=exhibit,
+    needs="Fashion-MNIST",
     limits=(
         "The norm of the Jacobian is found by 25 steps of power iteration, which can fall short of it by a little. The "
         "paper trains its generator for 1, 10 and 25 epochs; here it is 300 steps, a third of one (20 steps in the "
