@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import io
 import re
 import signal
 import subprocess
@@ -14,6 +12,7 @@ import torch
 
 from gptrainer import checkpoint, logs, loop, parts
 from gptrainer.cli import main, parse
+from gptrainer.files import pack
 from gptrainer.systems import configure
 
 QUICK = ("wgan-gp", "--data", "8gaussians", "--width", "8", "--batch-size", "16", "--steps", "3")
@@ -21,9 +20,7 @@ QUICK = ("wgan-gp", "--data", "8gaussians", "--width", "8", "--batch-size", "16"
 
 def write(content: object, path: Path) -> None:
     """A checkpoint of anything, with the right checksum."""
-    payload = io.BytesIO()
-    torch.save(content, payload)
-    path.write_bytes(checkpoint.MAGIC + hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
+    path.write_bytes(pack(content))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +120,7 @@ def test_a_truncated_checkpoint_gives_one_line_and_stays_as_it_is(
     [
         pytest.param([1, 2], id="a list"),
         pytest.param({"format": 99}, id="another format"),
+        pytest.param({"format": 2, "config": {"algorithm": "wgan-gp"}}, id="an older format"),
         pytest.param({"format": checkpoint.FORMAT}, id="nothing but a format"),
         pytest.param({"format": checkpoint.FORMAT, "config": 3}, id="a config that is none"),
     ],
@@ -133,6 +131,16 @@ def test_a_file_of_something_else_is_not_resumed(
     write(content, tmp_path / checkpoint.NAME)
     assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(checkpoint.OLD_MAGIC + bytes(100))
+    assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path} was written by another version" in line
 
 
 class Trap:

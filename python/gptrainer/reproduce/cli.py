@@ -6,12 +6,14 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from gptrainer.errors import UserError
-from gptrainer.interruption import Stopped, terminable
+from gptrainer.interruption import Stopped
 from gptrainer.reproduce import report, runner
 from gptrainer.reproduce.experiment import Context, Experiment, Size
 from gptrainer.reproduce.experiments import every, find
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
             _print_list(chosen)
             return 0
         context = Context(options.data_dir)
-        with terminable():
+        with _terminable():
             outcomes = runner.run(
                 chosen, size, options.out, context, jobs=options.jobs, seeds=options.seeds, fresh=options.fresh
             )
@@ -67,6 +69,20 @@ def _print_results(sections: Sequence[report.Section]) -> int:
                     f"  failed: {judged.claim.text} ({judged.claim.what}: {measured}, not {judged.claim.bound}{cause})"
                 )
     return failures
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise Stopped on SIGTERM, so that child processes are ended."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):
