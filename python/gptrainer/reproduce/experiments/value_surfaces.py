@@ -154,7 +154,7 @@ EXPERIMENT = Experiment(
         "quick": {"width": 64, "lr": 1e-3, "steps": 1200},
         "full": {"width": 256, "lr": 1e-3, "steps": 4000},
     },
-    seeds={"quick": 1, "full": 2},
+    seeds={"quick": 1, "full": 3},
     measure=measure,
     claims=(
         Claim(
@@ -166,6 +166,8 @@ EXPERIMENT = Experiment(
             "three data sets",
             Bound(at_least=0.05),
             "surfaces",
+            only_full="after 1200 steps critics of width 64 under the penalty lead by -0.03 to 0.002 where they learn the "
+            "distance at all, and in two of six seeds they end on its wrong side",
         ),
         Claim(
             "The best critic's gradient has norm 1 between real and fake",
