@@ -1,7 +1,7 @@
-"""What a user can put right."""
+"""Errors that a user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Its text is the one line a user reads; the command then ends with exit code 2."""
+    """A mistake of the user: its text is printed as one line, and the exit code is 2."""
