@@ -1,7 +1,7 @@
 """``torch.optim.Adam`` with less overhead per step, for small networks.
 
-With torch's own class whole training iterations take 5 to 10 % more CPU time (one thread, MLPs of width 128 on points and
-of width 256 on digits).
+With torch's own class whole training iterations take 5 to 10 % more CPU time (one thread, MLPs of width 128 on
+points and of width 256 on digits).
 """
 
 from __future__ import annotations

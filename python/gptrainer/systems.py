@@ -168,7 +168,7 @@ SYSTEMS: dict[str, type[TrainConfig]] = {
     )
 }  # fmt: skip
 
-# Width and steps are sized for two CPU cores; noise, which no paper fixes, for the distance between modes.
+# Width and steps are sized for two CPU cores; the noise, which no paper fixes, for the distance of the modes.
 TOY = {"steps": 2000, "batch_size": 256, "betas": (0.5, 0.9), "penalty_weight": 0.1, "width": 128}
 IMAGES = {"betas": (0.0, 0.9), "penalty_weight": 10.0, "noise": 0.3}
 PLANE = {**TOY, "latent": 2, "noise": 0.5}

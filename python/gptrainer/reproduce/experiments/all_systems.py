@@ -1,4 +1,4 @@
-"""All systems on one data set with one budget, in a table, whatever their order."""
+"""All systems on one data set with one budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PENALISED = ("wgan-gp", "ct-gan", "r1", "r2", "dragan")
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Every system with as many critic steps; its quality along them, and the time its training took."""
+    """Train every system with the same number of critic steps; record quality and training time."""
     rows = {name: _run(name, settings, seed, context) for name in SYSTEMS}
     early, last = ({name: row["frechet"][at] for name, row in rows.items()} for at in (1, -1))
     return Findings(
@@ -59,7 +59,7 @@ def _run(name: str, settings: Settings, seed: int, context: Context) -> dict[str
 
 
 def _hastened(name: str, settings: Settings) -> dict[str, float]:
-    """The system's own rates, raised for a short run, and the shorter memory that this asks of a moving average."""
+    """Raise the system's learning rates for a short run, and shorten its moving average accordingly."""
     own = configure(name, settings["data"])
     rates = {
         option: min(settings["rates"] * rate, HIGHEST_RATE)

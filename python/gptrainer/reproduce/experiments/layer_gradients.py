@@ -1,4 +1,4 @@
-"""Gradient norms through critics of 12 layers, and where their weights lie: clipping against the penalty."""
+"""Gradient norms and weights of critics of 12 layers: clipping against the penalty."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALLEST = 1e-45  # of float32: what underflows is shown there
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """One critic a clipping bound, and one under the penalty, each on the Swiss roll against the roll plus noise."""
+    """Train a critic for each clipping bound and one under the penalty, on the Swiss roll and the roll plus noise."""
     runs = {f"c = {clip:g}": _train(settings, seed, "wgan", clip=clip) for clip in CLIPS}
     runs["penalty"] = _train(settings, seed, "wgan-gp")
     rise = {name: run["norms"][0] - run["norms"][-1] for name, run in runs.items()}

@@ -1,4 +1,4 @@
-"""Whether a critic's loss tells how good the samples are."""
+"""Correlation of the critic's loss with sample quality."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {"8gaussians": "8 Gaussians", "digits": "digits", "fashion-mnist": "Fash
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """The critic's estimate beside the quality of samples: of WGAN-GP on points and images, and of a plain GAN."""
+    """Record the critic's estimate and sample quality, of WGAN-GP on points and images and of a plain GAN."""
     points = _run("wgan-gp", "8gaussians", "wasserstein_1", settings["points"], seed, context)
     images = _run("wgan-gp", settings["images"], "frechet_distance", settings["wgan"], seed, context)
     game = _run("nsgan", settings["images"], "frechet_distance", settings["gan"], seed, context)
@@ -98,7 +98,7 @@ EXPERIMENT = Experiment(
     title="A loss that means something",
     source=f"{PAPER}, figures 3 and 4",
     about=(
-        "Along training, the critic's estimate (its mean between two looks) beside a distance that it does "
+        "Along training, the critic's estimate (its mean between evaluations) beside a distance that it does "
         "not know: exact "
         "optimal transport on points, the Fréchet distance in a classifier's features on images. Lower is "
         "better for both."

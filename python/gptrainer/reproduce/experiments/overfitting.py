@@ -1,4 +1,4 @@
-"""A critic on few images: its losses on known and unknown images part, and a consistency term holds them together."""
+"""Overfitting of a critic on few images, with and without a consistency term."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Expe
 from gptrainer.reproduce.training import start, train
 
 CT = "Wei et al. 2018, section 4.1 and figure 3"
-WAYS = {"wgan-gp": "penalty alone", "ct-gan": "penalty and consistency"}
+ALGORITHMS = {"wgan-gp": "penalty alone", "ct-gan": "penalty and consistency"}
 NETWORKS = {"wgan-gp": "mlp", "ct-gan": "ct-mlp"}
 SMALL = {"width": 64, "latent": 10, "n_critic": 5, "lr": 1e-4}
 LARGE = {"width": 256, "latent": 64, "n_critic": 5, "lr": 5e-4}
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """The same networks, images and steps with and without the consistency term."""
-    runs = {way: _run(way, settings, seed, context) for way in WAYS}
-    gap = {way: run["gap"][-1] for way, run in runs.items()}
-    quality = {way: run["quality"][-1] for way, run in runs.items()}
+    """Train the same networks on the same images with and without the consistency term."""
+    runs = {algorithm: _run(algorithm, settings, seed, context) for algorithm in ALGORITHMS}
+    gap = {algorithm: run["gap"][-1] for algorithm, run in runs.items()}
+    quality = {algorithm: run["quality"][-1] for algorithm, run in runs.items()}
     return Findings(
         {
             "gap": gap["wgan-gp"],
@@ -37,10 +37,13 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     )
 
 
-def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
+def _run(algorithm: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     data, images = settings["data"], settings["images"]
-    values = {name: settings[name] for name in SMALL} | {"batch_size": settings["batch"], "network": NETWORKS[way]}
-    trainer = start(way, data, settings["steps"], seed, context, limit=images, **values)
+    values = {name: settings[name] for name in SMALL} | {
+        "batch_size": settings["batch"],
+        "network": NETWORKS[algorithm],
+    }
+    trainer = start(algorithm, data, settings["steps"], seed, context, limit=images, **values)
     known = load_images(data, data_dir=context.data_dir, limit=images)[torch.arange(500)]
     unknown = load_images(data, data_dir=context.data_dir, split="held-out", limit=images)[torch.arange(500)]
     curve: dict[str, Any] = {"step": [], "known": [], "unknown": [], "gap": [], "quality": []}
@@ -61,14 +64,14 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
-    for way, title in WAYS.items():
+    for algorithm, title in ALGORITHMS.items():
         with pictures.panel(panels, f"Critic's loss, {title}") as ax:
             for key, colour, label in (
                 ("known", plots.BLUE, "training images"),
                 ("unknown", plots.ORANGE, "held-out images"),
             ):
                 for one in findings:
-                    ax.plot(one.series[way]["step"], one.series[way][key], color=colour)
+                    ax.plot(one.series[algorithm]["step"], one.series[algorithm][key], color=colour)
                 ax.plot([], [], color=colour, label=label)
             ax.set(xlabel="generator steps", ylabel="E D(fake) − E D(real)")
             ax.legend(frameon=False)
@@ -77,10 +80,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ("quality", "Quality of samples", "Fréchet distance"),
     ):
         with pictures.panel(panels, title) as ax:
-            for way, colour in (("wgan-gp", plots.PURPLE), ("ct-gan", plots.GREEN)):
+            for algorithm, colour in (("wgan-gp", plots.PURPLE), ("ct-gan", plots.GREEN)):
                 for one in findings:
-                    ax.plot(one.series[way]["step"], one.series[way][key], color=colour)
-                ax.plot([], [], color=colour, label=WAYS[way])
+                    ax.plot(one.series[algorithm]["step"], one.series[algorithm][key], color=colour)
+                ax.plot([], [], color=colour, label=ALGORITHMS[algorithm])
             ax.set(xlabel="generator steps", ylabel=label, yscale="log" if key == "quality" else "linear")
             ax.legend(frameon=False)
     caption = (

@@ -17,7 +17,7 @@ PAPER = "Wei et al. 2018, section 4.4"
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """The error on held-out digits of both, along training, with the same labels, networks and steps."""
+    """Record held-out errors of both during training, with the same labels, networks and steps."""
     both = _with_images(_start(settings, seed, context), settings["steps"] // 12)
     alone = _on_labels_alone(_start(settings, seed, context), settings["steps"] // 12)
     return Findings(
@@ -38,7 +38,7 @@ def _with_images(trainer: Trainer, every: int) -> dict[str, Any]:
 
 
 def _on_labels_alone(trainer: Trainer, every: int) -> dict[str, Any]:
-    """The same classifier from the same start, by cross-entropy on the same labelled batches."""
+    """Train the same classifier from the same start by cross-entropy on the same labelled batches."""
     system: Any = trainer.system
     curve: dict[str, Any] = {"step": [], "error": []}
     for step in range(1, trainer.config.steps + 1):

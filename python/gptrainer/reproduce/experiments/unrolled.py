@@ -24,10 +24,10 @@ PLAIN_HOLDS_MODES = (
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """The same networks and rates with 0 and with 5 steps of looking ahead."""
-    runs = {way: _run(way, settings, seed, context) for way in ("gan", "unrolled")}
+    """Train the same networks at the same rates with 0 and with 5 unrolled steps."""
+    runs = {algorithm: _run(algorithm, settings, seed, context) for algorithm in ("gan", "unrolled")}
     half = len(runs["gan"]["modes"]) // 2
-    modes = {way: [len(found) for found in run["modes"]][half:] for way, run in runs.items()}
+    modes = {algorithm: [len(found) for found in run["modes"]][half:] for algorithm, run in runs.items()}
     return Findings(
         {
             "unrolled_modes": max(modes["unrolled"]),
@@ -39,11 +39,13 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     )
 
 
-def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
+def _run(algorithm: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     rates = {"lr": settings["rates"] * 1e-4, "generator_lr": settings["rates"] * 1e-3}
     values = {**rates, "betas": (0.5, 0.999), "batch_size": settings["batch"], "latent": 256}
-    ahead = {"unroll": 5} if way == "unrolled" else {}
-    trainer = start(way, "ring", settings["steps"], seed, context, network="unrolled", width=128, **values, **ahead)
+    ahead = {"unroll": 5} if algorithm == "unrolled" else {}
+    trainer = start(
+        algorithm, "ring", settings["steps"], seed, context, network="unrolled", width=128, **values, **ahead
+    )
     latent = torch.randn(1000, 256, generator=torch.Generator().manual_seed(seed))
     curve: dict[str, Any] = {"step": [], "modes": [], "samples": []}
 
@@ -62,12 +64,12 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
     real = POINTS["ring"](300, torch.Generator().manual_seed(0))
-    for way, title, colour in (
+    for algorithm, title, colour in (
         ("gan", "No look ahead", plots.PURPLE),
         ("unrolled", "Five steps ahead", plots.BLUE),
     ):
         with pictures.panel(panels, title, f"snapshots of training, {title}", width=6.4, height=3.4) as ax:
-            for index, points in enumerate(findings[0].series[way]["samples"]):
+            for index, points in enumerate(findings[0].series[algorithm]["samples"]):
                 shift = torch.tensor([3.0 * (index % 4), -3.0 * (index // 4)])
                 ax.plot(*(real + shift).T, ".", color=plots.ORANGE, markersize=3, rasterized=True)
                 ax.plot(*(torch.tensor(points) + shift).T, ".", color=colour, markersize=2, alpha=0.5, rasterized=True)
@@ -75,12 +77,16 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
             ax.set(xlabel="eight moments of training, in rows", ylabel="$x_2$ by $x_1$")
             ax.grid(False)
     with pictures.panel(panels, "Modes at a time", width=6.4, height=3.4) as ax:
-        for way, colour, label in (
+        for algorithm, colour, label in (
             ("gan", plots.PURPLE, "no look ahead"),
             ("unrolled", plots.BLUE, "five steps ahead"),
         ):
             for one in findings:
-                ax.plot(one.series[way]["step"], [len(found) for found in one.series[way]["modes"]], color=colour)
+                ax.plot(
+                    one.series[algorithm]["step"],
+                    [len(found) for found in one.series[algorithm]["modes"]],
+                    color=colour,
+                )
             ax.plot([], [], color=colour, label=label)
         pictures.reference(ax, 8, "published for unrolling: all 8", below=True)
         ax.set(xlabel="generator steps", ylabel="modes with 1 % of the samples or more", ylim=(-0.3, 8.6))
