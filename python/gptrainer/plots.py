@@ -41,6 +41,14 @@ STYLE: Any = {
     "ytick.color": INK,
 }
 
+ESTIMATES: dict[str, tuple[str, str, float | None]] = {
+    "js_estimate": ("Jensen-Shannon divergence", "log 2 \N{MINUS SIGN} L/2 (nats)", math.log(2)),
+    "total_variation_estimate": ("total variation", "1 \N{MINUS SIGN} L/2", 1.0),
+    "triangular_estimate": ("triangular discrimination, halved", "1 \N{MINUS SIGN} 2 L", 1.0),
+    "wasserstein_estimate": ("Wasserstein distance", "E D(real) \N{MINUS SIGN} E D(fake)", None),
+}
+"""What a critic estimates, the formula, and the value for disjoint distributions."""
+
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Any]:
@@ -190,12 +198,12 @@ def plot_curves(
 
 def _estimate_panel(ax: Any, name: str, critic: Curve) -> None:
     _noisy(ax, critic.get("step", ()), critic.get(name, ()), BLUE)
-    if name == "js_estimate":
-        ax.set(title="The critic's estimate of the Jensen-Shannon divergence", ylabel="log 2 \N{MINUS SIGN} L/2 (nats)")
-        _reference(ax, math.log(2), "log 2: nothing in common")
-    else:
-        ax.set(title="The critic's estimate of the Wasserstein distance", ylabel="E D(real) \N{MINUS SIGN} E D(fake)")
+    what, formula, most = ESTIMATES[name]
+    ax.set(title=f"The critic's estimate of the {what}", ylabel=formula)
+    if most is None:
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    else:
+        _reference(ax, most, "disjoint distributions")
 
 
 def _quality_panel(ax: Any, quality: Curve, facts: Mapping[str, float]) -> None:

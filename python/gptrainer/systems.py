@@ -61,6 +61,20 @@ class NoisyGANConfig(GANConfig):
 
 
 @settings
+class HingeConfig(GANConfig):
+    """Hinge loss of the critic's scores (Lim and Ye 2017)."""
+
+    algorithm: ClassVar[str] = "hinge"
+
+
+@settings
+class LSGANConfig(GANConfig):
+    """Least squares, with targets 1 and 0 for the critic's scores (Mao et al. 2017)."""
+
+    algorithm: ClassVar[str] = "lsgan"
+
+
+@settings
 class WGANConfig(TrainConfig):
     """RMSprop, weights clipped after each step (Arjovsky et al. 2017)."""
 
@@ -163,7 +177,7 @@ class SemiSupervisedConfig(AdamConfig):
 SYSTEMS: dict[str, type[TrainConfig]] = {
     system.algorithm: system
     for system in (
-        GANConfig, NSGANConfig, NoisyGANConfig, WGANConfig, WGANGPConfig, CTGANConfig, R1Config, R2Config,
+        GANConfig, NSGANConfig, NoisyGANConfig, HingeConfig, LSGANConfig, WGANConfig, WGANGPConfig, CTGANConfig, R1Config, R2Config,
         DRAGANConfig, UnrolledConfig, SemiSupervisedConfig,
     )
 }  # fmt: skip

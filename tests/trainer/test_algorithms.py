@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import gpkernels
 from gptrainer.algorithms import BUILDERS
+from gptrainer.algorithms.gan import ScoreLoss
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
 from gptrainer.algorithms.unrolled import critic_loss, look_ahead
 from gptrainer.algorithms.wgan import WithFeatures
@@ -68,7 +69,7 @@ def test_every_system_of_the_list_can_be_built() -> None:
     assert BUILDERS.keys() == SYSTEMS.keys()
 
 
-@pytest.mark.parametrize("name", ["gan", "nsgan", "r1", "dragan", "wgan-gp"])
+@pytest.mark.parametrize("name", ["gan", "nsgan", "r1", "dragan", "wgan-gp", "hinge", "lsgan"])
 def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig) -> None:
     trainer = Trainer(tiny(algorithm=name))
     latent, real = trainer.noise(16), torch.randn(16, 2)
@@ -76,6 +77,8 @@ def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig)
     published = {
         "gan": F.logsigmoid(-scores).mean(),
         "wgan-gp": -scores.mean(),
+        "hinge": -scores.mean(),
+        "lsgan": F.mse_loss(scores, torch.ones_like(scores)),
     }.get(name, -F.logsigmoid(scores).mean())
     told = trainer.system.generator_step(latent, real)["generator_loss"]
     assert told.item() == pytest.approx(published.item(), rel=1e-5)
@@ -87,6 +90,32 @@ def test_the_js_estimate_of_scores_that_tell_nothing_is_zero_and_of_perfect_ones
     perfect = gpkernels.gan_discriminator_loss(torch.full((8,), 50.0), torch.full((8,), -50.0))
     assert system.estimated(nothing).item() == pytest.approx(0, abs=1e-6)
     assert system.estimated(perfect).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("name", ["hinge", "lsgan"])
+def test_the_critic_minimises_its_published_loss_of_scores(name: str, tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm=name))
+    real, fake = torch.randn(16, 2), 3 * torch.randn(16, 2)
+    on_real, on_fake = trainer.critic(real), trainer.critic(fake)
+    published = {
+        "hinge": F.hinge_embedding_loss(on_real, -torch.ones(16, 1))
+        + F.hinge_embedding_loss(-on_fake, -torch.ones(16, 1)),
+        "lsgan": F.mse_loss(on_real, torch.ones(16, 1)) + F.mse_loss(on_fake, torch.zeros(16, 1)),
+    }[name]
+    assert trainer.system.critic_parts(real, fake).loss.item() == pytest.approx(published.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "equal", "disjoint"), [("hinge", (0.0, 0.0), (1.0, -1.0)), ("lsgan", (0.5, 0.5), (1.0, 0.0))]
+)
+def test_estimates_are_0_for_equal_and_1_for_disjoint_distributions(
+    name: str, equal: tuple[float, float], disjoint: tuple[float, float], tiny: MakeConfig
+) -> None:
+    system = Trainer(tiny(algorithm=name)).system
+    assert isinstance(system.critic_loss, ScoreLoss)
+    for (real, fake), expected in ((equal, 0.0), (disjoint, 1.0)):  # scores of the best critic
+        loss = system.critic_loss.loss(torch.full((8,), real), torch.full((8,), fake))
+        assert system.estimated(loss).item() == pytest.approx(expected)
 
 
 # --- instance noise ---------------------------------------------------------------------------------------------------

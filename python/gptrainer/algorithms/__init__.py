@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gptrainer.algorithms.gan import NoisyGAN, dragan, gan, nsgan
+from gptrainer.algorithms.gan import LSGAN, Hinge, NoisyGAN, dragan, gan, nsgan
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedCTGAN
 from gptrainer.algorithms.system import Setup, System
 from gptrainer.algorithms.unrolled import UnrolledGAN
@@ -19,6 +19,8 @@ BUILDERS: dict[str, Callable[[Any, Setup], System]] = {
     "gan": gan,
     "nsgan": nsgan,
     "gan-noise": NoisyGAN,
+    "hinge": Hinge,
+    "lsgan": LSGAN,
     "wgan": wgan,
     "wgan-gp": WGANGP,
     "ct-gan": ct_gan,

@@ -16,7 +16,7 @@ from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Expe
 from gptrainer.reproduce.training import start, train
 from gptrainer.systems import configure
 
-SYSTEMS = ("gan", "nsgan", "gan-noise", "wgan", "wgan-gp", "ct-gan", "r1", "r2", "dragan", "unrolled")
+SYSTEMS = ("gan", "nsgan", "gan-noise", "hinge", "lsgan", "wgan", "wgan-gp", "ct-gan", "r1", "r2", "dragan", "unrolled")
 HIGHEST_RATE = 1e-3
 PENALISED = ("wgan-gp", "ct-gan", "r1", "r2", "dragan")
 
@@ -173,5 +173,5 @@ EXPERIMENT = Experiment(
         "R1 and R2 are measured by a moving average of the generator, as published, with a memory of 100 steps where "
         "the paper has 1000."
     ),
-    version=2,
+    version=3,
 )
