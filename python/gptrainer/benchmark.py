@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from gpkernels.bench.clock import Call
 from gpkernels.bench.counts import bare_products
 from gpkernels.bench.trial import EAGER, OURS, Trial
+from gpkernels.bench.zoo import plain_loss
 from gptrainer import parts
-from gptrainer.comparison import clipping, plain_critic_loss
 from gptrainer.config import TrainConfig
 from gptrainer.loop import Trainer
 from gptrainer.processes import Processes
-from gptrainer.systems import AdamConfig, WGANConfig, configure
+from gptrainer.systems import AdamConfig, WGANConfig, WGANGPConfig, configure
 
 SUITE = "train"
 CASES: dict[str, dict[str, Any]] = {
@@ -73,9 +73,6 @@ class PlainTrainer:
             make, options["betas"] = torch.optim.Adam, config.betas
         self.critic_optimiser = make(critic.parameters(), **options)
         self.generator_optimiser = make(generator.parameters(), **options)
-        self.update_critic: Call = self.critic_optimiser.step
-        if isinstance(config, WGANConfig):
-            self.update_critic = clipping(self.critic_optimiser, config.clip)
 
     def step(self) -> None:
         """Take one iteration."""
@@ -83,10 +80,18 @@ class PlainTrainer:
             real = self.batches.next()
             with torch.no_grad():
                 fake = self.generator(self.noise())
-            loss = plain_critic_loss(self.config, self.critic, real, fake, torch.rand(len(real), device=self.device))
+            eps = torch.rand(len(real), device=self.device)
+            penalty, weight = "none", 0.0
+            if isinstance(self.config, WGANGPConfig):
+                penalty, weight = "wgan-gp", self.config.penalty_weight
+            loss = plain_loss(self.critic, real, fake, eps, "wgan", penalty, weight)
             self.critic_optimiser.zero_grad()
             loss.backward()
-            self.update_critic()
+            self.critic_optimiser.step()
+            if isinstance(self.config, WGANConfig):
+                with torch.no_grad():
+                    for weights in self.critic.parameters():
+                        weights.clamp_(-self.config.clip, self.config.clip)
         loss = -self.critic(self.generator(self.noise())).mean()
         self.generator_optimiser.zero_grad()
         loss.backward()

@@ -177,8 +177,8 @@ class SemiSupervisedConfig(AdamConfig):
 SYSTEMS: dict[str, type[TrainConfig]] = {
     system.algorithm: system
     for system in (
-        GANConfig, NSGANConfig, NoisyGANConfig, HingeConfig, LSGANConfig, WGANConfig, WGANGPConfig, CTGANConfig, R1Config, R2Config,
-        DRAGANConfig, UnrolledConfig, SemiSupervisedConfig,
+        GANConfig, NSGANConfig, NoisyGANConfig, HingeConfig, LSGANConfig, WGANConfig, WGANGPConfig, CTGANConfig,
+        R1Config, R2Config, DRAGANConfig, UnrolledConfig, SemiSupervisedConfig,
     )
 }  # fmt: skip
 

@@ -15,13 +15,13 @@ Pair = tuple[nn.Module, nn.Module]
 
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """width: channels next to the images; they double from layer to layer."""
+    """Build the pair. width: channels next to the images, which double from layer to layer."""
     # At 28 pixels the code has BatchNorm in the generator only together with the critic's.
     return _generator(data, latent, width, batch_norm or data.shape[-1] != 28), _critic(data, width, batch_norm)
 
 
 def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """A generator of three hidden layers, without BatchNorm and with nothing that bounds its output."""
+    """Build a generator of three hidden layers, without BatchNorm and with unbounded output, and DCGAN's critic."""
     sizes = [latent, width, width, width, math.prod(data.shape)]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
@@ -31,7 +31,7 @@ def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
 
 
 def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Dropout after each activation of the critic (Wei et al. 2018); fully connected where images are small."""
+    """Add dropout after each activation of the critic (Wei et al. 2018); small images get fully connected networks."""
     if data.shape[-1] < 28:
         return mlp.build_ct(data, latent, width, batch_norm)
     generator, _ = build(data, latent, width, batch_norm)
@@ -94,13 +94,13 @@ def _critic_64(data: DataSet, width: int, batch_norm: bool, dropout: float) -> F
 
 
 def _after(channels: int, batch_norm: bool, dropout: float) -> list[nn.Module]:
-    """What follows a convolution of a critic."""
+    """Layers after a convolution of a critic."""
     norm = [nn.BatchNorm2d(channels)] if batch_norm else []
     return [*norm, nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
 
 
 def _init_64(layer: nn.Module) -> None:
-    """Convolutions N(0, .02); BatchNorm's scale N(1, .02), its shift 0."""
+    """Initialise convolutions by N(0, .02), BatchNorm's scale by N(1, .02) and its shift by 0."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(layer.weight, 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm2d):

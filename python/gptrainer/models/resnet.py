@@ -14,17 +14,17 @@ CT_DROPOUT = (0.2, 0.5, 0.5)
 
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Three blocks up in the generator, two down and two level in the critic, ``width`` channels in all of them."""
+    """Build three upsampling blocks, and a critic of two downsampling and two further blocks of ``width`` channels."""
     return _generator(data, latent, width), _critic(data, width, (0.0, 0.0, 0.0))
 
 
 def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Dropout after the critic's second, third and fourth block (Wei et al. 2018)."""
+    """Add dropout after the critic's second, third and fourth block (Wei et al. 2018)."""
     return _generator(data, latent, width), _critic(data, width, CT_DROPOUT)
 
 
 class Block(nn.Module):
-    """x + two 3x3 convolutions of it. Size changes before the first of them (up) or after the last (down)."""
+    """Residual block of two 3x3 convolutions, upsampling before the first or downsampling after the last."""
 
     def __init__(
         self, channels: int, out: int, change: Literal["up", "down", "none"] = "none", *, batch_norm: bool = False
@@ -40,12 +40,12 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential(*up, convolution(channels, out, 1, he=False), *down) if up or down else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, out, 2H, 2W), (N, out, H/2, W/2) or, level, (N, out, H, W)."""
+        """Map (N, channels, H, W) to (N, out, 2H, 2W), (N, out, H/2, W/2) or (N, out, H, W)."""
         return (x if self.shortcut is None else self.shortcut(x)) + self.residual(x)
 
 
 class FirstBlock(nn.Module):
-    """A critic's first block, down: images have no activation to begin with, and the shortcut shrinks them first."""
+    """A critic's first, downsampling block: no activation before the images, and pooling first in the shortcut."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FirstBlock(nn.Module):
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), convolution(channels, out, 1, he=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, out, H/2, W/2)."""
+        """Map (N, channels, H, W) to (N, out, H/2, W/2)."""
         return self.shortcut(x) + self.residual(x)
 
 
