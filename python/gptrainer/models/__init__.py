@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gptrainer.data import DATASETS, DataSet
 from gptrainer.errors import UserError
 from gptrainer.models import closed_form, dcgan, mlp, resnet, semi_supervised
+from gptrainer.models.layers import CT_DROPOUT
 
 __all__ = ["NETWORKS", "Network", "build_models", "default_network", "sample"]
 
@@ -45,9 +47,23 @@ NETWORKS = {
     "dcgan": Network("convolutions: WGAN-GP's at 28 and 32 pixels, WGAN's at 64", 128, 64, _convolutional, dcgan.build),
     "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, _convolutional, dcgan.build_mlp),
     "resnet": Network("WGAN-GP's residual networks", 128, 128, PIXELS_32, resnet.build),
-    "ct": Network("as dcgan, else mlp, with CT-GAN's dropout in the critic", 128, 64, ANY, dcgan.build_ct),
-    "ct-mlp": Network("as mlp, with CT-GAN's dropout in the critic", 2, 512, ANY, mlp.build_ct),
-    "ct-resnet": Network("as resnet, with CT-GAN's dropout in the critic", 128, 128, PIXELS_32, resnet.build_ct),
+    "ct": Network(
+        "as dcgan, else mlp, with CT-GAN's dropout in the critic",
+        128,
+        64,
+        ANY,
+        partial(dcgan.build, dropout=CT_DROPOUT),
+    ),
+    "ct-mlp": Network(
+        "as mlp, with CT-GAN's dropout in the critic", 2, 512, ANY, partial(mlp.build, dropout=CT_DROPOUT)
+    ),
+    "ct-resnet": Network(
+        "as resnet, with CT-GAN's dropout in the critic",
+        128,
+        128,
+        PIXELS_32,
+        partial(resnet.build, dropout=resnet.CT_DROPOUT),
+    ),
     "semi-supervised": Network(
         "CT-GAN's classifier and generator", 100, 250, lambda data: data.classes > 0, semi_supervised.build
     ),

@@ -9,15 +9,21 @@ from torch import nn
 
 from gptrainer.data import DataSet
 from gptrainer.models import mlp
-from gptrainer.models.layers import CT_DROPOUT, FeatureCritic, convolution, linear, to_range, transposed
+from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range, transposed
 
 Pair = tuple[nn.Module, nn.Module]
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Build the pair. width: channels next to the images, which double from layer to layer."""
+def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
+    """Build the pair, fully connected below 28 pixels. dropout: after the critic's activations (Wei et al. 2018).
+
+    width: channels next to the images, which double from layer to layer.
+    """
+    if data.shape[-1] < 28:
+        return mlp.build(data, latent, width, batch_norm, dropout=dropout)
     # At 28 pixels the code has BatchNorm in the generator only together with the critic's.
-    return _generator(data, latent, width, batch_norm or data.shape[-1] != 28), _critic(data, width, batch_norm)
+    generator = _generator(data, latent, width, batch_norm or data.shape[-1] != 28)
+    return generator, _critic(data, width, batch_norm, dropout)
 
 
 def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
@@ -28,14 +34,6 @@ def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     generator = nn.Sequential(*layers[:-1], nn.Unflatten(1, data.shape))
     return generator, _critic(data, max(1, width // 8), batch_norm)
-
-
-def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Add dropout after each activation of the critic (Wei et al. 2018); small images get fully connected networks."""
-    if data.shape[-1] < 28:
-        return mlp.build_ct(data, latent, width, batch_norm)
-    generator, _ = build(data, latent, width, batch_norm)
-    return generator, _critic(data, width, batch_norm, CT_DROPOUT)
 
 
 def _generator(data: DataSet, latent: int, width: int, batch_norm: bool) -> nn.Module:

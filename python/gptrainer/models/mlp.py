@@ -8,15 +8,19 @@ from itertools import pairwise
 from torch import nn
 
 from gptrainer.data import DataSet
-from gptrainer.models.layers import CT_DROPOUT, FeatureCritic, to_range
+from gptrainer.models.layers import FeatureCritic, to_range
 
 Pair = tuple[nn.Module, nn.Module]
 DEPTH = 12
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Build three hidden layers; for points as in the WGAN-GP code."""
-    return _generator(data, latent, width), nn.Sequential(*_critic(data, width))
+def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
+    """Build three hidden layers, for points as in the WGAN-GP code. dropout: after the critic's activations."""
+    critic: list[nn.Module] = []
+    for layer in _critic(data, width):
+        drops = dropout and isinstance(layer, nn.ReLU | nn.LeakyReLU)
+        critic += [layer, nn.Dropout(dropout)] if drops else [layer]
+    return _generator(data, latent, width), FeatureCritic(*critic) if dropout else nn.Sequential(*critic)
 
 
 def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
@@ -30,15 +34,6 @@ def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> 
     (dims,) = data.shape
     generator, critic = (nn.Sequential(*_orthogonal([n, width, width, m])) for n, m in ((latent, dims), (dims, 1)))
     return generator, critic
-
-
-def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Add dropout after each activation of the critic (Wei et al. 2018)."""
-    generator = _generator(data, latent, width)
-    critic: list[nn.Module] = []
-    for layer in _critic(data, width):
-        critic += [layer, nn.Dropout(CT_DROPOUT)] if isinstance(layer, nn.ReLU | nn.LeakyReLU) else [layer]
-    return generator, FeatureCritic(*critic)
 
 
 def dense(sizes: list[int], activation: nn.Module, *, batch_norm: bool = False) -> list[nn.Module]:

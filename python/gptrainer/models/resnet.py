@@ -10,17 +10,16 @@ from gptrainer.data import DataSet
 from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range
 
 Pair = tuple[nn.Module, nn.Module]
-CT_DROPOUT = (0.2, 0.5, 0.5)
+Dropout = tuple[float, float, float]
+CT_DROPOUT: Dropout = (0.2, 0.5, 0.5)  # Wei et al. 2018
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Build three upsampling blocks, and a critic of two downsampling and two further blocks of ``width`` channels."""
-    return _generator(data, latent, width), _critic(data, width, (0.0, 0.0, 0.0))
+def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: Dropout = (0.0, 0.0, 0.0)) -> Pair:
+    """Build three upsampling blocks, and a critic of two downsampling and two further blocks of ``width`` channels.
 
-
-def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Add dropout after the critic's second, third and fourth block (Wei et al. 2018)."""
-    return _generator(data, latent, width), _critic(data, width, CT_DROPOUT)
+    dropout: after the critic's second, third and fourth block.
+    """
+    return _generator(data, latent, width), _critic(data, width, dropout)
 
 
 class Block(nn.Module):
@@ -71,7 +70,7 @@ def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
     )
 
 
-def _critic(data: DataSet, width: int, dropout: tuple[float, ...]) -> FeatureCritic:
+def _critic(data: DataSet, width: int, dropout: Dropout) -> FeatureCritic:
     blocks = (Block(width, width, "down"), Block(width, width), Block(width, width))
     layers: list[nn.Module] = [FirstBlock(data.shape[0], width)]
     for block, p in zip(blocks, dropout, strict=True):

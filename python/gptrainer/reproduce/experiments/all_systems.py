@@ -128,8 +128,8 @@ EXPERIMENT = Experiment(
     ),
     about=(
         "The same networks, batch and number of critic steps for every system, each with its paper's optimiser; its "
-        f"rates are five times the paper's, at most {HIGHEST_RATE:g}, as papers train hundreds of times longer. The "
-        "order is what it is."
+        f"rates are five times the paper's, at most {HIGHEST_RATE:g}, as papers train hundreds of times longer. No "
+        "claim is made about the whole order."
     ),
     settings={
         "quick": {"data": "digits", "critic_steps": 300, "width": 64, "batch": 48, "rates": 5.0, "ema": 0.98},

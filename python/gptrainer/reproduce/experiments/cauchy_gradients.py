@@ -150,7 +150,7 @@ EXPERIMENT = Experiment(
         "Where real and generated samples lie on disjoint manifolds, the best discriminator and its gradient "
         "are 0 on the "
         "generated ones. With independent normal errors on both, the gradient of the −log D loss with respect to a "
-        "weight of an MLP generator is drawn again and again, through the loss that training uses."
+        "weight of an MLP generator is sampled many times, through the loss that training uses."
     ),
     settings={
         "quick": {"draws": 2000, "batch": 16, "width": 16, "coordinates": 12, "resamples": 1000},
@@ -197,5 +197,5 @@ EXPERIMENT = Experiment(
         ),
     ),
     exhibit=exhibit,
-    limits="The errors are white noise, as the theorem assumes; that a trained discriminator's are, it does not claim.",
+    limits="The errors are white noise, as the theorem assumes; those of a trained discriminator need not be.",
 )

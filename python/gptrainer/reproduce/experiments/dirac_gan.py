@@ -246,12 +246,12 @@ def _complex(pair: Sequence[Sequence[float]]) -> str:
 
 EXPERIMENT = Experiment(
     name="dirac-gan",
-    title="Dirac-GAN: which objectives come to rest",
+    title="Dirac-GAN: which objectives converge",
     source=PAPER,
     about=(
-        "D(x) = ψx tells a data point at 0 from a generated one at θ. The Jacobians of the gradient field and of one "
-        "step of gradient descent are taken by autograd through the losses and penalties that training uses. "
-        "Instance noise is 64 equally likely values with the variance of the normal distribution."
+        "D(x) = ψx discriminates a data point at 0 from a generated one at θ. The Jacobians of the gradient field "
+        "and of one step of gradient descent are taken by autograd through the losses and penalties that training "
+        "uses. Instance noise is 64 equally likely values with the variance of the normal distribution."
     ),
     settings={"quick": {}, "full": {}},
     seeds={"quick": 1, "full": 1},
@@ -269,7 +269,7 @@ EXPERIMENT = Experiment(
             "eigenvalues",
         ),
         Claim(
-            "So are the eigenvalues of one step, simultaneous and alternating",
+            "The eigenvalues of one step, simultaneous or alternating, are those of the formulas",
             f"{PAPER}, lemmas 2.4 and 2.5",
             "1 + hλ; for alternating steps the roots of μ² − (2 − hb − h²a²)μ + 1 − hb",
             "map_error",
@@ -296,7 +296,7 @@ EXPERIMENT = Experiment(
             "phases",
         ),
         Claim(
-            "Alternating steps circle it",
+            "Alternating steps of the plain GAN circle the equilibrium",
             f"{PAPER}, lemma 2.5",
             "eigenvalues on the unit circle: the radius stays",
             "drift",

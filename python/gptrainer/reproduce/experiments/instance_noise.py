@@ -146,10 +146,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="instance-noise",
-    title="Instance noise: an imperfect discriminator that teaches",
+    title="Instance noise: an imperfect discriminator and a useful gradient",
     source=PAPERS,
     about=(
-        "The parallel lines at distance 1 again, where everything is known: under noise N(0, σ²) on both, "
+        "The parallel lines at distance 1, for which the optimum is known: under noise N(0, σ²) on both, "
         "the best accuracy "
         "is Φ(1/2σ). Then the minimax game on 8 Gaussians with and without noise that falls linearly to 0."
     ),
@@ -170,7 +170,7 @@ EXPERIMENT = Experiment(
             "noise",
         ),
         Claim(
-            "With noise it is as good as the overlap lets it be, no better",
+            "With noise the discriminator reaches the best accuracy that the overlap permits",
             PAPERS,
             "Φ(1/2σ)",
             "accuracy_error",
@@ -179,7 +179,7 @@ EXPERIMENT = Experiment(
             "noise",
         ),
         Claim(
-            "The generator's gradient survives",
+            "The generator's gradient does not vanish",
             PAPERS,
             "does not vanish",
             "survives",
@@ -188,7 +188,7 @@ EXPERIMENT = Experiment(
             "noise",
         ),
         Claim(
-            "It is the gradient of the noised divergence",
+            "The generator's gradient is that of the divergence of the noisy distributions",
             PAPERS,
             "the best discriminator's, by quadrature",
             "gradient_error",
@@ -204,7 +204,7 @@ EXPERIMENT = Experiment(
             "exact W₁ at the end, with noise over without",
             Bound(at_most=1.0, of="the mean"),
             "noise",
-            only_full="400 steps say nothing of where a run ends",
+            only_full="a run has not converged after 400 steps",
             if_failed=(
                 "the claim as it is measured here: published is stability, and where a run without noise ends is up to "
                 "chance, sometimes nearer than with noise"

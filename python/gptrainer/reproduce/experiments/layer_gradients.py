@@ -136,8 +136,8 @@ EXPERIMENT = Experiment(
     title="Gradients through twelve layers: clipping explodes or vanishes",
     source=FIGURE,
     about=(
-        "Critics of 12 hidden ReLU layers tell the Swiss roll from the roll plus N(0, 1), trained by WGAN with three "
-        "clipping bounds and by WGAN-GP; then the norm of the loss's gradient at the output of each layer."
+        "Critics of 12 hidden ReLU layers discriminate the Swiss roll from the roll plus N(0, 1), trained by WGAN with "
+        "three clipping bounds and by WGAN-GP; then the norm of the loss's gradient at the output of each layer."
     ),
     settings={
         "quick": {"width": 64, "steps": 40, "batch": 64},
@@ -179,7 +179,7 @@ EXPERIMENT = Experiment(
             FIGURE,
             "level",
             "rise_of_penalty",
-            "decades between the first layer and the last, either way",
+            "absolute difference of the first and last layer, in decades",
             Bound(at_most=1.5),
             "layers",
         ),
@@ -203,5 +203,5 @@ EXPERIMENT = Experiment(
         ),
     ),
     exhibit=exhibit,
-    limits="The paper does not say for how long its critics were trained; here it is 500 steps (40 in the quick set).",
+    limits="The paper does not state how long its critics were trained; here it is 500 steps (40 in the quick set).",
 )

@@ -161,10 +161,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="neural-net-distance",
-    title="Neural-net distance: what a bounded critic does not see",
+    title="Neural-net distance: distributions that a bounded critic does not distinguish",
     source=PAPER,
     about=(
-        "Three small worlds: telling a finite set from half of it by samples alone; a ring and a normal "
+        "Three small problems: distinguishing a finite set from half of it by samples alone; a ring and a normal "
         "distribution with "
         "the same mean, seen by linear critics and by networks; and a distribution against a few of its own points."
     ),
@@ -188,7 +188,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     claims=(
         Claim(
-            "Telling N points from an unknown half of them takes of the order of √N samples",
+            "Distinguishing N points from an unknown half of them takes of the order of √N samples",
             "two-sample toy problem after Arora et al. 2017, the birthday bound",
             "Ω(√N): slope ½ in logarithms",
             "slope",
@@ -206,7 +206,7 @@ EXPERIMENT = Experiment(
             "capacity",
         ),
         Claim(
-            "An integral probability metric over a family does not see what the family cannot",
+            "An integral probability metric over a family is blind to what the family cannot represent",
             f"{PAPER}, section 2",
             "0 for linear critics where the means agree",
             "blindness",

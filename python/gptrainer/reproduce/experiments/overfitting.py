@@ -95,11 +95,11 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="overfitting",
-    title="Few images: the critic overfits, and consistency holds it back",
+    title="Few images: the critic overfits, and the consistency term reduces it",
     source=f"Gulrajani et al. 2017, figure 5b; {CT}",
     about=(
         "WGAN-GP and CT-GAN, the same but for dropout and the consistency term in the critic, fully connected, on the "
-        "first images of a data set; the critic's loss on 500 of them and on 500 it has never seen. The Fréchet "
+        "first images of a data set; the critic's loss on 500 of them and on 500 unseen ones. The Fréchet "
         "distance is to images that were held out where the data has test images."
     ),
     settings={
@@ -110,7 +110,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     claims=(
         Claim(
-            "The critic's losses on training and held-out images part",
+            "The critic's losses on training and held-out images diverge",
             "Gulrajani et al. 2017, figure 5b",
             "they part",
             "gap",
@@ -124,7 +124,7 @@ EXPERIMENT = Experiment(
             "Gulrajani et al. 2017, figure 5b",
             "grows",
             "gap_growth",
-            "gap at the end less that at the first look, over the training loss",
+            "gap at the end less that at the first evaluation, over the training loss",
             Bound(at_least=0.0),
             "overfitting",
             only_full="a small critic on 500 digits overfits little in 360 steps",
@@ -139,7 +139,7 @@ EXPERIMENT = Experiment(
             "overfitting",
         ),
         Claim(
-            "It improves the samples",
+            "The consistency term improves the samples",
             CT,
             "Inception score 5.12 against 2.98 with 1000 images of CIFAR-10",
             "quality_ratio",
@@ -148,7 +148,8 @@ EXPERIMENT = Experiment(
             "overfitting",
             only_full="360 steps on digits are too few for the difference",
             if_failed=(
-                "the budget: in so short a run the distance varies from look to look by more than the term changes it"
+                "the budget: in so short a run the distance varies between evaluations by more than the effect of "
+                "the term"
             ),
         ),
     ),

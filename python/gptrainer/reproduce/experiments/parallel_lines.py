@@ -206,7 +206,7 @@ EXPERIMENT = Experiment(
             "distances",
         ),
         Claim(
-            "A trained Wasserstein critic hands this gradient to the generator",
+            "A trained Wasserstein critic passes this gradient to the generator",
             EXACT,
             "dW/dθ = sign θ; with penalty weight 10 the best slope is 1.05",
             "critic_gradient_error",
@@ -224,7 +224,7 @@ EXPERIMENT = Experiment(
             "distances",
         ),
         Claim(
-            "A trained discriminator hands the generator next to nothing",
+            "A trained discriminator passes almost no gradient to the generator",
             EXACT,
             "dJS/dθ = 0",
             "discriminator_gradient",

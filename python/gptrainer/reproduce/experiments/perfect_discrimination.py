@@ -42,7 +42,7 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     found = {world.data: _watch(world, settings, seed) for world in worlds}
     games = [found[world.data]["gan"] for world in worlds]
     critics = [found[world.data]["wgan-gp"] for world in worlds]
-    late = max(1, len(games[0]["step"]) // 4)  # of the looks, of which all curves have as many
+    late = max(1, len(games[0]["step"]) // 4)  # of the evaluations, of which all curves have the same number
     return Findings(
         {
             "accuracy": min(_mean(game["accuracy"][-late:]) for game in games),
@@ -266,7 +266,7 @@ EXPERIMENT = Experiment(
             only_full="160 steps are too few for three decades",
         ),
         Claim(
-            "It is within the bound of theorem 2.4 at every step",
+            "The gradient is within the bound of theorem 2.4 at every step",
             f"{PAPER}, theorem 2.4",
             "‖∇‖ < M ε/(1 − ε)",
             "bound",
@@ -275,11 +275,11 @@ EXPERIMENT = Experiment(
             "gradients",
         ),
         Claim(
-            "The bound says something: ε falls below 1",
+            "The bound is not vacuous: ε falls below 1",
             f"{PAPER}, theorem 2.4",
             "ε → 0",
             "bound_applies",
-            "share of the looks at which ε < 1, lesser of two worlds",
+            "share of the evaluations at which ε < 1, lesser of two worlds",
             Bound(at_least=0.3),
             "gradients",
         ),
@@ -293,7 +293,7 @@ EXPERIMENT = Experiment(
             "gradients",
         ),
         Claim(
-            "Its variance grows",
+            "The variance of the gradient of −log D grows",
             f"{PAPER}, figure 3 and theorem 2.6",
             "grows fast",
             "variance",
@@ -314,8 +314,8 @@ EXPERIMENT = Experiment(
     exhibit=exhibit,
     needs="Fashion-MNIST",
     limits=(
-        "The norm of the Jacobian is found by 25 steps of power iteration, which can fall short of it by a little. The "
+        "The norm of the Jacobian is found by 25 steps of power iteration, which can underestimate it slightly. The "
         "paper trains its generator for 1, 10 and 25 epochs; here it is 300 steps, a third of one (20 steps in the "
-        "quick set). The discriminator's rate falls to 0, so that Adam does not throw it off what it has reached."
+        "quick set). The discriminator's rate falls to 0, so that Adam does not leave the optimum."
     ),
 )

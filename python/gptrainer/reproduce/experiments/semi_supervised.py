@@ -107,7 +107,7 @@ EXPERIMENT = Experiment(
             only_full="600 steps are 43 epochs of the paper's 300",
         ),
         Claim(
-            "Few labels are enough to be right most of the time",
+            "Few labels suffice for a low error",
             PAPER,
             "0.89 % on MNIST with 100 labels",
             "error",

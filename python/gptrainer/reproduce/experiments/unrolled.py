@@ -19,7 +19,7 @@ PAPER = "Metz et al. 2017, section 3.1 and figure 2"
 SHOWN = 8  # snapshots
 PLAIN_HOLDS_MODES = (
     "the budget: at the authors' rates no run leaves its first plateau in so few steps, and at six times those the "
-    "generator without look-ahead holds several modes at a time, too"
+    "generator without unrolling holds several modes at a time, too"
 )
 
 
@@ -96,12 +96,12 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="unrolled",
-    title="Unrolled GAN: the ring is covered instead of toured",
+    title="Unrolled GAN: the ring is covered instead of visited mode by mode",
     source=PAPER,
     about=(
         "Networks of two tanh layers of 128 units, latent size 256 and batch 512, as in the authors' code, at six "
-        "times its rates (1e-4 and 1e-3), as it trains six times longer; with and without five steps of looking "
-        "ahead."
+        "times its rates (1e-4 and 1e-3), as it trains six times longer; with and without five unrolled "
+        "steps."
     ),
     settings={
         "quick": {"steps": 280, "batch": 128, "rates": 1.0, "reach": 0.2},
@@ -111,7 +111,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     claims=(
         Claim(
-            "With five steps of looking ahead the generator covers the ring",
+            "With five unrolled steps the generator covers the ring",
             PAPER,
             "all 8 modes",
             "unrolled_modes",
@@ -120,7 +120,7 @@ EXPERIMENT = Experiment(
             "ring",
         ),
         Claim(
-            "With five steps of looking ahead the ring stays covered",
+            "With five unrolled steps the ring stays covered",
             PAPER,
             "all 8 modes",
             "unrolled_mean",
@@ -130,7 +130,7 @@ EXPERIMENT = Experiment(
             only_full="280 steps do not get that far",
         ),
         Claim(
-            "Without it the generator covers fewer",
+            "Without unrolling the generator covers fewer modes",
             PAPER,
             "one or few at a time",
             "advantage",
@@ -141,7 +141,7 @@ EXPERIMENT = Experiment(
             if_failed=PLAIN_HOLDS_MODES,
         ),
         Claim(
-            "Without it the generator moves from mode to mode",
+            "Without unrolling the generator moves from mode to mode",
             PAPER,
             "rotates through the modes",
             "visited",

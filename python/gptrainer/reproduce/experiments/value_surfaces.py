@@ -148,7 +148,7 @@ EXPERIMENT = Experiment(
         "As in the paper's figure, the generator is fixed at the data plus N(0, 1), and critics of three "
         "hidden layers "
         f"are trained towards optimality. The penalty has weight {PENALTY_WEIGHT:g}, Algorithm 1's, where the "
-        f"toy code has 0.1; rates fall to 0, so that a critic ends at its optimum and not about it."
+        f"toy code has 0.1; rates fall to 0, so that a critic converges to its optimum."
     ),
     settings={
         "quick": {"width": 64, "lr": 1e-3, "steps": 1200},
@@ -195,10 +195,10 @@ EXPERIMENT = Experiment(
             "largest relative error against exact transport",
             Bound(at_most=0.15),
             "numbers",
-            only_full="1200 steps leave small critics short of their best",
+            only_full="small critics do not reach their optimum in 1200 steps",
         ),
         Claim(
-            "Clipping fixes no slope: the norm is far from 1",
+            "Clipping does not fix the slope: the norm is far from 1",
             "Arjovsky et al. 2017, section 3",
             "W times an unknown K",
             "clipping_norm",
