@@ -47,6 +47,8 @@ def compare(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor) 
     loss = gpkernels.CriticLoss(critic, objective=objective, penalty=penalty)
 
     def ours() -> tuple[Tensor, ...]:
+        if penalty == "none":
+            return torch.autograd.grad(gpkernels.wgan_critic_loss(critic(real), critic(fake)), weights)
         return torch.autograd.grad(loss(real, fake, **interpolates).loss, weights)
 
     def plain() -> tuple[Tensor, ...]:

@@ -16,11 +16,12 @@ DEPTH = 12
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
     """Build three hidden layers, for points as in the WGAN-GP code. dropout: after the critic's activations."""
+    generator = _generator(data, latent, width)
     critic: list[nn.Module] = []
     for layer in _critic(data, width):
         drops = dropout and isinstance(layer, nn.ReLU | nn.LeakyReLU)
         critic += [layer, nn.Dropout(dropout)] if drops else [layer]
-    return _generator(data, latent, width), FeatureCritic(*critic) if dropout else nn.Sequential(*critic)
+    return generator, FeatureCritic(*critic) if dropout else nn.Sequential(*critic)
 
 
 def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
