@@ -11,8 +11,8 @@ train: install  ## train a WGAN-GP on handwritten digits and show what it made
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
 
-reproduce: install  ## measure what the papers published, in minutes: runs/reproduce/report.html
-	$(BIN)/gpkernels reproduce --quick
+reproduce: install  ## reproduce published results, in minutes; fail if a claim does: runs/reproduce/report.html
+	$(BIN)/gpkernels reproduce --quick --strict
 
 verify: install  ## every op, penalty and a training run against plain PyTorch in float64
 	$(BIN)/gpkernels verify

@@ -1,1 +1,1 @@
-"""A thin reference trainer on gpkernels: WGAN and WGAN-GP, from a seed to pictures and numbers."""
+"""A reference trainer on gpkernels: the GANs of the papers, resumable bit for bit, and measures of their quality."""

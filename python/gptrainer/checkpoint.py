@@ -1,89 +1,68 @@
-"""The state of a run in a file that is whole or known not to be, with the one before it kept beside it."""
+"""Checkpoints of a run: the last one and the one before it."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpkernels.arguments import UserError
+from gptrainer.files import Damaged, pack, replacing, unpack
 
-from gptrainer.errors import UserError
-from gptrainer.files import replacing
-
-FORMAT = 2
+FORMAT = 3
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
-MAGIC = b"gpkernels checkpoint\n"
-DIGEST = 32  # bytes of SHA-256
-
-
-class Damaged(Exception):
-    """A file that is not what was written."""
+OLD_MAGIC = b"gpkernels checkpoint\n"  # of formats 1 and 2
 
 
 class Checkpoints:
-    """The last checkpoint of a run folder and the one before it."""
+    """The last checkpoint in a run folder and the one before it."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self.previous = folder / NAME, folder / PREVIOUS
-        self._good = False  # whether what stands at ``path`` is of this run and whole
+        self._intact = False  # whether the file at ``path`` is intact and of this run
         self._fell_back = False
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a state. At every moment a whole checkpoint stands under one of the two names, once there was one."""
-        payload = io.BytesIO()
-        torch.save({"format": FORMAT, **state}, payload)
-        content = payload.getbuffer()
+        """Write a state. Once there was a checkpoint, an intact one exists at every moment, under one of two names."""
         with replacing(self.path) as part:
-            with part.open("wb") as file:
-                for piece in (MAGIC, hashlib.sha256(content).digest(), content):
-                    file.write(piece)
-            if self._good:
+            part.write_bytes(pack({"format": FORMAT, **state}))
+            if self._intact:
                 self.path.replace(self.previous)
-        if not (self._good or self._fell_back):  # a run that starts anew
+        if not (self._intact or self._fell_back):  # a new run
             self.previous.unlink(missing_ok=True)
-        self._good = True
+        self._intact = True
 
     def load(self) -> tuple[dict[str, Any], str | None]:
-        """The last state that is whole, and a line to tell if it is not the last that was written.
+        """Read the last intact state; return a note with it if it is not the last that was written.
 
-        Nothing in a file is executed. UserError if there is none.
+        UserError if there is none.
         """
         files = [path for path in (self.path, self.previous) if path.is_file()]
         if not files:
             raise UserError(f"--resume: there is no checkpoint {self.path}")
-        told = []
+        notes = []
         for path in files:
             try:
                 state = read(path)
             except Damaged as damage:
-                told.append(f"{path} {damage}")
+                notes.append(f"{path} {damage}")
                 continue
-            self._good = path == self.path
-            self._fell_back = not self._good
-            if self._fell_back and not told:
-                told.append(f"{self.path} is missing")
-            return state, f"{told[0]}; going on from {path}, step {state.get('step')}" if told else None
-        raise UserError(f"--resume: {'; '.join(told)}; left as it is")
+            self._intact = path == self.path
+            self._fell_back = not self._intact
+            if self._fell_back and not notes:
+                notes.append(f"{self.path} is missing")
+            return state, f"{notes[0]}; resuming from {path}, step {state.get('step')}" if notes else None
+        raise UserError(f"--resume: {'; '.join(notes)}; left unchanged")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state in a file. Damaged if it is not as it was written, UserError if it was written by something else."""
+    """Read a checkpoint; Damaged if it is not as it was written, UserError if another version wrote it."""
     try:
         content = path.read_bytes()
     except PermissionError as error:
         raise UserError(f"--resume: {path} cannot be read: {error.strerror}") from error
-    head = len(MAGIC) + DIGEST
-    if not content.startswith(MAGIC):
-        raise Damaged("is damaged or not a checkpoint")
-    payload = memoryview(content)[head:]
-    if hashlib.sha256(payload).digest() != content[len(MAGIC) : head]:
-        raise Damaged("is damaged: its checksum is not that of its content")
-    try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # the many ways in which a pickle can be wrong, or try to run code
-        raise Damaged("is damaged or not a checkpoint") from error
+    state = {} if content.startswith(OLD_MAGIC) else unpack(content)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"--resume: {path} is not a checkpoint of this version (format {FORMAT})")
+        raise UserError(
+            f"--resume: {path} was written by another version and cannot be resumed (expected format {FORMAT})"
+        )
     return state

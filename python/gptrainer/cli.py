@@ -1,32 +1,37 @@
-"""``gpkernels train``: reads the command line, trains, reports."""
+"""``gpkernels train``: read the command line, train, report."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import fields
+from functools import partial, reduce
+from operator import or_
+from typing import Annotated, Any, cast
 
 import torch
 import tyro
 
+from gpkernels.arguments import UserError
 from gptrainer.checkpoint import NAME
-from gptrainer.config import TrainConfig, filled
+from gptrainer.config import TrainConfig, flag
 from gptrainer.data import DATASETS
-from gptrainer.defaults import SYSTEMS
-from gptrainer.errors import UserError
 from gptrainer.interruption import Stopped
 from gptrainer.loop import Trainer
 from gptrainer.models import NETWORKS
 from gptrainer.processes import Processes, local_device
+from gptrainer.systems import SYSTEMS, configure
 
 PROGRAM = "gpkernels train"
+DESCRIPTION = f"Train a GAN; write samples, curves, metrics and weights. `{PROGRAM} --list` describes what there is."
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, 2 for what the user can put right (one line on stderr), 130 after Ctrl-C."""
+    """Return the exit code: 0, 2 after a user's mistake (one line on stderr), 128 + its number after a signal."""
     if "--list" in argv:
         print(listing())
         return 0
@@ -37,91 +42,108 @@ def main(argv: Sequence[str]) -> int:
         if config is None:
             return 0
         processes = _prepare(config)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         trainer = Trainer(config, processes)
         trainer.train()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         if processes.writes:
-            from gptrainer.report import write_report  # matplotlib only where pictures are drawn
+            from gptrainer.report import write_report  # matplotlib is imported only where pictures are drawn
 
-            for line in write_report(trainer, seconds):
-                print(line)
+            print("\n".join(write_report(trainer, seconds)))
         return 0
     except UserError as error:
-        return _fail(str(error), processes)
+        processes.say(f"{PROGRAM}: {error}")
+        return 2
     except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", processes)
+        processes.say(f"{PROGRAM}: {error.filename or 'a file'}: {error.strerror or error}")
+        return 2
     except KeyboardInterrupt as stop:
-        if processes.writes:
-            print(f"{PROGRAM}: stopped{_whereabouts(trainer, stop)}", file=sys.stderr)
+        processes.say(f"{PROGRAM}: stopped{_progress(trainer, stop)}")
         return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
     finally:
         processes.leave()
 
 
 def listing() -> str:
-    """A line for each system, each data set and each pair of networks."""
+    """Describe each system, data set and network on a line of its own."""
     width = max(map(len, (*SYSTEMS, *DATASETS, *NETWORKS)))
-    systems = [f"  {name:<{width}}  {system.summary}" for name, system in SYSTEMS.items()]
+    systems = [f"  {name:<{width}}  {system.__doc__}" for name, system in SYSTEMS.items()]
     data = [f"  {name:<{width}}  {data.description}" for name, data in DATASETS.items()]
     networks = [f"  {name:<{width}}  {network.description}" for name, network in NETWORKS.items()]
-    title = f"{PROGRAM} NAME --data DATA --network NETWORK"
-    return "\n".join([title, "", "NAME", *systems, "", "DATA", *data, "", "NETWORK", *networks])
-
-
-def _whereabouts(trainer: Trainer | None, stop: KeyboardInterrupt) -> str:
-    if trainer is None:
-        return ""
-    path = trainer.checkpoints.path
-    kept = isinstance(stop, Stopped) or path.is_file()
-    return f" at step {trainer.step}" + (f"; {path} holds it, --resume goes on" if kept else "")
+    title = f"{PROGRAM} SYSTEM --data DATA --network NETWORK"
+    return "\n".join([title, "", "SYSTEM", *systems, "", "DATA", *data, "", "NETWORK", *networks])
 
 
 def parse(argv: Sequence[str]) -> TrainConfig | None:
-    """The complete config, or None after --help; UserError with one line for what cannot be read."""
+    """Read a command line; None after --help, UserError with one line for what cannot be read."""
+    if argv and not argv[0].startswith("-") and argv[0] not in SYSTEMS:
+        raise UserError(f"SYSTEM: expected one of {', '.join(SYSTEMS)}, got {argv[0]}")
     complaint = io.StringIO()
+    read = partial(tyro.cli, prog=PROGRAM, description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         with redirect_stderr(complaint):
-            config = tyro.cli(TrainConfig, prog=PROGRAM, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+            config, unknown = read(_systems(argv), args=argv, return_unknown_args=True)
     except SystemExit as end:
         if not end.code:
             return None
         raise UserError(_one_line(complaint.getvalue())) from None
-    return config.complete()
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        others = [name for name, system in SYSTEMS.items() if option in {flag(field.name) for field in fields(system)}]
+        if config.algorithm in others:
+            raise UserError(f"{option}: expected after the name of the system, {config.algorithm}")
+        takers = f"; it belongs to {', '.join(others)}" if others else ""
+        raise UserError(f"{option}: not an option of {config.algorithm}{takers}")
+    return cast(TrainConfig, config)
+
+
+def _systems(argv: Sequence[str]) -> Any:
+    """Make the union of all systems' options, with defaults for the data and the network on the command line."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--data", nargs="?", default="digits")
+    early.add_argument("--network", nargs="?")
+    named = early.parse_known_args(argv)[0]
+    data = named.data if named.data in DATASETS else "digits"  # tyro complains of an unknown name
+    network = named.network if named.network in NETWORKS else None
+    options: list[Any] = [
+        Annotated[system, tyro.conf.subcommand(name, default=configure(name, data, network=network))]
+        for name, system in SYSTEMS.items()
+    ]
+    return reduce(or_, options)
 
 
 def _one_line(message: str) -> str:
-    """What tyro says, without its title, its frame (of lines, or of dashes in plain terminals) and its advice."""
+    """Extract the complaint from tyro's message: the first paragraph below its title."""
     paragraphs: list[list[str]] = [[]]
     for line in message.splitlines():
         text = line.strip("\u2502 ")
-        if not text.strip("-\u2500") or text[0] in "\u256d\u2570":
+        if not text.strip("-\u2500") or text[0] in "\u256d\u2570":  # the frame, of dashes in plain terminals
             paragraphs.append([])
         else:
             paragraphs[-1].append(text)
-    told = [" ".join(paragraph) for paragraph in paragraphs if paragraph]
-    framed = "\u256d" in message  # then the title stands in the frame
-    return next(iter(told[0 if framed else 1 :]), "the command line could not be read")
+    texts = [" ".join(paragraph) for paragraph in paragraphs if paragraph]
+    titled = "\u256d" not in message  # otherwise the title is part of the frame
+    return next(iter(texts[titled:]), "the command line could not be read")
 
 
 def _prepare(config: TrainConfig) -> Processes:
-    """Threads, device and the other processes, before anything is built."""
+    """Set the threads, check the device and join the other processes."""
     torch.set_num_threads(config.threads)
     try:
         device = local_device(config.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one type for this
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device: expected a device that torch can use here, got {config.device} ({reason})"
-        ) from None
+        raise UserError(f"--device: expected a device available to torch, got {config.device} ({reason})") from None
     processes = Processes.join(device)
-    if processes.writes and not config.resume and (filled(config.out) / NAME).is_file():
-        print(f"starting anew in {config.out}; --resume would go on from its checkpoint", file=sys.stderr)
+    if not config.resume and (config.out / NAME).is_file():
+        processes.say(f"starting over in {config.out}; use --resume to continue from its checkpoint")
     return processes
 
 
-def _fail(text: str, processes: Processes) -> int:
-    if processes.writes:
-        print(f"{PROGRAM}: {text}", file=sys.stderr)
-    return 2
+def _progress(trainer: Trainer | None, stop: KeyboardInterrupt) -> str:
+    if trainer is None:
+        return ""
+    path = trainer.checkpoints.path
+    saved = isinstance(stop, Stopped) or path.is_file()
+    return f" at step {trainer.step}" + (f"; use --resume to continue from {path}" if saved else "")

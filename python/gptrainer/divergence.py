@@ -1,4 +1,4 @@
-"""Finding out that a run has gone wrong, and where."""
+"""Detection of runs that diverge."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from gptrainer.errors import UserError
+from gpkernels.arguments import UserError
 
-LIMIT = 1e8  # no loss of a run that learns comes near it
+LIMIT = 1e8  # far above any loss of a run that learns
 
 
 def check_losses(losses: Mapping[str, float], step: int, networks: Mapping[str, nn.Module]) -> None:
-    """UserError naming the loss, the step and the weights that are no numbers, if a loss is none or out of bounds."""
+    """Raise UserError naming the loss, the step and the weights if a loss is not finite or out of bounds."""
     for name, value in losses.items():
         if not math.isfinite(value) or abs(value) > LIMIT:
             what = name.replace("_", " ")
@@ -21,7 +21,7 @@ def check_losses(losses: Mapping[str, float], step: int, networks: Mapping[str, 
 
 
 def check_weights(networks: Mapping[str, nn.Module], step: int) -> None:
-    """UserError naming the network and the weight, if a weight is no number."""
+    """Raise UserError naming the network and the weight if a weight is not finite."""
     if any(_first_broken(network) for network in networks.values()):
         raise UserError(f"the run diverged at step {step}: {_weights(networks)}")
 

@@ -1,16 +1,50 @@
-"""Files that are whole or absent."""
+"""Files that are complete or absent, and states whose damage is detected by a checksum."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+MAGIC = b"gpkernels state\n"
+HEAD = len(MAGIC) + 32  # of SHA-256
+
+
+class Damaged(Exception):
+    """Raised for content that is not what was written."""
+
+
+def pack(state: dict[str, Any]) -> bytes:
+    """Serialise a state, with its checksum in front."""
+    payload = io.BytesIO()
+    torch.save(state, payload)
+    content = payload.getvalue()
+    return MAGIC + hashlib.sha256(content).digest() + content
+
+
+def unpack(content: bytes) -> dict[str, Any]:
+    """Restore what ``pack`` made, without running code from it; Damaged for anything else."""
+    payload = memoryview(content)[HEAD:]
+    if not content.startswith(MAGIC):
+        raise Damaged("is damaged or of another kind")
+    if hashlib.sha256(payload).digest() != content[len(MAGIC) : HEAD]:
+        raise Damaged("is damaged: its checksum does not match")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling fails in many ways
+        raise Damaged("is damaged or of another kind") from error
+    return state
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to in the same folder; it takes the place of ``path`` once it is whole and on disk."""
+    """Yield a name to write to in the same folder; the file replaces ``path`` once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
@@ -20,14 +54,9 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # other systems cannot open a folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if os.name == "posix":  # other systems cannot open a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

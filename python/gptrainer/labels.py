@@ -1,4 +1,4 @@
-"""The few labels of semi-supervised training, and how often a classifier errs."""
+"""Labelled batches of semi-supervised training, and the error rate of a classifier."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkernels.arguments import UserError
 from gptrainer.data import ImageSet, ShuffledBatches
-from gptrainer.errors import UserError
 
 
 class LabelledBatches:
-    """Endless batches of the few images of each class that keep their labels."""
+    """Endless batches of the few labelled images of each class."""
 
     def __init__(self, data: ImageSet, per_class: int, size: int, seed: int, device: torch.device) -> None:
         if data.labels is None:
-            raise UserError("--data: ssl-ct-gan needs images with labels, got some without")
+            raise UserError("--data: ssl-ct-gan needs images with labels")
         chosen = few_of_each_class(data.labels, per_class, seed)
         self.images, self.labels = data[chosen].to(device), data.labels[chosen].to(device)
         self.order = ShuffledBatches(torch.arange(len(chosen)), min(size, len(chosen)), seed)
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """(n, C, H, W) and (n,)."""
+        """Return images, (n, C, H, W), and labels, (n,)."""
         chosen = self.order.next().to(self.labels.device)
         return self.images[chosen], self.labels[chosen]
 
@@ -34,17 +34,17 @@ class LabelledBatches:
 
 
 def few_of_each_class(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of so many random samples of each class, (classes * count,)."""
+    """Draw the indices of ``count`` samples of each class, (classes * count,)."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     of_class = [order[labels[order] == label] for label in labels.unique()]
     fewest = min(map(len, of_class))
     if count > fewest:
-        raise UserError(f"--labels-per-class: expected at most {fewest}, as many as the rarest class has, got {count}")
+        raise UserError(f"--labels-per-class: expected at most {fewest}, the size of the smallest class, got {count}")
     return torch.cat([indices[:count] for indices in of_class])
 
 
 def error_rate(classifier: nn.Module, images: ImageSet, device: torch.device) -> float:
-    """The share of images that a classifier, in evaluation mode, takes for another class."""
+    """Share of images that a classifier misclassifies in evaluation mode."""
     assert images.labels is not None
     training = classifier.training
     classifier.eval()

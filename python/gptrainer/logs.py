@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: curves in a CSV file, scalars and images for TensorBoard."""
+"""Logs of a run: curves in a CSV file, scalars and images for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TENSORBOARD_NAME = "tensorboard"
 
 
 def append(curve: dict[str, list[float]], step: int, values: Mapping[str, float]) -> None:
-    """Add a point to each of some curves over the same steps."""
+    """Append a point to each of several curves over the same steps."""
     for name, value in {"step": step, **values}.items():
         curve.setdefault(name, []).append(value)
 
 
 def write_csv(path: Path, *curves: Curve) -> None:
-    """One row a step, one column a curve; a curve without a point at a step leaves its cell empty."""
+    """Write one row for each step and one column for each curve; missing points are empty cells."""
     rows: dict[float, dict[str, float]] = {}
     for curve in curves:
         for i, step in enumerate(curve["step"]):
@@ -42,10 +42,10 @@ def write_csv(path: Path, *curves: Curve) -> None:
 
 
 class EventLog:
-    """Scalars and images for TensorBoard, if it is wanted and installed; otherwise nothing happens."""
+    """Scalars and images for TensorBoard, if it is wanted and installed; otherwise every method does nothing."""
 
     def __init__(self, folder: Path, first: int, wanted: bool) -> None:
-        """first: the step of what comes first; what an earlier process wrote from there on is dropped from view."""
+        """first: the first step; events that an earlier process wrote from there on are hidden."""
         self.writer: SummaryWriter | None = None
         if wanted and importlib.util.find_spec("tensorboard") is None:
             print("no TensorBoard log: install it with pip install 'gpkernels[tensorboard]'", file=sys.stderr)
@@ -55,13 +55,13 @@ class EventLog:
             self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """One curve for each name."""
+        """Log one point of a curve for each name."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, step)
 
     def samples(self, samples: Tensor, step: int) -> None:
-        """Images (N, C, H, W) in [0, 1] or [-1, 1] as a grid, points (N, 2) as a picture of their density."""
+        """Log images (N, C, H, W) in [0, 1] or [-1, 1] as a grid, points (N, 2) as a picture of their density."""
         if self.writer is None:
             return
         if samples.dim() == 4:
@@ -73,13 +73,13 @@ class EventLog:
             self.writer.add_histogram("samples", samples, step)
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Flush and close."""
         if self.writer is not None:
             self.writer.close()
 
 
 def density(points: Tensor, reach: float = 2.1, cells: int = 128) -> Tensor:
-    """A grey picture (1, cells, cells) of how many points lie where in the square of [-reach, reach], y upwards."""
+    """Grey picture (1, cells, cells) of the density of points in the square [-reach, reach]^2, y upwards."""
     counts = torch.histogramdd(points.cpu().float(), cells, range=[-reach, reach] * 2).hist
     shades = counts.sqrt() / counts.max().clamp(min=1).sqrt()
     return 1 - shades.T.flip(0).unsqueeze(0)

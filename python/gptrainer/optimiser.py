@@ -1,4 +1,8 @@
-"""Adam for small networks: torch's, without looking its tensors up in every step."""
+"""``torch.optim.Adam`` with less overhead per step, for small networks.
+
+With torch's own class whole training iterations take 5 to 10 % more CPU time (one thread, MLPs of width 128 on
+points and of width 256 on digits).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ Step = Callable[..., Any]
 
 
 def _where_wanted(update: Step) -> Step:
-    """The step of an optimiser whose update this is.
+    """Make an update an optimiser's step.
 
-    What torch puts around it, hooks and a mark for the profiler, takes as long as the update of a toy network: it is
-    there only where there are hooks, or the profiler runs.
+    Torch's hooks and profiler record take as long as the update of a toy network, so they are added only where there
+    are hooks or the profiler runs.
     """
     whole = Optimizer.profile_hook_step(update)
 
@@ -33,15 +37,14 @@ def _where_wanted(update: Step) -> Step:
         )
         return (whole if wanted else update)(self, *args, **options)
 
-    vars(step)["hooked"] = True  # torch's own sign not to wrap it again
+    vars(step)["hooked"] = True  # torch then does not wrap it again
     return step
 
 
 class Adam(torch.optim.Adam):
-    """``torch.optim.Adam`` by its fused kernel, which is given lists of tensors that are made once.
+    """``torch.optim.Adam(fused=True)`` that collects its tensors once instead of in every step.
 
-    params: on one device, of one dtype. Update, state and hooks are torch's. Finding the tensors, and what the profiler
-    is told of ``zero_grad``, takes several times as long as the update of a toy network.
+    params: on one device, of one dtype. Update, state and hooks are torch's.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, betas: tuple[float, float]) -> None:
@@ -65,7 +68,7 @@ class Adam(torch.optim.Adam):
     @_where_wanted
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; the closure's loss, if there is one."""
+        """Update every parameter that has a gradient; return the closure's loss, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -94,7 +97,7 @@ class Adam(torch.optim.Adam):
         return loss
 
     def _tensors(self, index: int, group: dict[str, Any], count: int) -> tuple[list[Tensor], ...]:
-        """Parameters with a gradient, and their state, which torch makes where there is none."""
+        """Collect parameters with a gradient and their state, which torch creates where it is missing."""
         if count == len(group["params"]) and index in self._found:
             return self._found[index]
         lists: list[list[Tensor]] = [[] for _ in range(5)]

@@ -41,6 +41,14 @@ STYLE: Any = {
     "ytick.color": INK,
 }
 
+ESTIMATES: dict[str, tuple[str, str, float | None]] = {
+    "js_estimate": ("Jensen-Shannon divergence", "log 2 \N{MINUS SIGN} L/2 (nats)", math.log(2)),
+    "total_variation_estimate": ("total variation", "1 \N{MINUS SIGN} L/2", 1.0),
+    "triangular_estimate": ("triangular discrimination, halved", "1 \N{MINUS SIGN} 2 L", 1.0),
+    "wasserstein_estimate": ("Wasserstein distance", "E D(real) \N{MINUS SIGN} E D(fake)", None),
+}
+"""What a critic estimates, the formula, and the value for disjoint distributions."""
+
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Any]:
@@ -121,14 +129,14 @@ def plot_points(
     heights = heights - heights.mean()
     with figure(path, 8.2, 7.4) as fig:
         ax = fig.subplots()
-        filled = ax.contourf(x, y, heights, levels=24, cmap="RdBu_r", alpha=0.45)
+        levels = ax.contourf(x, y, heights, levels=24, cmap="RdBu_r", alpha=0.45)
         ax.contour(x, y, heights, levels=24, colors="white", linewidths=0.6)
         ax.scatter(*real.T, s=16, color=ORANGE, alpha=0.5, linewidths=0, label="real")
         ax.scatter(*generated.T, s=7, color=INK, alpha=0.6, linewidths=0, label="generated")
         ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=across, ylim=up)
         ax.set_title(title, fontsize=14)
         ax.grid(False)
-        bar = fig.colorbar(filled, ax=ax, shrink=0.8, pad=0.02)
+        bar = fig.colorbar(levels, ax=ax, shrink=0.8, pad=0.02)
         bar.set_label("critic's score, less its mean")
         bar.outline.set_visible(False)
         ax.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", facecolor=PAPER)
@@ -142,7 +150,7 @@ def _window(real: Tensor) -> list[tuple[float, float]]:
 
 
 def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, critic: nn.Module, device: torch.device) -> None:
-    """The critic's score along the line, with the places of real and generated points. Points: (N, 1)."""
+    """The critic's score along the line, with the positions of real and generated points. Points: (N, 1)."""
     reach = 1.2 * max(1.0, real.abs().max().item(), generated.abs().max().item())
     x = torch.linspace(-reach, reach, 400)
     with torch.no_grad():
@@ -151,8 +159,8 @@ def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, critic: n
         ax = fig.subplots()
         ax.plot(x, scores, color=BLUE, linewidth=2, label="critic's score")
         for points, color, name in ((real, ORANGE, "real"), (generated, INK, "generated")):
-            places = points.flatten().unique()
-            ax.vlines(places, 0, 0.12, transform=ax.get_xaxis_transform(), color=color, linewidth=3, label=name)
+            positions = points.flatten().unique()
+            ax.vlines(positions, 0, 0.12, transform=ax.get_xaxis_transform(), color=color, linewidth=3, label=name)
         ax.set(xlabel="$x$", ylabel="D(x)")
         ax.set_title(title, fontsize=14)
         ax.legend(loc="upper left", frameon=False)
@@ -190,12 +198,12 @@ def plot_curves(
 
 def _estimate_panel(ax: Any, name: str, critic: Curve) -> None:
     _noisy(ax, critic.get("step", ()), critic.get(name, ()), BLUE)
-    if name == "js_estimate":
-        ax.set(title="The critic's estimate of the Jensen-Shannon divergence", ylabel="log 2 \N{MINUS SIGN} L/2 (nats)")
-        _reference(ax, math.log(2), "log 2: nothing in common")
-    else:
-        ax.set(title="The critic's estimate of the Wasserstein distance", ylabel="E D(real) \N{MINUS SIGN} E D(fake)")
+    what, formula, most = ESTIMATES[name]
+    ax.set(title=f"The critic's estimate of the {what}", ylabel=formula)
+    if most is None:
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    else:
+        _reference(ax, most, "disjoint distributions")
 
 
 def _quality_panel(ax: Any, quality: Curve, facts: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The processes that train one run together, and the random numbers of their joined batch."""
+"""The processes that train one run, and the random numbers of their joint batch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import gpkernels
 
 
 class Processes:
-    """As ``torchrun`` has started them; one alone without it. Each has every size-th row of a joined batch."""
+    """The processes that ``torchrun`` started, or a single one. Each has every size-th row of a joint batch."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @classmethod
     def join(cls, device: torch.device) -> Processes:
-        """Meet the others, if ``torchrun`` has started any."""
+        """Join the process group, if ``torchrun`` started one."""
         if not dist.is_torchelastic_launched():
             return cls()
         if not dist.is_initialized():
@@ -32,29 +32,29 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether this is the one process that writes files and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def say(self, note: str) -> None:
-        """A line on stderr, once."""
+        """Print a line on stderr, from one process."""
         if self.writes:
             print(note, file=sys.stderr)
 
     def leave(self) -> None:
-        """The end of working together."""
+        """Leave the process group."""
         if self.size > 1:
             dist.destroy_process_group()
 
-    def rows(self, joined: Tensor) -> Tensor:
-        """This process's rows."""
-        return joined[self.rank :: self.size] if self.size > 1 else joined
+    def rows(self, joint: Tensor) -> Tensor:
+        """Select this process's rows."""
+        return joint[self.rank :: self.size] if self.size > 1 else joint
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """The module, with its weights' gradients averaged over the processes in backward."""
+        """Wrap a module so that backward averages its gradients over the processes."""
         return DistributedDataParallel(module) if self.size > 1 else module
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of what each process has, without a graph."""
+        """Average over the processes, without a graph."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -62,7 +62,7 @@ class Processes:
         return values
 
     def differentiable_mean(self, values: Tensor) -> Tensor:
-        """The mean of what each process has, with a graph through all of them."""
+        """Average over the processes, with a graph through all of them."""
         if self.size == 1:
             return values
         everyone = dist.group.WORLD
@@ -70,7 +70,7 @@ class Processes:
         return all_reduce(values, "sum", everyone) / self.size
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has, by rank."""
+        """Gather the values of all processes, by rank."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -79,7 +79,7 @@ class Processes:
 
 
 def local_device(name: str) -> torch.device:
-    """The device of this process: each process of a machine has a GPU of its own."""
+    """Device of this process: each process on a machine has its own GPU."""
     device = torch.device(name)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -88,7 +88,7 @@ def local_device(name: str) -> torch.device:
 
 
 class Draws:
-    """Random numbers that are the same however many processes share a batch: drawn for all of it, kept by row."""
+    """Random numbers that do not depend on the number of processes: drawn for the joint batch, then split by row."""
 
     def __init__(self, processes: Processes, seed: int, device: torch.device) -> None:
         self.processes = processes
@@ -96,16 +96,16 @@ class Draws:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, n: int, size: int) -> Tensor:
-        """N(0, 1), (n / processes, size)."""
+        """Draw N(0, 1), (n / processes, size)."""
         return self.processes.rows(torch.randn(n, size, generator=self.generator, device=self.device))
 
     def uniform(self, like: Tensor) -> Tensor:
-        """U[0, 1), one for each row."""
+        """Draw U[0, 1), one for each row."""
         n = len(like) * self.processes.size
         return self.processes.rows(torch.rand(n, generator=self.generator, device=self.device)).to(like.dtype)
 
     def noisy(self, x: Tensor, sigma: float) -> Tensor:
-        """x + sigma N(0, 1), differentiable in x."""
+        """Compute x + sigma N(0, 1), differentiable in x."""
         size = self.processes.size
-        joined = x.repeat_interleave(size, dim=0) if size > 1 else x  # own rows are where they are in the joined batch
-        return self.processes.rows(gpkernels.add_instance_noise(joined, sigma, generator=self.generator))
+        joint = x.repeat_interleave(size, dim=0) if size > 1 else x  # own rows are where they are in the joint batch
+        return self.processes.rows(gpkernels.add_instance_noise(joint, sigma, generator=self.generator))

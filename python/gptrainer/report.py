@@ -1,4 +1,4 @@
-"""What a run leaves behind: weights, numbers, pictures, and a few lines for the person who started it."""
+"""The results of a run: weights, metrics, pictures and a few lines of text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 import gpkernels
 from gptrainer import plots
 from gptrainer.comparison import Comparison, compare
-from gptrainer.config import filled
 from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.files import replacing
 from gptrainer.logs import CSV_NAME
@@ -25,9 +24,9 @@ TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0}  
 
 
 def write_report(trainer: Trainer, seconds: float) -> list[str]:
-    """Write samples.png, curves.png, metrics.json and generator.safetensors. Returns the closing lines.
+    """Write samples.png, curves.png, metrics.json and generator.safetensors; return a summary, line by line.
 
-    seconds: what training took, from start or resume.
+    seconds: duration of training since start or resume.
     """
     comparison = compare(trainer.config, trainer.critic, *next(trainer.next_batches(1)))
     quality = _quality_to_the_end(trainer)
@@ -40,8 +39,8 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
         "quality": {"start": start, "end": end, **trainer.quality.facts},
         "gradient_difference": comparison.gradient_difference if comparison else None,
         "curves": {"critic": trainer.critic_curve, "quality": quality},
-        # All that a second run with the same seed may have otherwise.
-        "timing": {"seconds": seconds, "critic_step": _told(comparison)},
+        # All that differs in a second run with the same seed.
+        "timing": {"seconds": seconds, "critic_step": _timing(comparison)},
     }
     paths = {
         "samples": trainer.out / "samples.png",
@@ -70,17 +69,16 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
 
 
 def _quality_to_the_end(trainer: Trainer) -> dict[str, list[float]]:
-    """The curve, with a last point where the run ended between two measurements."""
+    """The curve of sample quality, extended to the last step."""
     curve = trainer.quality_curve
     if curve["step"][-1] == trainer.step:
         return curve
-    measured = trainer.quality.measure(trainer.shown("generator")) | trainer.system.measure(trainer.shown("critic"))
-    last = {"step": trainer.step, **measured}
+    last = {"step": trainer.step, **trainer.measure()}
     return {name: [*values, last[name]] for name, values in curve.items()}
 
 
 def _quality_lines(trainer: Trainer, start: dict[str, float], end: dict[str, float]) -> list[str]:
-    """A line a measure, then what to judge them by."""
+    """One line for each measure, then reference values in parentheses."""
     measured = [f"{_words(name)} {start[name]:.4g} -> {end[name]:.4g}" for name in end]
     return [*measured, *(f"({_words(name)} {value:.4g})" for name, value in trainer.quality.facts.items())]
 
@@ -89,15 +87,15 @@ def _words(name: str) -> str:
     return name.replace("_", " ").replace("frechet", "Frechet")
 
 
-def _told(comparison: Comparison | None) -> dict[str, Any] | None:
+def _timing(comparison: Comparison | None) -> dict[str, Any] | None:
     return None if comparison is None else asdict(comparison) | {"speedup": comparison.speedup}
 
 
 def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]:
     clock = "CPU time in one thread" if device.type == "cpu" else f"time on {device}"
     return [
-        f"critic step {comparison.speedup:.2f}x as fast as plain PyTorch: {comparison.ours_ms:.2f} ms against "
-        f"{comparison.plain_ms:.2f} ms ({comparison.what}; {clock})",
+        f"critic loss and gradients {comparison.speedup:.2f}x as fast as plain PyTorch: {comparison.ours_ms:.2f} ms "
+        f"against {comparison.plain_ms:.2f} ms ({clock})",
         f"largest relative difference of their gradients {comparison.gradient_difference:.1e}",
     ]
 
@@ -105,12 +103,12 @@ def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]
 def _plot_samples(path: Path, trainer: Trainer) -> None:
     config = trainer.config
     random = torch.Generator().manual_seed(config.seed + 1)
-    latent = torch.randn(1000, filled(config.latent), generator=random).to(trainer.device)
-    generated = sample(trainer.shown("generator"), latent).cpu()
+    latent = torch.randn(1000, config.latent, generator=random).to(trainer.device)
+    generated = sample(trainer.evaluated("generator"), latent).cpu()
     if isinstance(trainer.quality, ImageQuality):
-        images = load_images(config.data, data_dir=config.data_dir)
-        real = images[torch.randperm(len(images), generator=random)[: len(latent)]]
-        classes = [trainer.quality.classifier.classify(shown) for shown in (generated, real)]
+        real_images = load_images(config.data, data_dir=config.data_dir)
+        real = real_images[torch.randperm(len(real_images), generator=random)[: len(latent)]]
+        classes = [trainer.quality.classifier.classify(images) for images in (generated, real)]
         span = DATASETS[config.data].range
         plots.plot_images(path, _title(trainer), generated, real, span, (classes[0], classes[1]))
         return
@@ -125,7 +123,7 @@ def _title(trainer: Trainer) -> str:
 
 
 def _write_weights(path: Path, trainer: Trainer) -> None:
-    weights = {name: value.contiguous().cpu() for name, value in trainer.shown("generator").state_dict().items()}
+    weights = {name: value.contiguous().cpu() for name, value in trainer.evaluated("generator").state_dict().items()}
     names = ("algorithm", "data", "network", "latent", "width", "seed")
     about = {name: str(getattr(trainer.config, name)) for name in names}
     with replacing(path) as part:

@@ -16,6 +16,7 @@ from unmeasured import NoQuality
 from gptrainer import comparison, parts
 from gptrainer.config import TrainConfig
 from gptrainer.metrics import classifier, quality
+from gptrainer.systems import configure
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def no_quality(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
-    """A complete config of a run that takes a moment, with any values replaced."""
+    """Makes the config of a short run, with any values replaced."""
 
     def config(**values: Any) -> TrainConfig:
         small = {
@@ -69,7 +70,7 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
             "eval_every": 2,
             "out": tmp_path / "run",
         }
-        return TrainConfig(**{**small, **values}).complete()
+        return configure(**{**small, **values})
 
     return config
 

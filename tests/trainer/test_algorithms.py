@@ -12,16 +12,17 @@ from torch.nn import functional as F
 
 import gpkernels
 from gptrainer.algorithms import BUILDERS
-from gptrainer.algorithms.ct_gan import WithFeatures
+from gptrainer.algorithms.gan import ScoreLoss
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
 from gptrainer.algorithms.unrolled import critic_loss, look_ahead
+from gptrainer.algorithms.wgan import WithFeatures
 from gptrainer.algorithms.zero_centred import LazyPenalty
 from gptrainer.config import TrainConfig
 from gptrainer.data import DATASETS
-from gptrainer.defaults import SYSTEMS
 from gptrainer.loop import Trainer
 from gptrainer.models.layers import FeatureCritic
 from gptrainer.processes import Processes
+from gptrainer.systems import SYSTEMS
 
 MakeConfig = Callable[..., TrainConfig]
 pytestmark = pytest.mark.usefixtures("no_quality")
@@ -68,7 +69,7 @@ def test_every_system_of_the_list_can_be_built() -> None:
     assert BUILDERS.keys() == SYSTEMS.keys()
 
 
-@pytest.mark.parametrize("name", ["gan", "nsgan", "r1", "dragan", "wgan-gp"])
+@pytest.mark.parametrize("name", ["gan", "nsgan", "r1", "dragan", "wgan-gp", "hinge", "lsgan"])
 def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig) -> None:
     trainer = Trainer(tiny(algorithm=name))
     latent, real = trainer.noise(16), torch.randn(16, 2)
@@ -76,6 +77,8 @@ def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig)
     published = {
         "gan": F.logsigmoid(-scores).mean(),
         "wgan-gp": -scores.mean(),
+        "hinge": -scores.mean(),
+        "lsgan": F.mse_loss(scores, torch.ones_like(scores)),
     }.get(name, -F.logsigmoid(scores).mean())
     told = trainer.system.generator_step(latent, real)["generator_loss"]
     assert told.item() == pytest.approx(published.item(), rel=1e-5)
@@ -89,6 +92,32 @@ def test_the_js_estimate_of_scores_that_tell_nothing_is_zero_and_of_perfect_ones
     assert system.estimated(perfect).item() == pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize("name", ["hinge", "lsgan"])
+def test_the_critic_minimises_its_published_loss_of_scores(name: str, tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm=name))
+    real, fake = torch.randn(16, 2), 3 * torch.randn(16, 2)
+    on_real, on_fake = trainer.critic(real), trainer.critic(fake)
+    published = {
+        "hinge": F.hinge_embedding_loss(on_real, -torch.ones(16, 1))
+        + F.hinge_embedding_loss(-on_fake, -torch.ones(16, 1)),
+        "lsgan": F.mse_loss(on_real, torch.ones(16, 1)) + F.mse_loss(on_fake, torch.zeros(16, 1)),
+    }[name]
+    assert trainer.system.critic_parts(real, fake).loss.item() == pytest.approx(published.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "equal", "disjoint"), [("hinge", (0.0, 0.0), (1.0, -1.0)), ("lsgan", (0.5, 0.5), (1.0, 0.0))]
+)
+def test_estimates_are_0_for_equal_and_1_for_disjoint_distributions(
+    name: str, equal: tuple[float, float], disjoint: tuple[float, float], tiny: MakeConfig
+) -> None:
+    system = Trainer(tiny(algorithm=name)).system
+    assert isinstance(system.critic_loss, ScoreLoss)
+    for (real, fake), expected in ((equal, 0.0), (disjoint, 1.0)):  # scores of the best critic
+        loss = system.critic_loss.loss(torch.full((8,), real), torch.full((8,), fake))
+        assert system.estimated(loss).item() == pytest.approx(expected)
+
+
 # --- instance noise ---------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +127,7 @@ def test_instance_noise_falls_linearly_to_nothing(tiny: MakeConfig) -> None:
     spreads = []
     for step in (0, 5, 10, 20):
         system.begin_step(step)
-        spreads.append(system.shown(x).std().item())
+        spreads.append(system.critic_input(x).std().item())
     assert spreads == pytest.approx([2.0, 1.0, 0.0, 0.0], rel=0.05)
 
 
@@ -205,7 +234,7 @@ def test_the_critic_of_ct_gan_drops_units_in_every_pass_of_training(tiny: MakeCo
     trainer = Trainer(tiny(algorithm="ct-gan"))
     x = torch.randn(16, 2)
     assert not torch.equal(trainer.critic(x), trainer.critic(x))
-    told = trainer.system.told(trainer.system.critic_step(x, torch.randn(16, 2)))
+    told = trainer.system.metrics(trainer.system.critic_step(x, torch.randn(16, 2)))
     assert told["consistency"] > 0
 
 
@@ -344,11 +373,11 @@ def test_the_moving_average_is_what_is_measured_and_its_weights_are_the_average(
     for _ in range(3):
         trainer.train_step()
         kept.append([p.detach().clone() for p in trainer.generator.parameters()])
-    for i, average in enumerate(trainer.shown("generator").parameters()):
+    for i, average in enumerate(trainer.evaluated("generator").parameters()):
         first, second, third = (weights[i] for weights in kept)
         assert torch.allclose(average, 0.5 * (0.5 * first + 0.5 * second) + 0.5 * third)
-    assert trainer.shown("generator") is not trainer.generator
-    assert Trainer(tiny()).shown("generator").state_dict().keys() == trainer.generator.state_dict().keys()
+    assert trainer.evaluated("generator") is not trainer.generator
+    assert Trainer(tiny()).evaluated("generator").state_dict().keys() == trainer.generator.state_dict().keys()
 
 
 def test_a_boosted_critic_takes_a_hundred_steps_at_first(tiny: MakeConfig) -> None:
@@ -372,7 +401,7 @@ def test_one_pass_of_the_generator_serves_all_critic_steps_unless_it_mixes_sampl
     trainer.train_step()
     assert len(sizes) == passes
     assert sum(sizes[:-1]) == 5 * trainer.config.batch_size
-    assert sizes[-1] == trainer.config.generator_batch_size
+    assert sizes[-1] == trainer.config.resolved("generator_batch_size")
 
 
 def test_the_critic_sees_no_sample_of_a_pass_twice(tiny: MakeConfig) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpkernels.arguments import UserError
 from gptrainer.data import ShuffledBatches, load_batches
-from gptrainer.data.batches import Dequantised, Prefetched
-from gptrainer.errors import UserError
+from gptrainer.data.batches import Prefetched
 
 CPU = torch.device("cpu")
 Write = Callable[..., Path]
@@ -60,7 +60,7 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused() -> None:
 def test_a_state_of_other_data_is_refused() -> None:
     batches = ShuffledBatches(torch.arange(12), 4, seed=0)
     batches.next()
-    with pytest.raises(ValueError, match="12 samples"):
+    with pytest.raises(ValueError, match="13 samples, got one of 12"):
         ShuffledBatches(torch.arange(13), 4, seed=0).load_state_dict(batches.state_dict())
 
 
@@ -106,7 +106,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_batch_is_wanted() -> 
 
 
 def test_dequantisation_adds_uniform_noise_that_is_new_in_each_batch() -> None:
-    batches = Dequantised(ShuffledBatches(torch.zeros(4, 1, 50, 50), 4, seed=0), 1 / 128, 4, 0, (0, 1))
+    batches = ShuffledBatches(torch.zeros(4, 1, 50, 50), 4, seed=0, noise=1 / 128)
     first, second = batches.next(), batches.next()
     assert not torch.equal(first, second)
     assert 0 <= first.min() < first.max() < 1 / 128

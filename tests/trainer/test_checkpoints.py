@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from gptrainer.checkpoint import NAME, PREVIOUS, Checkpoints, Damaged, read
+from gpkernels.arguments import UserError
+from gptrainer.checkpoint import NAME, PREVIOUS, Checkpoints, read
 from gptrainer.cli import main, parse
 from gptrainer.config import TrainConfig
-from gptrainer.defaults import SYSTEMS
 from gptrainer.divergence import check_losses
-from gptrainer.errors import UserError
+from gptrainer.files import Damaged
 from gptrainer.loop import Trainer
+from gptrainer.systems import SYSTEMS
 
 MakeConfig = Callable[..., TrainConfig]
 QUICK = ("wgan-gp", "--data", "8gaussians", "--width", "8", "--batch-size", "16", "--n-critic", "1")
@@ -46,7 +47,7 @@ def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoints.save({"step": step})
     assert states(tmp_path) == [3, 2]
-    assert Checkpoints(tmp_path).load() == ({"format": 2, "step": 3}, None)
+    assert Checkpoints(tmp_path).load() == ({"format": 3, "step": 3}, None)
 
 
 @pytest.mark.parametrize("place", [0, 10, 30, 100, -1], ids=["magic", "in it", "checksum", "content", "last byte"])
@@ -62,7 +63,7 @@ def test_one_changed_byte_is_noticed_and_the_checkpoint_before_it_used(place: in
     assert state["step"] == 1
     assert note is not None
     assert "damaged" in note
-    assert "going on from" in note
+    assert "resuming from" in note
     assert "step 1" in note
     again.save({"step": 2})  # must not put the damaged one in the place of the good one
     assert states(tmp_path) == [2, 1]
@@ -76,7 +77,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before_it(
     whole = (tmp_path / NAME).read_bytes()
     (tmp_path / NAME).write_bytes(whole[: int(kept * len(whole))])
     resumed = continued(tmp_path, 10, resume=True)
-    assert f"going on from {tmp_path / PREVIOUS}, step 5" in capsys.readouterr().err
+    assert f"resuming from {tmp_path / PREVIOUS}, step 5" in capsys.readouterr().err
     assert same(straight, resumed)
 
 
@@ -97,7 +98,7 @@ def test_when_both_checkpoints_are_damaged_it_says_so_and_leaves_them(tmp_path: 
         checkpoints.save({"step": step})
     for name in (NAME, PREVIOUS):
         (tmp_path / name).write_bytes(b"nothing")
-    with pytest.raises(UserError, match=rf"{NAME} is damaged.*; .*{PREVIOUS} is damaged.*left as it is"):
+    with pytest.raises(UserError, match=rf"{NAME} is damaged.*; .*{PREVIOUS} is damaged.*left unchanged"):
         Checkpoints(tmp_path).load()
     assert (tmp_path / NAME).read_bytes() == b"nothing"
 
@@ -114,8 +115,8 @@ def test_a_run_that_starts_anew_leaves_no_checkpoint_of_the_old_one(tmp_path: Pa
 
 
 def test_a_plain_pickle_is_no_checkpoint(tmp_path: Path) -> None:
-    torch.save({"format": 2}, tmp_path / NAME)
-    with pytest.raises(Damaged, match="not a checkpoint"):
+    torch.save({"format": 3}, tmp_path / NAME)
+    with pytest.raises(Damaged, match="of another kind"):
         read(tmp_path / NAME)
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import io
 import re
 import signal
 import subprocess
@@ -14,16 +12,15 @@ import torch
 
 from gptrainer import checkpoint, logs, loop, parts
 from gptrainer.cli import main, parse
-from gptrainer.config import TrainConfig
+from gptrainer.files import pack
+from gptrainer.systems import configure
 
 QUICK = ("wgan-gp", "--data", "8gaussians", "--width", "8", "--batch-size", "16", "--steps", "3")
 
 
 def write(content: object, path: Path) -> None:
     """A checkpoint of anything, with the right checksum."""
-    payload = io.BytesIO()
-    torch.save(content, payload)
-    path.write_bytes(checkpoint.MAGIC + hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
+    path.write_bytes(pack(content))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +30,10 @@ def write(content: object, path: Path) -> None:
         pytest.param(["dcgan"], "dcgan", id="unknown algorithm"),
         pytest.param([], "wgan", id="no algorithm"),
         pytest.param(["wgan", "--fast"], "--fast", id="unknown option"),
+        pytest.param(["wgan", "digits"], "digits: not an option of wgan", id="value without its option"),
+        pytest.param(["wgan", "--data"], "--data", id="option without its value"),
+        pytest.param(["--data", "digits", "wgan"], "--data: expected after the name", id="option before the system"),
+        pytest.param(["wgan", "--network", "vae"], "vae", id="unknown network"),
         pytest.param(["wgan", "--steps", "-3"], "--steps", id="negative steps"),
         pytest.param(["wgan", "--steps", "many"], "--steps", id="steps that are no number"),
         pytest.param(["wgan", "--lr", "nan"], "--lr", id="learning rate that is no number"),
@@ -65,8 +66,18 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert (gp.n_critic, gp.lr, gp.betas, gp.penalty_weight) == (5, 1e-4, (0.0, 0.9), 10.0)
     assert clipping is not None
     assert (clipping.n_critic, clipping.lr, clipping.clip, clipping.batch_size) == (5, 5e-5, 0.01, 64)
-    assert TrainConfig("wgan-gp", "8gaussians").complete().penalty_weight == 0.1
+    assert configure("wgan-gp", "8gaussians").penalty_weight == 0.1
     assert gp.out == Path("runs/wgan-gp-digits")
+
+
+def test_options_of_the_generator_follow_those_of_the_critic() -> None:
+    config = parse(["gan-noise", "--lr", "0.5", "--steps", "7"])
+    assert config is not None
+    settings = config.settings()
+    assert (settings["generator_lr"], settings["noise_steps"], settings["generator_batch_size"]) == (0.5, 7, 48)
+    apart = parse(["unrolled", "--lr", "0.5"])
+    assert apart is not None
+    assert apart.settings()["generator_lr"] == 1e-3
 
 
 def test_the_penalty_weight_can_be_called_lambda() -> None:
@@ -75,8 +86,8 @@ def test_the_penalty_weight_can_be_called_lambda() -> None:
     assert config.penalty_weight == 3
 
 
-def test_help_tells_of_every_option_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+def test_help_names_every_option_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wgan-gp", "--help"]) == 0
     told = capsys.readouterr().out
     for name in ("--data", "--steps", "--resume", "--lambda", "--out", "--seed", "--device"):
         assert name in told
@@ -109,6 +120,7 @@ def test_a_truncated_checkpoint_gives_one_line_and_stays_as_it_is(
     [
         pytest.param([1, 2], id="a list"),
         pytest.param({"format": 99}, id="another format"),
+        pytest.param({"format": 2, "config": {"algorithm": "wgan-gp"}}, id="an older format"),
         pytest.param({"format": checkpoint.FORMAT}, id="nothing but a format"),
         pytest.param({"format": checkpoint.FORMAT, "config": 3}, id="a config that is none"),
     ],
@@ -119,6 +131,16 @@ def test_a_file_of_something_else_is_not_resumed(
     write(content, tmp_path / checkpoint.NAME)
     assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(checkpoint.OLD_MAGIC + bytes(100))
+    assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path} was written by another version" in line
 
 
 class Trap:

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+from gpkernels.arguments import UserError
 from gptrainer.data import MIXTURES, ShuffledBatches, load_batches, load_digits
-from gptrainer.errors import UserError
 from gptrainer.metrics import classifier
 
 EIGHT = MIXTURES["8gaussians"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from gpkernels.arguments import UserError
 from gptrainer.data import load_batches, load_images
 from gptrainer.data.idx import DEBIAN
-from gptrainer.errors import UserError
 
 CPU = torch.device("cpu")
 Write = Callable[..., Path]

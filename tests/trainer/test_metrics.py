@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import sys
 from itertools import permutations
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,18 +11,14 @@ from torch import nn
 from gptrainer.data import MIXTURES
 from gptrainer.metrics import (
     Moments,
-    fidelity,
     frechet_distance,
     gradient_norms,
-    inception_network_metrics,
     inception_score,
-    layer_gradient_norms,
     mean_gradient_norm,
     mode_coverage,
-    share_at_bound,
     wasserstein_1,
-    weight_histogram,
 )
+from gptrainer.reproduce.experiments.layer_gradients import layer_gradient_norms, share_at_bound, weight_histogram
 
 EIGHT = MIXTURES["8gaussians"]
 
@@ -164,36 +157,3 @@ def test_the_histogram_counts_matrices_and_not_biases() -> None:
     assert (edges[0].item(), edges[-1].item()) == pytest.approx((-0.01, 0.01))
     assert share_at_bound(critic, 0.01) == 0.75
     assert weight_histogram(nn.Linear(50, 50))[0].sum().item() == pytest.approx(1)
-
-
-# --- published scores ------------------------------------------------------------------------------------------------
-
-
-def test_without_torch_fidelity_or_its_weights_there_are_no_published_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    assert inception_network_metrics(images, images) is None
-    monkeypatch.setattr(fidelity, "find_spec", lambda name: object())  # the package, but no weights
-    assert inception_network_metrics(images, images) is None
-
-
-def test_torch_fidelity_is_given_bytes_and_local_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
-
-    def calculate_metrics(**options: object) -> dict[str, float]:
-        given.update(options)
-        return {"inception_score_mean": 7.0, "inception_score_std": 0.1, "frechet_inception_distance": 30.0}
-
-    weights = tmp_path / "checkpoints" / fidelity.WEIGHTS
-    weights.parent.mkdir()
-    weights.touch()
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(fidelity, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(calculate_metrics=calculate_metrics))
-    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    assert inception_network_metrics(images, images[:2]) == {"inception_score": 7.0, "frechet_distance": 30.0}
-    assert given["feature_extractor_weights_path"] == str(weights)
-    assert len(given["input2"]) == 2
-    assert torch.equal(given["input1"][3], images[3])

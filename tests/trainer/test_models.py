@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkernels
+from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS
-from gptrainer.errors import UserError
 from gptrainer.models import NETWORKS, build_models, default_network
 from gptrainer.models.closed_form import Line
 from gptrainer.models.layers import FeatureCritic, SameConv2d, SameConvTranspose2d, convolution, transposed

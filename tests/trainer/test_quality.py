@@ -76,7 +76,7 @@ def test_images_without_labels_are_measured_by_how_far_they_are_turned(tmp_path:
     quality = build_quality("folder32", 10, 0, CPU, data_dir=tmp_path)
     images = load_images("folder32", data_dir=tmp_path)
     assert images.labels is None
-    turned = cache._to_learn_from(images)
+    turned = cache._training_set(images)
     assert turned.labels is not None
     assert turned.labels[:5].tolist() == [0, 1, 2, 3, 0]
     assert torch.equal(turned[torch.tensor([5])], images[torch.tensor([5])].rot90(1, (2, 3)))
@@ -97,7 +97,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
 
 def cached(tmp_path: Path) -> Path:
-    (path,) = tmp_path.rglob("*.safetensors")
+    (path,) = tmp_path.rglob("*.pt")
     return path
 
 
@@ -166,7 +166,7 @@ def test_a_cache_that_cannot_be_written_costs_time_and_not_the_run(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert classifier_of("digits", load_digits()).accuracy > 0.1
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "cannot be cached" in capsys.readouterr().err
 
 
 def test_without_a_cache_folder_named_it_is_in_the_users_home(

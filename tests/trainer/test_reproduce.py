@@ -281,6 +281,35 @@ def test_the_list_names_every_experiment_and_runs_none(capsys: pytest.CaptureFix
     assert [line.split()[0] for line in lines] == [experiment.name for experiment in every()]
 
 
+def test_the_list_says_what_needs_fashion_mnist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    needy = {name for name, line in lines.items() if "needs Fashion-MNIST" in line}
+    assert needy == {"perfect-discrimination", "meaningful-loss", "overfitting", "all-systems"}
+    for name in needy:
+        assert ("for the full set" in lines[name]) == (name != "perfect-discrimination")
+
+
+@pytest.mark.parametrize("size", [0.5, 9.0], ids=["claims held", "a claim failed"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_failed_claim_gives_exit_code_1_under_strict_alone(
+    size: float, strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = runner.Outcome(made_up(Counting()), findings_of(size))
+    monkeypatch.setattr(runner, "run", lambda *_, **__: [outcome])
+    code = cli.main(["--out", str(tmp_path), *(["--strict"] if strict else [])])
+    assert code == (1 if strict and size > 1 else 0)
+    assert ("failed: It is small (the size: 9, not at most 1)" in capsys.readouterr().out) == (size > 1)
+
+
+def test_known_failures_head_the_report_with_their_cause(tmp_path: Path) -> None:
+    experiment = made_up(Counting(), claim(Bound(at_most=1), if_failed="the budget is too small"))
+    page, data = report.write(tmp_path, report.sections([runner.Outcome(experiment, findings_of(9))], "full"), "full")
+    assert json.loads(data.read_text())["known_failures"] == {"It is small": "the budget is too small"}
+    html = page.read_text()
+    assert 0 < html.index("the budget is too small") < html.index("<nav")
+
+
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +319,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
     monkeypatch.setattr(runner, "run", interrupted)
     assert cli.main(["--quick", "--out", str(tmp_path)]) == 130
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the same command goes on" in line
+    assert "the same command continues" in line
 
 
 def test_the_command_runs_reports_and_resumes_in_processes_of_its_own(
@@ -323,7 +352,7 @@ def test_a_command_that_is_ended_from_outside_leaves_no_process_behind(tmp_path:
     finally:
         command.kill()
     assert command.returncode == 128 + signal.SIGTERM
-    assert "the same command goes on" in told
+    assert "the same command continues" in told
     end = time.monotonic() + 30
     while any(_lives(pid) for pid in started):
         assert time.monotonic() < end, "a process lives on"

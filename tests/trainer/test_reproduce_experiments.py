@@ -64,6 +64,7 @@ def test_the_behaviour_of_a_trajectory_is_computed(radii: np.ndarray, said: str)
 
 
 def test_gradients_under_a_noisy_discriminator_are_cauchy_and_not_normal() -> None:
+    torch.manual_seed(0)
     settings = {"draws": 800, "batch": 8, "width": 8, "coordinates": 8, "resamples": 200}
     assert failed("cauchy-gradients", cauchy_gradients.measure(settings, 0, Context())) == []
 

@@ -7,9 +7,9 @@ import sys
 import torch
 from unmeasured import NoQuality
 
+from gpkernels.arguments import UserError
 from gptrainer import parts
 from gptrainer.cli import parse
-from gptrainer.errors import UserError
 from gptrainer.loop import Trainer
 from gptrainer.processes import Processes
 

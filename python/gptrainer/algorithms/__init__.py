@@ -1,27 +1,29 @@
-"""The systems of the papers, a small file a family."""
+"""The systems of the papers: one small file for each family."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from gptrainer.algorithms.ct_gan import CTGAN
-from gptrainer.algorithms.dragan import dragan
-from gptrainer.algorithms.gan import GANWithNoise, gan, nsgan
+from gptrainer.algorithms.gan import LSGAN, Hinge, NoisyGAN, dragan, gan, nsgan
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedCTGAN
 from gptrainer.algorithms.system import Setup, System
 from gptrainer.algorithms.unrolled import UnrolledGAN
-from gptrainer.algorithms.wgan import WGANGP, wgan
+from gptrainer.algorithms.wgan import WGANGP, ct_gan, wgan
 from gptrainer.algorithms.zero_centred import ZeroCentred
+from gptrainer.config import TrainConfig
 
 __all__ = ["BUILDERS", "Setup", "System", "build_system"]
 
-BUILDERS: dict[str, Callable[[Setup], System]] = {
+BUILDERS: dict[str, Callable[[Any, Setup], System]] = {
     "gan": gan,
     "nsgan": nsgan,
-    "gan-noise": GANWithNoise,
+    "gan-noise": NoisyGAN,
+    "hinge": Hinge,
+    "lsgan": LSGAN,
     "wgan": wgan,
     "wgan-gp": WGANGP,
-    "ct-gan": CTGAN,
+    "ct-gan": ct_gan,
     "r1": ZeroCentred,
     "r2": ZeroCentred,
     "dragan": dragan,
@@ -30,6 +32,6 @@ BUILDERS: dict[str, Callable[[Setup], System]] = {
 }
 
 
-def build_system(setup: Setup) -> System:
-    """The system that a run names."""
-    return BUILDERS[setup.config.algorithm](setup)
+def build_system(config: TrainConfig, setup: Setup) -> System:
+    """Build the system that a config is of."""
+    return BUILDERS[config.algorithm](config, setup)

@@ -1,38 +1,114 @@
-"""The original game, with either loss for the generator, and with noise on what the critic sees."""
+"""GANs without a Wasserstein critic: logistic, with instance noise, DRAGAN, hinge, least squares."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import gpkernels
 from gptrainer.algorithms.system import Setup, System, adam
-from gptrainer.config import filled
+from gptrainer.systems import DRAGANConfig, GANConfig, HingeConfig, LSGANConfig, NoisyGANConfig
 
 
-def gan(setup: Setup) -> System:
+def gan(config: GANConfig, setup: Setup) -> System:
     """Goodfellow et al. 2014, eq. 1: the generator minimises E log(1 - D(G(z)))."""
-    return System(setup, _logistic(setup), gpkernels.saturating_generator_loss, adam(setup))
+    return System(config, setup, _logistic(setup), gpkernels.saturating_generator_loss, adam(config, setup))
 
 
-def nsgan(setup: Setup) -> System:
+def nsgan(config: GANConfig, setup: Setup) -> System:
     """Goodfellow et al. 2014, section 3: the generator minimises -E log D(G(z))."""
-    return System(setup, _logistic(setup), gpkernels.nonsaturating_generator_loss, adam(setup))
+    return System(config, setup, _logistic(setup), gpkernels.nonsaturating_generator_loss, adam(config, setup))
 
 
-class GANWithNoise(System):
+def dragan(config: DRAGANConfig, setup: Setup) -> System:
+    """Kodali et al. 2017, Algorithm 1, with the non-saturating loss of their code."""
+    loss = gpkernels.CriticLoss(
+        setup.critic,
+        objective="gan",
+        penalty="dragan",
+        penalty_weight=config.penalty_weight,
+        dragan_scale=config.scale,
+        together=setup.together,
+    )
+    return System(config, setup, loss, gpkernels.nonsaturating_generator_loss, adam(config, setup), ("penalty",))
+
+
+class NoisyGAN(System):
     """The minimax game on data and samples with added N(0, sigma^2), sigma falling linearly to 0 (Sønderby et al. 2017,
     section 3.2; Arjovsky and Bottou 2017, section 3)."""
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup, _logistic(setup), gpkernels.saturating_generator_loss, adam(setup))
-        self.sigma = filled(setup.config.noise)
+    def __init__(self, config: NoisyGANConfig, setup: Setup) -> None:
+        super().__init__(config, setup, _logistic(setup), gpkernels.saturating_generator_loss, adam(config, setup))
+        self.initial_sigma, self.noise_steps = config.noise, config.resolved("noise_steps")
+        self.sigma = config.noise
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
-        self.sigma = filled(self.config.noise) * max(0.0, 1 - step / filled(self.config.noise_steps))
+        self.sigma = self.initial_sigma * max(0.0, 1 - step / self.noise_steps)
 
-    def shown(self, x: Tensor) -> Tensor:
+    def critic_input(self, x: Tensor) -> Tensor:
         return self.draws.noisy(x, self.sigma)
+
+
+class Hinge(System):
+    """Lim and Ye 2017, eqs. 13 and 14: hinge loss of the critic, a linear one of the generator."""
+
+    estimate = "total_variation_estimate"
+
+    def __init__(self, config: HingeConfig, setup: Setup) -> None:
+        loss = ScoreLoss(setup.critic, hinge_loss)
+        super().__init__(config, setup, loss, gpkernels.wgan_generator_loss, adam(config, setup))
+
+    def estimated(self, adversarial: Tensor) -> Tensor:
+        """TV >= 1 - L/2, equal for the best critic (Lim and Ye 2017, theorem 1)."""
+        return 1 - adversarial / 2
+
+
+class LSGAN(System):
+    """Mao et al. 2017, eq. 9: squared distances of the scores from 1 for real and 0 for generated samples."""
+
+    estimate = "triangular_estimate"
+
+    def __init__(self, config: LSGANConfig, setup: Setup) -> None:
+        loss = ScoreLoss(setup.critic, least_squares_loss)
+        super().__init__(config, setup, loss, lambda fake: (fake - 1).square().mean(), adam(config, setup))
+
+    def estimated(self, adversarial: Tensor) -> Tensor:
+        """Half the triangular discrimination, int (p - q)^2 / (p + q) / 2 >= 1 - 2L, equal for the best critic."""
+        return 1 - 2 * adversarial
+
+
+class Losses(NamedTuple):
+    """The loss of a critic without a penalty, for ``Parts``."""
+
+    loss: Tensor
+    adversarial: Tensor
+
+
+class ScoreLoss(nn.Module):
+    """A critic's loss from its scores of real and generated samples."""
+
+    def __init__(self, critic: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.critic, self.loss = critic, loss
+
+    def forward(self, real: Tensor, fake: Tensor) -> Losses:
+        """Compute the loss of real and fake, (N, *)."""
+        loss = self.loss(self.critic(real), self.critic(fake))
+        return Losses(loss, loss.detach())
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """mean max(0, 1 - real) + mean max(0, 1 + fake), of scores."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def least_squares_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """mean (real - 1)^2 + mean fake^2, of scores."""
+    return (real - 1).square().mean() + fake.square().mean()
 
 
 def _logistic(setup: Setup) -> gpkernels.CriticLoss:

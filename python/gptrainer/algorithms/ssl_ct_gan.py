@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 import gpkernels
 from gptrainer.algorithms.system import Setup, System, adam
-from gptrainer.config import filled
 from gptrainer.data import load_images
 from gptrainer.labels import LabelledBatches, error_rate
 from gptrainer.models.semi_supervised import Classifier
+from gptrainer.systems import SemiSupervisedConfig
 
-INITIAL = 500  # images that the classifier's layers are scaled on
+INITIAL = 500  # images for the initialisation of the classifier that depends on data
 
 
 class Losses(NamedTuple):
@@ -28,8 +28,8 @@ class Losses(NamedTuple):
 
 
 class SemiSupervisedLoss(nn.Module):
-    """Cross-entropy of the labelled images, and half of the game and the consistency of those without (Wei et al. 2018,
-    section 3.3, as their code trains).
+    """Cross-entropy on labelled images, plus half of the adversarial and consistency losses on the others (Wei et al.
+    2018, section 3.3, as their code trains).
 
     A score is lse, the log of the sum of exp(logits) (Salimans et al. 2016, section 5): real if it is large.
     """
@@ -40,7 +40,7 @@ class SemiSupervisedLoss(nn.Module):
         self.consistency_weight = consistency_weight
 
     def forward(self, images: Tensor, labels: Tensor, unlabelled: Tensor, fake: Tensor) -> Losses:
-        """images, unlabelled, fake: (N, C, H, W), each of its own N; labels: (N,)."""
+        """Compute the losses. images, unlabelled, fake: (N, C, H, W), each of its own N; labels: (N,)."""
         labelled = F.cross_entropy(self.classifier(images), labels)
         first, again, generated = (self.classifier(x) for x in (unlabelled, unlabelled, fake))
         adversarial = gpkernels.gan_discriminator_loss(first.logsumexp(1), generated.logsumexp(1))
@@ -51,7 +51,7 @@ class SemiSupervisedLoss(nn.Module):
 
 
 class LogSumExp(nn.Module):
-    """Logits (N, K) to scores (N,)."""
+    """Map logits (N, K) to scores (N,)."""
 
     def forward(self, logits: Tensor) -> Tensor:
         return logits.logsumexp(1)
@@ -61,18 +61,16 @@ class SemiSupervisedCTGAN(System):
     """The classifier learns from few labels and all images, the generator by matching the mean of its last features
     (Salimans et al. 2016, section 3.1)."""
 
-    def __init__(self, setup: Setup) -> None:
-        config = setup.config
-        loss = SemiSupervisedLoss(setup.critic, filled(config.consistency_weight))
-        super().__init__(
-            setup, loss, gpkernels.saturating_generator_loss, adam(setup), ("labelled_loss", "consistency")
-        )
+    def __init__(self, config: SemiSupervisedConfig, setup: Setup) -> None:
+        loss = SemiSupervisedLoss(setup.critic, config.consistency_weight)
+        terms = ("labelled_loss", "consistency")
+        super().__init__(config, setup, loss, gpkernels.saturating_generator_loss, adam(config, setup), terms)
         device = setup.draws.device
         train, self.held_out = (
             load_images(config.data, data_dir=config.data_dir, split=part, limit=config.limit)
             for part in ("train", "held-out")
         )
-        per_class, size = filled(config.labels_per_class), filled(config.batch_size)
+        per_class, size = config.labels_per_class, config.batch_size
         self.labelled = LabelledBatches(train, per_class, size, config.seed, device)
         if isinstance(setup.critic, Classifier):
             setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(device))

@@ -1,4 +1,4 @@
-"""The unrolled GAN: the generator's gradient flows through critic steps that have not been taken yet."""
+"""The unrolled GAN: the generator's gradient flows through future critic steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.optim import Adam
 
 import gpkernels
 from gptrainer.algorithms.system import Setup, System, adam
-from gptrainer.config import filled
 from gptrainer.processes import Processes
+from gptrainer.systems import UnrolledConfig
 
 Weights = dict[str, Tensor]
 
@@ -22,19 +22,20 @@ class UnrolledGAN(System):
     generator maximises the critic's whole loss, in which real samples count too: the critic to come depends on G.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, config: UnrolledConfig, setup: Setup) -> None:
         loss = gpkernels.CriticLoss(setup.critic, objective="gan", penalty="none")
-        super().__init__(setup, loss, gpkernels.saturating_generator_loss, adam(setup))
+        super().__init__(config, setup, loss, gpkernels.saturating_generator_loss, adam(config, setup))
+        self.unroll = config.unroll
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
         optimiser = self.critic_optimiser
         assert isinstance(optimiser, Adam)
-        weights = look_ahead(self.critic, optimiser, real, fake, filled(self.config.unroll), self.processes)
+        weights = look_ahead(self.critic, optimiser, real, fake, self.unroll, self.processes)
         return -critic_loss(self.critic, weights, real, fake)
 
 
 def critic_loss(critic: nn.Module, weights: Weights, real: Tensor, fake: Tensor) -> Tensor:
-    """The critic's loss under other weights than its own."""
+    """Compute the critic's loss with other weights than its own."""
     real_scores, fake_scores = (functional_call(critic, weights, (x,)) for x in (real, fake))
     return gpkernels.gan_discriminator_loss(real_scores, fake_scores)
 
@@ -42,9 +43,9 @@ def critic_loss(critic: nn.Module, weights: Weights, real: Tensor, fake: Tensor)
 def look_ahead(
     critic: nn.Module, optimiser: Adam, real: Tensor, fake: Tensor, steps: int, processes: Processes
 ) -> Weights:
-    """The critic's weights after steps of its optimiser on one batch, differentiable in the batch.
+    """Compute the critic's weights after steps of its optimiser on one batch, differentiable in the batch.
 
-    Neither the critic nor the optimiser is changed.
+    Neither the critic nor the optimiser is modified.
     """
     group = optimiser.param_groups[0]
     first, second = group["betas"]
@@ -66,6 +67,6 @@ def look_ahead(
 
 
 def _root(x: Tensor) -> Tensor:
-    """The square root, with the derivative 0 at 0, where a dead unit's gradients are."""
+    """Square root with derivative 0 at 0, where a dead unit's gradients are."""
     positive = x > 0
     return x.where(positive, 1.0).sqrt().where(positive, 0.0)

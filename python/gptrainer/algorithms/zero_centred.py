@@ -1,4 +1,4 @@
-"""R1 and R2: zero-centred penalties on real or generated data, taken at every step or lazily."""
+"""R1 and R2: zero-centred penalties on real or generated data, at every step or lazily."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 import gpkernels
 from gpkernels.critic.parts import CriticLossParts
-from gptrainer.algorithms.system import Setup, System
-from gptrainer.config import filled
-from gptrainer.optimiser import Adam
+from gptrainer.algorithms.system import Setup, System, adam
+from gptrainer.systems import R1Config
 
 
 class ZeroCentred(System):
@@ -22,23 +21,19 @@ class ZeroCentred(System):
     corrected for the fewer terms (Karras et al. 2020, appendix B).
     """
 
-    def __init__(self, setup: Setup) -> None:
-        config, lazy = setup.config, filled(setup.config.lazy)
-        loss = LazyPenalty(setup.critic, config.algorithm, filled(config.gamma) / 2 * lazy, setup.together)
-        correction = lazy / (lazy + 1) if lazy > 1 else 1.0
-        first, second = filled(config.betas)
-        optimisers = (
-            Adam(setup.critic.parameters(), filled(config.lr) * correction, (first**correction, second**correction)),
-            Adam(setup.generator.parameters(), filled(config.generator_lr), (first, second)),
-        )
-        super().__init__(setup, loss, gpkernels.nonsaturating_generator_loss, optimisers, ("penalty",))
+    def __init__(self, config: R1Config, setup: Setup) -> None:
+        lazy = config.lazy
+        loss = LazyPenalty(setup.critic, config.algorithm, config.gamma / 2 * lazy, setup.together)
+        optimisers = adam(config, setup, lazy)
+        super().__init__(config, setup, loss, gpkernels.nonsaturating_generator_loss, optimisers, ("penalty",))
+        self.n_critic = config.n_critic
         self.lazy = lazy
         self.critic_steps = 0
         self.last_penalty = torch.zeros(())
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
-        self.critic_steps = step * filled(self.config.n_critic)
+        self.critic_steps = step * self.n_critic
 
     def critic_parts(self, real: Tensor, fake: Tensor) -> CriticLossParts:
         due = self.critic_steps % self.lazy == 0
@@ -57,8 +52,7 @@ class ZeroCentred(System):
 
 
 class LazyPenalty(nn.Module):
-    """The critic's loss with a penalty when it is due and without when it is not: one module, so that its gradients
-    are averaged over processes in one place."""
+    """The critic's loss, with the penalty only when it is due; one module, for DistributedDataParallel."""
 
     def __init__(self, critic: nn.Module, penalty: str, weight: float, together: bool) -> None:
         super().__init__()
@@ -68,6 +62,6 @@ class LazyPenalty(nn.Module):
         self.without = gpkernels.CriticLoss(critic, objective="gan", penalty="none")
 
     def forward(self, real: Tensor, fake: Tensor, due: bool) -> CriticLossParts:
-        """real, fake: (N, *)."""
+        """Compute the loss of real and fake, (N, *)."""
         parts: CriticLossParts = (self.with_penalty if due else self.without)(real, fake)
         return parts

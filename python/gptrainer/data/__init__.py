@@ -1,4 +1,4 @@
-"""The data sets, and endless seeded batches of them. Nothing is ever downloaded."""
+"""Data sets and endless seeded batches of them. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Literal
 
 import torch
 
-from gptrainer.data.batches import Batches, Dequantised, Prefetched, SampledBatches, Shard, ShuffledBatches
+from gpkernels.arguments import UserError
+from gptrainer.data.batches import Batches, Prefetched, SampledBatches, Shard, ShuffledBatches
 from gptrainer.data.cifar import load_cifar10
 from gptrainer.data.digits import load_digits
 from gptrainer.data.folder import load_folder
 from gptrainer.data.idx import load_fashion_mnist
 from gptrainer.data.images import ImageSet
 from gptrainer.data.points import MIXTURES, POINTS, Mixture
-from gptrainer.errors import UserError
 
 __all__ = [
     "DATASETS", "MIXTURES", "POINTS", "Batches", "DataSet", "ImageSet", "Mixture", "SampledBatches", "Shard",
@@ -28,9 +28,9 @@ Split = Literal["train", "held-out"]
 
 @dataclass(frozen=True)
 class DataSet:
-    """shape: of one sample; range: least and greatest value of a pixel; classes: of its labels, 0 without.
+    """shape: of one sample; range: of the values of a pixel; classes: number of classes, 0 without labels.
 
-    tested: has test images of its own.
+    tested: whether there are test images.
     """
 
     description: str
@@ -71,10 +71,9 @@ _LOADERS: dict[str, Callable[[Path | None, Split], ImageSet]] = {
 def load_images(
     data: str, *, data_dir: Path | None = None, split: Split = "train", limit: int | None = None
 ) -> ImageSet:
-    """The images of a data set, by its name. UserError names the option that is wrong.
+    """Load the images of a data set. UserError names the option that is wrong.
 
-    limit: train on the first so many. Held out are the test images where the data has its own, else what the limit
-    leaves.
+    limit: number of training images. Held out are the test images or, where there are none, those beyond the limit.
     """
     images = _LOADERS[data](data_dir, split)
     if split == "held-out" and DATASETS[data].tested:
@@ -84,9 +83,7 @@ def load_images(
     if split == "train":
         return images if limit is None else images.subset(torch.arange(limit))
     if limit is None or limit == len(images):
-        raise UserError(
-            f"--limit: expected fewer than all images, since {data} has no test images of its own to hold out"
-        )
+        raise UserError(f"--limit: expected fewer than all images, since {data} has no test images to hold out")
     return images.subset(torch.arange(limit, len(images)))
 
 
@@ -101,19 +98,15 @@ def load_batches(
     limit: int | None = None,
     shard: Shard = (0, 1),
 ) -> Batches:
-    """Endless batches of a data set, by its name. Images are shuffled anew each epoch and read ahead by a thread.
+    """Make endless batches of a data set. Images are shuffled in each epoch and prepared in advance by a thread.
 
-    shard: (rank, world). Of each batch of ``batch_size`` this process gets the rows rank::world, so that all processes
-    together have what one would have alone.
+    batch_size: over all processes, which together get the batches of one process.
     """
     if batch_size % shard[1]:
         raise UserError(f"--batch-size: expected a multiple of the {shard[1]} processes, got {batch_size}")
     if DATASETS[data].kind == "points":
         if limit is not None:
-            raise UserError(f"--limit: expected none, since {data} draws fresh points for each batch, got {limit}")
+            raise UserError(f"--limit: expected none, since {data} is sampled afresh for each batch, got {limit}")
         return SampledBatches(POINTS[data], batch_size, seed, device, shard)
     images = load_images(data, data_dir=data_dir, split=split, limit=limit)
-    batches: Batches = ShuffledBatches(images, batch_size, seed, shard)
-    if images.scaling.noise:
-        batches = Dequantised(batches, images.scaling.noise, batch_size, seed, shard)
-    return Prefetched(batches, device)
+    return Prefetched(ShuffledBatches(images, batch_size, seed, shard, noise=images.scaling.noise), device)

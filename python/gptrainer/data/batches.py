@@ -1,4 +1,4 @@
-"""Endless batches that can go on where they were, bit for bit."""
+"""Endless batches that resume from a state bit for bit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gptrainer.errors import UserError
+from gpkernels.arguments import UserError
 
 Shard = tuple[int, int]
-"""(rank, world): the process and how many there are."""
+"""(rank, world size). A process gets the rows rank::world of each batch."""
 AHEAD = 2
 
 
 class Batches(Protocol):
-    """Endless batches that can go on where they were."""
+    """Endless batches that resume from a state."""
 
     def next(self) -> Tensor: ...
 
@@ -28,7 +28,7 @@ class Batches(Protocol):
 
 
 class Samples(Protocol):
-    """What can be indexed by a tensor of indices: a tensor, or images on disk."""
+    """Samples that are indexed by a tensor: a tensor, or images on disk."""
 
     def __len__(self) -> int: ...
 
@@ -36,14 +36,15 @@ class Samples(Protocol):
 
 
 class ShuffledBatches:
-    """Full batches of samples, shuffled anew each epoch; what does not fill a batch waits for another epoch."""
+    """Full batches of samples, shuffled in each epoch, with U[0, noise) added to each element."""
 
-    def __init__(self, samples: Samples, batch_size: int, seed: int, shard: Shard = (0, 1)) -> None:
+    def __init__(
+        self, samples: Samples, batch_size: int, seed: int, shard: Shard = (0, 1), *, noise: float = 0.0
+    ) -> None:
         if batch_size > len(samples):
             raise UserError(f"--batch-size: expected at most the {len(samples)} samples of the data, got {batch_size}")
-        self.samples = samples
-        self.batch_size = batch_size
-        self.shard = shard
+        self.samples, self.batch_size, self.noise = samples, batch_size, noise
+        self.rank, self.world = shard
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
@@ -54,14 +55,18 @@ class ShuffledBatches:
             self.position = 0
         chosen = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return self.samples[_share(chosen, self.shard)]
+        batch = self.samples[chosen[self.rank :: self.world]]
+        if self.noise:  # drawn for the images of all processes
+            noise = torch.rand(self.batch_size, *batch.shape[1:], generator=self.generator)
+            batch.add_(noise[self.rank :: self.world], alpha=self.noise)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "order": self.order, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["order"]) not in (0, len(self.samples)):
-            raise ValueError(f"the order is one of {len(state['order'])} samples, and there are {len(self.samples)}")
+            raise ValueError(f"expected the order of {len(self.samples)} samples, got one of {len(state['order'])}")
         self.generator.set_state(state["generator"])
         self.order, self.position = state["order"], state["position"]
 
@@ -77,14 +82,12 @@ class SampledBatches:
         device: torch.device,
         shard: Shard = (0, 1),
     ) -> None:
-        self.sample = sample
-        self.batch_size = batch_size
-        self.shard = shard
+        self.sample, self.batch_size, self.device = sample, batch_size, device
+        self.rank, self.world = shard
         self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
 
     def next(self) -> Tensor:
-        return _share(self.sample(self.batch_size, self.generator), self.shard).to(self.device)
+        return self.sample(self.batch_size, self.generator)[self.rank :: self.world].to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -93,35 +96,11 @@ class SampledBatches:
         self.generator.set_state(state["generator"])
 
 
-class Dequantised:
-    """Batches with noise in [0, width) on each pixel, so that its values are no longer on a grid."""
-
-    def __init__(self, batches: Batches, width: float, batch_size: int, seed: int, shard: Shard) -> None:
-        self.batches = batches
-        self.width = width
-        self.batch_size = batch_size
-        self.shard = shard
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def next(self) -> Tensor:
-        batch = self.batches.next()
-        noise = torch.rand(self.batch_size, *batch.shape[1:], generator=self.generator)  # of all processes' images
-        return batch.add_(_share(noise, self.shard), alpha=self.width)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches.state_dict(), "noise": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches.load_state_dict(state["batches"])
-        self.generator.set_state(state["noise"])
-
-
 class Prefetched:
-    """Batches that a thread makes ahead of their use. The state is that of the last batch given, not of those ahead."""
+    """Batches that a thread prepares in advance. The state is that of the last batch returned."""
 
     def __init__(self, batches: Batches, device: torch.device) -> None:
-        self.batches = batches
-        self.device = device
+        self.batches, self.device = batches, device
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: deque[Future[tuple[Tensor, dict[str, Any]]]] = deque()
         self.state = batches.state_dict()
@@ -138,14 +117,9 @@ class Prefetched:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         while self.ahead:
-            self.ahead.popleft().exception()  # waits; what was made too early is dropped
+            self.ahead.popleft().exception()  # waits; the batch is discarded
         self.batches.load_state_dict(state)
         self.state = state
 
     def _make(self) -> tuple[Tensor, dict[str, Any]]:
         return self.batches.next(), self.batches.state_dict()
-
-
-def _share(rows: Tensor, shard: Shard) -> Tensor:
-    rank, world = shard
-    return rows[rank::world]

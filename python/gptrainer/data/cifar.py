@@ -1,7 +1,4 @@
-"""CIFAR-10, from the files that it is distributed in: pickled batches for Python, or plain binary ones.
-
-The pickles are read by an unpickler that knows two harmless names and refuses all others, so no file can run code.
-"""
+"""CIFAR-10, from the files that it is distributed in: pickled batches for Python, or plain binary ones."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpkernels.arguments import UserError
 from gptrainer.data.images import ImageSet, Scaling
-from gptrainer.errors import UserError
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
@@ -25,12 +22,14 @@ Part = tuple[np.ndarray, np.ndarray]
 
 
 def load_cifar10(folder: Path | None, split: str) -> ImageSet:
-    """32x32 images in [-1, 1), 50,000 to train on and 10,000 held out."""
+    """Load 32x32 images in [-1, 1), 50,000 for training and 10,000 held out."""
     if folder is None:
-        raise UserError("--data-dir: cifar10 needs the folder that cifar-10-batches-py or cifar-10-batches-bin is in")
+        raise UserError(
+            "--data-dir: cifar10 needs the folder that contains cifar-10-batches-py or cifar-10-batches-bin"
+        )
     parts = [_read(folder, name) for name in FILES[split]]
     sizes = [len(labels) for _, labels in parts]
-    if min(sizes) != max(sizes):  # a file of whole records does not show by itself that some are missing
+    if min(sizes) != max(sizes):  # whole records may be missing
         raise UserError(f"--data-dir: {FILES[split][sizes.index(min(sizes))]} in {folder} is cut off")
     pixels, labels = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
     return ImageSet(pixels.view(-1, *SHAPE), labels.long(), 10, SCALING)
@@ -45,13 +44,13 @@ def _read(folder: Path, name: str) -> Part:
                     raise UserError(f"--data-dir: {path} is not a batch of CIFAR-10")
                 return pixels, labels
     raise UserError(
-        f"--data-dir: cifar10 needs {name}.bin or {name}, and there is neither in {folder} nor in cifar-10-batches-bin "
-        "or cifar-10-batches-py in it; the archives are at https://www.cs.toronto.edu/~kriz/cifar.html"
+        f"--data-dir: cifar10 needs {name}.bin or {name}, and neither is in {folder} or its subfolders "
+        "cifar-10-batches-bin and cifar-10-batches-py; the archives are at https://www.cs.toronto.edu/~kriz/cifar.html"
     )
 
 
 def _read_binary(path: Path) -> Part:
-    """Records of a label and 3,072 pixels."""
+    """Read records of a label and 3,072 pixels."""
     content = np.fromfile(path, np.uint8)
     if len(content) % (1 + PIXELS):
         raise UserError(f"--data-dir: {path} is damaged: its size is not a multiple of {1 + PIXELS} bytes")
@@ -60,7 +59,7 @@ def _read_binary(path: Path) -> Part:
 
 
 def _read_pickle(path: Path) -> Part:
-    """A dictionary with an array ``data`` and a list ``labels``."""
+    """Read a dictionary with an array ``data`` and a list ``labels``."""
     try:
         with path.open("rb") as file:
             content: Any = _Unpickler(file, encoding="bytes").load()
@@ -68,12 +67,23 @@ def _read_pickle(path: Path) -> Part:
         return pixels.reshape(-1, PIXELS), np.array(content[b"labels"], np.uint8)
     except OSError:
         raise
-    except Exception as error:  # the many ways in which a pickle can be damaged
+    except Exception as error:  # unpickling fails in many ways
         raise UserError(f"--data-dir: {path} is damaged or not a batch of CIFAR-10: {error}") from error
 
 
-class _Array:
-    """What a pickled NumPy array becomes: its bytes."""
+class _Unpickler(pickle.Unpickler):
+    """An unpickler of arrays of bytes that refuses every other name before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _array
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return _Bytes if name == "ndarray" else _Type
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+class _Bytes:
+    """A pickled NumPy array as its bytes."""
 
     content = b""
 
@@ -82,19 +92,12 @@ class _Array:
 
 
 class _Type:
-    """What a pickled NumPy type becomes: nothing, since all values are bytes."""
+    """A pickled NumPy type; all values are bytes."""
 
     def __init__(self, *_: Any) -> None: ...
 
     def __setstate__(self, state: tuple[Any, ...]) -> None: ...
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds the two classes above; any other name in the file is refused before it is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return lambda *_: _Array()
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return {"ndarray": _Array, "dtype": _Type}[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+def _array(*_: Any) -> _Bytes:
+    return _Bytes()

@@ -8,7 +8,7 @@ from gptrainer.data.images import ImageSet, Scaling
 
 
 def load_digits() -> ImageSet:
-    """1,797 images of 8x8 pixels with 17 shades, scaled to [0, 1]."""
+    """Load 1,797 images of 8x8 pixels with 17 shades, scaled to [0, 1]."""
     from sklearn.datasets import load_digits as load
 
     bunch = load()

@@ -1,11 +1,10 @@
-"""Any folder of images, decoded when a batch asks for them."""
+"""Any folder of images, decoded batch by batch."""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,19 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from gptrainer.data.images import ImageSet, Scaling
-from gptrainer.errors import UserError
+from gpkernels.arguments import UserError
+from gptrainer.data.images import ImageSet, Scaling, digest
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 def load_folder(folder: Path | None, size: int) -> ImageSet:
-    """All images below a folder, their middle squares in [-1, 1]; subfolders, if all are in some, are classes."""
+    """Load the central squares of all images below a folder, in [-1, 1]; subfolders are classes if all are in one."""
     if folder is None or not folder.is_dir():
         raise UserError(f"--data-dir: expected a folder of images, got {folder or 'none'}")
     names = np.array(sorted(_names(folder)))
     if not len(names):
-        raise UserError(f"--data-dir: there is no image ({', '.join(ENDINGS)}) in {folder} or below")
+        raise UserError(f"--data-dir: no image ({', '.join(ENDINGS)}) found in {folder}")
     tops = np.array([Path(name).parts[0] if os.sep in name else "" for name in names])
     classes, labels = np.unique(tops, return_inverse=True)
     known = len(classes) > 1 and "" not in classes
@@ -38,7 +37,7 @@ def load_folder(folder: Path | None, size: int) -> ImageSet:
 
 
 class FolderPixels:
-    """Images of a folder as (n, 3, size, size) bytes. names: below the folder, (N,)."""
+    """Images of a folder as (n, 3, size, size) bytes. names: relative to the folder, (N,)."""
 
     def __init__(self, folder: Path, names: np.ndarray, size: int) -> None:
         self.folder, self.names, self.size = folder, names, size
@@ -53,16 +52,14 @@ class FolderPixels:
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
     def fingerprint(self) -> str:
-        """By name, size and time of change, without reading the images."""
-        total = blake2b(f"{self.folder.resolve()} {self.size}".encode(), digest_size=16)
-        for name in self.names:
-            about = (self.folder / name).stat()
-            total.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode())
-        return total.hexdigest()
+        """Hash of names, sizes and modification times; the images are not read."""
+        files = [(str(name), (self.folder / name).stat()) for name in self.names]
+        listing = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in files)
+        return digest(f"{self.folder.resolve()} {self.size}\n{listing}")
 
 
 def decode(path: Path, size: int) -> np.ndarray:
-    """The middle square of an image, (size, size, 3), in bytes."""
+    """Decode the central square of an image to bytes, (size, size, 3)."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (size, size))  # a JPEG need not be decoded in full for a small picture

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpkernels.arguments import UserError
 from gptrainer.data.images import ImageSet
-from gptrainer.errors import UserError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PREFIX = {"train": "train", "held-out": "t10k"}
@@ -20,7 +20,7 @@ UNSIGNED_BYTES = 8
 
 
 def load_fashion_mnist(folder: Path | None, split: str) -> ImageSet:
-    """28x28 images in [0, 1], 60,000 to train on and 10,000 held out."""
+    """Load 28x28 images in [0, 1], 60,000 for training and 10,000 held out."""
     place, prefix = folder or DEBIAN, PREFIX[split]
     pixels = _read(place, f"{prefix}-images-idx3-ubyte", 3)
     labels = _read(place, f"{prefix}-labels-idx1-ubyte", 1).long()
@@ -30,19 +30,18 @@ def load_fashion_mnist(folder: Path | None, split: str) -> ImageSet:
 
 
 def _read(folder: Path, name: str, dims: int) -> Tensor:
-    """An IDX file of bytes: compressed ones are read, plain ones stay on disk until they are asked for."""
+    """Read a compressed IDX file of bytes, or map a plain one."""
     plain, packed = folder / name, folder / f"{name}.gz"
     try:
         if plain.is_file():
-            content: np.ndarray = np.memmap(
-                plain, np.uint8, mode="c"
-            )  # copy on write: torch wants arrays it may write to
+            # Copy on write, since torch expects writable arrays.
+            content: np.ndarray = np.memmap(plain, np.uint8, mode="c")
         elif packed.is_file():
             content = np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8)
         else:
             raise UserError(
-                f"--data-dir: fashion-mnist needs {name} or {name}.gz, and {folder} has neither; Debian's package "
-                "dataset-fashion-mnist has them, or name a folder with the four IDX files"
+                f"--data-dir: fashion-mnist needs {name} or {name}.gz, and {folder} has neither; install Debian's "
+                "package dataset-fashion-mnist, or name a folder with the four IDX files"
             )
         return _parse(content, dims)
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
@@ -50,10 +49,10 @@ def _read(folder: Path, name: str, dims: int) -> Tensor:
 
 
 def _parse(content: np.ndarray, dims: int) -> Tensor:
-    """Two zeros, the type, the number of axes, their lengths as big-endian 32-bit numbers, the values."""
+    """Parse two zeros, the type, the number of axes, their lengths as big-endian 32-bit numbers, and the values."""
     begin = 4 + 4 * dims
     if len(content) < begin or content[:4].tolist() != [0, 0, UNSIGNED_BYTES, dims]:
-        raise ValueError(f"it is no IDX file of bytes with {dims} axes")
+        raise ValueError(f"not an IDX file of bytes with {dims} axes")
     shape = content[4:begin].view(">u4").tolist()
     if len(content) - begin != math.prod(shape) or not shape[0]:
         raise ValueError(f"expected {' x '.join(map(str, shape))} values, got {len(content) - begin}")

@@ -1,32 +1,26 @@
-"""Sets of images: bytes in memory or on disk, made into numbers a batch at a time."""
+"""Sets of images: bytes in memory or on disk, converted to floats batch by batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
 class Pixels(Protocol):
-    """Images as bytes, (N, C, H, W), of which some are asked for at a time."""
+    """Images as bytes, (N, C, H, W), indexed by a tensor. Other types than Tensor have a ``fingerprint()``."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, chosen: Tensor, /) -> Tensor: ...
 
 
-class Fingerprinted(Protocol):
-    """Pixels that tell by themselves what they are."""
-
-    def fingerprint(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Scaling:
-    """From bytes to numbers: low + (high - low) byte / levels; batches get noise in [0, noise) on top."""
+    """The map from bytes to floats: low + (high - low) byte / levels; batches get noise in [0, noise) on top."""
 
     levels: int = 255
     low: float = 0.0
@@ -34,13 +28,13 @@ class Scaling:
     noise: float = 0.0
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 to float32."""
+        """Convert uint8 to float32."""
         return pixels.float().div_(self.levels).mul_(self.high - self.low).add_(self.low)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some of the pixels, in the order of ``indices``."""
+    """A subset of the pixels, in the order of ``indices``."""
 
     pixels: Pixels
     indices: Tensor
@@ -52,12 +46,12 @@ class Chosen:
         return self.pixels[self.indices[chosen]]
 
     def fingerprint(self) -> str:
-        return _digest(_fingerprint(self.pixels).encode(), self.indices.numpy())
+        return digest(self.pixels, self.indices)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """labels: (N,) from 0 to classes - 1, or None. Indexed by a tensor it gives floats, (n, C, H, W)."""
+    """labels: (N,) from 0 to classes - 1, or None. Indexed by a tensor it returns floats, (n, C, H, W)."""
 
     pixels: Pixels
     labels: Tensor | None
@@ -72,7 +66,7 @@ class ImageSet:
 
     @property
     def images(self) -> Tensor:
-        """All of them, (N, C, H, W) in float32: for small sets."""
+        """All images of a small set, (N, C, H, W) in float32."""
         return self[torch.arange(len(self))]
 
     def subset(self, chosen: Tensor) -> ImageSet:
@@ -81,20 +75,17 @@ class ImageSet:
         return replace(self, pixels=Chosen(self.pixels, chosen), labels=labels)
 
     def fingerprint(self) -> str:
-        """Tells one set of images and labels from another."""
-        labels = b"" if self.labels is None else self.labels.numpy()
-        return _digest(_fingerprint(self.pixels).encode(), labels, repr(self.scaling).encode())
+        """Hash of images and labels."""
+        return digest(self.pixels, "" if self.labels is None else self.labels, repr(self.scaling))
 
 
-def _fingerprint(pixels: Pixels) -> str:
-    if isinstance(pixels, Tensor):
-        return _digest(repr(tuple(pixels.shape)).encode(), pixels.numpy())
-    own: Fingerprinted = pixels  # type: ignore[assignment]
-    return own.fingerprint()
-
-
-def _digest(*parts: object) -> str:
+def digest(*parts: Any) -> str:
+    """Hash of tensors, texts and pixels."""
     total = blake2b(digest_size=16)
     for part in parts:
-        total.update(part)  # type: ignore[arg-type]
+        if isinstance(part, Tensor):
+            total.update(repr(tuple(part.shape)).encode())
+            total.update(part.numpy().tobytes())
+        else:
+            total.update((part if isinstance(part, str) else part.fingerprint()).encode())
     return total.hexdigest()

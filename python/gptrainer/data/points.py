@@ -1,4 +1,4 @@
-"""Distributions in the plane, and one on the line, that samples are drawn from."""
+"""Distributions in the plane, and one on the line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Draw = Callable[[int, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Mixture:
-    """Gaussians of one spread, equally likely. centres: (modes, 2)."""
+    """Equally likely Gaussians of one standard deviation. centres: (modes, 2)."""
 
     centres: Tensor
     sigma: float
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, 2)."""
+        """Draw (n, 2)."""
         modes = torch.randint(len(self.centres), (n,), generator=generator)
         return self.centres[modes] + self.sigma * torch.randn(n, 2, generator=generator)
 
@@ -38,7 +38,7 @@ def grid(side: int, spacing: float) -> Tensor:
 
 
 def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
-    """(n, 2): scikit-learn's roll seen from its end, over 7.5."""
+    """Draw (n, 2): scikit-learn's roll seen from its end, over 7.5."""
     from sklearn.datasets import make_swiss_roll
 
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -47,13 +47,13 @@ def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
 
 
 def segment(n: int, generator: torch.Generator) -> Tensor:
-    """(n, 2): (0, u) with u uniform in [0, 1), one of the parallel lines (Arjovsky et al. 2017, example 1)."""
+    """Draw (n, 2): (0, u) with u uniform in [0, 1), one of the parallel lines (Arjovsky et al. 2017, example 1)."""
     heights = torch.rand(n, generator=generator)
     return torch.stack([torch.zeros(n), heights], dim=1)
 
 
 def origin(n: int, generator: torch.Generator) -> Tensor:
-    """(n, 1): the data of the Dirac-GAN (Mescheder et al. 2018)."""
+    """Return (n, 1): the data of the Dirac-GAN (Mescheder et al. 2018)."""
     return torch.zeros(n, 1)
 
 

@@ -1,4 +1,4 @@
-"""The small classifier in whose features sample quality is measured."""
+"""The small classifier whose features measure sample quality."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from gptrainer.data import ImageSet, ShuffledBatches
 
 EPOCHS = 25
 IMAGES_SHOWN = 150_000
-"""Larger sets are shown fewer times than EPOCHS: as often as it takes to show about so many images."""
+"""Bound on EPOCHS times the images of a large set."""
 BATCH = 64
 CHUNK = 2048
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """body: images to features (N, d); head: features to class scores; accuracy: on held-out images."""
+    """body: maps images to features (N, d); head: maps features to logits; accuracy: on held-out images."""
 
     body: nn.Module
     head: nn.Module
     accuracy: float
 
     def features(self, images: Tensor) -> NDArray[np.float64]:
-        """The penultimate layer, (N, d)."""
+        """Compute the penultimate layer, (N, d)."""
         with torch.no_grad():
             return torch.cat([self.body(part) for part in images.split(CHUNK)]).double().numpy()
 
     def scores(self, features: NDArray[np.float64]) -> Tensor:
-        """Of the classes before the softmax, (N, classes)."""
+        """Compute the logits, (N, classes)."""
         with torch.no_grad():
             scores: Tensor = self.head(torch.from_numpy(features).float())
         return scores
 
     def classify(self, images: Tensor) -> Tensor:
-        """The likeliest classes, (N,)."""
+        """Predict classes, (N,)."""
         return self.scores(self.features(images)).argmax(dim=1)
 
 
 def untrained(shape: tuple[int, ...], classes: int) -> tuple[nn.Module, nn.Module]:
-    """(body, head) for images of a shape (C, H, W): 3x3 convolutions down to at most 8x8 pixels, one dense layer."""
+    """Build (body, head) for images (C, H, W): 3x3 convolutions down to at most 8x8 pixels, one dense layer."""
     channels, side, _ = shape
     strides = [1, 2] if side <= 8 else [2] * max(2, math.ceil(math.log2(side / 8)))
     features = 32 if side <= 8 else 64
@@ -58,7 +58,7 @@ def untrained(shape: tuple[int, ...], classes: int) -> tuple[nn.Module, nn.Modul
 
 
 def train_classifier(data: ImageSet, seed: int) -> Classifier:
-    """Train on four fifths of the images and measure on the rest; torch's global generator is left as it was."""
+    """Train on four fifths of the images and test on the rest; torch's global generator is not used."""
     from sklearn.model_selection import train_test_split  # seconds to import, and points need no classifier
 
     assert data.labels is not None
@@ -78,14 +78,14 @@ def train_classifier(data: ImageSet, seed: int) -> Classifier:
 
 
 def frozen(body: nn.Module, head: nn.Module, accuracy: float) -> Classifier:
-    """A classifier that no gradient reaches."""
+    """Build a classifier whose weights need no gradient."""
     for parameter in [*body.parameters(), *head.parameters()]:
         parameter.requires_grad_(False)
     return Classifier(body, head, accuracy)
 
 
 def shape_of(data: ImageSet) -> tuple[int, ...]:
-    """(C, H, W) of the images."""
+    """Shape of an image, (C, H, W)."""
     return tuple(data[torch.tensor([0])].shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""Numbers for a set of samples, or for two sets."""
+"""Measures of a set of samples, or of two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Array) -> Moments:
-        """Of the rows of (N, d)."""
+        """Compute the moments of the rows of (N, d)."""
         return cls(features.mean(axis=0), np.cov(features, rowvar=False))
 
 
@@ -47,7 +47,7 @@ def inception_score(logits: Tensor) -> float:
 
 
 def wasserstein_1(a: Tensor, b: Tensor) -> float:
-    """The cost of the best plan that carries one sample to the other, by Euclidean distance. a: (N, d), b: (M, d)."""
+    """Exact Wasserstein-1 distance of two samples, by Euclidean costs. a: (N, d), b: (M, d)."""
     import ot  # a second to import
 
     costs = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
@@ -55,6 +55,6 @@ def wasserstein_1(a: Tensor, b: Tensor) -> float:
 
 
 def mode_coverage(points: Tensor, mixture: Mixture, least: float = 20 / 2500) -> tuple[float, int]:
-    """(share of points within 4 sigma of a mode, number of modes that hold at least a share ``least``)."""
+    """Share of points within 4 sigma of a mode, and number of modes with at least a share ``least`` of the points."""
     near = torch.cdist(points, mixture.centres) < 4 * mixture.sigma
     return near.any(dim=1).double().mean().item(), int((near.double().mean(dim=0) >= least).sum())

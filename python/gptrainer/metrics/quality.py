@@ -1,4 +1,4 @@
-"""Measures a generator while it trains."""
+"""Measures of a generator in training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ POINTS_TRANSPORTED = 1000
 
 
 class Quality(Protocol):
-    """Measures a generator on the same latent points each time."""
+    """A measure of a generator on fixed latent points."""
 
     name: str
-    """The measure in the first place, a key of what ``measure`` returns."""
+    """The main measure, a key of what ``measure`` returns."""
     facts: dict[str, float]
-    """What a reader needs to judge the measure by."""
+    """Reference values."""
 
     def measure(self, generator: nn.Module) -> dict[str, float]: ...
 
@@ -35,8 +35,8 @@ class Quality(Protocol):
 class ImageQuality:
     """Fréchet distance and Inception score in the features of a classifier that was trained on the data.
 
-    The distance is to test images where the data has its own, else to those trained on. Without labels the classifier
-    tells by how many right angles an image was turned, and there is no score.
+    The distance is to the test images, or to the training images where there are none. Without labels the classifier
+    predicts the rotation of an image, and there is no score.
     """
 
     name = "frechet_distance"
@@ -62,7 +62,7 @@ class ImageQuality:
         return self.measure_images(sample(generator, self.latent).cpu())
 
     def measure_images(self, images: Tensor) -> dict[str, float]:
-        """images: (N, C, H, W), in the range of the data."""
+        """Measure images, (N, C, H, W), in the range of the data."""
         features = self.classifier.features(images)
         distance = frechet_distance(Moments.of(features), self.real)
         return {self.name: distance, **self._score(features, "inception_score")}
@@ -74,7 +74,7 @@ class ImageQuality:
 class PointsQuality:
     """Exact Wasserstein distance; for mixtures also the share of samples within 4 sigma of a mode, and modes covered.
 
-    A mode is covered that holds at least 20 of 2,500 samples.
+    A mode is covered if it has at least 20 of 2,500 samples.
     """
 
     def __init__(self, data: str, latent: int, seed: int, device: torch.device) -> None:
@@ -92,7 +92,7 @@ class PointsQuality:
         return self.measure_points(sample(generator, self.latent).cpu())
 
     def measure_points(self, points: Tensor) -> dict[str, float]:
-        """points: (N, d)."""
+        """Measure points, (N, d)."""
         distance = {"wasserstein_1": wasserstein_1(points[:POINTS_TRANSPORTED], self.real)}
         if self.mixture is None:
             return distance
@@ -101,7 +101,7 @@ class PointsQuality:
 
 
 def _measured(data: str, train: ImageSet, data_dir: Path | None) -> Tensor:
-    """The real images to compare with."""
+    """Select the real images of the comparison."""
     chosen = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
     return chosen[torch.arange(min(REAL_IMAGES, len(chosen)))]
 

@@ -1,16 +1,18 @@
-"""Generators and critics, by the name of the network and the shape of the data."""
+"""Generators and critics by the name of the network and the shape of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS, DataSet
-from gptrainer.errors import UserError
 from gptrainer.models import closed_form, dcgan, mlp, resnet, semi_supervised
+from gptrainer.models.layers import CT_DROPOUT
 
 __all__ = ["NETWORKS", "Network", "build_models", "default_network", "sample"]
 
@@ -19,7 +21,7 @@ Pair = tuple[nn.Module, nn.Module]
 
 @dataclass(frozen=True)
 class Network:
-    """latent, width: sizes of the authors' code. fits: data it is for. build: (data, latent, width, batch norm)."""
+    """latent, width: sizes in the authors' code. fits: data that it suits. build: (data, latent, width, batch_norm)."""
 
     description: str
     latent: int
@@ -28,48 +30,50 @@ class Network:
     build: Callable[[DataSet, int, int, bool], Pair]
 
 
-def _any(data: DataSet) -> bool:
-    return True
-
-
-def _planar(data: DataSet) -> bool:
-    return data.shape == (2,)
-
-
-def _linear(data: DataSet) -> bool:
-    return data.shape == (1,)
-
-
 def _convolutional(data: DataSet) -> bool:
     return data.shape[-1] in (28, 32, 64)
 
 
-def _32_pixels(data: DataSet) -> bool:
-    return data.shape[-1] == 32
+def _of_shape(*shape: int) -> Callable[[DataSet], bool]:
+    return lambda data: not shape or data.shape[-len(shape) :] == shape
 
 
-def _labelled(data: DataSet) -> bool:
-    return data.classes > 0
-
-
+ANY = _of_shape()
+PLANAR, LINEAR, PIXELS_32 = _of_shape(2), _of_shape(1), _of_shape(32, 32)
 NETWORKS = {
-    "mlp": Network("three hidden layers; for points those of WGAN-GP", 2, 512, _any, mlp.build),
-    "mlp12": Network("a critic of 12 hidden layers (WGAN-GP, fig. 1b)", 2, 512, _planar, mlp.build_deep),
-    "unrolled": Network("two hidden layers of tanh, orthogonal (unrolled GAN)", 256, 128, _planar, mlp.build_unrolled),
+    "mlp": Network("three hidden layers; for points those of WGAN-GP", 2, 512, ANY, mlp.build),
+    "mlp12": Network("a critic of 12 hidden layers (WGAN-GP, fig. 1b)", 2, 512, PLANAR, mlp.build_deep),
+    "unrolled": Network("two hidden layers of tanh, orthogonal (unrolled GAN)", 256, 128, PLANAR, mlp.build_unrolled),
     "dcgan": Network("convolutions: WGAN-GP's at 28 and 32 pixels, WGAN's at 64", 128, 64, _convolutional, dcgan.build),
     "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, _convolutional, dcgan.build_mlp),
-    "resnet": Network("WGAN-GP's residual networks", 128, 128, _32_pixels, resnet.build),
-    "ct": Network("as dcgan, else mlp, with CT-GAN's dropout in the critic", 128, 64, _any, dcgan.build_ct),
-    "ct-mlp": Network("as mlp, with CT-GAN's dropout in the critic", 2, 512, _any, mlp.build_ct),
-    "ct-resnet": Network("as resnet, with CT-GAN's dropout in the critic", 128, 128, _32_pixels, resnet.build_ct),
-    "semi-supervised": Network("CT-GAN's classifier and generator", 100, 250, _labelled, semi_supervised.build),
-    "lines": Network("one parameter: the place of a line", 1, 128, _planar, closed_form.build_line),
-    "dirac": Network("one parameter each: a point and a slope", 1, 1, _linear, closed_form.build_dirac),
+    "resnet": Network("WGAN-GP's residual networks", 128, 128, PIXELS_32, resnet.build),
+    "ct": Network(
+        "as dcgan, else mlp, with CT-GAN's dropout in the critic",
+        128,
+        64,
+        ANY,
+        partial(dcgan.build, dropout=CT_DROPOUT),
+    ),
+    "ct-mlp": Network(
+        "as mlp, with CT-GAN's dropout in the critic", 2, 512, ANY, partial(mlp.build, dropout=CT_DROPOUT)
+    ),
+    "ct-resnet": Network(
+        "as resnet, with CT-GAN's dropout in the critic",
+        128,
+        128,
+        PIXELS_32,
+        partial(resnet.build, dropout=resnet.CT_DROPOUT),
+    ),
+    "semi-supervised": Network(
+        "CT-GAN's classifier and generator", 100, 250, lambda data: data.classes > 0, semi_supervised.build
+    ),
+    "lines": Network("one parameter: the position of a line", 1, 128, PLANAR, closed_form.build_line),
+    "dirac": Network("one parameter each: a point and a slope", 1, 1, LINEAR, closed_form.build_dirac),
 }
 
 
 def default_network(data: str) -> str:
-    """The network for a data set where none is named."""
+    """Name of the default network for a data set."""
     if data in ("dirac", "lines"):
         return data
     return "dcgan" if _convolutional(DATASETS[data]) else "mlp"
@@ -78,10 +82,10 @@ def default_network(data: str) -> str:
 def build_models(
     data: str, latent: int, width: int, *, network: str | None = None, batch_norm: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """(generator, critic) for a data set, by its name, initialised from torch's global generator.
+    """Build (generator, critic) for a data set, initialised from torch's global generator.
 
     batch_norm: the convolutional networks as the papers have them under weight clipping and in plain GANs, with
-    BatchNorm in the critic. It mixes samples, and a gradient penalty is one per sample, so it is off by default.
+    BatchNorm in the critic. Off by default, since it mixes samples and a gradient penalty is defined for each sample.
     """
     name = network or default_network(data)
     if not NETWORKS[name].fits(DATASETS[data]):
@@ -91,7 +95,7 @@ def build_models(
 
 
 def sample(generator: nn.Module, latent: Tensor, chunk: int = 1024) -> Tensor:
-    """Generated samples in evaluation mode, without a graph, in chunks that keep memory small."""
+    """Generate samples in evaluation mode, without a graph, in chunks that bound memory."""
     training = generator.training
     generator.eval()
     with torch.no_grad():

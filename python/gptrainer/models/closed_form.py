@@ -1,4 +1,4 @@
-"""Generators of one parameter, for which the papers know the answer."""
+"""Networks of one parameter, with known solutions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Line(nn.Module):
         self.theta = nn.Parameter(torch.tensor(theta))
 
     def forward(self, latent: Tensor) -> Tensor:
-        """(N, 1) to (N, 2)."""
+        """Map (N, 1) to (N, 2)."""
         heights = torch.special.ndtr(latent[:, 0])
         return torch.stack([self.theta.expand_as(heights), heights], dim=1)
 
@@ -30,17 +30,17 @@ class Point(nn.Module):
         self.theta = nn.Parameter(torch.tensor(theta))
 
     def forward(self, latent: Tensor) -> Tensor:
-        """(N, *) to (N, 1)."""
+        """Map (N, *) to (N, 1)."""
         return self.theta.expand(len(latent), 1)
 
 
 def build_line(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
-    """The line at 1, and a critic of three hidden layers."""
+    """Build the line at 1 and a critic of three hidden layers."""
     return Line(), nn.Sequential(*dense([*data.shape, width, width, width, 1], nn.ReLU()))
 
 
 def build_dirac(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
-    """The point at 1, and the critic psi x with psi = 1."""
+    """Build the point at 1 and the critic psi x with psi = 1."""
     critic = nn.Linear(1, 1, bias=False)
     nn.init.ones_(critic.weight)
     return Point(), critic

@@ -9,33 +9,31 @@ from torch import nn
 
 from gptrainer.data import DataSet
 from gptrainer.models import mlp
-from gptrainer.models.layers import CT_DROPOUT, FeatureCritic, convolution, linear, to_range, transposed
+from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range, transposed
 
 Pair = tuple[nn.Module, nn.Module]
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """width: channels next to the images; they double from layer to layer."""
+def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
+    """Build the pair, fully connected below 28 pixels. dropout: after the critic's activations (Wei et al. 2018).
+
+    width: channels next to the images, which double from layer to layer.
+    """
+    if data.shape[-1] < 28:
+        return mlp.build(data, latent, width, batch_norm, dropout=dropout)
     # At 28 pixels the code has BatchNorm in the generator only together with the critic's.
-    return _generator(data, latent, width, batch_norm or data.shape[-1] != 28), _critic(data, width, batch_norm)
+    generator = _generator(data, latent, width, batch_norm or data.shape[-1] != 28)
+    return generator, _critic(data, width, batch_norm, dropout)
 
 
 def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """A generator of three hidden layers, without BatchNorm and with nothing that bounds its output."""
+    """Build a generator of three hidden layers, without BatchNorm and with unbounded output, and DCGAN's critic."""
     sizes = [latent, width, width, width, math.prod(data.shape)]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     generator = nn.Sequential(*layers[:-1], nn.Unflatten(1, data.shape))
     return generator, _critic(data, max(1, width // 8), batch_norm)
-
-
-def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Dropout after each activation of the critic (Wei et al. 2018); fully connected where images are small."""
-    if data.shape[-1] < 28:
-        return mlp.build_ct(data, latent, width, batch_norm)
-    generator, _ = build(data, latent, width, batch_norm)
-    return generator, _critic(data, width, batch_norm, CT_DROPOUT)
 
 
 def _generator(data: DataSet, latent: int, width: int, batch_norm: bool) -> nn.Module:
@@ -94,13 +92,13 @@ def _critic_64(data: DataSet, width: int, batch_norm: bool, dropout: float) -> F
 
 
 def _after(channels: int, batch_norm: bool, dropout: float) -> list[nn.Module]:
-    """What follows a convolution of a critic."""
+    """Layers after a convolution of a critic."""
     norm = [nn.BatchNorm2d(channels)] if batch_norm else []
     return [*norm, nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
 
 
 def _init_64(layer: nn.Module) -> None:
-    """Convolutions N(0, .02); BatchNorm's scale N(1, .02), its shift 0."""
+    """Initialise convolutions by N(0, .02), BatchNorm's scale by N(1, .02) and its shift by 0."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(layer.weight, 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm2d):

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from gptrainer.data import DataSet
 
-CT_DROPOUT = 0.5  # after each activation, but for residual networks
+CT_DROPOUT = 0.5  # after each activation, except in residual networks
 
 
 class FeatureCritic(nn.Sequential):
-    """A critic whose last layer is its head; what goes into that are the features."""
+    """A critic whose last layer is its head; the features are the head's input."""
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(scores, features), of one pass."""
+        """Compute (scores, features) in one pass."""
         features = cast(Tensor, self[:-1](x))
         return self[-1](features), features
 
@@ -47,7 +47,7 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
 
 
 class GaussianNoise(nn.Module):
-    """Adds noise while training."""
+    """Additive noise in training."""
 
     def __init__(self, sigma: float) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class Uniform(nn.Module):
 
 
 def to_range(data: DataSet) -> nn.Module:
-    """The activation whose outputs are a data set's pixels."""
+    """Output activation for the range of a data set's pixels."""
     return nn.Sigmoid() if data.range[0] == 0 else nn.Tanh()
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """Glorot-uniform, bias 0."""
+    """Linear layer, Glorot-uniform, with bias 0."""
     layer = nn.Linear(fan_in, fan_out)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -81,21 +81,21 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 def convolution(channels: int, out: int, kernel: int, stride: int = 1, *, he: bool = True) -> SameConv2d:
-    """Initialised as in the WGAN-GP code: as if each output pixel were fed back by 1 / stride^2 of the kernel."""
+    """Convolution initialised as in the WGAN-GP code, with a fan-out of 1 / stride^2 of the kernel."""
     layer = SameConv2d(channels, out, kernel, stride)
     _uniform(layer, channels * kernel**2, out * kernel**2 / stride**2, he)
     return layer
 
 
 def transposed(channels: int, out: int, kernel: int, stride: int = 2, *, he: bool = True) -> SameConvTranspose2d:
-    """Initialised as in the WGAN-GP code: as if each output pixel were fed by 1 / stride^2 of the kernel."""
+    """Transposed convolution initialised as in the WGAN-GP code, with a fan-in of 1 / stride^2 of the kernel."""
     layer = SameConvTranspose2d(channels, out, kernel, stride)
     _uniform(layer, channels * kernel**2 / stride**2, out * kernel**2, he)
     return layer
 
 
 def _uniform(layer: nn.Conv2d | nn.ConvTranspose2d, fan_in: float, fan_out: float, he: bool) -> None:
-    """Variance 4 / (fan_in + fan_out), or half of that as Glorot has it; bias 0."""
+    """Initialise with variance 4 / (fan_in + fan_out), or half of that (Glorot), and bias 0."""
     bound = math.sqrt(3 * (4 if he else 2) / (fan_in + fan_out))
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
@@ -103,6 +103,6 @@ def _uniform(layer: nn.Conv2d | nn.ConvTranspose2d, fan_in: float, fan_out: floa
 
 
 def _padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """(before, after)."""
+    """Padding (before, after)."""
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2

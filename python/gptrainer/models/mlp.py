@@ -8,41 +8,37 @@ from itertools import pairwise
 from torch import nn
 
 from gptrainer.data import DataSet
-from gptrainer.models.layers import CT_DROPOUT, FeatureCritic, to_range
+from gptrainer.models.layers import FeatureCritic, to_range
 
 Pair = tuple[nn.Module, nn.Module]
 DEPTH = 12
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Three hidden layers; as in the WGAN-GP code for points."""
-    return _generator(data, latent, width), nn.Sequential(*_critic(data, width))
+def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
+    """Build three hidden layers, for points as in the WGAN-GP code. dropout: after the critic's activations."""
+    generator = _generator(data, latent, width)
+    critic: list[nn.Module] = []
+    for layer in _critic(data, width):
+        drops = dropout and isinstance(layer, nn.ReLU | nn.LeakyReLU)
+        critic += [layer, nn.Dropout(dropout)] if drops else [layer]
+    return generator, FeatureCritic(*critic) if dropout else nn.Sequential(*critic)
 
 
 def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """A critic of 12 hidden layers, whose gradients clipping makes vanish or explode."""
+    """Build a critic of 12 hidden layers, whose gradients vanish or explode under clipping."""
     critic = dense([*data.shape, *[width] * DEPTH, 1], nn.ReLU())
     return _generator(data, latent, width), nn.Sequential(*critic)
 
 
 def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """As in the code of unrolled GANs: two hidden layers of tanh, orthogonal of gain 1.4, biases 0."""
+    """Build the networks of the unrolled GAN's code: two hidden tanh layers, orthogonal of gain 1.4, biases 0."""
     (dims,) = data.shape
     generator, critic = (nn.Sequential(*_orthogonal([n, width, width, m])) for n, m in ((latent, dims), (dims, 1)))
     return generator, critic
 
 
-def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """The same with dropout after each activation of the critic (Wei et al. 2018)."""
-    generator = _generator(data, latent, width)
-    critic: list[nn.Module] = []
-    for layer in _critic(data, width):
-        critic += [layer, nn.Dropout(CT_DROPOUT)] if isinstance(layer, nn.ReLU | nn.LeakyReLU) else [layer]
-    return generator, FeatureCritic(*critic)
-
-
 def dense(sizes: list[int], activation: nn.Module, *, batch_norm: bool = False) -> list[nn.Module]:
-    """Linear layers with an activation between them: hidden He-uniform, output Glorot-uniform, biases 0."""
+    """Linear layers with activations in between: hidden He-uniform, output Glorot-uniform, biases 0."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, fan_out), *([nn.BatchNorm1d(fan_out)] if batch_norm else []), activation]

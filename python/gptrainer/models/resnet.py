@@ -10,21 +10,20 @@ from gptrainer.data import DataSet
 from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range
 
 Pair = tuple[nn.Module, nn.Module]
-CT_DROPOUT = (0.2, 0.5, 0.5)
+Dropout = tuple[float, float, float]
+CT_DROPOUT: Dropout = (0.2, 0.5, 0.5)  # Wei et al. 2018
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Three blocks up in the generator, two down and two level in the critic, ``width`` channels in all of them."""
-    return _generator(data, latent, width), _critic(data, width, (0.0, 0.0, 0.0))
+def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: Dropout = (0.0, 0.0, 0.0)) -> Pair:
+    """Build three upsampling blocks, and a critic of two downsampling and two further blocks of ``width`` channels.
 
-
-def build_ct(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
-    """Dropout after the critic's second, third and fourth block (Wei et al. 2018)."""
-    return _generator(data, latent, width), _critic(data, width, CT_DROPOUT)
+    dropout: after the critic's second, third and fourth block.
+    """
+    return _generator(data, latent, width), _critic(data, width, dropout)
 
 
 class Block(nn.Module):
-    """x + two 3x3 convolutions of it. Size changes before the first of them (up) or after the last (down)."""
+    """Residual block of two 3x3 convolutions, upsampling before the first or downsampling after the last."""
 
     def __init__(
         self, channels: int, out: int, change: Literal["up", "down", "none"] = "none", *, batch_norm: bool = False
@@ -40,12 +39,12 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential(*up, convolution(channels, out, 1, he=False), *down) if up or down else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, out, 2H, 2W), (N, out, H/2, W/2) or, level, (N, out, H, W)."""
+        """Map (N, channels, H, W) to (N, out, 2H, 2W), (N, out, H/2, W/2) or (N, out, H, W)."""
         return (x if self.shortcut is None else self.shortcut(x)) + self.residual(x)
 
 
 class FirstBlock(nn.Module):
-    """A critic's first block, down: images have no activation to begin with, and the shortcut shrinks them first."""
+    """A critic's first, downsampling block: no activation before the images, and pooling first in the shortcut."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class FirstBlock(nn.Module):
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), convolution(channels, out, 1, he=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, out, H/2, W/2)."""
+        """Map (N, channels, H, W) to (N, out, H/2, W/2)."""
         return self.shortcut(x) + self.residual(x)
 
 
@@ -71,7 +70,7 @@ def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
     )
 
 
-def _critic(data: DataSet, width: int, dropout: tuple[float, ...]) -> FeatureCritic:
+def _critic(data: DataSet, width: int, dropout: Dropout) -> FeatureCritic:
     blocks = (Block(width, width, "down"), Block(width, width), Block(width, width))
     layers: list[nn.Module] = [FirstBlock(data.shape[0], width)]
     for block, p in zip(blocks, dropout, strict=True):

@@ -18,15 +18,15 @@ BATCH_NORM_EPS = 1e-6
 
 
 class Classifier(FeatureCritic):
-    """Scores of the classes; "fake" is a further class whose score is always 0. Features: the last hidden layer."""
+    """Logits of the classes; "fake" is a further class of logit 0. Features: the last hidden layer."""
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(scores, features), of one pass; the features are those before noise, whose mean the generator matches."""
+        """Compute (scores, features) in one pass; the features, matched by the generator, are those before noise."""
         features = cast(Tensor, self[:-2](x))
         return self[-2:](features), features
 
     def initialise(self, images: Tensor) -> None:
-        """Scale each layer so that on these images its outputs have mean 0 and variance 1 (Salimans & Kingma 2016)."""
+        """Scale each layer to outputs of mean 0 and variance 1 on these images (Salimans & Kingma 2016)."""
         x = images
         with torch.no_grad():
             for layer in self:
@@ -41,7 +41,7 @@ class Classifier(FeatureCritic):
 
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
-    """(generator, classifier). width: of the narrowest hidden layers, 250 in the code."""
+    """Build (generator, classifier). width: of the narrowest hidden layers, 250 in the code."""
     return _generator(data, latent, 2 * width), _classifier(data, width)
 
 
@@ -68,7 +68,7 @@ def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
 
 
 def _normalised(fan_in: int, fan_out: int, *, train_scale: bool) -> nn.Module:
-    """w = scale v / |v| for each output, with scale 1, v from N(0, .1) and bias 0."""
+    """Linear layer w = scale v / |v| for each output, with scale 1, v from N(0, .1) and bias 0."""
     layer = nn.Linear(fan_in, fan_out)
     nn.init.normal_(layer.weight, 0.0, 0.1)
     nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""``gpkernels reproduce``: what the papers published, measured again, with verdicts that are computed.
+"""``gpkernels reproduce``: published results, reproduced, with a computed verdict on each claim.
 
 experiments/  one experiment a file: settings, what is measured, claims with their bounds, pictures
 experiment.py what an experiment, a claim and a verdict are          store.py   one result file a seed

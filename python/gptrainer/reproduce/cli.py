@@ -1,4 +1,4 @@
-"""``gpkernels reproduce``: reads the command line, runs, writes the report."""
+"""``gpkernels reproduce``: read the command line, run, write the report."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
-from gpkernels.arguments import count
-from gptrainer.errors import UserError
-from gptrainer.interruption import Stopped, terminable
+from gpkernels.arguments import UserError, count
+from gptrainer.interruption import Stopped
 from gptrainer.reproduce import report, runner
 from gptrainer.reproduce.experiment import Context, Experiment, Size
 from gptrainer.reproduce.experiments import every, find
@@ -21,7 +22,11 @@ PROGRAM = "gpkernels reproduce"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 if an experiment broke, 2 for a mistake, 128 + its number after a signal."""
+    """Return the exit code.
+
+    0; 1 if an experiment crashed or, with --strict, a claim failed; 2 after a user's mistake; 128 + its number after a
+    signal.
+    """
     try:
         options = _parser().parse_args(argv)
         size: Size = "quick" if options.quick else "full"
@@ -30,12 +35,12 @@ def main(argv: Sequence[str]) -> int:
             _print_list(chosen)
             return 0
         context = Context(options.data_dir)
-        with terminable():
+        with _terminable():
             outcomes = runner.run(
                 chosen, size, options.out, context, jobs=options.jobs, seeds=options.seeds, fresh=options.fresh
             )
-        told = report.sections(outcomes, size)
-        page, data = report.write(options.out, told, size)
+        sections = report.sections(outcomes, size)
+        page, data = report.write(options.out, sections, size)
     except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
@@ -43,16 +48,41 @@ def main(argv: Sequence[str]) -> int:
         print(f"{PROGRAM}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{PROGRAM}: stopped; runs that had ended are kept, the same command goes on", file=sys.stderr)
+        print(f"{PROGRAM}: stopped; finished runs are kept, and the same command continues", file=sys.stderr)
         return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
-    for section in told:
+    failures = _print_results(sections)
+    print(f"report  {page}\nnumbers {data}")
+    return int(any(outcome.crashed for outcome in outcomes) or (options.strict and failures > 0))
+
+
+def _print_results(sections: Sequence[report.Section]) -> int:
+    """Print the tally of each experiment and the claims that failed; return the number of these."""
+    failures = 0
+    for section in sections:
         print(f"{section.experiment.name:<22} {section.tally}")
         for judged in section.claims:
             if judged.judgement.verdict == "failed":
+                failures += 1
                 measured = report.number(judged.judgement.mean)
-                print(f"  failed: {judged.claim.text} ({judged.claim.what}: {measured}, not {judged.claim.bound})")
-    print(f"report  {page}\nnumbers {data}")
-    return 1 if any(outcome.crashed for outcome in outcomes) else 0
+                cause = f"; {judged.judgement.reason}" if judged.judgement.reason else ""
+                print(
+                    f"  failed: {judged.claim.text} ({judged.claim.what}: {measured}, not {judged.claim.bound}{cause})"
+                )
+    return failures
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise Stopped on SIGTERM, so that child processes are ended."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,9 +91,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Measure again what the papers published, and report it with verdicts.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, or all (the default)")
-    parser.add_argument("--list", action="store_true", help="name the experiments, and end")
+    parser = _Parser(prog=PROGRAM, description="Reproduce published results and report a verdict on each claim.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of experiments, or all (the default)")
+    parser.add_argument("--list", action="store_true", help="list the experiments and exit")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -76,21 +106,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="results and report (default: %(default)s)",
     )
-    parser.add_argument("--seeds", type=count, metavar="N", help="seeds of each experiment, in place of its own number")
+    parser.add_argument("--seeds", type=count, metavar="N", help="number of seeds, instead of that of each experiment")
     parser.add_argument(
         "--jobs",
         type=count,
         default=min(2, os.cpu_count() or 1),
         metavar="N",
-        help="runs at a time, a core each (default: %(default)s)",
+        help="parallel runs, one core each (default: %(default)s)",
     )
-    parser.add_argument("--fresh", action="store_true", help="run again what has a result")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where image data lies, if not in its usual place")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results and run everything again")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a claim failed")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="folder of Fashion-MNIST's files, if not Debian's default"
+    )
     return parser
 
 
 def _chosen(names: Sequence[str]) -> list[Experiment]:
-    """In the report's order, each once."""
+    """Look up experiments by name, in the order of the report."""
     experiments = every()
     if not names or "all" in names:
         return experiments
@@ -106,4 +139,5 @@ def _chosen(names: Sequence[str]) -> list[Experiment]:
 def _print_list(experiments: Sequence[Experiment]) -> None:
     for experiment in experiments:
         claims = f"{len(experiment.claims)} claim" + "s" * (len(experiment.claims) > 1)
-        print(f"{experiment.name:<22} {experiment.title} ({claims}; {experiment.source})")
+        needs = f"; needs {experiment.needs}" if experiment.needs else ""
+        print(f"{experiment.name:<22} {experiment.title} ({claims}; {experiment.source}{needs})")

@@ -1,4 +1,4 @@
-"""Experiments, the claims they test, and how a verdict follows from what was measured."""
+"""Experiments, the claims that they test, and the verdicts that follow from measurements."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Settings = Mapping[str, Any]
 
 
 class NotRun(Exception):
-    """An experiment cannot run on this machine; its text says why, and what would change that."""
+    """Raised where an experiment cannot run on this machine; the text gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What one seed gave. measures: the numbers claims are judged by; series: plain lists, for pictures and tables."""
+    """Results of one seed. measures: the numbers that claims are judged by; series: lists for pictures and tables."""
 
     measures: dict[str, float]
     series: dict[str, Any] = field(default_factory=dict)
@@ -30,14 +30,14 @@ class Findings:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a measured number has to satisfy for its claim to hold; both ends belong to it."""
+    """Closed interval in which a measured number has to lie for its claim to hold."""
 
     at_least: float = -math.inf
     at_most: float = math.inf
     of: Literal["every seed", "the mean"] = "every seed"
 
     def holds(self, values: Sequence[float]) -> bool:
-        """Whether it does, over the seeds; never for a value that is not a number."""
+        """Whether the values over the seeds lie in the bound; NaN never does."""
         judged = [fmean(values)] if self.of == "the mean" else values
         return all(self.at_least <= value <= self.at_most for value in judged)
 
@@ -49,11 +49,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Claim:
-    """One published statement, and the bound by which ours is judged.
+    """A published statement, and the bound by which it is judged.
 
-    measure: the name in ``Findings.measures``; what: that number in words, with its unit; picture: the picture that
-    shows it, by its name; only_full: why the quick size cannot show it, if it cannot; if_failed: whether a failure in
-    the full size owes to the code, the budget or the claim, where that was found out.
+    measure: the name in ``Findings.measures``; what: that number in words, with its unit; picture: the name of the
+    picture that shows it; only_full: the reason why the quick size cannot show it, if there is one; if_failed: the
+    known cause of its failure in the full set (the code, the budget or the claim), if it is known to fail.
     """
 
     text: str
@@ -67,7 +67,7 @@ class Claim:
     if_failed: str = ""
 
     def judge(self, findings: Sequence[Findings], size: Size) -> Judgement:
-        """The verdict over seeds."""
+        """Judge the claim by the findings of all seeds."""
         if not findings:
             return Judgement("not run", reason="no seed was run")
         values = tuple(one.measures.get(self.measure, math.nan) for one in findings)
@@ -80,7 +80,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, and the values over seeds that it rests on."""
+    """A verdict, and the values over the seeds that it follows from."""
 
     verdict: Verdict
     values: tuple[float, ...] = ()
@@ -92,13 +92,13 @@ class Judgement:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; 0 where there is one."""
+        """Standard deviation over the seeds; 0 for a single seed."""
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers a picture cannot carry; cells are text."""
+    """A table of text cells."""
 
     caption: str
     header: Sequence[str]
@@ -107,7 +107,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Exhibits:
-    """What is shown of an experiment: pictures by name, and tables."""
+    """Pictures of an experiment by name, and its tables."""
 
     pictures: Mapping[str, Picture]
     tables: Sequence[Table] = ()
@@ -115,17 +115,19 @@ class Exhibits:
 
 @dataclass(frozen=True)
 class Context:
-    """What an experiment may use beside its settings: where image data lies, and what it may keep between runs."""
+    """Resources of an experiment besides its settings. data_dir: folder of image data."""
 
     data_dir: Path | None = None
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """settings: all that a result depends on beside the seed; with seeds, for either size.
+    """A measurement with its claims.
 
-    measure: (settings, seed, context) to findings, or raises NotRun. exhibit: findings over the seeds to pictures.
-    about: what is done. limits: what the size on two cores cannot show. version: raised when ``measure`` changes.
+    settings: everything that a result depends on besides the seed, for each size. measure: maps (settings, seed,
+    context) to findings, or raises NotRun. exhibit: maps the findings of all seeds to pictures. about: the method.
+    limits: what the size for two cores cannot show. needs: data beyond what the package ships. version: incremented
+    when ``measure`` changes.
     """
 
     name: str
@@ -138,4 +140,10 @@ class Experiment:
     claims: Sequence[Claim]
     exhibit: Callable[[Sequence[Findings]], Exhibits]
     limits: str = ""
+    needs: str = ""
     version: int = 1
+
+    @property
+    def known_failures(self) -> list[Claim]:
+        """Claims that are known to fail in the full set."""
+        return [claim for claim in self.claims if claim.if_failed]

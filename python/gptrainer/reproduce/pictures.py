@@ -1,4 +1,4 @@
-"""Panels in the trainer's style. A picture is panels in a row that wraps on a narrow page: its text stays legible."""
+"""Panels in the trainer's style; a picture is a row of panels that wraps on a narrow page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANEL: Any = {"font.size": 10, "axes.titlesize": 10.5, "legend.fontsize": 9, "sv
 
 @dataclass(frozen=True)
 class Panel:
-    """An SVG image as a data URI; alt: what it shows, for who cannot see it; size in inches."""
+    """An SVG image as a data URI, with its alternative text and its size in inches."""
 
     uri: str
     alt: str
@@ -28,7 +28,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Picture:
-    """caption: what to look for."""
+    """Panels with a caption."""
 
     caption: str
     panels: Sequence[Panel] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Picture:
 
 @contextmanager
 def panel(panels: list[Panel], title: str, alt: str = "", *, width: float = 4.4, height: float = 3.4) -> Iterator[Any]:
-    """Axes in our style; at the end the panel joins ``panels``. Many points should be drawn ``rasterized``."""
+    """Yield axes; the panel is then appended to ``panels``. Many points should be drawn ``rasterized``."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def panel(panels: list[Panel], title: str, alt: str = "", *, width: float = 4.4,
 
 
 def reference(ax: Any, height: float, text: str, *, at: float = 0.0, below: bool = False) -> None:
-    """A dashed line at a published value, named at the left (at 0) to the right (at 1)."""
+    """Draw a dashed line at a published value, labelled on the left (at 0) or the right (at 1)."""
     ax.axhline(height, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     side = {"ha": "left" if at < 0.5 else "right", "va": "top" if below else "bottom"}
     shift = (4 if at < 0.5 else -4, -3 if below else 3)

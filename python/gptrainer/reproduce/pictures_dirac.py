@@ -14,7 +14,7 @@ REACH = 2.4
 
 
 def phase_picture(rows: Sequence[dict[str, Any]]) -> Picture:
-    """The field and both trajectories of every system."""
+    """Draw the field and both trajectories of every system."""
     panels: list[Panel] = []
     for row in rows:
         sim, alt = row["simultaneous"], row["alternating"]
@@ -24,14 +24,14 @@ def phase_picture(rows: Sequence[dict[str, Any]]) -> Picture:
             ax.streamplot(
                 axis, axis, arrows[..., 0], arrows[..., 1], color="#cfd3d6", linewidth=0.7, arrowsize=0.7, density=0.8
             )
-            for way, colour, name in ((sim, ORANGE, "simultaneous"), (alt, BLUE, "alternating")):
-                path = np.asarray(way["path"])
+            for order, colour, name in ((sim, ORANGE, "simultaneous"), (alt, BLUE, "alternating")):
+                path = np.asarray(order["path"])
                 ax.plot(
                     *path.T,
                     color=colour,
                     linewidth=0.9,
                     alpha=0.8,
-                    label=f"{name}: {way['behaviour']}",
+                    label=f"{name}: {order['behaviour']}",
                     rasterized=True,
                 )
                 ax.plot(*path[-1], "o", color=colour, markersize=4)
@@ -55,7 +55,7 @@ def phase_picture(rows: Sequence[dict[str, Any]]) -> Picture:
 
 
 def eigenvalue_picture(rows: Sequence[dict[str, Any]]) -> Picture:
-    """In the complex plane: formulas as rings, ours as dots."""
+    """Draw eigenvalues in the complex plane, formulas as rings and measured ones as dots."""
     panels: list[Panel] = []
     with panel(panels, "Eigenvalues of the field", width=5.0, height=3.8) as ax:
         for index, row in enumerate(rows):
@@ -69,11 +69,13 @@ def eigenvalue_picture(rows: Sequence[dict[str, Any]]) -> Picture:
         ax.set(xlabel="real part", ylabel="imaginary part", xlim=(-1.1, 1.15), ylim=(-1.4, 1.4))
         ax.legend(frameon=False, loc="center right", fontsize=7.5)
     with panel(panels, "Modulus of a step's eigenvalues", width=5.0, height=3.8) as ax:
-        places = np.arange(len(rows))
-        for way, colour, shift in (("simultaneous", ORANGE, -0.17), ("alternating", BLUE, 0.17)):
-            ax.barh(places + shift, [row[way]["radius"] - 1 for row in rows], 0.3, left=1, color=colour, label=way)
+        positions = np.arange(len(rows))
+        for order, colour, shift in (("simultaneous", ORANGE, -0.17), ("alternating", BLUE, 0.17)):
+            ax.barh(
+                positions + shift, [row[order]["radius"] - 1 for row in rows], 0.3, left=1, color=colour, label=order
+            )
         ax.axvline(1, color=INK, linewidth=1)
-        ax.set_yticks(places, [row["name"] for row in rows])
+        ax.set_yticks(positions, [row["name"] for row in rows])
         ax.invert_yaxis()
         ax.set(xlabel="largest modulus, step 0.2")
         ax.legend(frameon=False, loc="lower left")

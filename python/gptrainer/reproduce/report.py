@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing beside itself, and the same as JSON."""
+"""The report: a self-contained HTML page, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gptrainer.reproduce.runner import Outcome
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its verdict. figure: the number of the picture that shows it; picture: where it is to be placed."""
+    """A claim with its verdict. figure: the number of the picture that shows it; picture: set where it is placed."""
 
     claim: Claim
     judgement: Judgement
@@ -33,7 +33,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Section:
-    """One experiment as the page shows it."""
+    """An experiment on the page."""
 
     number: int
     experiment: Experiment
@@ -48,21 +48,22 @@ class Section:
 
 
 def sections(outcomes: Sequence[Outcome], size: Size) -> list[Section]:
-    """Verdicts and pictures of what was measured."""
+    """Judge the claims and draw the pictures."""
     return [_section(number, outcome, size) for number, outcome in enumerate(outcomes, 1)]
 
 
 def tally(claims: Sequence[Judged]) -> str:
-    """How many claims have each verdict."""
+    """Count the claims by verdict."""
     counts = Counter(judged.judgement.verdict for judged in claims)
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("held", "failed", "not run") if counts[verdict])
 
 
-def write(out: Path, told: Sequence[Section], size: Size) -> tuple[Path, Path]:
-    """report.html and report.json in the folder ``out``."""
+def write(out: Path, sections: Sequence[Section], size: Size) -> tuple[Path, Path]:
+    """Write report.html and report.json to the folder ``out``; return their paths."""
     page, data = out / "report.html", out / "report.json"
     facts = _facts()
-    everything = [judged for section in told for judged in section.claims]
+    everything = [judged for section in sections for judged in section.claims]
+    known = [(section.experiment, claim) for section in sections for claim in section.experiment.known_failures]
     environment = Environment(
         loader=PackageLoader("gptrainer.reproduce", "."),
         autoescape=True,
@@ -72,19 +73,28 @@ def write(out: Path, told: Sequence[Section], size: Size) -> tuple[Path, Path]:
     )
     environment.filters["number"] = number
     html = environment.get_template("report.html.j2").render(
-        sections=told, facts=facts, size=size, summary=tally(everything)
+        sections=sections, facts=facts, size=size, summary=tally(everything), known_failures=known
     )
     with replacing(page) as part:
         part.write_text(html, encoding="utf-8")
     with replacing(data) as part:
         part.write_text(
-            json.dumps({**facts, "size": size, "experiments": [_as_json(s) for s in told]}, indent=1) + "\n"
+            json.dumps(
+                {
+                    **facts,
+                    "size": size,
+                    "known_failures": {claim.text: claim.if_failed for _, claim in known},
+                    "experiments": [_as_json(section) for section in sections],
+                },
+                indent=1,
+            )
+            + "\n"
         )
     return page, data
 
 
 def number(value: float) -> str:
-    """Three digits, and a minus sign that is one."""
+    """Format with three digits and a typographic minus sign."""
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
 
 

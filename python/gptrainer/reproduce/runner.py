@@ -1,4 +1,4 @@
-"""Runs what has no result yet, an experiment and a seed at a time, in as many processes as asked for."""
+"""Run the experiments that have no result yet, one task for each seed, in parallel processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptrainer.reproduce.experiments import find
 
 @dataclass
 class Outcome:
-    """An experiment's findings over the seeds, the seconds they took, and why there are none if there are none."""
+    """Findings of an experiment over the seeds, their duration, and the reason if there are none."""
 
     experiment: Experiment
     findings: list[Findings] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """One seed of one experiment; experiments go by name, so that a task can be sent to another process."""
+    """One seed of an experiment. The experiment is named, so that a task can be pickled."""
 
     name: str
     seed: int
@@ -52,7 +52,7 @@ def run(
     seeds: int | None,
     fresh: bool,
 ) -> list[Outcome]:
-    """All of them, in the order given. seeds: how many of each, by default what the experiment says."""
+    """Run experiments and return their outcomes in order. seeds: their number, by default the experiment's own."""
     tasks = [
         Task(experiment.name, seed, size, out, context)
         for experiment in experiments
@@ -70,7 +70,7 @@ def run(
 
 
 def run_task(task: Task) -> str:
-    """Measure and store. Returns why it could not, or nothing; a traceback for what is no expected reason."""
+    """Measure and store. Return the reason of a failure, a traceback if it is unexpected; empty after success."""
     experiment = find(task.name)
     torch.set_num_threads(1)  # seeds share the cores, and the same count gives the same bits
     torch.manual_seed(task.seed)
@@ -79,7 +79,7 @@ def run_task(task: Task) -> str:
         findings = experiment.measure(experiment.settings[task.size], task.seed, task.context)
     except NotRun as reason:
         return str(reason)
-    except Exception:  # one experiment that breaks must not take the others with it
+    except Exception:  # an experiment that crashes must not end the others
         return traceback.format_exc()
     path = store.path_of(task.out, experiment, task.size, task.seed)
     store.save(path, experiment, task.size, task.seed, findings, time.perf_counter() - begun)
@@ -87,7 +87,7 @@ def run_task(task: Task) -> str:
 
 
 def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int], str]:
-    """Reasons of those that gave nothing, by name and seed."""
+    """Run tasks; return the reasons of those that failed, by name and seed."""
     failures: dict[tuple[str, int], str] = {}
     if not due:
         return failures
@@ -105,7 +105,7 @@ def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int]
                 done, _ = wait(left, timeout=2.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = left.pop(future)
-                    reason = _told(future)
+                    reason = _reason(future)
                     if reason:
                         failures[task.name, task.seed] = reason
                     bar.update()
@@ -122,11 +122,11 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _told(future: Future[str]) -> str:
+def _reason(future: Future[str]) -> str:
     try:
         return future.result()
     except BrokenExecutor:
-        return "its process, or one beside it, was ended from outside; the same command goes on"
+        return "its process or another one was killed; the same command continues"
 
 
 def _gather(experiment: Experiment, tasks: Sequence[Task], failures: dict[tuple[str, int], str]) -> Outcome:
@@ -137,11 +137,11 @@ def _gather(experiment: Experiment, tasks: Sequence[Task], failures: dict[tuple[
             outcome.findings.append(stored[0])
             outcome.seconds += stored[1]
         elif not outcome.reason:
-            told = failures[task.name, task.seed].rstrip()
-            outcome.crashed = told.startswith("Traceback")
-            outcome.reason = told.splitlines()[-1] if outcome.crashed else told
+            text = failures[task.name, task.seed].rstrip()
+            outcome.crashed = text.startswith("Traceback")
+            outcome.reason = text.splitlines()[-1] if outcome.crashed else text
             if outcome.crashed:
-                print(f"gpkernels reproduce: {_label(task)}:\n{told}", file=sys.stderr)
+                print(f"gpkernels reproduce: {_label(task)}:\n{text}", file=sys.stderr)
     return outcome
 
 

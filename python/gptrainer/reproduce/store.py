@@ -1,4 +1,4 @@
-"""One JSON file an experiment and seed, whole or absent; it counts only for the settings and version it was made by."""
+"""One JSON file for each experiment and seed, complete or absent, valid only for its settings and version."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gptrainer.reproduce.experiment import Experiment, Findings, Size
 
 
 def path_of(out: Path, experiment: Experiment, size: Size, seed: int) -> Path:
-    """Where a result is kept."""
+    """Path of a result."""
     return out / "results" / size / experiment.name / f"seed-{seed}.json"
 
 
 def save(path: Path, experiment: Experiment, size: Size, seed: int, findings: Findings, seconds: float) -> None:
-    """Write one result. seconds: what measuring took."""
+    """Write one result. seconds: duration of the measurement."""
     result = {"key": _key(experiment, size, seed), "seconds": round(seconds, 1), **_plain(vars(findings))}
     with replacing(path) as part:
         part.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
 
 
 def load(path: Path, experiment: Experiment, size: Size, seed: int) -> tuple[Findings, float] | None:
-    """What was measured and the seconds it took; None where there is no result for these settings and this version.
+    """Read findings and their duration; None where there is no result for these settings and this version.
 
-    A damaged file is named on stderr and counts as absent.
+    A damaged file is reported on stderr and treated as absent.
     """
     if not path.is_file():
         return None
@@ -43,7 +43,7 @@ def load(path: Path, experiment: Experiment, size: Size, seed: int) -> tuple[Fin
 
 
 def _key(experiment: Experiment, size: Size, seed: int) -> Any:
-    """What a result depends on, as JSON gives it back."""
+    """Everything that a result depends on, as JSON."""
     key = {
         "experiment": experiment.name,
         "version": experiment.version,
@@ -54,7 +54,7 @@ def _key(experiment: Experiment, size: Size, seed: int) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """With six digits of each number, which is more than a picture shows, and None for what is not finite."""
+    """Round to six digits, more than a picture shows, and replace non-finite numbers by None."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

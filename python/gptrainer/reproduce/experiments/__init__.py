@@ -1,4 +1,4 @@
-"""The experiments, in the order of the report: a new one is a new file and one name here."""
+"""The experiments, in the order of the report. A new one needs a file and its name here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = (
 
 @cache
 def find(name: str) -> Experiment:
-    """The experiment of a name, as on the command line or as its file is called; KeyError if there is none."""
+    """Find an experiment by its name or by that of its file; KeyError if there is none."""
     stem = name.replace("-", "_")
     if stem not in NAMES:
         raise KeyError(name)
@@ -36,5 +36,5 @@ def find(name: str) -> Experiment:
 
 
 def every() -> list[Experiment]:
-    """All of them."""
+    """List all experiments."""
     return [find(name) for name in NAMES]

@@ -24,7 +24,7 @@ SLOPE = 1.0  # of its gradient's error
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Many independent errors of the discriminator; the generator's gradient for each."""
+    """Draw many independent errors of the discriminator; compute the generator's gradient for each."""
     generator = build_models("lines", 2, settings["width"], network="mlp")[0]
     weights = list(generator.parameters())
     latent = torch.randn(settings["batch"], 2)
@@ -57,7 +57,7 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
 
 
 def _gradient(generator: torch.nn.Module, weights: Sequence[Tensor], latent: Tensor) -> Tensor:
-    """All coordinates of the gradient of E -log D(G(z)) for one draw of the discriminator's error.
+    """Compute the gradient of E -log D(G(z)) for one draw of the discriminator's error.
 
     D(x) near a sample is e + r.(x - x0), with independent normal e and r; the loss takes its logit. The sign of e
     cannot matter, r being symmetric, so that |e| stands for it and D is a probability.
@@ -71,7 +71,7 @@ def _gradient(generator: torch.nn.Module, weights: Sequence[Tensor], latent: Ten
 
 
 def _predicted_scales(generator: torch.nn.Module, weights: Sequence[Tensor], latent: Tensor) -> Array:
-    """r.J / e is Cauchy with scale |J| sd(r) / sd(e) for one sample; scales of independent Cauchy terms add."""
+    """Scales of the Cauchy distributions: r.J / e has |J| sd(r) / sd(e); scales of independent terms add."""
     total = torch.zeros(sum(weight.numel() for weight in weights))
     for z in latent:
         x = generator(z[None])[0]
@@ -92,7 +92,7 @@ def _distances(samples: Array) -> Array:
 
 
 def _p_values(distances: Array, draws: int, resamples: int, seed: int) -> Array:
-    """Against simulated Cauchy samples whose scale is fitted in the same way; the scale itself cancels."""
+    """Compute p-values from simulated Cauchy samples, whose scale is fitted too and cancels."""
     random = np.random.default_rng(seed)
     null = np.concatenate([_distances(random.standard_cauchy((draws, 50))) for _ in range(resamples // 50)])
     return (1 + (null[:, None] >= distances).sum(axis=0)) / (1 + len(null))
@@ -150,7 +150,7 @@ EXPERIMENT = Experiment(
         "Where real and generated samples lie on disjoint manifolds, the best discriminator and its gradient "
         "are 0 on the "
         "generated ones. With independent normal errors on both, the gradient of the −log D loss with respect to a "
-        "weight of an MLP generator is drawn again and again, through the loss that training uses."
+        "weight of an MLP generator is sampled many times, through the loss that training uses."
     ),
     settings={
         "quick": {"draws": 2000, "batch": 16, "width": 16, "coordinates": 12, "resamples": 1000},
@@ -197,5 +197,5 @@ EXPERIMENT = Experiment(
         ),
     ),
     exhibit=exhibit,
-    limits="The errors are white noise, as the theorem assumes; that a trained discriminator's are, it does not claim.",
+    limits="The errors are white noise, as the theorem assumes; those of a trained discriminator need not be.",
 )

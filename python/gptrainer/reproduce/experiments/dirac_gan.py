@@ -1,4 +1,4 @@
-"""The Dirac-GAN: one number to generate, one to tell it apart by; which objectives bring them to rest."""
+"""The Dirac-GAN: a generator and a discriminator of one parameter each, under the objectives of the paper."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ NODES = 64
 CONVERGED, DIVERGED = 0.1, 3.0  # distance from the equilibrium at the end, over that at the start
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of theta and psi
+ORDERS = ("simultaneous", "alternating")  # of the two players' steps
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class System:
     clip: float = math.inf
 
     def field_eigenvalues(self) -> list[complex]:
-        """-b/2 ± sqrt(b^2/4 - a^2): section 2 and theorems 4.1 and 4.3 of the paper with its f, f' and f''."""
+        """Eigenvalues -b/2 ± sqrt(b^2/4 - a^2), of section 2 and theorems 4.1 and 4.3 of the paper."""
         root = cmath.sqrt(self.damping**2 / 4 - self.slope**2)
         return [-self.damping / 2 + root, -self.damping / 2 - root]
 
     def map_eigenvalues(self, alternating: bool) -> list[complex]:
-        """Of one step of length h: 1 + h lambda; alternating, determinant 1 - h b and trace 2 - h b - h^2 a^2."""
+        """Eigenvalues of one step h: 1 + h lambda; alternating, of determinant 1 - h b and trace 2 - h b - h^2 a^2."""
         if not alternating:
             return [1 + STEP * value for value in self.field_eigenvalues()]
         trace, determinant = 2 - STEP * self.damping - (STEP * self.slope) ** 2, 1 - STEP * self.damping
@@ -57,12 +58,12 @@ class System:
 
 
 def scores(psi: Tensor, x: Tensor) -> Tensor:
-    """D(x) = psi x."""
+    """The discriminator D(x) = psi x."""
     return psi * x
 
 
 def systems() -> list[System]:
-    """The objectives of the paper, on our ops. The data are a point at 0, the generator is one at theta."""
+    """Objectives of the paper by gpkernels' ops. The data is a point at 0, the generator one at theta."""
     zero = torch.zeros(1, dtype=torch.float64)
     node = torch.from_numpy(ndtri((torch.arange(NODES, dtype=torch.float64).numpy() + 0.5) / NODES))
     noise = SIGMA * node / node.square().mean().sqrt()  # equally likely nodes with the moments that matter at 0
@@ -111,7 +112,7 @@ def systems() -> list[System]:
 
 
 def move(system: System, state: Tensor, alternating: bool) -> Tensor:
-    """One step of gradient descent from (theta, psi), differentiable in both; without clipping."""
+    """Take one step of gradient descent from (theta, psi), differentiable in both, without clipping."""
     theta, psi = state[:1], state[1:]
     moved = theta + STEP * _down(system.generator_loss, theta, psi, theta)
     seen, own = moved if alternating else theta, psi.view_as(psi)  # psi moved the generator too: not part of its slope
@@ -119,7 +120,7 @@ def move(system: System, state: Tensor, alternating: bool) -> Tensor:
 
 
 def field(system: System, state: Tensor) -> Tensor:
-    """Where gradient descent goes in continuous time, (2,)."""
+    """Vector field of gradient descent in continuous time, (2,)."""
     return (move(system, state, alternating=False) - state) / STEP
 
 
@@ -130,14 +131,14 @@ def _down(loss: Loss, theta: Tensor, psi: Tensor, by: Tensor) -> Tensor:
 
 
 def jacobian_eigenvalues(function: Callable[[Tensor], Tensor], at: tuple[float, float]) -> list[complex]:
-    """By autograd, through the gradients that make the step."""
+    """Compute eigenvalues by autograd, through the gradients of the step."""
     state = torch.tensor(at, dtype=torch.float64)
     matrix: Any = torch.autograd.functional.jacobian(function, state)
     return [complex(value) for value in torch.linalg.eigvals(matrix)]
 
 
 def trajectory(system: System, start: tuple[float, float], alternating: bool) -> Tensor:
-    """(STEPS + 1, 2)."""
+    """Compute a trajectory, (STEPS + 1, 2)."""
     states = [torch.tensor(start, dtype=torch.float64)]
     for _ in range(STEPS):
         state = move(system, states[-1].clone().requires_grad_(), alternating).detach()
@@ -147,7 +148,7 @@ def trajectory(system: System, start: tuple[float, float], alternating: bool) ->
 
 
 def behaviour(path: Tensor) -> str:
-    """By the last tenth of a trajectory: how far from the equilibrium it still gets, over where it began."""
+    """Classify a trajectory by the largest distance from the equilibrium in its last tenth, over the first."""
     radius = path.norm(dim=1)
     left = (radius[-STEPS // 10 :].max() / radius[0]).item()
     return "converges" if left < CONVERGED else "diverges" if left > DIVERGED else "circles"
@@ -159,38 +160,34 @@ def distance(found: Sequence[complex], expected: Sequence[complex]) -> float:
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Eigenvalues and trajectories of every system, simultaneous and alternating."""
+    """Compute eigenvalues and trajectories of every system, simultaneous and alternating."""
     rows = [_row(system) for system in systems()]
-    ways = ("simultaneous", "alternating")
     clipped, gp, *regularised = rows[2:]
     growth = _growth(systems()[0])
     measures = {
         "field_error": max(row["field_error"] for row in rows),
-        "map_error": max(row[way]["error"] for row in rows for way in ways),
+        "map_error": max(row[order]["error"] for row in rows for order in ORDERS),
         "radius_error": max(
-            abs(rows[at][way]["radius"] - published)
-            for at, way, published in (
+            abs(rows[at][order]["radius"] - published)
+            for at, order, published in (
                 (0, "simultaneous", 1.00499), (0, "alternating", 1.0), (5, "simultaneous", 0.97468),
                 (5, "alternating", 0.96954), (6, "simultaneous", 0.9), (6, "alternating", 0.92702),
             )
         ),
         "growth": growth["simultaneous"],
         "drift": abs(growth["alternating"] - 1),
-        "unregularised_at_rest": sum(row[way]["behaviour"] == "converges" for row in rows[:2] for way in ways),
-        "wasserstein_at_rest": sum(row[way]["behaviour"] == "converges" for row in (clipped, gp) for way in ways),
-        "regularised_at_rest": sum(row[way]["behaviour"] == "converges" for row in regularised for way in ways),
+        "unregularised_at_rest": sum(row[order]["behaviour"] == "converges" for row in rows[:2] for order in ORDERS),
+        "wasserstein_at_rest": sum(row[order]["behaviour"] == "converges" for row in (clipped, gp) for order in ORDERS),
+        "regularised_at_rest": sum(row[order]["behaviour"] == "converges" for row in regularised for order in ORDERS),
     }  # fmt: skip
     return Findings(measures, {"systems": rows})
 
 
 def _growth(system: System) -> dict[str, float]:
-    """How much further from the equilibrium a trajectory that starts close to it is at the end."""
-    paths = {
-        way: trajectory(system, (1e-3, 1e-3), way == "alternating").norm(dim=1)
-        for way in ("simultaneous", "alternating")
-    }
+    """Growth of the distance from the equilibrium along a trajectory that starts close to it."""
+    paths = {order: trajectory(system, (1e-3, 1e-3), order == "alternating").norm(dim=1) for order in ORDERS}
     # An orbit is an ellipse: its size is the largest radius of a turn (2 pi / (h / 2) = 63 steps).
-    return {way: (path[-64:].max() / path[:64].max()).item() for way, path in paths.items()}
+    return {order: (path[-64:].max() / path[:64].max()).item() for order, path in paths.items()}
 
 
 def _row(system: System) -> dict[str, Any]:
@@ -204,10 +201,10 @@ def _row(system: System) -> dict[str, Any]:
         "field_error": distance(found, system.field_eigenvalues()),
         "field": _grid(system),
     }
-    for alternating, way in ((False, "simultaneous"), (True, "alternating")):
+    for alternating, order in ((False, "simultaneous"), (True, "alternating")):
         path = trajectory(system, start, alternating)
         values = jacobian_eigenvalues(partial(move, system, alternating=alternating), system.at)
-        row[way] = {
+        row[order] = {
             "error": distance(values, system.map_eigenvalues(alternating)),
             "radius": max(abs(value) for value in values),
             "behaviour": behaviour(path),
@@ -217,7 +214,7 @@ def _row(system: System) -> dict[str, Any]:
 
 
 def _grid(system: System, n: int = 13, reach: float = 2.4) -> list[list[list[float]]]:
-    """The field on a grid: (n, n, 2), psi by theta."""
+    """Evaluate the field on a grid, (n, n, 2), psi by theta."""
     axis = torch.linspace(-reach, reach, n, dtype=torch.float64)
     return [[field(system, torch.stack([x, y]).requires_grad_()).tolist() for x in axis] for y in axis]
 
@@ -231,7 +228,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         [
             (
                 row["name"], _complex(row["found"]), _complex(row["published"]),
-                *(f"{row[way]['behaviour']}, {row[way]['radius']:.5f}" for way in ("simultaneous", "alternating")),
+                *(f"{row[order]['behaviour']}, {row[order]['radius']:.5f}" for order in ORDERS),
                 "converges" if row["converges"] else "does not converge",
             )
             for row in rows
@@ -249,12 +246,12 @@ def _complex(pair: Sequence[Sequence[float]]) -> str:
 
 EXPERIMENT = Experiment(
     name="dirac-gan",
-    title="Dirac-GAN: which objectives come to rest",
+    title="Dirac-GAN: which objectives converge",
     source=PAPER,
     about=(
-        "D(x) = ψx tells a data point at 0 from a generated one at θ. The Jacobians of the gradient field and of one "
-        "step of gradient descent are taken by autograd through the losses and penalties that training uses. "
-        "Instance noise is 64 equally likely values with the variance of the normal distribution."
+        "D(x) = ψx discriminates a data point at 0 from a generated one at θ. The Jacobians of the gradient field "
+        "and of one step of gradient descent are taken by autograd through the losses and penalties that training "
+        "uses. Instance noise is 64 equally likely values with the variance of the normal distribution."
     ),
     settings={"quick": {}, "full": {}},
     seeds={"quick": 1, "full": 1},
@@ -272,7 +269,7 @@ EXPERIMENT = Experiment(
             "eigenvalues",
         ),
         Claim(
-            "So are the eigenvalues of one step, simultaneous and alternating",
+            "The eigenvalues of one step, simultaneous or alternating, are those of the formulas",
             f"{PAPER}, lemmas 2.4 and 2.5",
             "1 + hλ; for alternating steps the roots of μ² − (2 − hb − h²a²)μ + 1 − hb",
             "map_error",
@@ -299,7 +296,7 @@ EXPERIMENT = Experiment(
             "phases",
         ),
         Claim(
-            "Alternating steps circle it",
+            "Alternating steps of the plain GAN circle the equilibrium",
             f"{PAPER}, lemma 2.5",
             "eigenvalues on the unit circle: the radius stays",
             "drift",

@@ -1,4 +1,4 @@
-"""Noise on real and generated samples: an imperfect discriminator, and a gradient that survives."""
+"""Instance noise: the optimal discriminator is imperfect, and the generator's gradient does not vanish."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TEST = 20_000
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Discriminators of two lines at distance 1 under several noises; then training with noise that falls to 0."""
+    """Train discriminators of two lines at distance 1 under several noises; then train with noise that falls to 0."""
     lines = [_discriminate(sigma, settings, seed) for sigma in SIGMAS]
     noisy = range(1, len(SIGMAS))
     accuracy = [best_accuracy(sigma) for sigma in SIGMAS]
     gradient = [best_gradient(sigma) for sigma in SIGMAS]
-    annealed = {way: _train(way, settings, seed, context) for way in ("gan", "gan-noise")}
+    annealed = {algorithm: _train(algorithm, settings, seed, context) for algorithm in ("gan", "gan-noise")}
     wide = [at for at in noisy if SIGMAS[at] >= 0.25]
     return Findings(
         {
@@ -44,7 +44,7 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
 
 
 def _discriminate(sigma: float, settings: Settings, seed: int) -> tuple[float, float]:
-    """(accuracy on the noised lines, the saturating loss's gradient by theta) of a trained discriminator."""
+    """Train a discriminator; return its accuracy on noisy lines and the saturating loss's gradient in theta."""
     torch.manual_seed(seed)
     line, (_, critic) = Line(1.0), build_models("lines", 1, settings["width"], network="mlp")
     values = {"lr": 1e-3, "batch_size": settings["batch"]}
@@ -66,7 +66,7 @@ def _discriminate(sigma: float, settings: Settings, seed: int) -> tuple[float, f
 
 
 def best_accuracy(sigma: float) -> float:
-    """Of any discriminator of two lines at distance 1 under noise: only the distance along x counts."""
+    """Best accuracy on two lines at distance 1 under noise: only the distance along x counts."""
     return float(norm.cdf(0.5 / sigma)) if sigma else 1.0
 
 
@@ -85,11 +85,11 @@ def _logistic(x: float) -> float:
     return float(0.5 * (1 + np.tanh(x / 2)))
 
 
-def _train(way: str, settings: Settings, seed: int, context: Context) -> dict[str, list[float]]:
-    trainer = start(way, "8gaussians", settings["train_steps"], seed, context, width=settings["train_width"])
+def _train(algorithm: str, settings: Settings, seed: int, context: Context) -> dict[str, list[float]]:
+    trainer = start(algorithm, "8gaussians", settings["train_steps"], seed, context, width=settings["train_width"])
     curve: dict[str, list[float]] = {"step": [], "wasserstein": []}
 
-    def look(run: object, told: dict[str, float]) -> None:
+    def look(run: object, losses: dict[str, float]) -> None:
         curve["step"].append(trainer.step)
         curve["wasserstein"].append(trainer.quality.measure(trainer.generator)["wasserstein_1"])
 
@@ -100,7 +100,7 @@ def _train(way: str, settings: Settings, seed: int, context: Context) -> dict[st
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
     theory = np.geomspace(0.05, 2.2, 60)
-    with pictures.panel(panels, "How well the noised lines are told apart") as ax:
+    with pictures.panel(panels, "Accuracy on noisy lines") as ax:
         ax.plot(
             theory,
             [best_accuracy(sigma) for sigma in theory],
@@ -125,10 +125,14 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.set(xlabel=r"$\sigma$ of the noise (the lines are 1 apart)", ylabel=r"$|d/d\theta\; E \log(1 - D)|$")
         ax.legend(frameon=False, loc="lower right")
     with pictures.panel(panels, "Noise that falls to 0: 8 Gaussians") as ax:
-        for way, colour in (("gan", plots.PURPLE), ("gan-noise", plots.BLUE)):
+        for algorithm, colour in (("gan", plots.PURPLE), ("gan-noise", plots.BLUE)):
             for one in findings:
-                ax.plot(one.series["annealed"][way]["step"], one.series["annealed"][way]["wasserstein"], color=colour)
-            ax.plot([], [], color=colour, label=way)
+                ax.plot(
+                    one.series["annealed"][algorithm]["step"],
+                    one.series["annealed"][algorithm]["wasserstein"],
+                    color=colour,
+                )
+            ax.plot([], [], color=colour, label=algorithm)
         ax.set(xlabel="generator steps", ylabel="exact $W_1$ to the data", ylim=(0, None))
         ax.legend(frameon=False)
     return Exhibits(
@@ -142,10 +146,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="instance-noise",
-    title="Instance noise: an imperfect discriminator that teaches",
+    title="Instance noise: an imperfect discriminator and a useful gradient",
     source=PAPERS,
     about=(
-        "The parallel lines at distance 1 again, where everything is known: under noise N(0, σ²) on both, "
+        "The parallel lines at distance 1, for which the optimum is known: under noise N(0, σ²) on both, "
         "the best accuracy "
         "is Φ(1/2σ). Then the minimax game on 8 Gaussians with and without noise that falls linearly to 0."
     ),
@@ -166,7 +170,7 @@ EXPERIMENT = Experiment(
             "noise",
         ),
         Claim(
-            "With noise it is as good as the overlap lets it be, no better",
+            "With noise the discriminator reaches the best accuracy that the overlap permits",
             PAPERS,
             "Φ(1/2σ)",
             "accuracy_error",
@@ -175,7 +179,7 @@ EXPERIMENT = Experiment(
             "noise",
         ),
         Claim(
-            "The generator's gradient survives",
+            "The generator's gradient does not vanish",
             PAPERS,
             "does not vanish",
             "survives",
@@ -184,7 +188,7 @@ EXPERIMENT = Experiment(
             "noise",
         ),
         Claim(
-            "It is the gradient of the noised divergence",
+            "The generator's gradient is that of the divergence of the noisy distributions",
             PAPERS,
             "the best discriminator's, by quadrature",
             "gradient_error",
@@ -200,7 +204,7 @@ EXPERIMENT = Experiment(
             "exact W₁ at the end, with noise over without",
             Bound(at_most=1.0, of="the mean"),
             "noise",
-            only_full="400 steps say nothing of where a run ends",
+            only_full="a run has not converged after 400 steps",
             if_failed=(
                 "the claim as it is measured here: published is stability, and where a run without noise ends is up to "
                 "chance, sometimes nearer than with noise"

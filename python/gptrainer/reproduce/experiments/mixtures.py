@@ -1,4 +1,4 @@
-"""Mixtures of 8 and 25 Gaussians: which of their modes a generator finds."""
+"""Mode coverage on mixtures of 8 and 25 Gaussians."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = {"8gaussians": "8 Gaussians", "25gaussians": "25 Gaussians"}
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Three runs: both systems on 8 Gaussians, and the penalty for long on 25."""
+    """Train both systems on 8 Gaussians, and the penalty on 25."""
     runs = {name: _run(values, seed, context) for name, values in settings["runs"].items()}
     gp, clipping, long = runs["gp8"], runs["clip8"], runs["gp25"]
     return Findings(
@@ -41,26 +41,28 @@ def _run(settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     trainer = start(settings["algorithm"], settings["data"], settings["steps"], seed, context, **values)
     curve: dict[str, Any] = {"step": [], "modes": [], "share": [], "data": settings["data"]}
 
-    def look(run: Trainer, told: dict[str, float]) -> None:
-        quality = run.quality.measure(run.shown("generator"))
+    def look(run: Trainer, losses: dict[str, float]) -> None:
+        quality = run.quality.measure(run.evaluated("generator"))
         curve["step"].append(run.step)
         curve["modes"].append(quality["modes_covered"])
         curve["share"].append(quality["share_within_4_sigma"])
 
     train(trainer, max(1, settings["steps"] // 20), look)
     latent = torch.randn(1500, trainer.config.latent or 0, generator=torch.Generator().manual_seed(seed))
-    curve["samples"] = sample(trainer.shown("generator"), latent).double().tolist()
+    curve["samples"] = sample(trainer.evaluated("generator"), latent).double().tolist()
     return curve
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     clouds: list[pictures.Panel] = []
     curves: list[pictures.Panel] = []
-    ways = {"gp8": "penalty", "clip8": "clipping", "gp25": "penalty"}
-    for key, way in ways.items():
+    methods = {"gp8": "penalty", "clip8": "clipping", "gp25": "penalty"}
+    for key, method in methods.items():
         run = findings[0].series[key]
         name = NAMES[run["data"]]
-        with pictures.panel(clouds, f"{name}, {way}", f"generated points, {name}, {way}", width=3.6, height=3.7) as ax:
+        with pictures.panel(
+            clouds, f"{name}, {method}", f"generated points, {name}, {method}", width=3.6, height=3.7
+        ) as ax:
             real = POINTS[run["data"]](1500, torch.Generator().manual_seed(0))
             ax.plot(*real.T, ".", color=plots.ORANGE, markersize=4, alpha=0.5, rasterized=True, label="real")
             ax.plot(
@@ -80,12 +82,12 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ("modes", "Share of the modes that are covered"),
     ):
         with pictures.panel(curves, title) as ax:
-            for colour, (name, way) in zip((plots.BLUE, plots.ORANGE, plots.GREEN), ways.items(), strict=True):
+            for colour, (name, method) in zip((plots.BLUE, plots.ORANGE, plots.GREEN), methods.items(), strict=True):
                 for one in findings:
                     run = one.series[name]
                     most = 1 if key == "share" else (8 if run["data"] == "8gaussians" else 25)
                     ax.plot(run["step"], [100 * value / most for value in run[key]], color=colour)
-                ax.plot([], [], color=colour, label=f"{NAMES[run['data']]}, {way}")
+                ax.plot([], [], color=colour, label=f"{NAMES[run['data']]}, {method}")
             ax.set(xlabel="generator steps", ylabel="%", ylim=(-3, 105), xscale="log")
             ax.legend(frameon=False)
     return Exhibits(
@@ -160,6 +162,7 @@ EXPERIMENT = Experiment(
             "share within 4σ, penalty less clipping",
             Bound(at_least=0.2),
             "curves",
+            only_full="after 1500 steps at width 64 it is 0.09 to 0.44 in six seeds",
         ),
         Claim(
             "Clipping covers no more modes",

@@ -1,4 +1,4 @@
-"""What a critic of bounded capacity can tell apart, and how many samples anyone needs."""
+"""Distributions that a critic of bounded capacity distinguishes, and the number of samples that any test needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST = 2048
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Collisions on a finite set; estimates of two families; support size against what a network sees."""
+    """Measure collisions on a finite set, estimates of two families of critics, and the effect of support size."""
     random = np.random.default_rng(seed)
     needed = [samples_needed(n, settings["trials"], random) for n in settings["sizes"]]
     slope = np.polyfit(np.log(settings["sizes"]), np.log(needed), 1)[0]
@@ -50,7 +50,7 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
 
 
 def power(n: int, m: int, trials: int, random: np.random.Generator) -> float:
-    """How often m samples tell uniform on n points from uniform on an unknown half, by their collisions; ½ is a guess.
+    """Power of a collision test of m samples, uniform on n points or on an unknown half of them; ½ is a guess.
 
     Only coincidences carry information here, the half being unknown: the test calls "half" where there are more of
     them than midway between both expectations, and guesses at a tie.
@@ -66,12 +66,12 @@ def power(n: int, m: int, trials: int, random: np.random.Generator) -> float:
 
 
 def _coincidences(points: int, m: int) -> float:
-    """How many of m samples fall on a point that another has, but for the first there: in expectation."""
+    """Expected number of m samples that fall on a point already drawn."""
     return float(m - points * (1 - (1 - 1 / points) ** m))
 
 
 def samples_needed(n: int, trials: int, random: np.random.Generator) -> int:
-    """The least m, to within 3 %, at which the test is right two times in three."""
+    """Find the least m, to within 3 %, at which the test is right two times in three."""
     m = 2
     while power(n, m, trials, random) < 2 / 3:
         m = max(m + 1, int(m * 1.03))
@@ -85,13 +85,13 @@ def family_distance(family: str, settings: Settings) -> float:
 
 
 def _ring(n: int) -> Tensor:
-    """A circle of radius sqrt(2): mean 0, covariance 1, as the normal distribution."""
+    """Draw from a circle of radius sqrt(2), of mean 0 and covariance 1."""
     angle = 2 * torch.pi * torch.rand(n)
     return 2**0.5 * torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
 def finite_support(m: int, settings: Settings) -> tuple[float, float]:
-    """A normal distribution against m of its points: what a small network sees, and the exact transport cost."""
+    """Compare a normal distribution with m of its points by a small network and by exact transport."""
     scale = DIMENSION**-0.5
     points = scale * torch.randn(m, DIMENSION)
     critic = nn.Sequential(nn.Linear(DIMENSION, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -104,7 +104,7 @@ def finite_support(m: int, settings: Settings) -> tuple[float, float]:
 
 
 def _estimate(critic: nn.Module, real: Draw, fake: Draw, settings: Settings) -> float:
-    """E f(real) - E f(fake) for the family's best member with slope about 1, on fresh samples."""
+    """Estimate E f(real) - E f(fake) for the best f of slope about 1 in a family, on fresh samples."""
     batch = settings["batch"]
     loss = gpkernels.CriticLoss(critic, penalty="wgan-gp", penalty_weight=10.0, one_sided=True)
     optimiser = torch.optim.Adam(critic.parameters(), lr=2e-3, betas=(0.5, 0.9))
@@ -161,10 +161,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="neural-net-distance",
-    title="Neural-net distance: what a bounded critic does not see",
+    title="Neural-net distance: distributions that a bounded critic does not distinguish",
     source=PAPER,
     about=(
-        "Three small worlds: telling a finite set from half of it by samples alone; a ring and a normal "
+        "Three small problems: distinguishing a finite set from half of it by samples alone; a ring and a normal "
         "distribution with "
         "the same mean, seen by linear critics and by networks; and a distribution against a few of its own points."
     ),
@@ -188,7 +188,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     claims=(
         Claim(
-            "Telling N points from an unknown half of them takes of the order of √N samples",
+            "Distinguishing N points from an unknown half of them takes of the order of √N samples",
             "two-sample toy problem after Arora et al. 2017, the birthday bound",
             "Ω(√N): slope ½ in logarithms",
             "slope",
@@ -206,7 +206,7 @@ EXPERIMENT = Experiment(
             "capacity",
         ),
         Claim(
-            "An integral probability metric over a family does not see what the family cannot",
+            "An integral probability metric over a family is blind to what the family cannot represent",
             f"{PAPER}, section 2",
             "0 for linear critics where the means agree",
             "blindness",

@@ -1,4 +1,4 @@
-"""A critic on few images: its losses on known and unknown images part, and a consistency term holds them together."""
+"""Overfitting of a critic on few images, with and without a consistency term."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Expe
 from gptrainer.reproduce.training import start, train
 
 CT = "Wei et al. 2018, section 4.1 and figure 3"
-WAYS = {"wgan-gp": "penalty alone", "ct-gan": "penalty and consistency"}
+ALGORITHMS = {"wgan-gp": "penalty alone", "ct-gan": "penalty and consistency"}
 NETWORKS = {"wgan-gp": "mlp", "ct-gan": "ct-mlp"}
 SMALL = {"width": 64, "latent": 10, "n_critic": 5, "lr": 1e-4}
 LARGE = {"width": 256, "latent": 64, "n_critic": 5, "lr": 5e-4}
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """The same networks, images and steps with and without the consistency term."""
-    runs = {way: _run(way, settings, seed, context) for way in WAYS}
-    gap = {way: run["gap"][-1] for way, run in runs.items()}
-    quality = {way: run["quality"][-1] for way, run in runs.items()}
+    """Train the same networks on the same images with and without the consistency term."""
+    runs = {algorithm: _run(algorithm, settings, seed, context) for algorithm in ALGORITHMS}
+    gap = {algorithm: run["gap"][-1] for algorithm, run in runs.items()}
+    quality = {algorithm: run["quality"][-1] for algorithm, run in runs.items()}
     return Findings(
         {
             "gap": gap["wgan-gp"],
@@ -37,15 +37,18 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     )
 
 
-def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
+def _run(algorithm: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     data, images = settings["data"], settings["images"]
-    values = {name: settings[name] for name in SMALL} | {"batch_size": settings["batch"], "network": NETWORKS[way]}
-    trainer = start(way, data, settings["steps"], seed, context, limit=images, **values)
+    values = {name: settings[name] for name in SMALL} | {
+        "batch_size": settings["batch"],
+        "network": NETWORKS[algorithm],
+    }
+    trainer = start(algorithm, data, settings["steps"], seed, context, limit=images, **values)
     known = load_images(data, data_dir=context.data_dir, limit=images)[torch.arange(500)]
     unknown = load_images(data, data_dir=context.data_dir, split="held-out", limit=images)[torch.arange(500)]
     curve: dict[str, Any] = {"step": [], "known": [], "unknown": [], "gap": [], "quality": []}
 
-    def look(run: Trainer, told: dict[str, float]) -> None:
+    def look(run: Trainer, losses: dict[str, float]) -> None:
         with torch.no_grad(), evaluating(run.critic), evaluating(run.generator):
             generated = run.critic(run.generator(torch.randn(500, run.config.latent or 0))).mean()
             seen, unseen = ((run.critic(x).mean() - generated).item() for x in (known, unknown))
@@ -53,7 +56,7 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
         curve["known"].append(-seen)
         curve["unknown"].append(-unseen)
         curve["gap"].append((seen - unseen) / abs(seen))
-        curve["quality"].append(run.quality.measure(run.shown("generator"))["frechet_distance"])
+        curve["quality"].append(run.quality.measure(run.evaluated("generator"))["frechet_distance"])
 
     train(trainer, settings["steps"] // 12, look)
     return curve
@@ -61,14 +64,14 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
-    for way, title in WAYS.items():
+    for algorithm, title in ALGORITHMS.items():
         with pictures.panel(panels, f"Critic's loss, {title}") as ax:
             for key, colour, label in (
                 ("known", plots.BLUE, "training images"),
                 ("unknown", plots.ORANGE, "held-out images"),
             ):
                 for one in findings:
-                    ax.plot(one.series[way]["step"], one.series[way][key], color=colour)
+                    ax.plot(one.series[algorithm]["step"], one.series[algorithm][key], color=colour)
                 ax.plot([], [], color=colour, label=label)
             ax.set(xlabel="generator steps", ylabel="E D(fake) − E D(real)")
             ax.legend(frameon=False)
@@ -77,10 +80,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ("quality", "Quality of samples", "Fréchet distance"),
     ):
         with pictures.panel(panels, title) as ax:
-            for way, colour in (("wgan-gp", plots.PURPLE), ("ct-gan", plots.GREEN)):
+            for algorithm, colour in (("wgan-gp", plots.PURPLE), ("ct-gan", plots.GREEN)):
                 for one in findings:
-                    ax.plot(one.series[way]["step"], one.series[way][key], color=colour)
-                ax.plot([], [], color=colour, label=WAYS[way])
+                    ax.plot(one.series[algorithm]["step"], one.series[algorithm][key], color=colour)
+                ax.plot([], [], color=colour, label=ALGORITHMS[algorithm])
             ax.set(xlabel="generator steps", ylabel=label, yscale="log" if key == "quality" else "linear")
             ax.legend(frameon=False)
     caption = (
@@ -92,11 +95,11 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="overfitting",
-    title="Few images: the critic overfits, and consistency holds it back",
+    title="Few images: the critic overfits, and the consistency term reduces it",
     source=f"Gulrajani et al. 2017, figure 5b; {CT}",
     about=(
         "WGAN-GP and CT-GAN, the same but for dropout and the consistency term in the critic, fully connected, on the "
-        "first images of a data set; the critic's loss on 500 of them and on 500 it has never seen. The Fréchet "
+        "first images of a data set; the critic's loss on 500 of them and on 500 unseen ones. The Fréchet "
         "distance is to images that were held out where the data has test images."
     ),
     settings={
@@ -107,7 +110,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     claims=(
         Claim(
-            "The critic's losses on training and held-out images part",
+            "The critic's losses on training and held-out images diverge",
             "Gulrajani et al. 2017, figure 5b",
             "they part",
             "gap",
@@ -121,7 +124,7 @@ EXPERIMENT = Experiment(
             "Gulrajani et al. 2017, figure 5b",
             "grows",
             "gap_growth",
-            "gap at the end less that at the first look, over the training loss",
+            "gap at the end less that at the first evaluation, over the training loss",
             Bound(at_least=0.0),
             "overfitting",
             only_full="a small critic on 500 digits overfits little in 360 steps",
@@ -136,7 +139,7 @@ EXPERIMENT = Experiment(
             "overfitting",
         ),
         Claim(
-            "It improves the samples",
+            "The consistency term improves the samples",
             CT,
             "Inception score 5.12 against 2.98 with 1000 images of CIFAR-10",
             "quality_ratio",
@@ -145,11 +148,13 @@ EXPERIMENT = Experiment(
             "overfitting",
             only_full="360 steps on digits are too few for the difference",
             if_failed=(
-                "the budget: in so short a run the distance varies from look to look by more than the term changes it"
+                "the budget: in so short a run the distance varies between evaluations by more than the effect of "
+                "the term"
             ),
         ),
     ),
     exhibit=exhibit,
+    needs="Fashion-MNIST for the full set",
     limits=(
         "The published networks are convolutional and trained for 50,000 steps and more; here it is 3,000 generator "
         "steps of fully connected ones at five times the rate, where the gap has opened but not all of it."

@@ -1,4 +1,4 @@
-"""Two parallel lines: the Wasserstein distance sees how far apart they are, the Jensen-Shannon divergence does not."""
+"""Two parallel lines: the Wasserstein distance depends on their distance, the Jensen-Shannon divergence does not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXACT = "Arjovsky et al. 2017, Example 1"
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Exact values over a range of theta, then what trained critics make of some of them."""
+    """Compute exact values over a range of theta, and the estimates of trained critics for some of them."""
     thetas = [round(-1 + 0.05 * step, 2) for step in range(41)]
     exact = [exact_wasserstein(theta) for theta in thetas]
     divergence = [exact_jensen_shannon(theta) for theta in thetas]
@@ -53,12 +53,12 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
 
 
 def line(theta: Tensor, z: Tensor) -> Tensor:
-    """The generator of the example, (theta, z): (N, 2)."""
+    """Generate the example's samples (theta, z), (N, 2)."""
     return torch.stack([theta.expand(len(z)), z], dim=1)
 
 
 def exact_wasserstein(theta: float) -> tuple[float, float]:
-    """W1 between the lines at 0 and theta and its derivative, by the optimal plan, which stays the same nearby."""
+    """Compute W1 between the lines at 0 and theta and its derivative, by the optimal plan, locally constant."""
     z = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
     at = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     cost = torch.linalg.vector_norm(line(torch.zeros_like(at), z)[:, None] - line(at, z), dim=2)
@@ -70,13 +70,13 @@ def exact_wasserstein(theta: float) -> tuple[float, float]:
 
 
 def exact_jensen_shannon(theta: float) -> float:
-    """log 2 less half the loss of the best discriminator, which is certain where the lines differ."""
+    """Compute log 2 - L/2 for the best discriminator, which is certain where the lines differ."""
     sure = torch.full((POINTS,), CERTAIN if theta else 0.0, dtype=torch.float64)
     return math.log(2) - gpkernels.gan_discriminator_loss(sure, -sure).item() / 2
 
 
 def trained(theta: float, kind: str, settings: Settings) -> tuple[float, float]:
-    """A trained critic's (or discriminator's) estimate of the distance, and its derivative by theta."""
+    """Train a critic or discriminator; return its estimate of the distance and the derivative in theta."""
     critic: nn.Module = build_models("lines", 2, settings["width"], network="mlp")[1]
     at, origin, batch = torch.tensor(theta, requires_grad=True), torch.tensor(0.0), settings["batch"]
     penalty = "wgan-gp" if kind == "wgan" else "none"
@@ -130,7 +130,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         pictures.reference(ax, math.log(2), "published, log 2", at=0.0)
         ax.set(xlabel=r"$\theta$, distance of the lines", ylabel="JS (nats)", ylim=(-0.03, 0.82))
         ax.legend(frameon=False, loc="lower left")
-    with pictures.panel(panels, "What the generator is told") as ax:
+    with pictures.panel(panels, "Gradient of the generator") as ax:
         ax.plot(
             [-1.05, 0, 0, 1.05],
             [-1, -1, 1, 1],
@@ -206,7 +206,7 @@ EXPERIMENT = Experiment(
             "distances",
         ),
         Claim(
-            "A trained Wasserstein critic hands this gradient to the generator",
+            "A trained Wasserstein critic passes this gradient to the generator",
             EXACT,
             "dW/dθ = sign θ; with penalty weight 10 the best slope is 1.05",
             "critic_gradient_error",
@@ -224,7 +224,7 @@ EXPERIMENT = Experiment(
             "distances",
         ),
         Claim(
-            "A trained discriminator hands the generator next to nothing",
+            "A trained discriminator passes almost no gradient to the generator",
             EXACT,
             "dJS/dθ = 0",
             "discriminator_gradient",

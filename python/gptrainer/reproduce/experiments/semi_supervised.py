@@ -8,7 +8,6 @@ from typing import Any
 from torch.nn import functional as F
 
 from gptrainer import plots
-from gptrainer.config import filled
 from gptrainer.loop import Trainer
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
@@ -18,7 +17,7 @@ PAPER = "Wei et al. 2018, section 4.4"
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """The error on held-out digits of both, along training, with the same labels, networks and steps."""
+    """Record held-out errors of both during training, with the same labels, networks and steps."""
     both = _with_images(_start(settings, seed, context), settings["steps"] // 12)
     alone = _on_labels_alone(_start(settings, seed, context), settings["steps"] // 12)
     return Findings(
@@ -34,15 +33,15 @@ def _start(settings: Settings, seed: int, context: Context) -> Trainer:
 
 def _with_images(trainer: Trainer, every: int) -> dict[str, Any]:
     curve: dict[str, Any] = {"step": [], "error": []}
-    train(trainer, every, lambda run, told: _look(run, run.step, curve))
+    train(trainer, every, lambda run, losses: _look(run, run.step, curve))
     return curve
 
 
 def _on_labels_alone(trainer: Trainer, every: int) -> dict[str, Any]:
-    """The same classifier from the same start, by cross-entropy on the same labelled batches."""
+    """Train the same classifier from the same start by cross-entropy on the same labelled batches."""
     system: Any = trainer.system
     curve: dict[str, Any] = {"step": [], "error": []}
-    for step in range(1, filled(trainer.config.steps) + 1):
+    for step in range(1, trainer.config.steps + 1):
         images, labels = system.labelled.next()
         system.critic_optimiser.zero_grad()
         F.cross_entropy(trainer.critic(images), labels).backward()
@@ -55,7 +54,7 @@ def _on_labels_alone(trainer: Trainer, every: int) -> dict[str, Any]:
 
 def _look(trainer: Trainer, step: int, curve: dict[str, Any]) -> None:
     curve["step"].append(step)
-    curve["error"].append(100 * trainer.system.measure(trainer.shown("critic"))["held_out_error"])
+    curve["error"].append(100 * trainer.system.measure(trainer.evaluated("critic"))["held_out_error"])
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
@@ -108,7 +107,7 @@ EXPERIMENT = Experiment(
             only_full="600 steps are 43 epochs of the paper's 300",
         ),
         Claim(
-            "Few labels are enough to be right most of the time",
+            "Few labels suffice for a low error",
             PAPER,
             "0.89 % on MNIST with 100 labels",
             "error",

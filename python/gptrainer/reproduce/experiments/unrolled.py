@@ -19,15 +19,15 @@ PAPER = "Metz et al. 2017, section 3.1 and figure 2"
 SHOWN = 8  # snapshots
 PLAIN_HOLDS_MODES = (
     "the budget: at the authors' rates no run leaves its first plateau in so few steps, and at six times those the "
-    "generator without look-ahead holds several modes at a time, too"
+    "generator without unrolling holds several modes at a time, too"
 )
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """The same networks and rates with 0 and with 5 steps of looking ahead."""
-    runs = {way: _run(way, settings, seed, context) for way in ("gan", "unrolled")}
+    """Train the same networks at the same rates with 0 and with 5 unrolled steps."""
+    runs = {algorithm: _run(algorithm, settings, seed, context) for algorithm in ("gan", "unrolled")}
     half = len(runs["gan"]["modes"]) // 2
-    modes = {way: [len(found) for found in run["modes"]][half:] for way, run in runs.items()}
+    modes = {algorithm: [len(found) for found in run["modes"]][half:] for algorithm, run in runs.items()}
     return Findings(
         {
             "unrolled_modes": max(modes["unrolled"]),
@@ -39,15 +39,17 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     )
 
 
-def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
+def _run(algorithm: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     rates = {"lr": settings["rates"] * 1e-4, "generator_lr": settings["rates"] * 1e-3}
     values = {**rates, "betas": (0.5, 0.999), "batch_size": settings["batch"], "latent": 256}
-    ahead = {"unroll": 5} if way == "unrolled" else {}
-    trainer = start(way, "ring", settings["steps"], seed, context, network="unrolled", width=128, **values, **ahead)
+    ahead = {"unroll": 5} if algorithm == "unrolled" else {}
+    trainer = start(
+        algorithm, "ring", settings["steps"], seed, context, network="unrolled", width=128, **values, **ahead
+    )
     latent = torch.randn(1000, 256, generator=torch.Generator().manual_seed(seed))
     curve: dict[str, Any] = {"step": [], "modes": [], "samples": []}
 
-    def look(run: Trainer, told: dict[str, float]) -> None:
+    def look(run: Trainer, losses: dict[str, float]) -> None:
         points = sample(run.generator, latent)
         near = torch.cdist(points, MIXTURES["ring"].centres) < settings["reach"]
         curve["step"].append(run.step)
@@ -62,12 +64,12 @@ def _run(way: str, settings: Settings, seed: int, context: Context) -> dict[str,
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
     real = POINTS["ring"](300, torch.Generator().manual_seed(0))
-    for way, title, colour in (
+    for algorithm, title, colour in (
         ("gan", "No look ahead", plots.PURPLE),
         ("unrolled", "Five steps ahead", plots.BLUE),
     ):
         with pictures.panel(panels, title, f"snapshots of training, {title}", width=6.4, height=3.4) as ax:
-            for index, points in enumerate(findings[0].series[way]["samples"]):
+            for index, points in enumerate(findings[0].series[algorithm]["samples"]):
                 shift = torch.tensor([3.0 * (index % 4), -3.0 * (index // 4)])
                 ax.plot(*(real + shift).T, ".", color=plots.ORANGE, markersize=3, rasterized=True)
                 ax.plot(*(torch.tensor(points) + shift).T, ".", color=colour, markersize=2, alpha=0.5, rasterized=True)
@@ -75,12 +77,16 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
             ax.set(xlabel="eight moments of training, in rows", ylabel="$x_2$ by $x_1$")
             ax.grid(False)
     with pictures.panel(panels, "Modes at a time", width=6.4, height=3.4) as ax:
-        for way, colour, label in (
+        for algorithm, colour, label in (
             ("gan", plots.PURPLE, "no look ahead"),
             ("unrolled", plots.BLUE, "five steps ahead"),
         ):
             for one in findings:
-                ax.plot(one.series[way]["step"], [len(found) for found in one.series[way]["modes"]], color=colour)
+                ax.plot(
+                    one.series[algorithm]["step"],
+                    [len(found) for found in one.series[algorithm]["modes"]],
+                    color=colour,
+                )
             ax.plot([], [], color=colour, label=label)
         pictures.reference(ax, 8, "published for unrolling: all 8", below=True)
         ax.set(xlabel="generator steps", ylabel="modes with 1 % of the samples or more", ylim=(-0.3, 8.6))
@@ -90,12 +96,12 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
 
 EXPERIMENT = Experiment(
     name="unrolled",
-    title="Unrolled GAN: the ring is covered instead of toured",
+    title="Unrolled GAN: the ring is covered instead of visited mode by mode",
     source=PAPER,
     about=(
         "Networks of two tanh layers of 128 units, latent size 256 and batch 512, as in the authors' code, at six "
-        "times its rates (1e-4 and 1e-3), as it trains six times longer; with and without five steps of looking "
-        "ahead."
+        "times its rates (1e-4 and 1e-3), as it trains six times longer; with and without five unrolled "
+        "steps."
     ),
     settings={
         "quick": {"steps": 280, "batch": 128, "rates": 1.0, "reach": 0.2},
@@ -105,7 +111,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     claims=(
         Claim(
-            "With five steps of looking ahead the generator covers the ring",
+            "With five unrolled steps the generator covers the ring",
             PAPER,
             "all 8 modes",
             "unrolled_modes",
@@ -114,7 +120,7 @@ EXPERIMENT = Experiment(
             "ring",
         ),
         Claim(
-            "With five steps of looking ahead the ring stays covered",
+            "With five unrolled steps the ring stays covered",
             PAPER,
             "all 8 modes",
             "unrolled_mean",
@@ -124,7 +130,7 @@ EXPERIMENT = Experiment(
             only_full="280 steps do not get that far",
         ),
         Claim(
-            "Without it the generator covers fewer",
+            "Without unrolling the generator covers fewer modes",
             PAPER,
             "one or few at a time",
             "advantage",
@@ -135,7 +141,7 @@ EXPERIMENT = Experiment(
             if_failed=PLAIN_HOLDS_MODES,
         ),
         Claim(
-            "Without it the generator moves from mode to mode",
+            "Without unrolling the generator moves from mode to mode",
             PAPER,
             "rotates through the modes",
             "visited",

@@ -1,0 +1,248 @@
+"""The systems: the options that each adds, and the values that the papers and their public code use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import arg
+
+from gptrainer.config import Norm, TrainConfig
+from gptrainer.models import NETWORKS, default_network
+
+Betas = tuple[float, float]
+Weight = Annotated[float, arg(aliases=("--lambda",))]
+settings = dataclass(frozen=True, kw_only=True)
+
+
+@settings
+class AdamConfig(TrainConfig):
+    """A system trained by Adam."""
+
+    betas: Annotated[Betas, arg(metavar="FLOAT FLOAT")]
+    """Adam's betas."""
+
+
+@settings
+class DCGANConfig(AdamConfig):
+    """A system trained as Radford et al. 2016 train image networks."""
+
+    lr: float = 2e-4
+    betas: Betas = (0.5, 0.999)
+    n_critic: int = 1
+
+
+@settings
+class GANConfig(DCGANConfig):
+    """Minimax game, whose generator gradient vanishes (Goodfellow et al. 2014)."""
+
+    algorithm: ClassVar[str] = "gan"
+    critic_norm: Norm = "batch"
+
+
+@settings
+class NSGANConfig(GANConfig):
+    """Non-saturating game: the generator minimises -log D (Goodfellow et al. 2014)."""
+
+    algorithm: ClassVar[str] = "nsgan"
+
+
+@settings
+class NoisyGANConfig(GANConfig):
+    """Minimax with noise on real and generated samples that falls to 0 (Sønderby et al. 2017)."""
+
+    algorithm: ClassVar[str] = "gan-noise"
+    noise: float
+    """Standard deviation of the noise in the first step."""
+    noise_steps: int = 0
+    """Steps over which the noise falls to 0; 0 for --steps."""
+    follows: ClassVar[dict[str, str]] = {**GANConfig.follows, "noise_steps": "steps"}
+
+
+@settings
+class HingeConfig(GANConfig):
+    """Hinge loss of the critic's scores (Lim and Ye 2017)."""
+
+    algorithm: ClassVar[str] = "hinge"
+
+
+@settings
+class LSGANConfig(GANConfig):
+    """Least squares, with targets 1 and 0 for the critic's scores (Mao et al. 2017)."""
+
+    algorithm: ClassVar[str] = "lsgan"
+
+
+@settings
+class WGANConfig(TrainConfig):
+    """RMSprop, weights clipped after each step (Arjovsky et al. 2017)."""
+
+    algorithm: ClassVar[str] = "wgan"
+    lr: float = 5e-5
+    batch_size: int = 64
+    n_critic: int = 5
+    critic_norm: Norm = "batch"
+    clip: float = 0.01
+    """Bound of the critic's weights."""
+
+
+@settings
+class WGANGPConfig(AdamConfig):
+    """Adam and a gradient penalty, two- or one-sided (Gulrajani et al. 2017)."""
+
+    algorithm: ClassVar[str] = "wgan-gp"
+    lr: float = 1e-4
+    n_critic: int = 5
+    penalty_weight: Weight
+    """Weight of the gradient penalty."""
+    one_sided: bool = False
+    """Penalise only gradient norms above 1."""
+
+
+@settings
+class CTGANConfig(WGANGPConfig):
+    """WGAN-GP with a consistency term between two dropout passes (Wei et al. 2018)."""
+
+    algorithm: ClassVar[str] = "ct-gan"
+    consistency_weight: float = 2.0
+    """Weight of the consistency term, lambda_2."""
+    consistency_margin: float = 0.0
+    """Inconsistency that is not penalised, M."""
+
+
+@settings
+class R1Config(AdamConfig):
+    """Non-saturating game with a zero-centred penalty on real data (Mescheder et al. 2018)."""
+
+    # The paper uses RMSprop with alpha .99: Adam with these betas, but for its bias correction.
+    algorithm: ClassVar[str] = "r1"
+    lr: float = 1e-4
+    betas: Betas = (0.0, 0.99)
+    n_critic: int = 1
+    ema: float = 0.999
+    gamma: float = 10.0
+    """Weight of the penalty, gamma/2 E |grad D|^2."""
+    lazy: int = 1
+    """Critic steps from one penalty to the next; StyleGAN2 uses 16."""
+
+
+@settings
+class R2Config(R1Config):
+    """Non-saturating game with a zero-centred penalty on generated data (Mescheder et al. 2018)."""
+
+    algorithm: ClassVar[str] = "r2"
+
+
+@settings
+class DRAGANConfig(DCGANConfig):
+    """Non-saturating game with a gradient penalty around real data (Kodali et al. 2017)."""
+
+    algorithm: ClassVar[str] = "dragan"
+    penalty_weight: Weight = 10.0
+    """Weight of the gradient penalty."""
+    scale: float = 0.5
+    """Distance from the data at which gradients are penalised, in standard deviations of the data."""
+
+
+@settings
+class UnrolledConfig(AdamConfig):
+    """Generator trained against the critic some steps ahead (Metz et al. 2017)."""
+
+    algorithm: ClassVar[str] = "unrolled"
+    lr: float = 1e-4
+    generator_lr: float = 1e-3
+    betas: Betas = (0.5, 0.999)
+    n_critic: int = 1
+    unroll: int = 5
+    """Critic steps that the generator's loss looks ahead."""
+
+
+@settings
+class SemiSupervisedConfig(AdamConfig):
+    """Critic that classifies from few labels (Wei et al. 2018, Salimans et al. 2016)."""
+
+    algorithm: ClassVar[str] = "ssl-ct-gan"
+    lr: float = 3e-3
+    betas: Betas = (0.5, 0.999)
+    n_critic: int = 1
+    batch_size: int = 100
+    ema: float = 0.9999
+    consistency_weight: float = 0.1
+    """Weight of the consistency term, lambda_2."""
+    labels_per_class: int = 10
+    """Labelled images of each class; the others are used without their labels."""
+
+
+SYSTEMS: dict[str, type[TrainConfig]] = {
+    system.algorithm: system
+    for system in (
+        GANConfig, NSGANConfig, NoisyGANConfig, HingeConfig, LSGANConfig, WGANConfig, WGANGPConfig, CTGANConfig,
+        R1Config, R2Config, DRAGANConfig, UnrolledConfig, SemiSupervisedConfig,
+    )
+}  # fmt: skip
+
+# Width and steps are sized for two CPU cores; the noise, which no paper fixes, for the distance of the modes.
+TOY = {"steps": 2000, "batch_size": 256, "betas": (0.5, 0.9), "penalty_weight": 0.1, "width": 128}
+IMAGES = {"betas": (0.0, 0.9), "penalty_weight": 10.0, "noise": 0.3}
+PLANE = {**TOY, "latent": 2, "noise": 0.5}
+DCGAN = {**IMAGES, "steps": 20_000, "batch_size": 64, "latent": 128, "width": 64}
+DATA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "8gaussians": PLANE,
+    "25gaussians": PLANE,
+    "swissroll": PLANE,
+    "ring": PLANE,
+    "lines": PLANE,
+    "dirac": {**TOY, "latent": 1, "noise": 1.0},
+    "digits": {**IMAGES, "steps": 2000, "batch_size": 48, "latent": 10, "width": 256},
+    "fashion-mnist": {**DCGAN, "batch_size": 50},
+    # The residual networks of Gulrajani et al. 2017: Adam at 2e-4, falling to 0.
+    "cifar10": {**DCGAN, "steps": 100_000, "width": 128, "generator_batch_size": 128},
+    "folder": DCGAN,
+    "folder32": DCGAN,
+}
+# Where a paper has values of its own for a system on a data set, or the size of a data set asks for them.
+RING = {"batch_size": 512, "latent": 256}
+MILD = {"gamma": 0.1, "lr": 1e-3}  # modes are hundredths wide here: the paper's 10 keeps the critic flat
+IN_THE_PLANE = ("8gaussians", "25gaussians", "swissroll", "ring")
+RESIDUAL = {"lr": 2e-4, "decay_steps": 100_000}
+PAIRS: dict[tuple[str, str], dict[str, Any]] = {
+    **{("unrolled", data): RING for data in IN_THE_PLANE},
+    **{(algorithm, data): MILD for algorithm in ("r1", "r2") for data in IN_THE_PLANE},
+    ("wgan-gp", "cifar10"): RESIDUAL,
+    ("ct-gan", "cifar10"): RESIDUAL,
+    # 14 steps an epoch, where the paper's 1e-4 would average over 700 epochs; 397 digits are left for evaluation.
+    ("ssl-ct-gan", "digits"): {"ema": 0.999, "limit": 1400},
+}
+
+
+def network_for(algorithm: str, data: str) -> str:
+    """Name of a system's default network on a data set."""
+    residual = data == "cifar10" and algorithm in ("wgan-gp", "ct-gan")
+    if algorithm == "ct-gan":
+        return "ct-resnet" if residual else "ct"
+    if algorithm == "ssl-ct-gan":
+        return "semi-supervised"
+    if residual:
+        return "resnet"
+    return "unrolled" if algorithm == "unrolled" and data in IN_THE_PLANE else default_network(data)
+
+
+def configure(algorithm: str, data: str = "digits", **values: Any) -> TrainConfig:
+    """Build the options of a system on a data set; UserError names an option that is out of range.
+
+    An option that is absent or None gets the value for the system on this data, then the system's own, then the data's.
+    A network other than the default comes with its own sizes.
+    """
+    system = SYSTEMS[algorithm]
+    given = {name: value for name, value in values.items() if value is not None}
+    usual = network_for(algorithm, data)
+    chosen = given.get("network", usual)
+    own = set().union(*(vars(base) for base in system.mro() if issubclass(base, TrainConfig) and base != TrainConfig))
+    defaults = {name: value for name, value in DATA_DEFAULTS[data].items() if name not in own}
+    defaults |= PAIRS.get((algorithm, data), {})
+    if chosen != usual or algorithm == "ssl-ct-gan":
+        defaults |= {"latent": NETWORKS[chosen].latent, "width": NETWORKS[chosen].width}
+    defaults |= {"network": usual, "out": Path("runs") / f"{algorithm}-{data}"}
+    names = {field.name for field in fields(system)}
+    return system(data=data, **{name: value for name, value in defaults.items() if name in names} | given)
