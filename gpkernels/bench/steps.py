@@ -16,7 +16,7 @@ from gpkernels.bench.cases import CASES, Case, in_scale
 from gpkernels.bench.clock import Call
 from gpkernels.bench.counts import bare_products
 from gpkernels.bench.small import SMALL
-from gpkernels.bench.trial import EAGER, OURS, Trial
+from gpkernels.bench.trial import AS_PROGRAM, BY_INDUCTOR, EAGER, OURS, Trial
 from gpkernels.zoo import dcgan, first, mlp, plain_loss, plain_penalty, plain_points
 
 SUITE = "steps"
@@ -48,6 +48,14 @@ class Step:
         weights = self.weights
         return lambda: torch.autograd.grad(loss(), weights, allow_unused=True)
 
+    def ours(self, loss: Callable[[], Tensor]) -> dict[str, Callable[[], Call]]:
+        """A loss of ours as it is, compiled by Inductor, and by the backend of this library."""
+        return {
+            OURS: lambda: self.gradients(loss),
+            BY_INDUCTOR: lambda: self.gradients(torch.compile(lambda: loss())),
+            AS_PROGRAM: lambda: self.gradients(torch.compile(lambda: loss(), backend=OURS)),
+        }
+
     def compiled(self, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Call:
         """torch.compile of torch.func.grad: a double backward itself is refused. loss: of the critic as a function."""
         critic, weights = self.critic, {name: p.detach() for name, p in self.critic.named_parameters()}
@@ -55,7 +63,6 @@ class Step:
         def of_weights(weights: dict[str, Tensor]) -> Tensor:
             return loss(lambda x: first(functional_call(critic, weights, (x,))))
 
-        torch.compiler.reset()
         call = torch.compile(torch.func.grad(of_weights))
         return lambda: call(weights)
 
@@ -118,7 +125,7 @@ def penalty_trial(case: str, step: Step) -> Trial:
 
     return _trial(
         case,
-        step.gradients(lambda: gpk.gradient_penalty(step.critic, step.real, step.fake, eps=step.eps)),
+        step.ours(lambda: gpk.gradient_penalty(step.critic, step.real, step.fake, eps=step.eps)),
         step.gradients(lambda: plain_penalty(step.critic, points())),
         lambda: step.compiled(lambda critic: _penalty(critic, points())),
     )
@@ -128,7 +135,7 @@ def field_trial(case: str, step: Step) -> Trial:
     """``eikonal_loss`` and its weight gradients."""
     return _trial(
         case,
-        step.gradients(lambda: gpk.eikonal_loss(step.critic, step.real)),
+        step.ours(lambda: gpk.eikonal_loss(step.critic, step.real)),
         step.gradients(lambda: plain_penalty(step.critic, step.real)),
         lambda: step.compiled(lambda critic: _penalty(critic, step.real)),
     )
@@ -147,7 +154,7 @@ def step_trial(case: str, step: Step, **place: Any) -> Trial:
         more["jax"] = lambda: jax_step.step(step.critic, step.real, step.fake, step.eps)
     return _trial(
         case,
-        step.gradients(lambda: loss(step.real, step.fake, eps=step.eps).loss),
+        step.ours(lambda: loss(step.real, step.fake, eps=step.eps).loss),
         step.gradients(lambda: plain_loss(step.critic, step.real, step.fake, step.eps)),
         lambda: step.compiled(functional),
         more,
@@ -165,7 +172,7 @@ def r1_trial(case: str, step: Step) -> Trial:
 
     return _trial(
         case,
-        step.gradients(lambda: loss(step.real, step.fake).loss),
+        step.ours(lambda: loss(step.real, step.fake).loss),
         step.gradients(lambda: plain_loss(step.critic, step.real, step.fake, step.eps, "gan", "r1")),
         lambda: step.compiled(functional),
     )
@@ -180,11 +187,11 @@ def _penalty(critic: Callable[[Tensor], Tensor], points: Tensor, target: float =
 
 def _trial(
     case: str,
-    ours: Call,
+    ours: dict[str, Callable[[], Call]],
     eager: Call,
     compiled: Callable[[], Call],
     more: dict[str, Callable[[], Call]] | None = None,
     **place: Any,
 ) -> Trial:
-    calls = {OURS: lambda: ours, EAGER: lambda: eager, "compile": compiled, **(more or {})}
-    return Trial(SUITE, case, calls, lambda: bare_products(ours), **place)
+    calls = {**ours, EAGER: lambda: eager, "compile": compiled, **(more or {})}
+    return Trial(SUITE, case, calls, lambda: bare_products(ours[OURS]()), **place)
