@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import gpkernels as gpk
 from cases import raw_arguments
 from critics import ResidualCritic, mlp
 from gpkernels import backends, ops
+from gpkernels.compiler import as_program
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_op
 from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.verify.cases import CASES
@@ -173,6 +175,54 @@ def test_a_whole_step_can_be_captured_and_replayed(kind: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = torch.autograd.grad(loss(real, fake, eps=eps).loss, weights)
+    for _ in range(2):
+        real.normal_()
+        graph.replay()
+        exact = torch.autograd.grad(plain_loss(critic, real, fake, eps), weights)
+        torch.testing.assert_close(captured, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+@pytest.mark.parametrize("backend", ["gpkernels", "inductor", "cudagraphs"])
+def test_a_compiled_step_is_that_of_plain_pytorch(kind: str, backend: str) -> None:
+    """Nothing waits for the device once it is compiled; "cudagraphs" is Inductor's graphs of the whole step."""
+    torch.compiler.reset()
+    make, shape = CRITICS[kind]
+    critic = make().to(DEVICE)
+    loss, weights = gpk.CriticLoss(critic), list(critic.parameters())
+    known = {"cudagraphs": {"mode": "reduce-overhead"}, "gpkernels": {"backend": as_program}}
+    options: dict[str, Any] = known.get(backend, {})
+    step = torch.compile(lambda r, f, e: loss(r, f, eps=e).loss, fullgraph=True, **options)
+    for call in range(5):
+        real, fake, eps = (torch.randn(s, device=DEVICE) for s in (shape, shape, shape[:1]))
+        torch.cuda.set_sync_debug_mode("error" if call > 3 and backend != "cudagraphs" else "default")
+        try:
+            ours = [g.clone() for g in torch.autograd.grad(step(real, fake, eps), weights)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        exact = torch.autograd.grad(plain_loss(critic, real, fake, eps), weights)
+        scale = max(float(g.norm()) for g in exact)
+        for a, b in zip(ours, exact, strict=True):
+            assert float((a - b).norm()) <= 2e-3 * scale
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+def test_a_compiled_step_can_be_captured(kind: str) -> None:
+    torch.compiler.reset()
+    make, shape = CRITICS[kind]
+    critic = make().to(DEVICE)
+    loss, weights = gpk.CriticLoss(critic), list(critic.parameters())
+    real, fake, eps = (torch.randn(s, device=DEVICE) for s in (shape, shape, shape[:1]))
+    step = torch.compile(lambda: loss(real, fake, eps=eps).loss, fullgraph=True, backend=as_program)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(step(), weights)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(step(), weights)
     for _ in range(2):
         real.normal_()
         graph.replay()
