@@ -30,6 +30,7 @@ _IN_PLACE = {
     *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or")),
 }
 _READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+_LONGER = ("cumprod", "prod")  # PyTorch differentiates these by many more calls where somebody looks on
 
 
 def as_program(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -173,6 +174,8 @@ class _Writer(Recorder):
             return func(*args)
         if any(name.startswith(word) for word in _READS):
             self.reason = self.reason or f"{name} reads values back"
+        if name in _LONGER:
+            self.reason = self.reason or f"{name} is differentiated in another way"
         if func._schema.is_mutable:
             for argument, given in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:

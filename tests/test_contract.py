@@ -95,10 +95,32 @@ def test_third_derivative_exists_and_is_right(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_mode_raises_and_gives_no_silent_nothing(name: str, backend: str) -> None:
-    inputs = CASES[name].inputs((4, 3), torch.float64)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
-        CASES[name].function(forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0])), *inputs[1:])
+def test_forward_mode_is_the_derivative_along_the_tangent(name: str, backend: str) -> None:
+    x, *others = CASES[name].inputs((4, 3), torch.float64)
+    tangent = torch.randn_like(x)
+    torch.manual_seed(1)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(CASES[name].function(forward_ad.make_dual(x, tangent), *others)).tangent
+    leaf = x.detach().requires_grad_()
+    torch.manual_seed(1)
+    value = CASES[name].function(leaf, *others)
+    cotangent = torch.randn_like(value)
+    (gradient,) = torch.autograd.grad(value, leaf, cotangent)
+    torch.testing.assert_close((found * cotangent).sum(), (gradient * tangent).sum())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_of_transforms_agree(name: str) -> None:
+    x, *others = CASES[name].inputs((2, 3), torch.float64)
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        y: torch.Tensor = CASES[name].function(x, *others)
+        return y.square().sum()
+
+    by_reverse = torch.autograd.functional.hessian(value, x)
+    torch.testing.assert_close(torch.func.jacfwd(torch.func.jacrev(value))(x), by_reverse)
+    torch.testing.assert_close(torch.func.hessian(value)(x), by_reverse)
 
 
 @pytest.mark.parametrize("name", ops.ALL)

@@ -22,6 +22,7 @@ from gpkernels.critic.call import Group, Plain, features_of, scores_of
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.parts import Between, Task, points_of
+from gpkernels.critic.program import watched
 from gpkernels.critic.together import keeps_apart
 from gpkernels.critic.work import Known, work
 from gpkernels.ops.tensors import accumulation_dtype
@@ -84,7 +85,8 @@ def _passes(
         like = outputs[0][0]
         unit = torch.ones((), dtype=accumulation_dtype(like.dtype), device=like.device)
         zero = lambda: torch.zeros_like(unit)  # noqa: E731
-        if backends.program is None:  # nothing could join the gradients to the weights
+        # Nothing can join the gradients to the weights, or nobody writes down what is called here.
+        if backends.program is None or not (is_compiling() or watched()):
             plain = [Plain(one.groups, one.each, one.x, list(one.outputs)) for one in passes]
             loss, *others = losses(plain, task, weight)
             return loss, *(zero() if x is None else x.detach() for x in others)

@@ -1,7 +1,7 @@
 """Autograd over raw ops: how a pair of Functions is called, and derivatives beyond the first.
 
 The first derivative is a kernel. Derivatives beyond it are taken of the reference, through ``torch.func.vjp``, so every
-order exists and is exact. The pairs work under ``torch.func`` and ``torch.compile(fullgraph=True)``.
+order exists and is exact. Under ``torch.func`` and in forward mode the reference takes the place of the pairs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
+from gpkernels import backends
 from gpkernels.private import any_requires_grad, dual_level, transforms_active
 
 
@@ -23,7 +24,10 @@ class Differentiable(Function):
 
 def apply(function: type[Differentiable], *args: Any) -> Any:
     """``function.apply`` without what costs more than a small op: a graph that nobody wants, and binding arguments."""
-    if is_compiling() or transforms_active() or dual_level() >= 0:
+    if transforms_active() or dual_level() >= 0:  # PyTorch's own operations have every mode and order
+        with backends.backend("reference"):
+            return function.forward(*args)
+    if is_compiling():
         return function.apply(*args)
     if not (torch.is_grad_enabled() and any_requires_grad(*args)):
         return function.forward(*args)
