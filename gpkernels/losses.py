@@ -158,9 +158,10 @@ class CriticLoss(nn.Module):
         if self.together and points is not None:
             calls = [[g for g in groups if not g.penalised] + [g for g in groups if g.penalised]]
         else:
-            calls = [[g] for g in groups]
+            calls = [[g] for g in sorted(groups, key=lambda g: g.penalised)]
+        seen = self._seen if self.together is None and points is not None else None
         otherwise = lambda: self._eagerly(real, fake, eps)  # noqa: E731
-        return step_in_graph(self.critic, calls, task, self.penalty_weight, otherwise, wants)
+        return step_in_graph(self.critic, calls, task, self.penalty_weight, otherwise, wants=wants, seen=seen)
 
     def _composed(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
         """Part by part, by autograd."""

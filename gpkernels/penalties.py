@@ -128,7 +128,7 @@ def _penalty(
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 
         task = Task(None, target, one_sided, by_point, None, torch.is_grad_enabled())
-        found = step_in_graph(critic, [[Group("points", points, True)]], task, 1.0, eagerly, False, args, kwargs)
+        found = step_in_graph(critic, [[Group("points", points, True)]], task, 1.0, eagerly, args=args, kwargs=kwargs)
         return found if isinstance(found, Tensor) else found[0]
     if not (transformed() or depth()):
         _warn_of_batch_norm(critic)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, overrides
 from torch._C import _autograd, _functorch
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # a call that takes graphs, in the compiler's own
 from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
@@ -80,6 +81,24 @@ ATTRIBUTES = {
 def forward_class(node: Any) -> Any:
     """The class of a custom function, of its node in a graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
+
+
+# --- while the compiler traces: names that are asked for only where it is at work, as importing it takes seconds
+
+
+def restart_of_trace() -> BaseException:
+    """What begins a trace anew when it is raised."""
+    from torch._dynamo.exc import UnspecializeRestartAnalysis  # the kind after which a trace may go another way
+
+    return UnspecializeRestartAnalysis(restart_reason="all samples are one batch of the critic's, or are not")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "comptime":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch._dynamo.comptime import comptime  # calls a function while it traces
+
+    return comptime
 
 
 # --- the compiler's stance --------------------------------------------------------------------------------------------

@@ -41,14 +41,19 @@ def small(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]:
     return case.make().double(), batch(*case.shape)
 
 
+def has_dropout(critic: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) for module in critic.modules())
+
+
 @pytest.mark.parametrize("name", [name for name in SMALL if "GRU" not in name and "LSTM" not in name])
 def test_a_step_of_every_small_critic(name: str) -> None:
     critic, (real, fake, eps) = small(name)
     twin = copy.deepcopy(critic)
+    loss = gpk.CriticLoss(critic, together=False if has_dropout(critic) else None)  # one batch would draw one mask
     torch.manual_seed(1)
     exact = plain_loss(twin, real, fake, eps)
     torch.manual_seed(1)
-    ours = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
+    ours = compiled(lambda r, f, e: loss(r, f, eps=e).loss)(real, fake, eps)
     torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
     assert_same(gradients(ours, critic), gradients(exact, twin))
     for a, b in zip(critic.buffers(), twin.buffers(), strict=True):
@@ -89,7 +94,7 @@ def test_every_loss(kind: str, objective: str) -> None:
 def test_the_consistency_term_with_features() -> None:
     critic = Featured().double()
     real, fake, eps = batch(8, 6)
-    loss = gpk.CriticLoss(critic, consistency_weight=2.0, consistency_margin=0.1)
+    loss = gpk.CriticLoss(critic, consistency_weight=2.0, consistency_margin=0.1, together=False)
     torch.manual_seed(3)
     exact = loss(real, fake, eps=eps)
     torch.manual_seed(3)
@@ -303,7 +308,7 @@ def test_nothing_is_stale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "GAIN", 1.0)
     critic = Odd().double().eval()
     real, fake, eps = batch(8, 6)
-    loss = gpk.CriticLoss(critic)
+    loss = gpk.CriticLoss(critic, together=False if name == "train" else None)  # one batch would draw one mask
     step = compiled(lambda r, f, e: loss(r, f, eps=e).loss)
     penalty = compiled(lambda x: gpk.r1_penalty(critic, x))
     for turn in range(2):
@@ -319,6 +324,56 @@ def test_nothing_is_stale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert_same(gradients(found, critic), gradients(known, critic))
         if turn == 0:
             CHANGES[name](critic)
+
+
+# --- one batch --------------------------------------------------------------------------------------------------------
+
+
+class Switched(nn.Module):
+    """A critic of which an attribute says how samples meet, and that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.top = nn.Linear(6, 16), nn.Linear(16, 1)
+        self.how, self.calls = "not at all", 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.a(x).tanh()
+        if self.how == "outside the graph":
+            h = h - h.detach().mean(0)
+        elif self.how == "by their number":
+            h = h / x.shape[0]
+        elif self.how == "in the graph":
+            h = h - h.mean(0)
+        return self.top(h)
+
+
+@pytest.mark.parametrize("how", ["outside the graph", "by their number", "in the graph"])
+def test_samples_that_keep_to_themselves_go_as_one_batch(how: str) -> None:
+    critic = Switched().double()
+    real, fake, eps = batch(8, 6)
+    loss = gpk.CriticLoss(critic)
+    step = compiled(lambda r, f, e: loss(r, f, eps=e).loss)
+    for state, calls in (("not at all", 1), (how, 3), ("not at all", 1)):
+        critic.how = state
+        for _ in range(2):
+            critic.calls = 0
+            ours = step(real, fake, eps)
+            assert critic.calls == calls
+            assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+
+
+def test_each_compilation_learns_anew() -> None:
+    critic = Switched().double()
+    real, fake, eps = batch(8, 6)
+    loss = gpk.CriticLoss(critic)
+    step = compiled(lambda r, f, e: loss(r, f, eps=e).loss)
+    step(real, fake, eps)
+    critic.a = nn.Sequential(critic.a, nn.GELU()).double()
+    critic.calls = 0
+    assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+    assert critic.calls == 1 + 3
 
 
 # --- odd critics and surroundings -------------------------------------------------------------------------------------

@@ -225,6 +225,43 @@ def custom_functions() -> None:
     assert private.forward_class(leaf().exp().grad_fn) is None
 
 
+_traces = 0
+
+
+def _again(ctx: object) -> None:
+    """Begin a trace anew once, which then goes another way."""
+    global _traces
+    _traces += 1
+    if _traces == 1:
+        raise private.restart_of_trace()
+
+
+@torch.compiler.assume_constant_result
+def _is_second() -> bool:
+    return _traces > 0
+
+
+def while_it_traces() -> None:
+    global _traces
+    _traces = 0
+    comptime = private.comptime
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    def outer(x: Tensor) -> Tensor:
+        if _is_second():
+            x = x.cos()
+        comptime(_again)
+        return x.sin()
+
+    found = torch.compile(outer, backend=backend, fullgraph=True)(torch.ones(2))
+    torch.testing.assert_close(found, torch.ones(2).cos().sin())
+    assert (_traces, len(graphs)) == (2, 1)
+
+
 def grad_mode() -> None:
     found: list[object] = []
 
@@ -266,7 +303,7 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     graph_is_kept: ("graph_is_kept",),
     sequence_number: ("next_sequence_number", "_sequence_nr"),
     batched: ("is_batched", "is_legacy_batched"),
-    overloads: ("OpOverload", "_overloadpacket", "_schema"),
+    overloads: ("HigherOrderOperator", "OpOverload", "_overloadpacket", "_schema"),
     batch_norm: ("BatchNorm",),
     dispatch_modes: ("TorchDispatchMode", "dispatch_mode", "without_dispatch_modes"),
     trees: ("tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"),
@@ -277,6 +314,7 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     frames: ("look_at_no_frames", "look_at_frames"),
     custom_functions: ("forward_class",),
     grad_mode: ("set_grad_mode",),
+    while_it_traces: ("restart_of_trace",),
     of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),
 }
 

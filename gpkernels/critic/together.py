@@ -228,10 +228,13 @@ def autocasts(device_type: str) -> bool:
 
 
 class Seen:
-    """What was seen of a critic, kept by whoever calls it."""
+    """What was seen of a critic, kept by whoever calls it. traced: what the compiler's last trace has learnt."""
+
+    traced: Any = None
 
     def __init__(self) -> None:
         self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: apart
+        self.outlives_traces = True
 
     @staticmethod
     def mode(critic: Any, x: Tensor) -> Any:

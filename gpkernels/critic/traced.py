@@ -19,14 +19,15 @@ from torch.compiler import allow_in_graph, disable, is_compiling
 from gpkernels import backends
 from gpkernels.critic.by_autograd import losses
 from gpkernels.critic.call import Group, Plain, features_of, scores_of
+from gpkernels.critic.foreseen import as_one, begins, holds, learns
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.program import watched
-from gpkernels.critic.together import keeps_apart
+from gpkernels.critic.together import Seen, keeps_apart
 from gpkernels.critic.work import Known, work
 from gpkernels.ops.tensors import accumulation_dtype
-from gpkernels.private import forward_class
+from gpkernels.private import comptime, forward_class
 
 
 def step_in_graph(
@@ -35,24 +36,35 @@ def step_in_graph(
     task: Task,
     weight: float,
     otherwise: Callable[[], Any],
+    *,
     wants: bool = False,
+    seen: Seen | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loss, adversarial, penalty and consistency of some calls of the critic, each with the samples of some groups.
 
     otherwise: gives the same outside the compiler, for a critic that it cannot trace: where a graph breaks in a loop,
-    the function with the loop is left to Python. wants: whether the samples that are scored have gradients, too.
+    the function with the loop is left to Python. wants: whether the samples that are scored have gradients, too. seen:
+    where all may go as one batch.
     """
     if not is_compiling():
         return disable(otherwise)()
     outputs, batches, sources = [], [], []
+    if seen is not None and as_one(seen):
+        calls = [[group for call in calls for group in call]]
     for groups in calls:
         given = [tuple(group.x) if isinstance(group.x, Between) else group.x for group in groups]
         x = _batch(given, wants or any(group.penalised for group in groups))
+        if seen is not None and groups[-1].penalised:
+            comptime(begins)
         with torch.enable_grad():
             output = critic(x, *args, **(kwargs or {}))
         scores, features = scores_of(output), features_of(output)
+        if seen is not None and len(groups) > 1:
+            comptime(holds)
+        elif seen is not None and groups[-1].penalised:
+            comptime(learns)
         outputs.append([scores] if features is None else [scores, features])
         batches.append(x)
         sources.append([x if isinstance(x, Tensor) else x[0] for x in given])

@@ -241,7 +241,7 @@ class GroupNorm(PerChannel):
 class BatchNorm(PerChannel):
     """Over the batch, or by running statistics. Instance norm is this, of one sample that has all samples' channels."""
 
-    names = ("NativeBatchNormBackward0",)
+    names = ("NativeBatchNormBackward0", "NativeBatchNormLegitBackward0")
     saved = ("input", "weight", "result1", "result2", "running_mean", "running_var")
     origins = (0, 1, 0, 0, 0, 0)
     constants = ("training", "eps")
@@ -268,7 +268,7 @@ class BatchNorm(PerChannel):
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, weight, mean, inverse, *running = s
         options = (self.training, self.eps, list(wanted))
-        return aten.native_batch_norm_backward(c[0], x, weight, *running, mean, inverse, *options)
+        return aten.native_batch_norm_backward(c[0], x, weight, *(running or (None, None)), mean, inverse, *options)
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
         if self.training or t[1] is None:
@@ -294,7 +294,15 @@ class BatchNorm(PerChannel):
 
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         by_channel = Layout(0, out.block) if out is not None and out.axis == 1 else None
-        return [out, *[by_channel] * 5]
+        return [out, *[by_channel] * (len(shapes) - 1)]
+
+
+class BatchNormAlone(BatchNorm):
+    """The same without running statistics, as a compiler has it."""
+
+    names = ("NativeBatchNormLegitBackward1",)
+    saved = ("input", "weight", "result1", "result2")
+    origins = (0, 1, 0, 0)
 
 
 class CudnnBatchNorm(BatchNorm):
@@ -551,6 +559,6 @@ class WeightNorm(Rule):
 
 
 RULES: tuple[type[Rule], ...] = (
-    *(LayerNorm, RMSNorm, GroupNorm, BatchNorm, CudnnBatchNorm),
+    *(LayerNorm, RMSNorm, GroupNorm, BatchNorm, BatchNormAlone, CudnnBatchNorm),
     *(Var, VarMean, Std, VectorNorm, Softmax, LogSoftmax, LogSumExp, GLU, WeightNorm),
 )
