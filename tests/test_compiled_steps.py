@@ -22,6 +22,7 @@ from counting import Count, counted
 from critics import Featured, dcgan, mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import SMALL
+from gpkernels.critic.step import LARGE
 
 
 @pytest.fixture(autouse=True)
@@ -362,6 +363,16 @@ def test_samples_that_keep_to_themselves_go_as_one_batch(how: str) -> None:
             ours = step(real, fake, eps)
             assert critic.calls == calls
             assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+
+
+def test_large_groups_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LARGE, True, 1000)
+    critic = Switched().double()
+    real, fake, eps = batch(8, 6)
+    loss = gpk.CriticLoss(critic)
+    ours = compiled(lambda r, f, e: loss(r, f, eps=e).loss)(real, fake, eps)
+    assert critic.calls == 3
+    assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
 
 
 def test_each_compilation_learns_anew() -> None:

@@ -8,7 +8,6 @@ compilation learns for itself: what changed in the critic changes what is traced
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from threading import local
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.fx.node import map_arg
 
 from gpkernels.critic.graph import Graph
 from gpkernels.critic.plan import Plan
+from gpkernels.critic.step import LARGE
 from gpkernels.critic.together import Check, Differs, Log, Seen, Watch, keeps_apart, settled
 from gpkernels.private import HigherOrderOperator, restart_of_trace
 
@@ -91,11 +91,16 @@ def _watched(ctx: Any, x: Tensor) -> Log | None:
     watch.follow(x)
     scores = _made(ctx, watch)
     found = None if scores is None else _laid_out(scores, x)
-    return None if found is None else settled(watch, *found)
+    if found is None:
+        return None
+    plan, graph = found
+    if sum(u.nbytes for u in graph.saved if u is not None) > LARGE[x.device.type == "cpu"]:
+        return None  # one batch gains nothing
+    return settled(watch, plan, graph.nodes)
 
 
-def _laid_out(scores: Tensor, x: Tensor) -> tuple[Plan, Sequence[Any]] | None:
-    """The plan of a graph in which no sample meets another, and its nodes."""
+def _laid_out(scores: Tensor, x: Tensor) -> tuple[Plan, Graph] | None:
+    """The plan of a graph in which no sample meets another, and the graph."""
     if not scores.requires_grad:
         return None
     graph = Graph([scores])
@@ -103,7 +108,7 @@ def _laid_out(scores: Tensor, x: Tensor) -> tuple[Plan, Sequence[Any]] | None:
     if leaf is None:
         return None
     plan = Plan(graph.key, leaf, False, x.shape[0], 0)
-    return None if keeps_apart(plan, plan.outputs[0][0]) is not None else (plan, graph.nodes)
+    return None if keeps_apart(plan, plan.outputs[0][0]) is not None else (plan, graph)
 
 
 def _made(ctx: Any, mode: Any) -> Tensor | None:
