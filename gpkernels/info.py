@@ -37,8 +37,8 @@ def facts() -> dict[str, Any]:
         },
         "hardware": (
             "CPU kernels run on this machine's CPU; every CUDA and Triton kernel and the critic steps have run on an "
-            "NVIDIA H200 (PyTorch 2.11, CUDA 13.0), under memcheck and racecheck too; on no other GPU; "
-            "hinge_critic_loss is younger and has run on none"
+            "NVIDIA H200 (PyTorch 2.11, CUDA 13.0), under memcheck and racecheck too, but for interpolate and "
+            "score_loss, which have changed since the sanitizers ran; on no other GPU"
         ),
     }
 
