@@ -15,8 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_a_compiled_step_of_the_readme_runs() -> None:
+    critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+    real = fake = torch.full((8, 6), 1.0)
+    exact = gpkernels.CriticLoss(critic)(real, fake.clone()).loss
+    names = {"torch": torch, "loss": gpkernels.CriticLoss(critic)}
+    _, by_program, _ = EXAMPLES[2].splitlines()  # Inductor takes long
+    exec(by_program, names)
+    torch.testing.assert_close(names["step"](real, fake.clone()), exact)
+    exec(EXAMPLES[2], names)
+
+
 def test_both_examples_of_the_readme_run_and_give_the_same_gradients() -> None:
-    before, after = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    before, after, _ = EXAMPLES
     critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
     # All points are one, so the eps that each example draws does not matter.
     names = {"torch": torch, "critic": critic, "real": torch.full((8, 6), 1.0), "fake": torch.full((8, 6), 1.0)}
