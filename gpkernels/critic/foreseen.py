@@ -112,7 +112,7 @@ def _laid_out(scores: Tensor, x: Tensor) -> tuple[Plan, Graph] | None:
 
 
 def _made(ctx: Any, mode: Any) -> Tensor | None:
-    """The scores, from the critic's calls made once more in a mode; None for calls that are not PyTorch's functions."""
+    """The scores, from the critic's calls made once more in a mode; None where they cannot be made a second time."""
     found: dict[Any, Any] = {}
 
     def value(node: Any) -> Any:
@@ -123,13 +123,14 @@ def _made(ctx: Any, mode: Any) -> Tensor | None:
     nodes = nodes[nodes.index(_now.last) + 1 :]
     if any(isinstance(node.target, HigherOrderOperator) for node in nodes):
         return None
-    with ctx.get_local("x").as_fake().fake_mode, torch.enable_grad(), mode:
-        for node in nodes:
-            args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-            if node.op == "call_function":
-                found[node] = node.target(*args, **kwargs)
-            elif node.op == "call_method":
-                found[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
-            elif node.op not in ("placeholder", "get_attr"):
-                return None
-    return value(scores)
+    try:
+        with ctx.get_local("x").as_fake().fake_mode, torch.enable_grad(), mode:
+            for node in nodes:
+                args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+                if node.op == "call_function":
+                    found[node] = node.target(*args, **kwargs)
+                elif node.op == "call_method":
+                    found[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        return value(scores)
+    except Exception:  # the critic's own were raised when its calls were traced
+        return None
