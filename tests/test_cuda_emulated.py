@@ -96,13 +96,13 @@ def test_an_op_is_one_launch(name: str) -> None:
         assert emulated.memory_sets(library) - sets <= (name in SHARING)
 
 
-@pytest.mark.parametrize("kind", [-1, 5])
+@pytest.mark.parametrize("kind", [-1, 7])
 def test_a_code_that_names_nothing_is_refused(kind: int) -> None:
     kernels = emulated.kernels(emulated.build())
     scores, one = torch.rand(3), torch.ones(())
-    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 4, got {kind}"):
+    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 6, got {kind}"):
         kernels["score_loss"]([scores, scores], [0, kind])
-    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 4, got {kind}"):
+    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 6, got {kind}"):
         kernels["score_loss_backward"](one, [scores], [kind])
     with pytest.raises(RuntimeError, match=f"reduction: expected 0 to 2, got {kind}"):
         kernels["gradient_norm_penalty"](scores, 1.0, False, kind)
