@@ -177,10 +177,9 @@ class _Writer(Recorder):
         if name in _LONGER:
             self.reason = self.reason or f"{name} is differentiated in another way"
         if func._schema.is_mutable:
-            for argument, given in zip(func._schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    several = given if isinstance(given, (list, tuple)) else [given]
-                    self.written |= {x.untyped_storage()._cdata for x in several if isinstance(x, Tensor)} & self.stored
+            for given in _targets(func, args):
+                several = given if isinstance(given, (list, tuple)) else [given]
+                self.written |= {x.untyped_storage()._cdata for x in several if isinstance(x, Tensor)} & self.stored
         if self.reason is not None:
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -305,8 +304,7 @@ def _with_backward(
     if any(_writes_to(call, before) for call in calls):
         return None
     read = {s for call in calls for s in _slots(call[1:3])} | {s for s in grads if s is not None}
-    saved = sorted(s for s in read if s < before or s in inputs)
-    saved = [s for s in saved if s not in given]
+    saved = sorted(s for s in read if s < before)
     outs = [writer.slot(x) for x in detached]
     lists = made(Program(forward_calls, inputs, [*outs, *saved], writer.aliases))
     lists.backward = Program(calls, [*saved, *given], grads, writer.aliases)
@@ -325,11 +323,13 @@ def _slots(x: Any) -> list[Slot]:
 def _writes_to(call: Any, before: int) -> bool:
     """Whether a call of the backward pass writes to what the forward pass made, which may be needed again."""
     func, args, _, _ = call
-    if not func._schema.is_mutable:
-        return False
-    targets = [
+    return any(s < before for s in _slots(_targets(func, args)))
+
+
+def _targets(func: Any, args: Sequence[Any]) -> list[Any]:
+    """The arguments that a call writes to."""
+    return [
         given
         for argument, given in zip(func._schema.arguments, args, strict=False)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return any(s < before for s in _slots(targets))

@@ -154,11 +154,8 @@ class CriticLoss(nn.Module):
         gradients = torch.is_grad_enabled()
         wants = gradients and (real.requires_grad or fake.requires_grad)
         task = self._task(gradients)
-        groups = groups_of(self.critic, real, fake, points, task, wants)
-        if self.together and points is not None:
-            calls = [[g for g in groups if not g.penalised] + [g for g in groups if g.penalised]]
-        else:
-            calls = [[g] for g in sorted(groups, key=lambda g: g.penalised)]
+        groups = sorted(groups_of(self.critic, real, fake, points, task, wants), key=lambda group: group.penalised)
+        calls = [groups] if self.together and points is not None else [[group] for group in groups]
         seen = self._seen if self.together is None and points is not None else None
         otherwise = lambda: self._eagerly(real, fake, eps)  # noqa: E731
         return step_in_graph(self.critic, calls, task, self.penalty_weight, otherwise, wants=wants, seen=seen)

@@ -15,22 +15,11 @@ import gpkernels as gpk
 from comparing import assert_exactly_as, batch
 from critics import plain_loss, plain_penalty, plain_points
 from gpkernels import backends
-from gpkernels.bench.small import Calls
+from gpkernels.bench.small import Calls, Cubed
 from gpkernels.critic import plan
 from gpkernels.critic.by_autograd import plainly
 
 N, WIDTH = 5, 6
-
-
-class Cubed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 3 * g * ctx.saved_tensors[0] ** 2
 
 
 class Critic(nn.Module):

@@ -39,6 +39,15 @@ def features_of(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def check_scores(scores: Tensor, x: Tensor) -> None:
+    """ValueError unless there is a score for each sample."""
+    if scores.numel() < x.shape[0]:
+        raise ValueError(
+            f"critic: expected a score for each of {x.shape[0]} samples, got shape {tuple(scores.shape)}; "
+            "for scores of several samples at once there is the option pack"
+        )
+
+
 class Group(NamedTuple):
     """Samples by what they are: "fake", "real", "again" (real once more) or "points"."""
 
@@ -76,11 +85,8 @@ class Pass:
         penalised = any(g.penalised for g in groups)
         scores, features = scores_of(output), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
-        if not pools and scores.numel() < len(x):
-            raise ValueError(
-                f"critic: expected a score for each of {len(x)} samples, got shape {tuple(scores.shape)}; "
-                "for scores of several samples at once there is the option pack"
-            )
+        if not pools:
+            check_scores(scores, x)
         if dual_level() >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
             raise RuntimeError(
                 "the critic has a forward-mode tangent, which this penalty would not carry on; call it inside "

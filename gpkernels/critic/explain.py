@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from gpkernels.critic.call import scores_of
+from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.generic import Edge, Outsider
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.plan import Plan
@@ -31,7 +31,7 @@ from gpkernels.critic.rules.base import Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
 from gpkernels.ops.checks import check_batch
-from gpkernels.private import TorchDispatchMode, compiler, tree_leaves, without_function_modes
+from gpkernels.private import TorchDispatchMode, tree_leaves, without_function_modes
 
 _NO_INPUT = "critic: expected scores that depend on the input, got scores that do not"
 _KINDS = {
@@ -157,7 +157,7 @@ class _Explainer:
             self.generic = {i: self._why_generic(i, graph.nodes) for i in generic}
 
     def explanation(self) -> Explanation:
-        with self._as_it_was(), _uncompiled(), _Flops() as forward:
+        with self._as_it_was(), uncompiled(), _Flops() as forward:
             self._scores()
         calls, rows = self._calls()
         eager, eager_refusal = self._counted(self._eager_penalty)
@@ -312,7 +312,7 @@ class _Explainer:
         try:
             with self._as_it_was():
                 watch.follow(x)
-                with _uncompiled(), watch:
+                with uncompiled(), watch:
                     scores = scores_of(self.critic(x))
                 graph = _graph_of(scores)
                 known = settled(watch, _planned(graph, x), graph.nodes)
@@ -340,7 +340,7 @@ class _Explainer:
         try:
             with self._as_it_was():  # with what is compiled
                 penalty()
-            with self._as_it_was(), _uncompiled(), _Flops() as flops:
+            with self._as_it_was(), uncompiled(), _Flops() as flops:
                 penalty()
         except RuntimeError as error:
             return None, _first_line(error)
@@ -424,13 +424,6 @@ def _names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
     return found
 
 
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Run compiled functions as they were written: one that meets a mode is never compiled again."""
-    with torch.compiler.set_stance("force_eager") if compiler() is not None else nullcontext():
-        yield
-
-
 class _Flops(TorchDispatchMode):
     """FLOPs of products and convolutions, by PyTorch's own registry."""
 
@@ -471,7 +464,7 @@ class _Follow(TorchFunctionMode):
     def modes(self, functions: bool, flops: bool) -> Iterator[None]:
         with ExitStack() as modes:
             if functions or flops:
-                modes.enter_context(_uncompiled())
+                modes.enter_context(uncompiled())
             for mode in [self._flops] * flops + [self] * functions:
                 modes.enter_context(mode)
             yield

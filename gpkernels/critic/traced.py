@@ -18,7 +18,7 @@ from torch.compiler import allow_in_graph, disable, is_compiling
 
 from gpkernels import backends
 from gpkernels.critic.by_autograd import losses
-from gpkernels.critic.call import Group, Plain, features_of, scores_of
+from gpkernels.critic.call import Group, Plain, check_scores, features_of, scores_of
 from gpkernels.critic.foreseen import as_one, begins, holds, learns
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import LEAF, Graph
@@ -119,12 +119,8 @@ class _Traced:
     ) -> None:
         self.outputs, self.x, self.groups, self.wants = outputs, x, tuple(groups), wants
         self.each = x.shape[0] // len(groups)
-        scores = outputs[0]
-        if not pools and scores.numel() < x.shape[0]:
-            raise ValueError(
-                f"critic: expected a score for each of {x.shape[0]} samples, got shape {tuple(scores.shape)}; "
-                "for scores of several samples at once there is the option pack"
-            )
+        if not pools:
+            check_scores(outputs[0], x)
         graph = Graph([u for u in outputs if u.requires_grad])
         self.nodes, self.saved, self.leaves = graph.nodes, graph.saved, graph.leaves
         self.ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]  # the leaves among the nodes
