@@ -5,6 +5,7 @@
 #include <ATen/SequenceNumber.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <iterator>
 #include <memory>
 #include <optional>
@@ -33,6 +34,12 @@ struct Done {
 };
 
 constexpr size_t kValues = 4;
+
+// The tensor without its graph; a later change of either is seen in both.
+at::Tensor detached(const at::Tensor& x) {
+  c10::TensorImpl* impl = x.unsafeGetTensorImpl();
+  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), false));
+}
 
 // Programs by all that they depend on.
 class Shelf {
@@ -127,6 +134,29 @@ class Shelf {
     return listed(read(outputs, start).leaves);
   }
 
+  // The graph of a call of a function: its key, the tensors at which it ends, the number of each input among these (-1:
+  // it is none of them), the saved tensors without their graph, and whether hooks have to be called on the way back.
+  py::tuple graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& inputs, uint64_t start) const {
+    Key key;
+    Reader::Found found;
+    reader_.read_into(outputs, start, key, found);
+    std::vector<int64_t> places;
+    for (const at::Tensor& x : inputs) {
+      const auto edge = torch::autograd::impl::gradient_edge(x);
+      const auto at = std::find_if(found.leaves.begin(), found.leaves.end(), [&edge](const at::Tensor& leaf) {
+        return torch::autograd::impl::gradient_edge(leaf) == edge;
+      });
+      places.push_back(at == found.leaves.end() ? -1 : at - found.leaves.begin());
+      key.number(places.back());
+      key.sizes(x.sizes());
+    }
+    for (const at::Tensor& leaf : found.leaves) key.number(at::isTensorSubclassLike(leaf));
+    for (const at::Tensor& value : outputs) key.tensor(value);
+    for (at::Tensor& x : found.saved)
+      if (x.defined()) x = at::isTensorSubclassLike(x) ? x.detach() : detached(x);
+    return py::make_tuple(py::bytes(key.bytes()), listed(found.leaves), places, listed(found.saved), found.hooked);
+  }
+
   // Whether hooks have to be called on the way back.
   bool hooked(const std::vector<at::Tensor>& outputs, uint64_t start) const { return read(outputs, start).hooked; }
 
@@ -218,6 +248,7 @@ void add_shelf(pybind11::module_& module) {
       .def("by_autograd", &Shelf::by_autograd)
       .def("run", &Shelf::run)
       .def("leaves", &Shelf::leaves)
+      .def("graph", &Shelf::graph)
       .def("hooked", &Shelf::hooked)
       .def("trains", &Shelf::trains)
       .def("add", &Shelf::add)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
-from gpkernels.critic.double_backward import depth
+from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Task
 from gpkernels.critic.step import critic_step, groups_of, step_at_once
 from gpkernels.critic.together import Seen
@@ -18,7 +18,7 @@ from gpkernels.ops.checks import check_eps, check_nonnegative, check_pair
 from gpkernels.ops.consistency import consistency_term
 from gpkernels.ops.interpolate import draw_eps
 from gpkernels.ops.score_loss import ScoreLoss, gan_discriminator_loss, wgan_critic_loss
-from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty, transformed
+from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty
 
 LOSSES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
 OBJECTIVES = {  # of real and fake scores

@@ -16,10 +16,10 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from gpkernels.critic.call import Group, scores_of
-from gpkernels.critic.double_backward import depth, fast_double_backward
+from gpkernels.critic.double_backward import depth, fast_double_backward, transformed
 from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.ops.checks import check_batch, check_eps, check_nonnegative, check_pair
@@ -28,7 +28,7 @@ from gpkernels.ops.instance_noise import instance_noise_op
 from gpkernels.ops.interpolate import draw_eps
 from gpkernels.ops.philox import draw_key
 from gpkernels.ops.tensors import promote
-from gpkernels.private import BatchNorm, transforms_active
+from gpkernels.private import BatchNorm
 
 Critic = Callable[..., Any]
 _looked_at: dict[bool, WeakSet[nn.Module]] = {True: WeakSet(), False: WeakSet()}  # in training and out of it
@@ -159,16 +159,6 @@ def input_gradient(
     if grad is None:
         raise ValueError("critic: expected scores that depend on the input, got scores that do not")
     return grad
-
-
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work, which differentiates by itself.
-
-    Raises RuntimeError in ``torch.export``, whose programs hold calls that autograd has not seen.
-    """
-    if is_exporting():
-        raise RuntimeError("torch.export cannot hold a gradient of the critic; export the critic, or use torch.compile")
-    return transforms_active()
 
 
 def _warn_of_batch_norm(critic: Critic) -> None:

@@ -25,11 +25,11 @@ from gpkernels.private import (
 )
 
 
-def scores_of(output: Any) -> Tensor:
-    """The scores in a critic's output: a tensor, or the first of a tuple."""
+def scores_of(output: Any, what: str = "critic") -> Tensor:
+    """The scores in the output of ``what``: a tensor, or the first of a tuple."""
     scores = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(scores, Tensor):
-        raise TypeError(f"critic: expected scores as a tensor, or first in a tuple, got {type(output).__name__}")
+        raise TypeError(f"{what}: expected scores as a tensor, or first in a tuple, got {type(output).__name__}")
     return scores
 
 

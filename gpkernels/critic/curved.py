@@ -25,7 +25,7 @@ class CurvedPasses(Passes):
         """wants: whether the gradients at plain rows are asked for."""
         return plan.curved and 0 < plan.plain < plan.rows and plan.layouts is not None and not wants
 
-    def pull(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
+    def pull(self, seeds: Mapping[Place, Tensor]) -> Cotangents:
         plan = self.plan
         cotangents: Cotangents = dict(seeds)
         for i in range(len(plan.calls) - 1, -1, -1):
@@ -34,19 +34,19 @@ class CurvedPasses(Passes):
             if c is None:
                 continue
             if call.uses_tangents:
-                self._deltas[i] = c
+                self.deltas[i] = c
             wanted = self._wanted(call, True, False, frozen=True)
             self._hand(call, self._call_pull(i, PENALISED, c, wanted), PENALISED, cotangents)
-        return None if plan.x is None else cotangents.get(plan.x)
+        return cotangents
 
-    def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> None:
+    def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> Cotangents:
         plan = self.plan
         adjoints: dict[str, Cotangents] = {ALL: {}, PLAIN: dict(self.plain_seeds), PENALISED: dict(seeds)}
         for i in range(len(plan.calls) - 1, -1, -1):
             call = plan.calls[i]
             if call.leaf or not call.moves:
                 continue
-            d, t = self._deltas.pop(i, None), self._tangents.pop(i, None)
+            d, t = self.deltas.pop(i, None), self._tangents.pop(i, None)
             wanted = self._wanted(call, True, True)
             given = self._given(i, adjoints)
             made = {w: self._pull_on(i, call, c, wanted, w, adjoints[w]) for w, c in given.items()}
@@ -55,6 +55,7 @@ class CurvedPasses(Passes):
                 self._bend_call(i, call, d, t, wanted, PENALISED, own, adjoints[PENALISED])
         for some in adjoints.values():
             self._keep_weights(some)
+        return {}  # nobody wants the inputs' gradients here
 
     def _penalised_of(self, cotangents: Cotangents) -> Cotangents:
         """The penalised rows of cotangents of all rows."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.overrides import TorchFunctionMode
 
 from gpkernels.critic.graph import LEAF, rule_of
@@ -165,7 +165,7 @@ class fast_double_backward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_compiling() or _transformed():  # these have derivatives of their own
+        if is_compiling() or _composes_alone():  # these have derivatives of their own
             return func(*args, **kwargs)
         layer = LAYERS.get(func)
         if layer is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
@@ -173,9 +173,19 @@ class fast_double_backward(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _transformed() -> bool:
+def _composes_alone() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is at work."""
     return transforms_active() or dual_level() >= 0
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, which differentiates by itself.
+
+    Raises RuntimeError in ``torch.export``, whose programs hold calls that autograd has not seen.
+    """
+    if is_exporting():
+        raise RuntimeError("torch.export cannot hold a gradient of the critic; export the critic, or use torch.compile")
+    return transforms_active()
 
 
 def depth() -> int:

@@ -382,7 +382,7 @@ def _planned(graph: Graph, x: Tensor) -> Plan:
     at = next((i for i, leaf in enumerate(graph.leaves) if leaf is x), None)
     if at is None:
         raise ValueError(_NO_INPUT)
-    return Plan(graph.key, at, False, len(x), 0)
+    return Plan(graph.key, {at: False}, len(x), 0)
 
 
 def _alike(name: str) -> str:

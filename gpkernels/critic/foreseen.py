@@ -107,7 +107,7 @@ def _laid_out(scores: Tensor, x: Tensor) -> tuple[Plan, Graph] | None:
     leaf = next((i for i, found in enumerate(graph.leaves) if found is x), None)
     if leaf is None:
         return None
-    plan = Plan(graph.key, leaf, False, x.shape[0], 0)
+    plan = Plan(graph.key, {leaf: False}, x.shape[0], 0)
     return None if keeps_apart(plan, plan.outputs[0][0]) is not None else (plan, graph)
 
 

@@ -110,10 +110,13 @@ class Pullback:
 
 
 class Outsider:
-    """Makes the calls without a rule, of one graph. nodes: as the graph has them; leaves: which of them are leaves."""
+    """Makes the calls without a rule, of one graph.
 
-    def __init__(self, nodes: Sequence[Edge], leaves: frozenset[int] = frozenset()) -> None:
-        self.nodes, self._leaves = nodes, leaves
+    nodes: as the graph has them; leaves: which of them are leaves; again: whether tangents are pushed more than once.
+    """
+
+    def __init__(self, nodes: Sequence[Edge], leaves: frozenset[int] = frozenset(), again: bool = False) -> None:
+        self.nodes, self._leaves, self._again = nodes, leaves, again
         self._pullbacks: dict[int, Pullback] = {}
 
     def __call__(self, what: tuple[Any, ...], given: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -126,7 +129,8 @@ class Outsider:
             return pullback.values()
         # A leaf is known by the one output that the graph reaches.
         edges = [self.nodes[j] if j in self._leaves else (self.nodes[j][0], number) for j, number in places]
-        return self._pullbacks.pop(i).push(given, self.nodes, edges)
+        pullback = self._pullbacks[i] if self._again else self._pullbacks.pop(i)
+        return pullback.push(given, self.nodes, edges)
 
 
 def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], ends: set[Any]) -> list[tuple[Edge, Tensor]]:

@@ -35,7 +35,7 @@ class Passes:
     def __init__(self, plan: Plan, saved: Sequence[Tensor | None], outsider: Outsider) -> None:
         self.plan, self.saved, self.outsider = plan, saved, outsider
         self.to_weights: dict[Place, list[Any]] = {}
-        self._deltas: dict[int, list[Tensor | None]] = {}
+        self.deltas: dict[int, list[Tensor | None]] = {}
         self._tangents: dict[int, list[Tensor | None]] = {}
         self._cut: dict[tuple[int, str], Saved] = {}
         self._bent: dict[int, dict[Place, Tensor]] = {}
@@ -43,8 +43,8 @@ class Passes:
 
     # --- pull ---------------------------------------------------------------------------------------------------------
 
-    def pull(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
-        """Take the scores' cotangents down; the gradient at the input: at the penalised rows, or where it is wanted."""
+    def pull(self, seeds: Mapping[Place, Tensor]) -> Cotangents:
+        """Take the scores' cotangents down; the gradients at the inputs: at the penalised rows, or where wanted."""
         plan = self.plan
         cotangents: Cotangents = {}
         for p, seed in seeds.items():
@@ -67,7 +67,7 @@ class Passes:
             else:
                 self._keep(i, c)
         self._keep_weights(cotangents)
-        return None if plan.x is None else cotangents.get(plan.x)
+        return cotangents
 
     def _keep_weights(self, cotangents: Cotangents) -> None:
         """Take out the cotangents of values that do not move: weights, or what is made of them."""
@@ -86,7 +86,7 @@ class Passes:
         both = plan.plain > 0 and call.trains
         lower = self._rows(i, c, PENALISED) if both else c
         if call.uses_tangents:
-            self._deltas[i] = lower
+            self.deltas[i] = lower
         which = PENALISED if plan.plain else ALL
         if call.rule is None:
             self._hand(call, self._generic_first(i, call, c), ALL, cotangents)
@@ -146,18 +146,17 @@ class Passes:
 
     # --- push ---------------------------------------------------------------------------------------------------------
 
-    def push(self, direction: Tensor) -> None:
-        """Take the direction at the input up through the penalised rows, as far as it is needed."""
+    def push(self, directions: Mapping[Place, Tensor]) -> None:
+        """Take the directions at the inputs up through the penalised rows, as far as they are needed."""
         plan = self.plan
-        assert plan.x is not None
         which = PENALISED if plan.plain else ALL
-        tangents: Cotangents = {plan.x: direction}
+        tangents: Cotangents = dict(directions)
         last = {p: i for i, call in enumerate(plan.calls) for p in call.parents if p is not None}
         for i, call in enumerate(plan.calls):
             if not call.moves or call.leaf or not (call.pushed or call.uses_tangents):
                 continue
             t = [None if p is None else tangents.get(p) for p in call.parents]
-            if call.uses_tangents and i in self._deltas:
+            if call.uses_tangents and i in self.deltas:
                 self._tangents[i] = t
             if call.rule is None:
                 self._push_generic(i, call, t, tangents)
@@ -189,8 +188,8 @@ class Passes:
 
     # --- bend ---------------------------------------------------------------------------------------------------------
 
-    def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> None:
-        """Add what the penalised rows give to the weights.
+    def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> Cotangents:
+        """Add what the penalised rows give to the weights; what they give to the inputs whose gradient is wanted.
 
         seeds: cotangents of a loss of those rows' own scores. scale: in place of these, for scores whose cotangents are
         multiples, one a row, of the ones that were pulled: then both share a product, delta x (t + scale a).
@@ -206,7 +205,7 @@ class Passes:
             if call.leaf or not call.moves:
                 continue
             a = self._taken(adjoints, i)
-            d, t = self._deltas.pop(i, None), self._tangents.pop(i, None)
+            d, t = self.deltas.pop(i, None), self._tangents.pop(i, None)
             wanted = self._wanted(call, True, True)
             made = {} if a is None else self._pull_on(i, call, a, wanted, which, adjoints)
             if call.rule is None or d is None:
@@ -218,6 +217,7 @@ class Passes:
             elif t is not None and any(u is not None for u in t) and any(wanted):
                 self._bend_call(i, call, d, t, wanted, which, made, adjoints)
         self._keep_weights(adjoints)
+        return adjoints
 
     def _pull_on(
         self,
@@ -349,7 +349,7 @@ class Passes:
             self._hand(call, self._call_pull(i, ALL, c, [p is not None for p in call.parents]), ALL, {})
         found = {}
         for i, call in enumerate(plan.calls):
-            if call.leaf and (i, 0) != plan.x and (i, 0) in self.to_weights:
+            if call.leaf and (i, 0) in self.to_weights:
                 found[call.number] = self.to_weights.pop((i, 0))
         return found
 

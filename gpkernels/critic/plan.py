@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpkernels.critic.graph import LEAF
@@ -47,15 +47,18 @@ class Call:
 
 class Plan:
     """The calls of a graph in order, for a batch of ``rows`` rows. The first ``plain`` have cotangents of their own,
-    the others are penalised. x: which of the leaves is the batch; wanted: whether its gradient is, too.
+    the others are penalised.
+
+    moving: the leaves that are inputs, by number, and whether their gradient is wanted beside the weights'. rows: None
+    where the inputs are no batches of one size; nothing is then known of where samples are.
     """
 
-    def __init__(self, key: Any, x: int | None, wanted: bool, rows: int, plain: int) -> None:
+    def __init__(self, key: Any, moving: Mapping[int, bool], rows: int | None, plain: int) -> None:
         entries, self.outputs = key
-        self.rows, self.plain = rows, plain
+        self.rows, self.plain = 1 if rows is None else rows, plain
         self.calls: list[Call] = []
         self.leaves = 0
-        self.x: Place | None = None
+        self.inputs: dict[int, Place] = {}  # by their number among the leaves
         saved = 0
         for i, entry in enumerate(entries):
             call = Call(entry, saved)
@@ -63,8 +66,9 @@ class Plan:
             self.calls.append(call)
             if call.leaf:
                 call.number = self.leaves
-                call.moves, call.trains = call.number == x, wanted or call.number != x
-                self.x = (i, 0) if call.moves else self.x
+                call.moves, call.trains = call.number in moving, moving.get(call.number, True)
+                if call.moves:
+                    self.inputs[call.number] = (i, 0)
                 self.leaves += 1
             call.parents = tuple([self._place(p) for p in call.parents])
             self._tie(call)
@@ -72,7 +76,7 @@ class Plan:
         self.saved_count = saved
         self._look_back()
         self.curved = any(call.moves and call.curved for call in self.calls)
-        self.layouts, self.meet = self._lay_out()
+        self.layouts, self.meet = (None, None) if rows is None else self._lay_out()
         self._variants: dict[tuple[int, str], tuple[Rule, list[Cut | None]]] = {}
 
     def _place(self, p: Place | None) -> Place | None:
@@ -126,6 +130,11 @@ class Plan:
                     p.sent |= call.sent or (sent and tangible)
 
     @property
+    def x(self) -> Place | None:
+        """Of the only input, if the graph has it."""
+        return next(iter(self.inputs.values()), None)
+
+    @property
     def x_meta(self) -> Meta:
         """Of the batch, cut to the penalised rows."""
         assert self.x is not None
@@ -155,7 +164,7 @@ class Plan:
         """Where every call's outputs have their samples, or the place of the call in which these meet."""
         found: list[Layout | None] = []
         for i, call in enumerate(self.calls):
-            if self.x is not None and i == self.x[0]:
+            if call.leaf and call.moves:
                 found.append(Layout(0, 1))
                 continue
             if not call.moves:

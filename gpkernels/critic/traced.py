@@ -21,6 +21,7 @@ from gpkernels.critic.by_autograd import losses
 from gpkernels.critic.call import Group, Plain, check_scores, features_of, scores_of
 from gpkernels.critic.foreseen import as_one, begins, holds, learns
 from gpkernels.critic.generic import Outsider
+from gpkernels.critic.gradient import NO_INPUT, Gradient, Halves, Inputs, Made, by_itself, rows_of
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.program import watched
@@ -109,6 +110,82 @@ def _passes(
     if pairs:
         loss = _Deliver.apply(loss, len(pairs), *[g for _, g in pairs], *[x for x, _ in pairs])
     return loss, *(zero() if x is None else x for x in others)
+
+
+def gradient_in_graph(
+    model: Callable[..., Any],
+    inputs: Inputs,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    otherwise: Callable[[], Any],
+) -> tuple[Any, Any]:
+    """A model's output and the gradient of its summed scores at the inputs; ``otherwise`` as in ``step_in_graph``."""
+    if not is_compiling():
+        found: tuple[Any, Any] = disable(otherwise)()
+        return found
+    moved = [_batch([x], True) for x in inputs.tensors]
+    with torch.enable_grad():
+        output = model(inputs.filled(moved), *args, **kwargs)
+    made = Made.of(output, moved)
+    outputs = made.outputs
+    given = _gradient(outputs, made.score, moved, inputs.tensors)
+    return made.filled(given[: len(outputs)]), inputs.gradients(given[len(outputs) :])
+
+
+@allow_in_graph
+def _gradient(
+    outputs: Sequence[Tensor], score: int, inputs: Sequence[Tensor], sources: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Outputs, and gradients at the inputs, with their derivatives."""
+    graph = Graph(outputs)
+    differentiable = torch.is_grad_enabled()
+    wanted = [x.requires_grad and differentiable for x in sources]
+    places = [next((i for i, leaf in enumerate(graph.leaves) if leaf is x), -1) for x in inputs]
+    if all(place < 0 for place in places):
+        raise ValueError(NO_INPUT)
+    known = Halves(graph.key, score, places, wanted, rows_of(inputs))
+    ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]
+    outsider = Outsider(graph.nodes, frozenset(ends), again=True) if known.generic else None
+    values = [u.detach() for u in outputs]
+    with torch.no_grad(), _plain():
+        results = known.pull([*values, *graph.saved], outsider)
+    gradients, kept = results[: len(inputs)], results[len(inputs) :]
+    if not differentiable:
+        return *values, *gradients
+    leaves: list[Tensor | None] = []
+    for i, leaf in zip(ends, graph.leaves, strict=True):
+        at = places.index(len(leaves)) if len(leaves) in places else None
+        if at is not None:
+            leaves.append(sources[at] if wanted[at] else None)
+        else:
+            leaves.append(_joined(graph.nodes[i]) if leaf is None else leaf)
+    held = known, outsider, values, gradients, [*graph.saved, *kept]
+    given = iter(_Gradient.apply(held, *leaves))
+    return *[next(given) for _ in values], *[None if g is None else next(given) for g in gradients]
+
+
+def _joined(edge: Any) -> Tensor | None:
+    """A tensor by which gradients reach an edge, where C++ can make one."""
+    found: Tensor | None = None if backends.program is None else backends.program.joint(*edge)
+    return found
+
+
+class _Gradient(Gradient):
+    """The same in a trace, which keeps all tensors and has PyTorch's own calls in it."""
+
+    @staticmethod
+    def forward(ctx: Any, held: Any, *leaves: Tensor | None) -> Any:
+        ctx.tensors = held[4]
+        return Gradient.forward(ctx, (*held[:4], []), *leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        given = Gradient.given(ctx, cotangents)
+        if all(c is None for c in given):
+            return (None,) * (1 + ctx.known.plan.leaves)
+        run = lambda: ctx.known.finish([*given, *ctx.tensors], ctx.outsider)  # noqa: E731
+        with torch.no_grad(), _plain():
+            return None, *(run() if ctx.outsider is None else by_itself(run))
 
 
 class _Traced:

@@ -29,7 +29,8 @@ class Known:
         self.plans = []
         for graph, x_leaf, wants, groups, each, _ in keys:
             plain = sum(not penalised for _, penalised in groups)
-            self.plans.append(Plan(graph, x_leaf, wants, each * len(groups), each * plain))
+            moving = {} if x_leaf is None else {x_leaf: wants}
+            self.plans.append(Plan(graph, moving, each * len(groups), each * plain))
         self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
         # Cotangents of float16 go as numbers that are this much larger: a loss scale comes too late for them.
         half = any(m.dtype == torch.float16 for plan in self.plans for call in plan.calls for m in call.outputs)
@@ -86,7 +87,7 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: O
         loss = scaled if loss is None else loss + scaled
     found = _gradients(known, ones) if task.gradients else [None] * known.count
     whole: list[Tensor | None] = [loss.clone() if loss is own and loss is not None else loss, own, value, term, *found]
-    return _apart([*whole, *at_samples], tensors)
+    return apart([*whole, *at_samples], tensors)
 
 
 Seeds = dict[tuple[Any, str], Tensor]
@@ -172,7 +173,8 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
         one.passes.plain_seeds = plain_seeds
     if penalised is None and not (task.gradients and cotangents):
         return None, nothing
-    gradient = one.passes.pull(cotangents)
+    found = one.passes.pull(cotangents)
+    gradient = None if one.plan.x is None else found.get(one.plan.x)
     if penalised is None:
         return None, [None if gradient is None or not one.wants else one.rows(gradient, n) for n, _ in one.groups]
     meta = one.plan.x_meta
@@ -183,7 +185,8 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
     value, coefficient = gradient_norm_penalty_op(rows, task.target, task.one_sided, REDUCTIONS["mean"])
     if task.gradients:
         direction = gradient_norm_penalty_backward_op(weight.to(value.dtype), rows, coefficient)
-        one.passes.push(direction.reshape(at_points.shape))
+        assert one.plan.x is not None
+        one.passes.push({one.plan.x: direction.reshape(at_points.shape)})
         scale = _scale(one, task, own, top)
         one.passes.bend({} if scale is not None else own, scale)
     if not one.wants:
@@ -242,7 +245,7 @@ def _lowered(gradient: Tensor, scale: float) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
 
 
-def _apart(results: list[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def apart(results: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Results that share no memory with each other or an input: they are scaled in place, and are the user's."""
     taken = {x.untyped_storage()._cdata for x in inputs if x is not None}
     found: list[Tensor | None] = []

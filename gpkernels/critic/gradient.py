@@ -1,0 +1,323 @@
+"""The gradient of a model at its input as a value that any loss may use.
+
+The forward call pulls the cotangents of the summed scores down to the inputs and keeps what it met on the way. Backward
+knows the cotangents of the gradients and of the model's outputs: it pushes the former up as tangents and takes all
+weight gradients in one pass down. Neither differentiates anything twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gpkernels import backends
+from gpkernels.critic.by_autograd import plainly
+from gpkernels.critic.call import scores_of, uncompiled
+from gpkernels.critic.double_backward import depth
+from gpkernels.critic.generic import Outsider
+from gpkernels.critic.graph import Graph, native
+from gpkernels.critic.passes import Passes, totals
+from gpkernels.critic.plan import Place, Plan
+from gpkernels.critic.program import Cache
+from gpkernels.critic.run import own_dtypes
+from gpkernels.critic.work import apart
+from gpkernels.private import (
+    dual_level,
+    graph_is_kept,
+    is_batched,
+    is_legacy_batched,
+    next_sequence_number,
+    tree_flatten,
+    tree_unflatten,
+)
+
+Given = Sequence[Tensor | None]
+NO_INPUT = "model: expected a value that depends on the input, got one that does not"
+AGAIN = (
+    "this gradient holds its derivative and cannot be differentiated twice more; call it inside "
+    "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
+)
+
+
+class Halves:
+    """What a graph's key says of both halves, once for all runs.
+
+    score: which of the outputs is summed and differentiated. inputs: their numbers among the leaves, -1 where the graph
+    does not have them. wanted: whether backward gives their gradients, too. rows: as for a ``Plan``.
+    """
+
+    def __init__(self, key: Any, score: int, inputs: Sequence[int], wanted: Sequence[bool], rows: int | None) -> None:
+        moving = {number: wants for number, wants in zip(inputs, wanted, strict=True) if number >= 0}
+        self.plan, self.score, self.rows = Plan(key, moving, rows, 0), score, rows
+        self.places = [self.plan.inputs.get(number) for number in inputs]
+        self.generic = any(call.rule is None and not call.leaf for call in self.plan.calls)
+        self.kept: list[tuple[int, int]] = []  # whose cotangents backward needs: a call, and which of its outputs
+        self.finishes = Cache(16)  # signatures of backward, by the cotangents that are given
+
+    def pull(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
+        """The gradients at the inputs, then what is kept. tensors: the outputs, then the saved ones."""
+        plan, count = self.plan, len(self.plan.outputs)
+        scores = tensors[self.score]
+        assert scores is not None
+        passes = Passes(plan, tensors[count:], outsider)
+        found = passes.pull({plan.outputs[self.score]: torch.ones_like(scores)})
+        gradients = [None if p is None else found[p] if p in found else _zeros(plan, p) for p in self.places]
+        deltas = passes.deltas
+        self.kept = [(i, nr) for i in sorted(deltas) for nr, u in enumerate(deltas[i]) if u is not None]
+        kept = [deltas[i][nr] for i, nr in self.kept]
+        return [*apart(gradients, [*tensors, *kept]), *kept]
+
+    def finish(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
+        """The gradients of all leaves. tensors: cotangents of outputs and gradients, the saved ones, what was kept."""
+        plan, count, inputs = self.plan, len(self.plan.outputs), len(self.places)
+        values, gradients = tensors[:count], tensors[count : count + inputs]
+        kept = count + inputs + plan.saved_count
+        passes = Passes(plan, tensors[count + inputs : kept], outsider)
+        for (i, nr), u in zip(self.kept, tensors[kept:], strict=True):
+            passes.deltas.setdefault(i, [None] * len(plan.calls[i].outputs))[nr] = u
+        directions = {p: v for p, v in zip(self.places, gradients, strict=True) if p is not None and v is not None}
+        if directions:
+            passes.push(directions)
+        seeds: dict[Place, Tensor] = {}
+        for place, u in zip(plan.outputs, values, strict=True):
+            if u is not None:
+                seeds[place] = seeds[place] + u if place in seeds else u
+        scale = self._scale(seeds) if directions else None
+        at_inputs = passes.bend({} if scale is not None else seeds, scale)
+        parts = passes.leaves()
+        sums = dict(zip(parts, totals(list(parts.values())), strict=True))
+        for number, place in plan.inputs.items():
+            if place in at_inputs and plan.calls[place[0]].trains:
+                sums[number] = at_inputs[place]
+        for call in plan.calls:  # zeros where PyTorch has zeros
+            if call.leaf and call.trains and (seeds or call.sent) and call.number not in sums:
+                sums[call.number] = _zeros(plan, (plan.calls.index(call), 0))
+        return apart([sums.get(number) for number in range(plan.leaves)], tensors)
+
+    def _scale(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
+        """One factor a sample, where the scores' cotangents are such multiples of the ones that were pulled."""
+        plan = self.plan
+        if plan.layouts is None or plan.curved or list(seeds) != [plan.outputs[self.score]]:
+            return None
+        if any(plan.calls[place[0]].trains for place in plan.inputs.values()):
+            return None
+        (seed,) = seeds.values()
+        return seed.reshape(plan.rows) if seed.numel() == plan.rows else None
+
+
+def _zeros(plan: Plan, place: Place) -> Tensor:
+    meta = plan.calls[place[0]].outputs[place[1]]
+    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+
+
+def _flat(x: Any) -> tuple[list[Any], Any]:
+    """As ``tree_flatten``, which takes microseconds; None for the structure of a tensor."""
+    return ([x], None) if isinstance(x, Tensor) else tree_flatten(x)
+
+
+def _whole(flat: list[Any], structure: Any) -> Any:
+    return flat[0] if structure is None else tree_unflatten(flat, structure)
+
+
+class Inputs:
+    """An input of a model: a tensor, or a tuple, list or dict of tensors. tensors: those that can be differentiated."""
+
+    def __init__(self, x: Any) -> None:
+        self._flat, self._spec = _flat(x)
+        self._at = [i for i, t in enumerate(self._flat) if isinstance(t, Tensor) and t.is_floating_point()]
+        self.tensors: list[Tensor] = [self._flat[i] for i in self._at]
+        self.wanted = tuple([t.requires_grad for t in self.tensors])
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """The input with other tensors in the place of its own."""
+        flat = list(self._flat)
+        for i, t in zip(self._at, tensors, strict=True):
+            flat[i] = t
+        return _whole(flat, self._spec)
+
+    def gradients(self, gradients: Given) -> Any:
+        """Gradients as the input is, None where there is none."""
+        flat: list[Any] = [None] * len(self._flat)
+        for i, g in zip(self._at, gradients, strict=True):
+            flat[i] = g
+        return _whole(flat, self._spec)
+
+
+class Made(NamedTuple):
+    """A call of a model. at: which of the flat output has a graph; score: which of these is differentiated."""
+
+    flat: list[Any]
+    spec: Any
+    at: list[int]
+    score: int
+    inputs: Sequence[Tensor]
+
+    @staticmethod
+    def of(output: Any, inputs: Sequence[Tensor]) -> Made:
+        scores = scores_of(output, "model")
+        flat, spec = _flat(output)
+        at = [i for i, u in enumerate(flat) if isinstance(u, Tensor) and u.requires_grad]
+        score = next((k for k, i in enumerate(at) if flat[i] is scores), None)
+        if score is None:
+            raise ValueError(NO_INPUT)
+        return Made(flat, spec, at, score, inputs)
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return [self.flat[i] for i in self.at]
+
+    def filled(self, outputs: Sequence[Tensor]) -> Any:
+        """The output with other tensors in the place of those with a graph."""
+        flat = list(self.flat)
+        for i, u in zip(self.at, outputs, strict=True):
+            flat[i] = u
+        return _whole(flat, self.spec)
+
+
+known = Cache()
+
+
+def value_and_gradient(
+    model: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """The model's output, and the gradient of its summed scores at the inputs, with their structure.
+
+    Both have a graph where grad mode is on: to the weights, and to the inputs that require a gradient.
+    """
+    graph, dual = torch.is_grad_enabled(), dual_level() >= 0
+    with torch.enable_grad():
+        moved = [_moved(t, graph, dual) for t in inputs.tensors]
+        start = 0 if backends.program is None else next_sequence_number()
+        with uncompiled():
+            output = model(inputs.filled(moved), *args, **kwargs)
+        made = Made.of(output, moved)
+        left = not graph or dual or depth() or backends.program is None or plainly.has(model, moved[0])
+        found = None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start)
+        outputs, gradients = found or _by_autograd(made, graph)
+    return made.filled(outputs), inputs.gradients(gradients)
+
+
+def _moved(x: Tensor, graph: bool, dual: bool) -> Tensor:
+    """The input as the model sees it: with the graph that it has, or as a leaf of its own."""
+    if x.requires_grad and graph:
+        return x.view_as(x)
+    return (x.view_as(x) if dual else x.detach()).requires_grad_()
+
+
+def _by_autograd(made: Made, graph: bool) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """Outputs and gradients by autograd's own engine."""
+    outputs = made.outputs
+    scores = outputs[made.score]
+    gradients = torch.autograd.grad(scores, made.inputs, torch.ones_like(scores), create_graph=graph, allow_unused=True)
+    if all(g is None for g in gradients):
+        raise ValueError(NO_INPUT)
+    return outputs if graph else [u.detach() for u in outputs], gradients
+
+
+def _recorded(
+    model: Any, made: Made, source: Inputs, start: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]] | None:
+    """Outputs and gradients whose derivatives are this module's; None where they are to be autograd's."""
+    outputs, inputs, wanted = made.outputs, made.inputs, source.wanted
+    key, leaves, places, saved, hooked = native().graph(outputs, inputs, start)
+    if hooked or all(place < 0 for place in places):
+        return None
+    signature = known.get(
+        (key, made.score, wanted),
+        lambda: Halves(Graph(outputs, start).key, made.score, places, wanted, rows_of(inputs)),
+    )
+    of: Halves = signature.known
+    outsider = None
+    if of.generic:
+        if of.plan.leaves_too_much():
+            plainly.add(model, inputs[0].numel())
+        graph = Graph(outputs, start)
+        ends = frozenset(i for i, call in enumerate(of.plan.calls) if call.leaf)
+        outsider = Outsider(graph.nodes, ends, again=True)
+    values = [u.detach() for u in outputs]
+    with torch.no_grad(), own_dtypes(inputs[0].device):
+        results = list(signature.run([*values, *saved], of.pull, outsider))
+    gradients = results[: len(inputs)]
+    for place, wants in zip(places, wanted, strict=True):
+        if place >= 0 and not wants:
+            leaves[place] = None
+    held = of, outsider, values, gradients, [*saved, *results[len(inputs) :]]
+    given = iter(Gradient.apply(held, *leaves))
+    return [next(given) for _ in values], [None if g is None else next(given) for g in gradients]
+
+
+def rows_of(inputs: Sequence[Tensor]) -> int | None:
+    """The batch size that all inputs have."""
+    sizes = {x.shape[:1] for x in inputs}
+    (size,) = sizes if len(sizes) == 1 else ((),)
+    return size[0] if size else None
+
+
+class Gradient(Function):
+    """Outputs of a model and gradients at its inputs, of the leaves of the model's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, held: Any, *leaves: Tensor | None) -> Any:
+        ctx.known, ctx.outsider, values, gradients, tensors = held
+        ctx.places = [i for i, g in enumerate(gradients) if g is not None]
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return (*values, *(gradients[i] for i in ctx.places))
+
+    @staticmethod
+    def given(ctx: Any, cotangents: Given) -> list[Tensor | None]:
+        """Cotangents of all outputs, then of all gradients, which may be fewer than the inputs."""
+        count = len(ctx.known.plan.outputs)
+        at_gradients: list[Tensor | None] = [None] * len(ctx.known.places)
+        for i, v in zip(ctx.places, cotangents[count:], strict=True):
+            at_gradients[i] = v
+        return [*cotangents[:count], *at_gradients]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(AGAIN)
+        of: Halves = ctx.known
+        given = Gradient.given(ctx, cotangents)
+        tensors, outsider = ctx.saved_tensors, ctx.outsider
+        if not graph_is_kept():
+            ctx.outsider = None
+        some = [c for c in given if c is not None]
+        if not some:
+            return (None,) * (1 + of.plan.leaves)
+        with own_dtypes(some[0].device):
+            if any(is_batched(c) or is_legacy_batched(c) for c in some):
+                return None, *of.finish([*given, *tensors], outsider)
+            key = tuple([None if c is None else (c.shape, c.stride(), c.dtype) for c in given])
+            signature = of.finishes.get(key, lambda: of)
+            run = lambda: signature.run([*given, *tensors], of.finish, outsider)  # noqa: E731
+            return None, *(run() if outsider is None else by_itself(run))
+
+
+class _Inside(Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[], Any], results: list[Any], x: Tensor) -> Tensor:
+        ctx.run, ctx.results = run, results
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        ctx.results.append(ctx.run())
+        return None, None, None
+
+
+def by_itself(run: Callable[[], Any]) -> Any:
+    """What a function that calls nodes of autograd gives, inside a backward pass.
+
+    There a node computes only what the pass is after, which has never heard of these; in a pass of their own, that is
+    after nothing in particular, they compute everything.
+    """
+    results: list[Any] = []
+    with torch.enable_grad():
+        started = _Inside.apply(run, results, torch.zeros((), requires_grad=True))
+    started.backward()
+    return results[0]
