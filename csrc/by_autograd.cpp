@@ -37,7 +37,8 @@ Value score_loss(const std::vector<at::Tensor>& scores, const std::vector<int64_
   static const c10::OperatorHandle forth = op("gpkernels::score_loss"), back = op("gpkernels::score_loss_backward");
   std::vector<at::Tensor> wide;
   for (const at::Tensor& s : scores) wide.push_back(widened(s));
-  torch::jit::Stack value{wide, kinds}, gradients{unit, wide, kinds};
+  const std::vector<double> targets(kinds.size());
+  torch::jit::Stack value{wide, kinds, targets}, gradients{unit, wide, kinds, targets};
   forth.callBoxed(value);
   back.callBoxed(gradients);
   return {value[0].toTensor(), gradients[0].toTensorVector()};
@@ -47,9 +48,10 @@ Value penalty(const at::Tensor& gradient, const Ends& ends, const at::Tensor& we
   static const c10::OperatorHandle forth = op("gpkernels::gradient_norm_penalty"),
                                    back = op("gpkernels::gradient_norm_penalty_backward");
   constexpr int64_t kMean = 1;  // in reference.REDUCTIONS
+  constexpr double kPower = 2;
   at::Tensor rows = widened(gradient);
   if (ends.by_point) rows = rows.reshape({-1, rows.size(-1)});
-  torch::jit::Stack value{rows, ends.target, ends.one_sided, kMean};
+  torch::jit::Stack value{rows, ends.target, ends.one_sided, kMean, kPower};
   forth.callBoxed(value);  // and what the derivative takes from it
   torch::jit::Stack derivative{weight, rows, value[1]};
   back.callBoxed(derivative);

@@ -14,7 +14,7 @@
 
 namespace {
 
-enum class Kind { kTensor, kMaybeTensor, kTensors, kFloat, kMaybeFloat, kInt, kInts, kBool };
+enum class Kind { kTensor, kMaybeTensor, kTensors, kFloat, kMaybeFloat, kFloats, kInt, kInts, kBool };
 
 std::optional<Kind> kind_of(const c10::Type& type) {
   using c10::TypeKind;
@@ -22,7 +22,7 @@ std::optional<Kind> kind_of(const c10::Type& type) {
   const c10::Type& inner = list || maybe ? *type.containedType(0) : type;
   switch (inner.kind()) {
     case TypeKind::TensorType: return list ? Kind::kTensors : maybe ? Kind::kMaybeTensor : Kind::kTensor;
-    case TypeKind::FloatType: return list ? std::nullopt : std::optional(maybe ? Kind::kMaybeFloat : Kind::kFloat);
+    case TypeKind::FloatType: return list ? Kind::kFloats : maybe ? Kind::kMaybeFloat : Kind::kFloat;
     case TypeKind::IntType: return list ? std::optional(Kind::kInts) : maybe ? std::nullopt : std::optional(Kind::kInt);
     case TypeKind::BoolType: return list || maybe ? std::nullopt : std::optional(Kind::kBool);
     default: return std::nullopt;
@@ -34,6 +34,10 @@ std::optional<int64_t> integer(PyObject* x) {
   int overflow = 0;
   const int64_t value = PyLong_AsLongLongAndOverflow(x, &overflow);
   return overflow ? std::nullopt : std::optional(value);
+}
+
+std::optional<double> number(PyObject* x) {
+  return PyFloat_CheckExact(x) ? std::optional(PyFloat_AS_DOUBLE(x)) : std::nullopt;
 }
 
 // The keys of a dense CPU tensor: not quantised, batched, fake, conjugate, lazy or made in inference mode.
@@ -54,7 +58,11 @@ class Arguments {
       case Kind::kTensor: return add_tensor(x);
       case Kind::kMaybeTensor: return x == Py_None ? put(c10::IValue()) : add_tensor(x);
       case Kind::kTensors: return add_list<at::Tensor>(x, [this](PyObject* item) { return tensor(item); });
-      case Kind::kFloat: return PyFloat_CheckExact(x) && put(PyFloat_AS_DOUBLE(x));
+      case Kind::kFloat: {
+        const std::optional<double> value = number(x);
+        return value && put(*value);
+      }
+      case Kind::kFloats: return add_list<double>(x, &number);
       case Kind::kMaybeFloat: return x == Py_None ? put(c10::IValue()) : add(Kind::kFloat, x);
       case Kind::kInt: {
         const std::optional<int64_t> value = integer(x);

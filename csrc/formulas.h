@@ -137,14 +137,28 @@ struct PenaltyRow {
   A value, coefficient;
 };
 
-// (|g| - target)^2 from |g|^2, and the coefficient of g in its derivative, times `share`; 0 where |g| = 0.
 template <typename A>
-GPK_HD PenaltyRow<A> penalty_row(A squared, A target, bool one_sided, A share) {
-  if (target == A(0)) return {squared, A(2) * share};
+struct PenaltyOptions {
+  A target;
+  bool one_sided;
+  A power;
+};
+
+// ||g| - target|^power from |g|^2, and the coefficient of g in its derivative, times `share`; 0 where |g| = 0.
+template <typename A>
+GPK_HD PenaltyRow<A> penalty_row(A squared, const PenaltyOptions<A>& o, A share) {
+  if (o.target == A(0) && o.power == A(2)) return {squared, A(2) * share};
   const A norm = std::sqrt(squared);
-  A excess = norm - target;
-  if (one_sided && excess <= A(0)) excess = A(0);
-  return {excess * excess, squared == A(0) ? A(0) : A(2) * excess / norm * share};
+  A excess = norm - o.target;
+  if (o.one_sided && excess <= A(0)) excess = A(0);
+  A value = excess * excess, slope = A(2) * excess;
+  if (o.power != A(2)) {
+    const A size = std::fabs(excess);
+    const A below = o.power == A(1) ? A(1) : std::pow(size, o.power - A(1));
+    value = size * below;
+    slope = excess == A(0) ? A(0) : std::copysign(o.power * below, excess);
+  }
+  return {value, squared == A(0) ? A(0) : slope / norm * share};
 }
 
 // --- consistency ------------------------------------------------------------------------------------------------
@@ -180,7 +194,8 @@ enum class ScoreLoss : int64_t {
   softplus_negative,
   negative_softplus,
   hinge,
-  hinge_negative
+  hinge_negative,
+  least_squares
 };
 
 template <typename A>
@@ -205,7 +220,7 @@ GPK_HD A relu_slope(A x) {
 }
 
 template <typename A>
-GPK_HD A score_value(ScoreLoss kind, A s) {
+GPK_HD A score_value(ScoreLoss kind, A s, A target) {
   switch (kind) {
     case ScoreLoss::identity: return s;
     case ScoreLoss::negative: return -s;
@@ -213,12 +228,13 @@ GPK_HD A score_value(ScoreLoss kind, A s) {
     case ScoreLoss::softplus_negative: return softplus(-s);
     case ScoreLoss::negative_softplus: return -softplus(s);
     case ScoreLoss::hinge: return relu(A(1) + s);
-    default: return relu(A(1) - s);
+    case ScoreLoss::hinge_negative: return relu(A(1) - s);
+    default: return (s - target) * (s - target);
   }
 }
 
 template <typename A>
-GPK_HD A score_slope(ScoreLoss kind, A s) {
+GPK_HD A score_slope(ScoreLoss kind, A s, A target) {
   switch (kind) {
     case ScoreLoss::identity: return A(1);
     case ScoreLoss::negative: return A(-1);
@@ -226,7 +242,8 @@ GPK_HD A score_slope(ScoreLoss kind, A s) {
     case ScoreLoss::softplus_negative: return -sigmoid(-s);
     case ScoreLoss::negative_softplus: return -sigmoid(s);
     case ScoreLoss::hinge: return relu_slope(A(1) + s);
-    default: return -relu_slope(A(1) - s);
+    case ScoreLoss::hinge_negative: return -relu_slope(A(1) - s);
+    default: return A(2) * (s - target);
   }
 }
 

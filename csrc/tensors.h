@@ -174,6 +174,21 @@ inline void check_code(const char* name, int64_t code, int64_t last) {
   STD_TORCH_CHECK(code >= 0 && code <= last, name, ": expected 0 to ", last, ", got ", code);
 }
 
+// With a kind, of an enumeration, and a target for each tensor.
+inline void check_scores(const std::vector<Tensor>& scores, const std::vector<int64_t>& kinds,
+                         const std::vector<double>& targets, int64_t last_kind) {
+  STD_TORCH_CHECK(!scores.empty(), "scores: expected at least one tensor");
+  STD_TORCH_CHECK(kinds.size() == scores.size(), "kinds: expected one for each tensor of scores");
+  STD_TORCH_CHECK(targets.size() == scores.size(), "targets: expected one for each tensor of scores");
+  for (const int64_t kind : kinds) check_code("kinds", kind, last_kind);
+  for (const Tensor& s : scores) STD_TORCH_CHECK(s.numel() > 0, "scores: expected at least one");
+}
+
+inline void check_paired(const Tensor& real_scores, const Tensor& fake_scores) {
+  STD_TORCH_CHECK(real_scores.numel() > 0, "real_scores: expected at least one");
+  check_same("fake_scores", fake_scores, real_scores);
+}
+
 inline void check_per_row(const char* name, const Tensor& x, Shape shape) {
   STD_TORCH_CHECK(x.numel() == shape.rows, name, ": expected one number per row");
 }

@@ -11,9 +11,12 @@ from gpkernels.ops.consistency import consistency_term, lipschitz_consistency
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
 from gpkernels.ops.instance_noise import add_instance_noise
 from gpkernels.ops.interpolate import interpolate
+from gpkernels.ops.relativistic_loss import relativistic_critic_loss, relativistic_generator_loss
 from gpkernels.ops.score_loss import (
     gan_discriminator_loss,
     hinge_critic_loss,
+    least_squares_critic_loss,
+    least_squares_generator_loss,
     nonsaturating_generator_loss,
     saturating_generator_loss,
     wgan_critic_loss,
@@ -40,11 +43,15 @@ __all__ = [
     "gradient_penalty",
     "hinge_critic_loss",
     "interpolate",
+    "least_squares_critic_loss",
+    "least_squares_generator_loss",
     "lipschitz_consistency",
     "nonsaturating_generator_loss",
     "optim",
     "r1_penalty",
     "r2_penalty",
+    "relativistic_critic_loss",
+    "relativistic_generator_loss",
     "saturating_generator_loss",
     "set_backend",
     "wgan_critic_loss",

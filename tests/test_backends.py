@@ -116,7 +116,7 @@ def test_a_forced_gpu_backend_raises_with_the_reason_and_the_cure(name: str, cur
 @pytest.mark.skipif(backends.extension is None, reason="the extension is not built")
 def test_forced_cpu_kernels_refuse_tensors_of_another_device() -> None:
     with gpk.backend("cpu"), pytest.raises(RuntimeError, match=r"cpu tensors, got meta tensors"):
-        gradient_norm_penalty_op(torch.ones(2, 3, device="meta"), 1.0, False, 1)
+        gradient_norm_penalty_op(torch.ones(2, 3, device="meta"), 1.0, False, 1, 2.0)
 
 
 def test_the_context_restores_what_was_chosen_before_even_after_an_error() -> None:

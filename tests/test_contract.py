@@ -171,6 +171,7 @@ def test_every_raw_op_has_arguments_to_check() -> None:
 def test_compiles_as_one_graph_with_the_same_numbers(name: str) -> None:
     case = CASES[name]
     inputs = case.inputs((3, 4), torch.float32)
+    torch.compiler.reset()  # cases share code, of which Dynamo compiles so many versions and no more
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager", dynamic=False)
     eager, traced = (_value_and_gradients(f, inputs, case) for f in (case.function, compiled))
     for a, b in zip(eager, traced, strict=True):
@@ -315,18 +316,24 @@ ONE = torch.ones(())
 AFTER = len(ScoreLoss)
 KINDS = rf"expected 0 \(identity\), 1 \(negative\), .*{AFTER - 1} \({ScoreLoss(AFTER - 1).name.lower()}\), got "
 BAD_CODES = {
-    "a loss of a kind above all": (lambda: score_loss_op([SCORE], [70]), rf"kinds: {KINDS}70"),
-    "a loss of the kind after the last": (lambda: score_loss_op([SCORE], [AFTER]), rf"kinds: {KINDS}{AFTER}"),
-    "a loss of a negative kind": (lambda: score_loss_op([SCORE], [-1]), rf"kinds: {KINDS}-1"),
-    "a loss of a bad second kind": (lambda: score_loss_op([SCORE, SCORE], [0, 9]), rf"kinds: {KINDS}9"),
-    "a loss of too few kinds": (lambda: score_loss_op([SCORE, SCORE], [0]), "kinds: .* 2 scores, got 1"),
-    "a loss of no scores": (lambda: score_loss_op([], []), "scores: .* none"),
-    "a slope of a kind above all": (lambda: score_loss_backward_op(ONE, [SCORE], [7]), rf"kinds: {KINDS}7"),
-    "a slope of a negative kind": (lambda: score_loss_backward_op(ONE, [SCORE], [-1]), rf"kinds: {KINDS}-1"),
-    "a slope of no scores": (lambda: score_loss_backward_op(ONE, [], []), "scores: .* none"),
-    "a mapped loss": (lambda: torch.func.vmap(lambda s: score_loss_op([s], [7]))(FLAT), rf"kinds: {KINDS}7"),
+    "a loss of a kind above all": (lambda: score_loss_op([SCORE], [70], [0.0]), rf"kinds: {KINDS}70"),
+    "a loss of the kind after the last": (lambda: score_loss_op([SCORE], [AFTER], [0.0]), rf"kinds: {KINDS}{AFTER}"),
+    "a loss of a negative kind": (lambda: score_loss_op([SCORE], [-1], [0.0]), rf"kinds: {KINDS}-1"),
+    "a loss of a bad second kind": (lambda: score_loss_op([SCORE, SCORE], [0, 9], [0.0, 0.0]), rf"kinds: {KINDS}9"),
+    "a loss of too few kinds": (lambda: score_loss_op([SCORE, SCORE], [0], [0.0, 0.0]), "kinds: .* 2 scores, got 1"),
+    "a loss of no scores": (lambda: score_loss_op([], [], []), "scores: .* none"),
+    "a slope of a kind above all": (
+        lambda: score_loss_backward_op(ONE, [SCORE], [AFTER], [0.0]),
+        rf"kinds: {KINDS}{AFTER}",
+    ),
+    "a slope of a negative kind": (lambda: score_loss_backward_op(ONE, [SCORE], [-1], [0.0]), rf"kinds: {KINDS}-1"),
+    "a slope of no scores": (lambda: score_loss_backward_op(ONE, [], [], []), "scores: .* none"),
+    "a mapped loss": (
+        lambda: torch.func.vmap(lambda s: score_loss_op([s], [AFTER], [0.0]))(FLAT),
+        rf"kinds: {KINDS}{AFTER}",
+    ),
     "a penalty of a foreign reduction": (
-        lambda: gradient_norm_penalty_op(FLAT, 1.0, False, 7),
+        lambda: gradient_norm_penalty_op(FLAT, 1.0, False, 7, 2.0),
         r"reduction: expected 0 \(none\), 1 \(mean\), 2 \(sum\), got 7",
     ),
 }
@@ -339,22 +346,22 @@ def test_a_code_that_names_nothing_is_refused(name: str, backend: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("kind", [-1, 7])
+@pytest.mark.parametrize("kind", [-1, AFTER])
 def test_a_code_that_names_nothing_is_refused_by_the_registered_kernel(kind: int) -> None:
     with pytest.raises((ValueError, RuntimeError), match=f"kinds: expected .*, got {kind}"):
-        torch.ops.gpkernels.score_loss([SCORE, SCORE], [0, kind])
+        torch.ops.gpkernels.score_loss([SCORE, SCORE], [0, kind], [0.0, 0.0])
     with pytest.raises((ValueError, RuntimeError), match=f"kinds: expected .*, got {kind}"):
-        torch.ops.gpkernels.score_loss_backward(ONE, [SCORE], [kind])
+        torch.ops.gpkernels.score_loss_backward(ONE, [SCORE], [kind], [0.0])
     with pytest.raises((ValueError, RuntimeError), match=f"reduction: expected .*, got {kind}"):
-        torch.ops.gpkernels.gradient_norm_penalty(FLAT, 1.0, False, kind)
+        torch.ops.gpkernels.gradient_norm_penalty(FLAT, 1.0, False, kind, 2.0)
 
 
 def test_a_code_that_names_nothing_is_refused_while_tracing_and_by_the_specification() -> None:
     for call in (score_loss_op.overload, score_loss_reference):
-        with FakeTensorMode() as mode, pytest.raises(ValueError, match=f"kinds: {KINDS}7"):
-            call([mode.from_tensor(SCORE)], [7])
-    with pytest.raises(ValueError, match=f"kinds: {KINDS}7"):
-        score_loss_backward_reference(ONE, [SCORE], [7])
+        with FakeTensorMode() as mode, pytest.raises(ValueError, match=f"kinds: {KINDS}{AFTER}"):
+            call([mode.from_tensor(SCORE)], [AFTER], [0.0])
+    with pytest.raises(ValueError, match=f"kinds: {KINDS}{AFTER}"):
+        score_loss_backward_reference(ONE, [SCORE], [AFTER], [0.0])
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -83,7 +83,7 @@ def test_every_gaussian_number_is_right_to_a_few_ulp() -> None:
 def test_row_sums_lose_no_digits(dtype: torch.dtype, count: int) -> None:
     a, b = (torch.randn(3, count + 1, dtype=dtype)[:, 1:] for _ in range(2))
     with gpk.backend("cpu"):
-        squares, _ = gradient_norm_penalty_op(a, 0.0, False, 0)
+        squares, _ = gradient_norm_penalty_op(a, 0.0, False, 0, 2.0)
         one = torch.ones(3, 1, dtype=dtype)
         mean, *_ = lipschitz_consistency_op(one, 0 * one, a, b, 0.0)
     tolerance = torch.finfo(dtype).eps if dtype == torch.float32 else 1e-14

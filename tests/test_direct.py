@@ -166,14 +166,14 @@ def test_it_declines_a_tensor_with_a_tangent() -> None:
     ids=["an int for a float", "an int for a bool", "a float for an int", "a bool for an int", "too large", "a text"],
 )
 def test_it_declines_a_number_of_another_kind(arguments: tuple[Any, ...]) -> None:
-    assert gradient_norm_penalty_op.direct(torch.randn(4, 3), *arguments) is NotImplemented
+    assert gradient_norm_penalty_op.direct(torch.randn(4, 3), *arguments, 2.0) is NotImplemented
 
 
 def test_it_takes_weights_where_no_graph_is_wanted_and_writes_into_them_always() -> None:
     weight = torch.nn.Parameter(torch.randn(4, 3))
-    assert gradient_norm_penalty_op.direct(weight, 1.0, False, 0) is NotImplemented
+    assert gradient_norm_penalty_op.direct(weight, 1.0, False, 0, 2.0) is NotImplemented
     with torch.no_grad():
-        assert gradient_norm_penalty_op.direct(weight, 1.0, False, 0) is not NotImplemented
+        assert gradient_norm_penalty_op.direct(weight, 1.0, False, 0, 2.0) is not NotImplemented
     assert clip_weights_op.direct([weight], 0.1) is None
     assert weight.detach().abs().max() <= 0.1
 
@@ -265,13 +265,16 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
     "lipschitz_consistency": lambda x, y, eps: gpk.lipschitz_consistency(x[:, 0], y[:, 0], x, y),
     "wgan_critic_loss": lambda x, y, eps: gpk.wgan_critic_loss(x, y),
     "gan_discriminator_loss": lambda x, y, eps: gpk.gan_discriminator_loss(x, y),
+    "least_squares_critic_loss": lambda x, y, eps: gpk.least_squares_critic_loss(x, y, fake_target=-1),
+    "relativistic_critic_loss": lambda x, y, eps: gpk.relativistic_critic_loss(x, y),
 }
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_functions_take_it_and_give_the_same_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = three()
-    op = score_loss_op if name.endswith("_loss") else ops.ALL[name]
+    stem = name.replace("_critic", "")
+    op = ops.ALL.get(stem, score_loss_op)
     taken: list[Any] = []
 
     def counted(*args: Any) -> Any:

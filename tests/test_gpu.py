@@ -83,7 +83,7 @@ def test_a_graph_can_be_captured_and_replayed(gpu_backend: str) -> None:
 
     def penalty() -> Tensor:
         mixed = interpolate_op(real, fake, eps)
-        value: Tensor = gradient_norm_penalty_op(mixed, 1.0, False, 1)[0]
+        value: Tensor = gradient_norm_penalty_op(mixed, 1.0, False, 1, 2.0)[0]
         return value
 
     side = torch.cuda.Stream()
@@ -102,14 +102,14 @@ def test_a_graph_can_be_captured_and_replayed(gpu_backend: str) -> None:
 
 def test_two_streams_do_not_disturb_each_other(gpu_backend: str) -> None:
     inputs = [torch.randn(256, 4099, device=DEVICE) for _ in range(2)]
-    expected = [gradient_norm_penalty_op(x, 1.0, False, 1)[0] for x in inputs]
+    expected = [gradient_norm_penalty_op(x, 1.0, False, 1, 2.0)[0] for x in inputs]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in inputs]
     found: list[list[Tensor]] = [[], []]
     for _ in range(50):
         for stream, x, values in zip(streams, inputs, found, strict=True):
             with torch.cuda.stream(stream):
-                values.append(gradient_norm_penalty_op(x, 1.0, False, 1)[0])
+                values.append(gradient_norm_penalty_op(x, 1.0, False, 1, 2.0)[0])
     torch.cuda.synchronize()
     for values, value in zip(found, expected, strict=True):
         assert all(torch.equal(v, value) for v in values)

@@ -27,7 +27,8 @@ GPK_SIMD void scale_rows(const T* x, const A* scale, T* out, int64_t row_begin, 
   }
 }
 
-std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target, bool one_sided, int64_t reduction) {
+std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target, bool one_sided, int64_t reduction,
+                                                     double power) {
   const Shape shape = rows_of("grad", grad);
   check_code("reduction", reduction, kSum);
   const Tensor dense = in_format(grad, common_format({&grad}));
@@ -39,10 +40,11 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target,
     });
   });
   std::vector<double> coefficients(shape.rows);
+  const PenaltyOptions<double> options{target, one_sided, power};
   const double share = reduction == kMean ? 1.0 / double(shape.rows) : 1.0;
   Sum sum;
   for (int64_t row = 0; row < shape.rows; ++row) {
-    const PenaltyRow<double> penalty = penalty_row(values[row], target, one_sided, share);
+    const PenaltyRow<double> penalty = penalty_row(values[row], options, share);
     values[row] = penalty.value;
     coefficients[row] = penalty.coefficient;
     sum += penalty.value;

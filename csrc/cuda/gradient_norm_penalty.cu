@@ -12,8 +12,8 @@ struct PenaltyOfRow {
   const T* x;
   A *values, *coefficients;  // values: of every row, if they are wanted
   int64_t packs;
-  A target, share;
-  bool one_sided;
+  PenaltyOptions<A> options;
+  A share;
 
   __device__ void sum(int64_t row, int64_t first, int64_t step, A* sums) const {
 #pragma unroll 2
@@ -23,7 +23,7 @@ struct PenaltyOfRow {
     }
   }
   __device__ double finish(int64_t row, const A* sums) const {
-    const PenaltyRow<A> penalty = penalty_row(sums[0], target, one_sided, share);
+    const PenaltyRow<A> penalty = penalty_row(sums[0], options, share);
     coefficients[row] = penalty.coefficient;
     if (values) values[row] = penalty.value;
     return double(penalty.value);
@@ -43,7 +43,8 @@ __global__ void GPK_BOUNDS scale_kernel(const A* cotangent, bool by_row, const T
   });
 }
 
-std::tuple<Tensor, Tensor> gradient_norm_penalty_cuda(Tensor grad, double target, bool one_sided, int64_t reduction) {
+std::tuple<Tensor, Tensor> gradient_norm_penalty_cuda(Tensor grad, double target, bool one_sided, int64_t reduction,
+                                                      double power) {
   const Shape shape = rows_of("grad", grad);
   check_code("reduction", reduction, kSum);
   const Tensor dense = in_format(grad, common_format({&grad}));
@@ -58,7 +59,8 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cuda(Tensor grad, double target
     A* out = mutable_data<A>(value);
     with_width<T>(shape.cols, {data<T>(dense)}, [&](auto width, int64_t packs) {
       const PenaltyOfRow<T, A, decltype(width)::value> row{
-          data<T>(dense), each ? out : nullptr, mutable_data<A>(coefficient), packs, A(target), A(share), one_sided};
+          data<T>(dense), each ? out : nullptr, mutable_data<A>(coefficient), packs, {A(target), one_sided, A(power)},
+          A(share)};
       reduce_rows<A>(grad, row, each ? nullptr : out, share, shape.rows, packs);
     });
   });

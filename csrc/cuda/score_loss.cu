@@ -13,34 +13,37 @@ struct ScoresOfTensor {
   const T* scores[kTensors];
   int64_t counts[kTensors];
   ScoreLoss kinds[kTensors];
+  A targets[kTensors];
 
   __device__ void sum(int64_t row, int64_t first, int64_t step, A* sums) const {
-    for (int64_t i = first; i < counts[row]; i += step) sums[0] += score_value(kinds[row], A(scores[row][i]));
+    for (int64_t i = first; i < counts[row]; i += step)
+      sums[0] += score_value(kinds[row], A(scores[row][i]), targets[row]);
   }
   __device__ double finish(int64_t row, const A* sums) const { return double(sums[0]) / double(counts[row]); }
 };
 
 template <typename T, typename A>
-__global__ void GPK_BOUNDS slope_kernel(const A* cotangent, const T* scores, ScoreLoss kind, T* out, int64_t count) {
+__global__ void GPK_BOUNDS slope_kernel(const A* cotangent, const T* scores, ScoreLoss kind, A target, T* out,
+                                        int64_t count) {
   const A scale = *cotangent / A(count);
-  for (int64_t i = flat_thread(); i < count; i += flat_threads()) out[i] = T(scale * score_slope(kind, A(scores[i])));
+  for (int64_t i = flat_thread(); i < count; i += flat_threads())
+    out[i] = T(scale * score_slope(kind, A(scores[i]), target));
 }
 
-std::vector<Tensor> checked(const std::vector<Tensor>& scores, const std::vector<int64_t>& kinds) {
-  STD_TORCH_CHECK(!scores.empty() && scores.size() <= kTensors, "scores: expected one tensor or two");
-  STD_TORCH_CHECK(scores.size() == kinds.size(), "kinds: expected one for each tensor of scores");
-  for (const int64_t kind : kinds) check_code("kinds", kind, int64_t(ScoreLoss::hinge_negative));
+std::vector<Tensor> checked(const std::vector<Tensor>& scores, const std::vector<int64_t>& kinds,
+                            const std::vector<double>& targets) {
+  check_scores(scores, kinds, targets, int64_t(ScoreLoss::least_squares));
+  STD_TORCH_CHECK(scores.size() <= kTensors, "scores: expected one tensor or two");
   std::vector<Tensor> dense;
   for (const Tensor& s : scores) {
-    STD_TORCH_CHECK(s.numel() > 0, "scores: expected at least one");
     STD_TORCH_CHECK(s.scalar_type() == scores[0].scalar_type(), "scores: dtypes differ");
     dense.push_back(torch::stable::contiguous(s));
   }
   return dense;
 }
 
-Tensor score_loss_cuda(std::vector<Tensor> scores, std::vector<int64_t> kinds) {
-  const std::vector<Tensor> dense = checked(scores, kinds);
+Tensor score_loss_cuda(std::vector<Tensor> scores, std::vector<int64_t> kinds, std::vector<double> targets) {
+  const std::vector<Tensor> dense = checked(scores, kinds, targets);
   Tensor out;
   dispatch(dense[0], [&](auto zero) {
     using T = decltype(zero);
@@ -51,6 +54,7 @@ Tensor score_loss_cuda(std::vector<Tensor> scores, std::vector<int64_t> kinds) {
       rows.scores[i] = data<T>(dense[i]);
       rows.counts[i] = dense[i].numel();
       rows.kinds[i] = ScoreLoss(kinds[i]);
+      rows.targets[i] = A(targets[i]);
       longest = std::max(longest, dense[i].numel());
     }
     out = empty_scalar<A>(dense[0]);
@@ -59,8 +63,9 @@ Tensor score_loss_cuda(std::vector<Tensor> scores, std::vector<int64_t> kinds) {
   return out;
 }
 
-std::vector<Tensor> score_loss_backward_cuda(Tensor cotangent, std::vector<Tensor> scores, std::vector<int64_t> kinds) {
-  const std::vector<Tensor> dense = checked(scores, kinds);
+std::vector<Tensor> score_loss_backward_cuda(Tensor cotangent, std::vector<Tensor> scores, std::vector<int64_t> kinds,
+                                             std::vector<double> targets) {
+  const std::vector<Tensor> dense = checked(scores, kinds, targets);
   STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
   const Stream stream(dense[0]);
   std::vector<Tensor> grads;
@@ -72,7 +77,7 @@ std::vector<Tensor> score_loss_backward_cuda(Tensor cotangent, std::vector<Tenso
       const Tensor by = in_accumulation<A>(cotangent);
       auto kernel = slope_kernel<T, A>;
       GPK_LAUNCH(kernel, flat_grid(out.numel()), dim3(kThreads), stream, data<A>(by), data<T>(dense[i]),
-                 ScoreLoss(kinds[i]), mutable_data<T>(out), out.numel());
+                 ScoreLoss(kinds[i]), A(targets[i]), mutable_data<T>(out), out.numel());
     });
     check_launch();
     grads.push_back(out);

@@ -89,7 +89,8 @@ def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, 
     scored = [name for name in kinds if name in at]
     own = None
     if scored:
-        own = score_loss_reference([_rows(at[n], 0, n) for n in scored], [kinds[n] for n in scored])
+        scores = [_rows(at[n], 0, n) for n in scored]
+        own = score_loss_reference(scores, [kinds[n] for n in scored], [0.0] * len(scored))
     options = task.consistency
     if options is None or "again" not in at:
         return own, None

@@ -103,10 +103,10 @@ def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tup
     loss = None
     if scored:
         scores = [one.rows(one.scores, name) for one, name in scored]  # type: ignore[arg-type]
-        chosen = [kinds[name] for _, name in scored]
-        loss = score_loss_op(scores, chosen)
+        options = [kinds[name] for _, name in scored], [0.0] * len(scored)
+        loss = score_loss_op(scores, *options)
         if task.gradients:
-            seeds = dict(zip(scored, score_loss_backward_op(unit.to(wide), scores, chosen), strict=True))
+            seeds = dict(zip(scored, score_loss_backward_op(unit.to(wide), scores, *options), strict=True))
     if task.consistency is None or not any(name == "again" for one in ones for name, _ in one.groups):
         return loss, None, seeds
     return loss, _consistency(ones, task, wide, unit, seeds), seeds
@@ -182,7 +182,7 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
         gradient = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
     at_points = gradient if gradient.shape[0] == one.each else gradient.narrow(0, one.plan.plain, one.each)
     rows = at_points.reshape(-1, at_points.shape[-1]) if task.by_point else at_points
-    value, coefficient = gradient_norm_penalty_op(rows, task.target, task.one_sided, REDUCTIONS["mean"])
+    value, coefficient = gradient_norm_penalty_op(rows, task.target, task.one_sided, REDUCTIONS["mean"], 2.0)
     if task.gradients:
         direction = gradient_norm_penalty_backward_op(weight.to(value.dtype), rows, coefficient)
         assert one.plan.x is not None

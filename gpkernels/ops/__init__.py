@@ -23,6 +23,7 @@ from gpkernels.ops import (  # each defines its ops as it is imported
     interpolate,
     mean_pool,
     normalise_curvature,
+    relativistic_loss,
     score_loss,
     weights,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "interpolate",
     "mean_pool",
     "normalise_curvature",
+    "relativistic_loss",
     "score_loss",
     "weights",
 ]

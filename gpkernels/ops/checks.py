@@ -29,6 +29,14 @@ def check_batch(name: str, x: object) -> None:
         raise ValueError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
 
 
+def check_scores(name: str, x: object) -> None:
+    """``check_floating``, and ValueError unless there is at least one score."""
+    check_floating(name, x)
+    assert isinstance(x, Tensor)
+    if x.numel() == 0:
+        raise ValueError(f"{name}: expected at least one score, got shape {tuple(x.shape)}")
+
+
 def check_writable(name: str, x: Tensor) -> None:
     """RuntimeError, as PyTorch's own, where elements share a place: what is written there last would stay."""
     if overlaps(x):
@@ -51,11 +59,26 @@ def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
         raise ValueError(f"{name2}: expected the device of {name1}, {x1.device}, got {x2.device}")
 
 
+def check_whole(name: str, value: object) -> int:
+    """The value as an int; TypeError unless it is a whole number, which may be numpy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    return int(value)
+
+
 def check_number(name: str, value: object) -> float:
     """The value as a float; TypeError unless it is a real number, which may be numpy's."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     return float(value)
+
+
+def check_finite(name: str, value: object) -> float:
+    """The value as a float; TypeError or ValueError unless it is a finite number."""
+    value = check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
 
 
 def check_nonnegative(name: str, value: object) -> float:

@@ -1,14 +1,16 @@
-"""gradient_norm_penalty: mean (|g_n| - target)^2 over an input gradient (Gulrajani et al. 2017, eq. 3)."""
+"""gradient_norm_penalty: mean ||g_n| - target|^power over an input gradient (Gulrajani et al. 2017, eq. 3)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gpkernels.ops.checks import check_batch, check_nonnegative
+from gpkernels.ops.checks import check_batch, check_finite, check_floating, check_nonnegative, check_whole
 from gpkernels.ops.differentiable import Differentiable, apply, second_order
 from gpkernels.ops.op import Op
 from gpkernels.ops.tensors import laid_out, memory_format, new_like, new_wide, per_row, rows_of
@@ -18,15 +20,16 @@ _REDUCTION_CODES = frozenset(REDUCTIONS.values())
 
 
 def gradient_norm_penalty_reference(
-    grad: Tensor, target: float, one_sided: bool, reduction: int
+    grad: Tensor, target: float, one_sided: bool, reduction: int, power: float
 ) -> tuple[Tensor, Tensor]:
-    """((|g_n| - target)^2 reduced over n, coefficient): the coefficient c_n gives the derivative w_n c_n g_n.
+    """(||g_n| - target|^power reduced over n, coefficient): the coefficient c_n gives the derivative w_n c_n g_n.
 
-    One-sided: max(0, |g_n| - target)^2. Where |g_n| = 0 the subgradient 0 is taken; target = 0 is the smooth |g_n|^2.
+    One-sided: max(0, |g_n| - target)^power. Where |g_n| = 0 the subgradient 0 is taken, and where |g_n| = target; a
+    target of 0 with a power of 2 is the smooth |g_n|^2.
     """
     rows = rows_of(grad)
     squared = (rows * rows).sum(1)
-    if target == 0:
+    if target == 0 and power == 2:
         coefficient = torch.full_like(squared, 2.0)
         values = squared
     else:
@@ -35,11 +38,23 @@ def gradient_norm_penalty_reference(
         excess = norm - target
         if one_sided:
             excess = torch.where(excess <= 0, 0.0, excess)
-        coefficient = torch.where(zero, 0.0, 2.0 * excess / torch.where(zero, 1.0, norm))
-        values = excess * excess
+        values, slope = _power(excess, power)
+        coefficient = torch.where(zero, 0.0, slope / torch.where(zero, 1.0, norm))
     if reduction == REDUCTIONS["mean"]:
         coefficient = coefficient / grad.shape[0]
     return _reduce(values, reduction), coefficient.detach()
+
+
+def _power(x: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """|x|^power and its slope. Where x = 0, every derivative is 0 that the power does not make another number."""
+    if power == 2:
+        return x * x, 2.0 * x
+    size = x.abs()
+    if power == 1:
+        return size, x.sign()
+    zero = size == 0
+    some = torch.where(zero, 1.0, size)
+    return torch.where(zero, 0.0, some**power), torch.where(zero, 0.0, power * some ** (power - 1) * x.sign())
 
 
 def _reduce(values: Tensor, reduction: int) -> Tensor:
@@ -59,7 +74,7 @@ def check_reduction(reduction: str) -> int:
     return REDUCTIONS[reduction]
 
 
-def _check_reduction_code(grad: Tensor, target: float, one_sided: bool, reduction: int) -> None:
+def _check_reduction_code(grad: Tensor, target: float, one_sided: bool, reduction: int, power: float) -> None:
     if reduction not in _REDUCTION_CODES:
         wanted = ", ".join(f"{code} ({called})" for called, code in REDUCTIONS.items())
         raise ValueError(f"reduction: expected {wanted}, got {reduction!r}")
@@ -71,9 +86,9 @@ def _gradient_norm_penalty_backward(cotangent: Tensor, grad: Tensor, coefficient
 
 
 gradient_norm_penalty_op = Op(
-    "gradient_norm_penalty(Tensor grad, float target, bool one_sided, int reduction) -> (Tensor, Tensor)",
+    "gradient_norm_penalty(Tensor grad, float target, bool one_sided, int reduction, float power) -> (Tensor, Tensor)",
     gradient_norm_penalty_reference,
-    lambda grad, target, one_sided, reduction: (
+    lambda grad, target, one_sided, reduction, power: (
         new_wide(grad, *([grad.shape[0]] if reduction == REDUCTIONS["none"] else [])),
         new_wide(grad, grad.shape[0]),
     ),
@@ -90,8 +105,8 @@ gradient_norm_penalty_backward_op = Op(
 
 class _GradientNormPenalty(Differentiable):
     @staticmethod
-    def forward(grad: Tensor, target: float, one_sided: bool, reduction: int) -> Any:
-        return gradient_norm_penalty_op(grad, target, one_sided, reduction)
+    def forward(grad: Tensor, target: float, one_sided: bool, reduction: int, power: float) -> Any:
+        return gradient_norm_penalty_op(grad, target, one_sided, reduction, power)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -101,13 +116,20 @@ class _GradientNormPenalty(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> Any:
-        return apply(_GradientNormPenaltyBackward, cotangent, *ctx.saved_tensors, *ctx.options), None, None, None
+        grad = apply(_GradientNormPenaltyBackward, cotangent, *ctx.saved_tensors, *ctx.options)
+        return grad, None, None, None, None
 
 
 class _GradientNormPenaltyBackward(Differentiable):
     @staticmethod
     def forward(
-        cotangent: Tensor, grad: Tensor, coefficient: Tensor, target: float, one_sided: bool, reduction: int
+        cotangent: Tensor,
+        grad: Tensor,
+        coefficient: Tensor,
+        target: float,
+        one_sided: bool,
+        reduction: int,
+        power: float,
     ) -> Any:
         return gradient_norm_penalty_backward_op(cotangent, grad, coefficient)
 
@@ -123,22 +145,83 @@ class _GradientNormPenaltyBackward(Differentiable):
         to_cotangent, to_grad = second_order(
             lambda g: gradient_norm_penalty_reference(g, *options)[0], (grad,), cotangent, (tangent,)
         )
-        return to_cotangent, to_grad, None, None, None, None
+        return to_cotangent, to_grad, None, None, None, None, None
 
 
 def gradient_norm_penalty(
-    grad: Tensor, target: float = 1.0, *, one_sided: bool = False, reduction: str = "mean"
+    grad: Tensor,
+    target: float = 1.0,
+    *,
+    one_sided: bool = False,
+    reduction: str = "mean",
+    power: float = 2.0,
+    dim: int | Sequence[int] | None = None,
+    pack: int = 1,
 ) -> Tensor:
-    """Mean (|g_n| - target)^2 over an input gradient (Gulrajani et al. 2017, eq. 3).
+    """Mean ||g_n| - target|^power over an input gradient (Gulrajani et al. 2017, eq. 3, where the power is 2).
 
-    grad: (N, *), |.| over all but the first axis. one_sided: max(0, |g_n| - target)^2 instead. reduction: "mean", "sum"
-    or "none", which gives (N,). target = 0 is the zero-centred penalty |g_n|^2. Where |g_n| = 0 the subgradient is 0.
+    grad: (N, *), |.| over all but the first axis. one_sided: max(0, |g_n| - target)^power instead. reduction: "mean",
+    "sum" or "none", which gives (N,). power: at least 1. target = 0 is the zero-centred penalty |g_n|^power. Where
+    |g_n| = 0 the subgradient is 0, and for a power of 1 where |g_n| = target.
+
+    dim: the axes that the norm is over, one or several, instead; "none" then gives the shape of the others. pack: so
+    many consecutive samples have one norm (Lin et al. 2018, section 3); "none" then gives (N / pack,).
+
     Differentiable to any order in grad. Raises TypeError or ValueError for bad input.
     """
-    options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction)
+    options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction), _check_power(power)
+    if dim is not None or pack != 1:
+        return _of_other_rows(grad, options, dim, pack)
     plain = NotImplemented if is_compiling() else gradient_norm_penalty_op.direct(grad, *options)
     if plain is not NotImplemented:
         return plain[0]
     check_batch("grad", grad)
     penalty: Tensor = apply(_GradientNormPenalty, grad, *options)[0]
     return penalty
+
+
+def _check_power(power: object) -> float:
+    power = check_finite("power", power)
+    if power < 1:
+        raise ValueError(f"power: expected a number of at least 1, got {power}")
+    return power
+
+
+def _of_other_rows(
+    grad: Tensor, options: tuple[float, bool, int, float], dim: int | Sequence[int] | None, pack: int
+) -> Tensor:
+    """The penalty where a row is not a sample."""
+    pack = check_whole("pack", pack)
+    if pack < 1 or (dim is not None and pack != 1):
+        raise ValueError(f"pack: expected {'at least 1' if pack < 1 else '1 where dim is given'}, got {pack}")
+    if dim is None:
+        check_batch("grad", grad)
+        if grad.shape[0] % pack:
+            raise ValueError(f"pack: expected a number that divides a batch of {grad.shape[0]}, got {pack}")
+        shape = [grad.shape[0] // pack]
+        if memory_format(grad) != torch.contiguous_format:
+            grad = grad.movedim(1, -1)  # as it lies: a norm is that of any order
+    else:
+        check_floating("grad", grad)
+        axes = _check_axes(dim, grad.dim())
+        others = [axis for axis in range(grad.dim()) if axis not in axes]
+        shape = [grad.shape[axis] for axis in others]
+        if 0 in shape:
+            raise ValueError(f"grad: expected at least one row, got shape {tuple(grad.shape)}, norms over {axes}")
+        grad = grad if others == [0] else grad.permute(*others, *axes)
+    rows = math.prod(shape)
+    penalty: Tensor = apply(_GradientNormPenalty, grad.reshape(rows, grad.numel() // rows), *options)[0]
+    return penalty.reshape(shape) if options[2] == REDUCTIONS["none"] else penalty
+
+
+def _check_axes(dim: int | Sequence[int], dims: int) -> list[int]:
+    """The axes, counted from the first."""
+    given = dim if isinstance(dim, (tuple, list)) else [dim]
+    axes = [check_whole("dim", axis) for axis in given]
+    wanted = f"one or several of {dims} axes, each once and not all of them"
+    if not all(-dims <= axis < dims for axis in axes):
+        raise ValueError(f"dim: expected {wanted}, got {dim}")
+    axes = [axis % dims for axis in axes]
+    if len(set(axes)) != len(axes) or not 0 < len(axes) < dims:
+        raise ValueError(f"dim: expected {wanted}, got {dim}")
+    return axes

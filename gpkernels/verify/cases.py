@@ -14,6 +14,7 @@ import gpkernels as gpk
 from gpkernels.ops.consistency import consistency_term_reference, lipschitz_consistency_reference
 from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, gradient_norm_penalty_reference
 from gpkernels.ops.interpolate import interpolate_reference
+from gpkernels.ops.relativistic_loss import relativistic_loss_reference
 from gpkernels.ops.score_loss import ScoreLoss, score_loss_reference
 from gpkernels.ops.tensors import accumulation_dtype
 
@@ -44,14 +45,14 @@ def _first(function: Callable[..., Any], *args: Any) -> Callable[..., Tensor]:
     return lambda *tensors: function(*tensors, *args)[0]
 
 
-def _score(*kinds: ScoreLoss) -> Callable[..., Tensor]:
-    return lambda *tensors: score_loss_reference(tensors, kinds)
+def _score(*kinds: ScoreLoss, targets: tuple[float, ...] = (0.0, 0.0)) -> Callable[..., Tensor]:
+    return lambda *tensors: score_loss_reference(tensors, kinds, targets[: len(kinds)])
 
 
-def _penalty(target: float, one_sided: bool, reduction: str) -> Case:
+def _penalty(target: float, one_sided: bool, reduction: str, power: float = 2.0) -> Case:
     return Case(
-        partial(gpk.gradient_norm_penalty, target=target, one_sided=one_sided, reduction=reduction),
-        _first(gradient_norm_penalty_reference, target, one_sided, REDUCTIONS[reduction]),
+        partial(gpk.gradient_norm_penalty, target=target, one_sided=one_sided, reduction=reduction, power=power),
+        _first(gradient_norm_penalty_reference, target, one_sided, REDUCTIONS[reduction], power),
         "r",
     )
 
@@ -63,6 +64,11 @@ CASES: dict[str, Case] = {
     "penalty_zero_centred": _penalty(0.0, False, "mean"),
     "penalty_summed": _penalty(1.0, False, "sum"),
     "penalty_per_sample": _penalty(1.0, True, "none"),
+    "penalty_of_power_1": _penalty(1.0, False, "mean", 1.0),
+    "penalty_of_power_1.5": _penalty(0.5, True, "sum", 1.5),
+    "penalty_of_power_3": _penalty(1.0, False, "none", 3.0),
+    "penalty_zero_centred_of_power_1": _penalty(0.0, False, "mean", 1.0),
+    "penalty_zero_centred_of_power_2.5": _penalty(0.0, False, "mean", 2.5),
     "consistency_of_scores": Case(
         partial(gpk.consistency_term, margin=0.1),
         lambda s, t: consistency_term_reference(s, t, s.new_empty(len(s), 0), s.new_empty(len(s), 0), 0.1, 0.1)[0],
@@ -84,6 +90,18 @@ CASES: dict[str, Case] = {
     ),
     "saturating_generator_loss": Case(gpk.saturating_generator_loss, _score(ScoreLoss.NEGATIVE_SOFTPLUS), "r"),
     "nonsaturating_generator_loss": Case(gpk.nonsaturating_generator_loss, _score(ScoreLoss.SOFTPLUS_NEGATIVE), "r"),
+    "least_squares_critic_loss": Case(
+        partial(gpk.least_squares_critic_loss, real_target=0.9, fake_target=-1.0),
+        _score(ScoreLoss.LEAST_SQUARES, ScoreLoss.LEAST_SQUARES, targets=(0.9, -1.0)),
+        "sr",
+    ),
+    "least_squares_generator_loss": Case(
+        gpk.least_squares_generator_loss, _score(ScoreLoss.LEAST_SQUARES, targets=(1.0,)), "r"
+    ),
+    "relativistic_critic_loss": Case(gpk.relativistic_critic_loss, relativistic_loss_reference, "rr"),
+    "relativistic_generator_loss": Case(
+        gpk.relativistic_generator_loss, lambda real, fake: relativistic_loss_reference(fake, real), "ss"
+    ),
 }
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
