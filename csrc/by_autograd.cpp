@@ -48,10 +48,9 @@ Value penalty(const at::Tensor& gradient, const Ends& ends, const at::Tensor& we
   static const c10::OperatorHandle forth = op("gpkernels::gradient_norm_penalty"),
                                    back = op("gpkernels::gradient_norm_penalty_backward");
   constexpr int64_t kMean = 1;  // in reference.REDUCTIONS
-  constexpr double kPower = 2;
   at::Tensor rows = widened(gradient);
-  if (ends.by_point) rows = rows.reshape({-1, rows.size(-1)});
-  torch::jit::Stack value{rows, ends.target, ends.one_sided, kMean, kPower};
+  if (ends.pack != 1) rows = rows.reshape({-1, ends.pack ? ends.pack * rows.numel() / rows.size(0) : rows.size(-1)});
+  torch::jit::Stack value{rows, ends.target, ends.one_sided, kMean, ends.power};
   forth.callBoxed(value);  // and what the derivative takes from it
   torch::jit::Stack derivative{weight, rows, value[1]};
   back.callBoxed(derivative);
@@ -76,7 +75,7 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
     made.append(py::make_tuple(output, wrapped(x)));
     const std::vector<at::Tensor> outputs = Caller::outputs_of(output);
     const bool fits = !outputs.empty() && plain(wrapped(outputs[0])) && Caller::is_floating(outputs[0]) &&
-                      (ends.by_point || outputs[0].numel() >= x.size(0)) && outputs[0].numel() &&
+                      (!ends.pack || outputs[0].numel() * ends.pack >= x.size(0)) && outputs[0].numel() &&
                       (!moves[i] || outputs[0].requires_grad());
     if (!fits) return made;
     if (moves[i]) penalised = outputs[0], points = x;
@@ -112,7 +111,7 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
   const at::Tensor value = delivered(loss, std::move(gradients), to);
   if (!own.value.defined()) return wrapped(value);
   const at::Tensor zero = at::zeros_like(own.value);
-  return py::make_tuple(wrapped(value), wrapped(own.value),
-                        wrapped(of_gradient.value.defined() ? of_gradient.value : at::zeros_like(zero)), wrapped(zero));
+  const at::Tensor penalty = of_gradient.value.defined() ? of_gradient.value : at::zeros_like(zero);
+  return py::make_tuple(wrapped(value), wrapped(own.value), wrapped(zero), wrapped(penalty));
   END_HANDLE_TH_ERRORS_PYBIND
 }

@@ -3,14 +3,17 @@
 
 #include "calls.h"
 
-// What comes after the critic's calls: loss = adversarial + weight * penalty; by_point: norms are over the last axis.
+// What comes after the critic's calls: loss = adversarial + weight * penalty. pack: so many samples have one score and
+// one norm; 0: norms are over the last axis, and scores are as they are.
 struct Ends {
   double target;
-  bool one_sided, by_point;
+  bool one_sided;
+  double power;
+  int64_t pack;
   double weight;
 };
 
-// The values of a critic that is left to autograd: (loss, adversarial, penalty, consistency), of which the loss has the
+// The values of a critic that is left to autograd: (loss, adversarial, consistency, penalty), of which the loss has the
 // graph, or the penalty alone where no call is scored. kinds: the score loss of each call, -1 where it has none.
 // Else a list of (output, batch), of the calls that were made; None, before any was made, where it is not for here.
 py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple& tensors, const Places& places,

@@ -33,7 +33,7 @@ struct Done {
   std::vector<at::Tensor> results, leaves;
 };
 
-constexpr size_t kValues = 4;
+constexpr size_t kValues = 3;  // besides the penalties
 
 // The tensor without its graph; a later change of either is seen in both.
 at::Tensor detached(const at::Tensor& x) {
@@ -51,8 +51,8 @@ class Shelf {
   // Gives the values; else (what came of the calls, key or None); None, before anything is called, where it is not for
   // here.
   py::object step(const py::object& critic, const py::tuple& tensors, const Places& places,
-                  const std::vector<bool>& moves, const std::shared_ptr<Log>& log, bool pools, const py::tuple& args,
-                  const py::dict& kwargs, int64_t tag, double weight, size_t of) {
+                  const std::vector<bool>& moves, const std::shared_ptr<Log>& log, int64_t pack, const py::tuple& args,
+                  const py::dict& kwargs, int64_t tag, const std::vector<double>& weights, size_t of) {
     std::vector<at::Tensor> inputs = caller_.batches(tensors, places, moves);
     if (inputs.empty()) return py::none();
     py::list made;
@@ -64,11 +64,13 @@ class Shelf {
       const py::object output = Caller::called(critic, x, rows, log, args, kwargs);
       made.append(py::make_tuple(output, wrapped(x), start));
       std::vector<at::Tensor> outputs = Caller::outputs_of(output);
-      const bool fit =
-          !outputs.empty() && (pools || outputs[0].numel() >= x.size(0)) && (!moves[i] || outputs[0].requires_grad());
+      const bool fit = !outputs.empty() && (!pack || outputs[0].numel() * pack >= x.size(0)) &&
+                       (!moves[i] || outputs[0].requires_grad());
       if (!fit) return py::make_tuple(made, py::none());
       calls.push_back({std::move(outputs), x, start});
     }
+    std::vector<at::Tensor> numbers{caller_.constant(1.0, inputs[0])};
+    for (const double weight : weights) numbers.push_back(caller_.constant(weight, inputs[0]));
     Key key;
     key.number(tag);
     std::optional<Done> done = finish(
@@ -77,18 +79,20 @@ class Shelf {
           made.attr("clear")();
           inputs.clear();
         },
-        caller_.constant(weight, inputs[0]), caller_.constant(1.0, inputs[0]), key);
+        std::move(numbers), key);
     if (!done) return py::make_tuple(made, py::bytes(key.bytes()));
     std::vector<at::Tensor>& results = done->results;
+    const size_t values = kValues + weights.size();
     std::vector<at::Tensor> gradients, to;
     for (size_t i = 0; i < done->leaves.size(); ++i)
-      if (at::Tensor& gradient = results[kValues + i]; gradient.defined()) {
+      if (at::Tensor& gradient = results[values + i]; gradient.defined()) {
         gradients.push_back(std::move(gradient));
         to.push_back(done->leaves[i]);
       }
-    results.resize(kValues);
-    for (at::Tensor& value : results)
-      if (!value.defined()) value = at::zeros_like(results[of]);
+    results.resize(values);
+    if (!of)  // of a penalty by itself nobody reads the others
+      for (at::Tensor& value : results)
+        if (!value.defined()) value = at::zeros_like(results[of]);
     if (!to.empty()) {
       const at::AutoGradMode enabled(true);
       at::Tensor value = std::move(results[of]);
@@ -100,14 +104,15 @@ class Shelf {
   // The values with their graph, of a critic that is left to autograd; else what came of the calls, or None.
   py::object by_autograd(const py::object& critic, const py::tuple& tensors, const Places& places,
                          const std::vector<bool>& moves, const std::vector<int64_t>& kinds, const py::tuple& args,
-                         const py::dict& kwargs, double target, bool one_sided, bool by_point, double weight) {
-    const Ends ends{target, one_sided, by_point, weight};
+                         const py::dict& kwargs, double target, bool one_sided, double power, int64_t pack,
+                         double weight) {
+    const Ends ends{target, one_sided, power, pack, weight};
     return ::by_autograd(caller_, critic, tensors, places, moves, kinds, args, kwargs, ends);
   }
 
   // What ``step`` gives, of calls that were made, [(outputs, the batch, the number of the first node)]: results and
   // leaves, or the key; None where something looks on.
-  py::object run(const py::list& passes, int64_t tag, const at::Tensor& weight, const at::Tensor& unit) const {
+  py::object run(const py::list& passes, int64_t tag, const std::vector<at::Tensor>& numbers) const {
     if (is_seen()) return py::none();
     std::vector<Called> calls;
     for (const py::handle& pass : passes) {
@@ -124,7 +129,7 @@ class Shelf {
         PyList_SetSlice(outputs, 0, PyList_GET_SIZE(outputs), nullptr);
       }
     };
-    const std::optional<Done> done = finish(calls, let_go, weight, unit, key);
+    const std::optional<Done> done = finish(calls, let_go, numbers, key);
     if (!done) return py::bytes(key.bytes());
     return py::make_tuple(listed(done->results), listed(done->leaves));
   }
@@ -183,12 +188,11 @@ class Shelf {
   }
 
   // Runs the program, if there is one. let_go: drops Python's hold on the calls; each tensor goes when it has been
-  // read.
+  // read. given: one, and the weights of the penalties.
   template <typename LetGo>
-  std::optional<Done> finish(std::vector<Called>& calls, const LetGo& let_go, const at::Tensor& weight,
-                             const at::Tensor& unit, Key& key) const {
+  std::optional<Done> finish(std::vector<Called>& calls, const LetGo& let_go, std::vector<at::Tensor> given,
+                             Key& key) const {
     Done done;
-    std::vector<at::Tensor> given{weight, unit};
     std::unordered_map<const c10::TensorImpl*, int64_t> numbers;
     for (const Called& one : calls) {
       Reader::Found found;

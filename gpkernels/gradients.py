@@ -62,7 +62,8 @@ def value_and_input_gradient(
         critic_args, critic_kwargs: further arguments, passed on after ``x`` and not differentiated.
 
     Shape:
-        - x: any; where it is a batch of N samples that do not meet in the model, each has the gradient of its own value.
+        - x: any; where it is a batch of N samples that do not meet in the model, each has the gradient of its own
+          value.
         - output: as the model gives it.
 
     Returns:
@@ -79,15 +80,20 @@ def value_and_input_gradient(
         >>> energy, gradient = gpkernels.value_and_input_gradient(lambda r: r.square().sum(), positions)
         >>> forces = -gradient
     """
-    inputs = _checked(model, x)
-    kwargs = critic_kwargs or {}
-    eagerly = lambda: value_and_gradient(model, inputs, critic_args, kwargs)  # noqa: E731
+    return gradient_of(model, _checked(model, x), critic_args, critic_kwargs or {})
+
+
+def gradient_of(
+    model: Model, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "model"
+) -> tuple[Any, Any]:
+    """The output of a model, an argument of that name, and the gradient at its inputs, without checks."""
+    eagerly = lambda: value_and_gradient(model, inputs, args, kwargs, name)  # noqa: E731
     if transformed():
-        return _by_transform(model, inputs, critic_args, kwargs)
+        return _by_transform(model, inputs, args, kwargs, name)
     if is_compiling():
         from gpkernels.critic.traced import gradient_in_graph  # it imports the compiler, which is at work here
 
-        return gradient_in_graph(model, inputs, critic_args, kwargs, eagerly)
+        return gradient_in_graph(model, inputs, args, kwargs, name, eagerly)
     return eagerly()
 
 
@@ -106,12 +112,14 @@ def _checked(model: Model, x: Any) -> Inputs:
     return inputs
 
 
-def _by_transform(model: Model, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+def _by_transform(
+    model: Model, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
+) -> tuple[Any, Any]:
     """The same by ``torch.func``; the transform around it differentiates it once more."""
 
     def summed(tensors: list[Tensor]) -> tuple[Tensor, Any]:
         output = model(inputs.filled(tensors), *args, **kwargs)
-        return scores_of(output, "model").sum(), output
+        return scores_of(output, name).sum(), output
 
     gradients, output = torch.func.grad(summed, has_aux=True)(inputs.tensors)
     return output, inputs.gradients(gradients)

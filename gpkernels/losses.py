@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,49 +12,111 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
-from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Task
-from gpkernels.critic.step import critic_step, groups_of, step_at_once
+from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Norm, Task
+from gpkernels.critic.step import Batches, critic_step, groups_of, named, step_at_once
 from gpkernels.critic.together import Seen
-from gpkernels.ops.checks import check_eps, check_nonnegative, check_pair
+from gpkernels.ops.checks import (
+    check_batch,
+    check_eps,
+    check_finite,
+    check_nonnegative,
+    check_pack,
+    check_pair,
+    check_same_device,
+    check_whole,
+)
 from gpkernels.ops.consistency import consistency_term
-from gpkernels.ops.interpolate import draw_eps
-from gpkernels.ops.score_loss import ScoreLoss, gan_discriminator_loss, wgan_critic_loss
-from gpkernels.penalties import dragan_penalty, dragan_points, gradient_penalty, r1_penalty, r2_penalty
+from gpkernels.ops.gradient_norm_penalty import check_power
+from gpkernels.ops.relativistic_loss import relativistic_critic_loss
+from gpkernels.ops.score_loss import (
+    ScoreLoss,
+    gan_discriminator_loss,
+    hinge_critic_loss,
+    least_squares_critic_loss,
+    wgan_critic_loss,
+)
+from gpkernels.penalties import (
+    dragan_penalty,
+    dragan_points,
+    eps_of,
+    gradient_penalty,
+    r1_penalty,
+    r2_penalty,
+)
 
-LOSSES = {"wgan": wgan_critic_loss, "gan": gan_discriminator_loss}
-OBJECTIVES = {  # of real and fake scores
-    "wgan": (ScoreLoss.NEGATIVE, ScoreLoss.IDENTITY),
-    "gan": (ScoreLoss.SOFTPLUS_NEGATIVE, ScoreLoss.SOFTPLUS),
+OBJECTIVES: dict[str, tuple[Adversarial, Callable[..., Tensor]]] = {  # of real and fake scores
+    "wgan": (Adversarial(ScoreLoss.NEGATIVE, ScoreLoss.IDENTITY, linear=True), wgan_critic_loss),
+    "gan": (Adversarial(ScoreLoss.SOFTPLUS_NEGATIVE, ScoreLoss.SOFTPLUS), gan_discriminator_loss),
+    "hinge": (Adversarial(ScoreLoss.HINGE_NEGATIVE, ScoreLoss.HINGE), hinge_critic_loss),
+    "least-squares": (Adversarial(ScoreLoss.LEAST_SQUARES, ScoreLoss.LEAST_SQUARES), least_squares_critic_loss),
+    "relativistic": (Adversarial(ScoreLoss.SOFTPLUS, ScoreLoss.SOFTPLUS, paired=True), relativistic_critic_loss),
 }
-PENALTIES = ("none", "wgan-gp", "r1", "r2", "dragan")
+PENALTIES = ("wgan-gp", "r1", "r2", "dragan")
+PAIRED = "wgan-gp", "relativistic"  # which need as many real samples as fake ones
 
 
 @lru_cache(64)
 def _task_of(
-    objective: str, target: float, one_sided: bool, weight: float, margin: float, feature_weight: float, wanted: bool
+    adversarial: Adversarial,
+    penalties: tuple[str, ...],
+    several: bool,
+    norm: Norm,
+    consistency: Consistency | None,
+    wanted: bool,
+    pack: int,
 ) -> Task:
-    on_real, on_fake = OBJECTIVES[objective]
-    adversarial = Adversarial(on_real, on_fake, objective == "wgan")
-    consistency = Consistency(weight, margin, feature_weight) if weight > 0 else None
-    return Task(adversarial, target, one_sided, False, consistency, wanted)
+    norms = {
+        "wgan-gp": norm,
+        "dragan": norm._replace(one_sided=False, power=2.0),
+        "r1": Norm(0.0),
+        "r2": Norm(0.0),
+    }
+    return Task(adversarial, tuple([(n, norms[n]) for n in penalties]), consistency, wanted, pack, several)
 
 
 class CriticLoss(nn.Module):
-    """adversarial + penalty_weight * penalty + consistency_weight * consistency.
+    """Whole loss of a critic, its forward and backward passes shared by all parts.
+
+    adversarial + penalty_weight * penalty + consistency_weight * consistency, or, for several penalties by name,
+    adversarial + sum of weight * penalty + consistency_weight * consistency.
 
     Args:
         critic: maps (N, *) to scores, or to (scores, features) where the consistency term is to see features.
-        objective: "wgan" or "gan".
-        penalty: "wgan-gp" (with target, one_sided), "r1", "r2", "dragan" (with target, dragan_scale) or "none".
+        objective: "wgan" (Arjovsky et al. 2017), "gan" (Goodfellow et al. 2014), "hinge" (Miyato et al. 2018),
+            "least-squares" (Mao et al. 2017) or "relativistic", of pairs (Jolicoeur-Martineau 2019; Huang et al. 2024).
+        penalty: "wgan-gp" (with target, one_sided, power), "r1", "r2", "dragan" (with target, dragan_scale) or "none";
+            or a dict of some of these with the weight of each, as ``{"r1": 0.5, "r2": 0.5}``.
+        penalty_weight: of the one penalty; 10 if None. A dict has the weights itself.
+        real_target, fake_target: of the least-squares objective.
+        penalty_every: take the penalty in every so many calls only, with so many times its weight (Karras et al. 2020,
+            "lazy regularization"). ``calls`` counts the calls with gradients; set it where a run is resumed.
         consistency_weight: above 0 adds CT-GAN's term between two passes over the real batch (Wei et al. 2018); the
             first of them gives the adversarial scores.
+        pack: so many consecutive samples have one score and one gradient norm (Lin et al. 2018, PacGAN).
         together: whether real, fake and penalised samples go through the critic as one batch. None: from the third
             call on, where each sample was seen to keep to itself. As one batch dropout draws one mask for all samples,
             buffers that change change once, and rounding may differ in the last bit; apart, the critic sees what it
-            sees in plain PyTorch, in the order fake, real, penalised. Without a penalty they go apart.
+            sees in plain PyTorch, in the order fake, real, penalised. Without a penalty, with further inputs and with
+            batches of different sizes they go apart.
+
+    Shape:
+        - real, fake: (N, *) of one shape; "gan", "hinge", "wgan" and "least-squares" with R1, R2 and DRAGAN also take
+          batches of different sizes
+        - eps: as in :func:`gradient_penalty`
+        - output: scalars
+
+    Returns:
+        ``CriticLossParts``: loss, adversarial, penalty, consistency. ``loss`` has the graph; ``penalty`` is a dict by
+        name where the option is one.
 
     Raises:
         TypeError, ValueError: naming the argument; also for ``together=True`` where samples meet.
+
+    Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+        >>> critic_loss = gpkernels.CriticLoss(critic, objective="relativistic", penalty={"r1": 0.5, "r2": 0.5})
+        >>> parts = critic_loss(torch.randn(256, 2), torch.randn(256, 2))
+        >>> parts.loss.backward()
     """
 
     def __init__(
@@ -61,127 +124,209 @@ class CriticLoss(nn.Module):
         critic: nn.Module,
         *,
         objective: str = "wgan",
-        penalty: str = "wgan-gp",
-        penalty_weight: float = 10.0,
+        penalty: str | Mapping[str, float] = "wgan-gp",
+        penalty_weight: float | None = None,
         target: float = 1.0,
         one_sided: bool = False,
+        power: float = 2.0,
+        real_target: float = 1.0,
+        fake_target: float = 0.0,
+        penalty_every: int = 1,
         dragan_scale: float = 0.5,
         consistency_weight: float = 0.0,
         consistency_margin: float = 0.0,
         feature_weight: float = 0.1,
+        pack: int = 1,
         together: bool | None = None,
     ) -> None:
         super().__init__()
         if not callable(critic):
             raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
-        for name, value, choices in (("objective", objective, OBJECTIVES), ("penalty", penalty, PENALTIES)):
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
         self.critic = critic
         self.objective = objective
-        self.penalty = penalty
-        self.penalty_weight = check_nonnegative("penalty_weight", penalty_weight)
+        self.penalty = _checked_penalty(penalty, penalty_weight)
+        weight = 10.0 if penalty_weight is None else penalty_weight
+        self.penalty_weight = check_nonnegative("penalty_weight", weight)
         self.target = check_nonnegative("target", target)
         self.one_sided = bool(one_sided)
+        self.power = check_power(power)
+        self.real_target = check_finite("real_target", real_target)
+        self.fake_target = check_finite("fake_target", fake_target)
+        self.penalty_every = check_whole("penalty_every", penalty_every)
+        self.calls = 0
         self.dragan_scale = check_nonnegative("dragan_scale", dragan_scale)
         self.consistency_weight = check_nonnegative("consistency_weight", consistency_weight)
         self.consistency_margin = check_nonnegative("consistency_margin", consistency_margin)
         self.feature_weight = check_nonnegative("feature_weight", feature_weight)
+        self.pack = check_whole("pack", pack)
+        for name, value in (("penalty_every", self.penalty_every), ("pack", self.pack)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if together not in (None, True, False):
             raise TypeError(f"together: expected None, True or False, got {together!r}")
         self.together = together
         self._seen = Seen()
 
-    def forward(self, real: Tensor, fake: Tensor, *, eps: Tensor | None = None) -> CriticLossParts:
-        """real, fake: (N, *), one shape; eps as in ``gradient_penalty``. Gives scalars, of which loss has the graph."""
-        if is_compiling() and not transformed():
-            return CriticLossParts(*self._in_graph(*self._checked(real, fake, eps), eps))
-        if transformed() or depth():
-            return self._composed(*self._checked(real, fake, eps), eps)
-        return self._eagerly(real, fake, eps)
+    def forward(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        *,
+        eps: Tensor | None = None,
+        critic_args: Sequence[Any] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+        with_penalty: bool | None = None,
+    ) -> CriticLossParts:
+        """Compute the loss and its parts.
 
-    def _eagerly(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
-        points = self._points(real, fake, eps) if isinstance(real, Tensor) else None
-        how = self._task(torch.is_grad_enabled()), self.penalty_weight, self.together, self._seen
-        parts = step_at_once(self.critic, real, fake, points, *how)
-        if not isinstance(parts, CriticLossParts):
-            first, second = self._checked(real, fake, eps)
-            if isinstance(points, Between):
-                points = points._replace(real=first, fake=second)
-            elif points is not None:
-                points = first if points is real else second if points is fake else points
-            parts = critic_step(self.critic, first, second, points, *how, parts)
-        return parts
+        Args:
+            real, fake: samples.
+            eps: for the points of WGAN-GP, as in :func:`gradient_penalty`.
+            critic_args, critic_kwargs: further inputs, such as labels, passed on after the samples in each call.
+            with_penalty: whether the penalty is taken in this call, in place of the count of ``penalty_every``, which
+                ``torch.compile`` cannot keep.
+        """
+        composed = transformed() or (depth() and not is_compiling())
+        if composed or is_compiling() or not isinstance(real, Tensor) or not isinstance(fake, Tensor):
+            real, fake = self._checked(real, fake, eps)
+        weights = self._weights(with_penalty)
+        task = self._task(tuple(weights), torch.is_grad_enabled())
+        given = self._given(real, fake, eps, task, tuple(critic_args), dict(critic_kwargs or {}))
+        if composed:
+            return self._composed(given, task, weights)
+        if is_compiling():
+            return self._in_graph(given, task, tuple(weights.values()))
+        return self._eagerly(given, task, tuple(weights.values()))
+
+    def _eagerly(self, given: Batches, task: Task, weights: Sequence[float]) -> CriticLossParts:
+        how = task, weights, self.together, self._seen
+        parts = step_at_once(self.critic, given, *how)
+        if isinstance(parts, CriticLossParts):
+            return parts
+        mixed = given.points.get("wgan-gp")
+        real, fake = self._checked(given.real, given.fake, mixed.eps if isinstance(mixed, Between) else None)
+        points = dict(given.points)
+        if isinstance(mixed, Between):
+            points["wgan-gp"] = mixed._replace(real=real, fake=fake)
+        return critic_step(self.critic, given._replace(real=real, fake=fake, points=points), *how, parts)
 
     def _checked(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both in one dtype, and told apart by identity."""
-        check_pair("real", real, "fake", fake)
-        if eps is not None:
+        """Both in one dtype."""
+        if self.objective in PAIRED or "wgan-gp" in self._names():
+            check_pair("real", real, "fake", fake)
+        else:
+            check_batch("real", real)
+            check_batch("fake", fake)
+            check_same_device("real", real, "fake", fake)
+        for name, x in (("real", real), ("fake", fake)):
+            check_pack(name, x, self.pack)
+        if eps is not None and self.pack == 1:
             check_eps(eps, real)
         if real.dtype != fake.dtype:
             dtype = torch.promote_types(real.dtype, fake.dtype)
             real, fake = real.to(dtype), fake.to(dtype)
-        return real, fake.view_as(fake) if fake is real else fake
+        return real, fake
 
-    def _task(self, wanted: bool) -> Task:
-        """What is asked for now: options may have changed."""
-        target = 0.0 if self.penalty in ("r1", "r2", "none") else self.target
-        one_sided = self.one_sided and self.penalty == "wgan-gp"
+    def _names(self) -> tuple[str, ...]:
+        if isinstance(self.penalty, str):
+            return () if self.penalty == "none" else (self.penalty,)
+        return tuple(self.penalty)
+
+    def _weights(self, with_penalty: bool | None) -> dict[str, float]:
+        """The penalties of this call with their weights; options may have changed since the last one."""
+        weights = self.penalty if isinstance(self.penalty, dict) else dict.fromkeys(self._names(), self.penalty_weight)
+        if self.penalty_every == 1 and with_penalty is None:
+            return weights
+        if with_penalty is None:
+            if is_compiling():
+                raise RuntimeError("penalty_every: torch.compile cannot count calls; tell it by with_penalty")
+            with_penalty = not torch.is_grad_enabled() or self.calls % self.penalty_every == 0
+        if not torch.is_grad_enabled():
+            return weights if with_penalty else {}
+        if not is_compiling():
+            self.calls += 1
+        return {name: weight * self.penalty_every for name, weight in weights.items()} if with_penalty else {}
+
+    def _task(self, penalties: tuple[str, ...], wanted: bool) -> Task:
+        adversarial = OBJECTIVES[self.objective][0]
+        if self.objective == "least-squares":
+            adversarial = adversarial._replace(real_target=self.real_target, fake_target=self.fake_target)
+        norm = Norm(self.target, self.one_sided, self.power)
+        consistency = None
+        if self.consistency_weight > 0:
+            consistency = Consistency(self.consistency_weight, self.consistency_margin, self.feature_weight)
         task_of = _task_of.__wrapped__ if is_compiling() else _task_of
-        return task_of(
-            self.objective,
-            target,
-            one_sided,
-            self.consistency_weight,
-            self.consistency_margin,
-            self.feature_weight,
-            wanted,
-        )
+        return task_of(adversarial, penalties, isinstance(self.penalty, dict), norm, consistency, wanted, self.pack)
 
-    def _points(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor | Between | None:
-        """Where the gradient is penalised; ``real`` or ``fake`` itself shares its pass with the scores."""
-        if self.penalty == "wgan-gp":
-            return Between(real, fake, draw_eps(real) if eps is None else eps)
-        if self.penalty == "dragan":
-            return dragan_points(real, self.dragan_scale)
-        return {"r1": real, "r2": fake, "none": None}[self.penalty]
+    def _given(
+        self, real: Tensor, fake: Tensor, eps: Tensor | None, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Batches:
+        points: dict[str, Tensor | Between] = {}
+        for name, _ in task.penalties:
+            if name == "wgan-gp":
+                known = eps is not None and self.pack == 1  # checked where it is used
+                points[name] = Between(real, fake, eps if known else eps_of(real, eps, None, self.pack))  # type: ignore[arg-type]
+            elif name == "dragan":
+                points[name] = dragan_points(real, self.dragan_scale)
+        return Batches(real, fake, points, args, kwargs)
 
-    def _in_graph(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Any:
+    def _in_graph(self, given: Batches, task: Task, weights: tuple[float, ...]) -> CriticLossParts:
         """The parts for the compiler to trace."""
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 
-        points = self._points(real, fake, eps)
-        gradients = torch.is_grad_enabled()
-        wants = gradients and (real.requires_grad or fake.requires_grad)
-        task = self._task(gradients)
-        groups = sorted(groups_of(self.critic, real, fake, points, task, wants), key=lambda group: group.penalised)
-        calls = [groups] if self.together and points is not None else [[group] for group in groups]
-        seen = self._seen if self.together is None and points is not None else None
-        otherwise = lambda: self._eagerly(real, fake, eps)  # noqa: E731
-        return step_in_graph(self.critic, calls, task, self.penalty_weight, otherwise, wants=wants, seen=seen)
+        wants = task.gradients and (given.real.requires_grad or given.fake.requires_grad)
+        groups = sorted(groups_of(self.critic, given, task, wants), key=lambda group: group.penalised)
+        joined = bool(task.penalties) and given.joinable
+        calls = [groups] if self.together and joined else [[group] for group in groups]
+        found = step_in_graph(
+            self.critic,
+            calls,
+            task,
+            weights,
+            lambda: self._eagerly(given, task, weights),
+            wants=wants,
+            seen=self._seen if self.together is None and joined else None,
+            args=given.args,
+            kwargs=given.kwargs,
+        )
+        if isinstance(found, CriticLossParts):
+            return found
+        loss, adversarial, consistency, *penalties = found
+        return CriticLossParts(loss, adversarial, named(penalties, task, adversarial), consistency)
 
-    def _composed(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> CriticLossParts:
+    def _composed(self, given: Batches, task: Task, weights: Mapping[str, float]) -> CriticLossParts:
         """Part by part, by autograd."""
-        first = self.critic(real)
-        adversarial = LOSSES[self.objective](scores_of(first), scores_of(self.critic(fake)))
-        penalty = self._penalty(real, fake, eps)
-        loss = adversarial if self.penalty == "none" else adversarial + self.penalty_weight * penalty
+        called = lambda x: self.critic(x, *given.args, **given.kwargs)  # noqa: E731
+        first = called(given.real)
+        options = {}
+        if self.objective == "least-squares":
+            options = {"real_target": self.real_target, "fake_target": self.fake_target}
+        adversarial = OBJECTIVES[self.objective][1](scores_of(first), scores_of(called(given.fake)), **options)
+        penalties = [self._penalty(name, given) for name, _ in task.penalties]
+        loss = adversarial
+        for penalty, weight in zip(penalties, weights.values(), strict=True):
+            loss = loss + weight * penalty
         consistency = torch.zeros_like(adversarial)
         if self.consistency_weight > 0:
-            consistency = self._consistency(first, self.critic(real))
+            consistency = self._consistency(first, called(given.real))
             loss = loss + self.consistency_weight * consistency
-        return CriticLossParts(loss, adversarial.detach(), penalty.detach(), consistency.detach())
+        found = named([penalty.detach() for penalty in penalties], task, adversarial.detach())
+        return CriticLossParts(loss, adversarial.detach(), found, consistency.detach())
 
-    def _penalty(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> Tensor:
-        if self.penalty == "wgan-gp":
-            return gradient_penalty(self.critic, real, fake, target=self.target, one_sided=self.one_sided, eps=eps)
-        if self.penalty == "r1":
-            return r1_penalty(self.critic, real)
-        if self.penalty == "r2":
-            return r2_penalty(self.critic, fake)
-        if self.penalty == "dragan":
-            return dragan_penalty(self.critic, real, target=self.target, scale=self.dragan_scale)
-        return torch.zeros((), device=real.device)
+    def _penalty(self, name: str, given: Batches) -> Tensor:
+        options = {"pack": self.pack, "critic_args": given.args, "critic_kwargs": given.kwargs}
+        if name == "wgan-gp":
+            real, fake, eps = given.points[name]
+            options |= {"target": self.target, "one_sided": self.one_sided, "power": self.power}
+            return gradient_penalty(self.critic, real, fake, eps=eps[:: self.pack], **options)  # type: ignore[arg-type]
+        if name == "dragan":
+            options |= {"target": self.target, "scale": self.dragan_scale}
+            return dragan_penalty(self.critic, given.real, **options)  # type: ignore[arg-type]
+        if name == "r1":
+            return r1_penalty(self.critic, given.real, **options)  # type: ignore[arg-type]
+        return r2_penalty(self.critic, given.fake, **options)  # type: ignore[arg-type]
 
     def _consistency(self, first: Any, second: Any) -> Tensor:
         features = [out[1] if isinstance(out, (tuple, list)) and len(out) > 1 else None for out in (first, second)]
@@ -194,4 +339,21 @@ class CriticLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"objective={self.objective}, penalty={self.penalty}, penalty_weight={self.penalty_weight}"
+        weight = "" if isinstance(self.penalty, dict) else f", penalty_weight={self.penalty_weight}"
+        return f"objective={self.objective}, penalty={self.penalty}{weight}"
+
+
+def _checked_penalty(penalty: object, weight: float | None) -> str | dict[str, float]:
+    wanted = f"one of none, {', '.join(PENALTIES)}, or a dict of some of them with their weights"
+    if isinstance(penalty, str):
+        if penalty != "none" and penalty not in PENALTIES:
+            raise ValueError(f"penalty: expected {wanted}, got {penalty!r}")
+        return penalty
+    if not isinstance(penalty, Mapping):
+        raise TypeError(f"penalty: expected {wanted}, got {type(penalty).__name__}")
+    unknown = [name for name in penalty if name not in PENALTIES]
+    if unknown:
+        raise ValueError(f"penalty: expected {wanted}, got {unknown[0]!r}")
+    if weight is not None:
+        raise ValueError(f"penalty_weight: expected None, as the penalties have weights of their own, got {weight}")
+    return {name: check_nonnegative(f"penalty[{name!r}]", value) for name, value in penalty.items()}

@@ -29,6 +29,7 @@ from critics import (
     plain_points,
 )
 from gpkernels.critic import step
+from gpkernels.critic.parts import Norm, Task
 
 
 @pytest.mark.parametrize("objective", ["wgan", "gan"])
@@ -173,7 +174,8 @@ def test_consistency_sees_scores_and_features() -> None:
         rows = {"wgan-gp": ("fake", "real", "again", "points"), "r1": ("fake", "real", "again")}[penalty]
         draws = dict(zip(rows, noisy.drawn, strict=True))
         noisy.fixed = [draws["real"], draws["fake"], draws.get("points", draws["real"]), draws["again"]]
-        exact = gpk.CriticLoss(noisy, penalty=penalty, **options)._composed(real, fake, eps)
+        with gpk.fast_double_backward():
+            exact = gpk.CriticLoss(noisy, penalty=penalty, **options)(real, fake, eps=eps)
         noisy.fixed, noisy.drawn = [], []
         for a, b in zip(parts, exact, strict=True):
             torch.testing.assert_close(a, b)
@@ -190,7 +192,8 @@ def test_dropout_keeps_one_mask_through_all_passes() -> None:
     torch.manual_seed(1)
     exact = plain_penalty(critic, points, 0.1)
     torch.manual_seed(1)
-    ours = step.penalty_on_gradient(critic, points, 0.1, False)
+    task = Task(None, (("points", Norm(0.1)),), None, True)
+    ours = step.penalty_on_gradient(critic, points, task)
     torch.testing.assert_close(ours, exact)
     assert_same(gradients(ours, critic), gradients(exact, critic))
 

@@ -17,15 +17,17 @@ from torch import Tensor
 from gpkernels.critic.call import Pass, Plain
 from gpkernels.critic.parts import Task
 from gpkernels.ops.consistency import consistency_term_reference
-from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
+from gpkernels.ops.relativistic_loss import relativistic_loss_reference
 from gpkernels.ops.score_loss import score_loss_reference
 
 
-def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, weight: Tensor) -> tuple[Any, Any, Any]:
+def by_autograd(
+    passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, weights: Sequence[Tensor]
+) -> tuple[Any, Any, Any]:
     """As ``run.run``: the values, the leaves' gradients, those at the groups' samples."""
-    loss, own, value, term = losses(passes, task, weight)
-    values = [None if x is None else x.detach().clone() for x in (loss, own, value, term)]
-    if not task.gradients or not loss.requires_grad:
+    loss, own, term, *penalties = losses(passes, task, weights)
+    values = [None if x is None else x.detach().clone() for x in (loss, own, term, *penalties)]
+    if not task.gradients or loss is None or not loss.requires_grad:
         return values, [], []
     batches = {id(one.x) for one in passes}
     found = torch.autograd.grad(loss, list(leaves), allow_unused=True)
@@ -35,21 +37,27 @@ def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, we
     for one in passes:
         g = at_batch.get(id(one.x)) if one.wants else None
         plain = [name for name, penalised in one.groups if not penalised]
-        samples += [] if g is None else [(name, g.narrow(0, i * one.each, one.each)) for i, name in enumerate(plain)]
+        size = len(one.x) // len(one.groups)
+        samples += [] if g is None else [(name, g.narrow(0, i * size, size)) for i, name in enumerate(plain)]
     return values, gradients, samples
 
 
-def losses(
-    passes: Sequence[Pass | Plain], task: Task, weight: Tensor | float
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and its parts, with their graph."""
+def losses(passes: Sequence[Pass | Plain], task: Task, weights: Sequence[Tensor | float]) -> tuple[Tensor | None, ...]:
+    """The loss, the adversarial loss, the consistency term and the penalties, with their graph.
+
+    The loss of a penalty by itself is that penalty.
+    """
     with torch.enable_grad():
         own, term = _scores(passes, task)
-        value = next((penalty_of(one, task) for one in passes if any(so for _, so in one.groups)), None)
+        values: list[Tensor | None] = [None] * len(task.penalties)
+        for one in passes:
+            for name, value in penalties_of(one, task):
+                values[task.penalty(name)] = value
         share = 0.0 if task.consistency is None else task.consistency.weight
-        parts: list[tuple[Tensor | None, Any]] = [(own, None), (value, weight), (term, share)]
-        terms = [x if factor is None else x * factor for x, factor in parts if x is not None]
-        return sum(terms[1:], terms[0]), own, value, term
+        weights = weights if task.adversarial is not None else [1.0]
+        parts = [(own, 1.0), (term, share), *zip(values, weights, strict=True)]
+        terms = [x if x is own else x * factor for x, factor in parts if x is not None]
+        return (sum(terms[1:], terms[0]) if terms else None), own, term, *values
 
 
 class _Plainly:
@@ -76,8 +84,11 @@ plainly = _Plainly()
 
 
 def _rows(one: Pass | Plain, output: int, name: str) -> Tensor:
-    at = [group for group, _ in one.groups].index(name)
-    return one.outputs[output] if len(one.groups) == 1 else one.outputs[output].narrow(0, at * one.each, one.each)
+    x = one.outputs[output]
+    if len(one.groups) == 1:
+        return x
+    size = x.shape[0] // len(one.groups)
+    return x.narrow(0, [group for group, _ in one.groups].index(name) * size, size)
 
 
 def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, Tensor | None]:
@@ -85,12 +96,14 @@ def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, 
     if task.adversarial is None:
         return None, None
     at = {name: one for one in passes for name, _ in one.groups}
-    kinds = {"real": task.adversarial.real, "fake": task.adversarial.fake}
-    scored = [name for name in kinds if name in at]
+    scored = {name: loss for name in ("real", "fake") if name in at and (loss := task.adversarial.of(name)) is not None}
     own = None
     if scored:
         scores = [_rows(at[n], 0, n) for n in scored]
-        own = score_loss_reference(scores, [kinds[n] for n in scored], [0.0] * len(scored))
+        if task.adversarial.paired:
+            own = relativistic_loss_reference(*scores)
+        else:
+            own = score_loss_reference(scores, [kind for kind, _ in scored.values()], [t for _, t in scored.values()])
     options = task.consistency
     if options is None or "again" not in at:
         return own, None
@@ -103,17 +116,23 @@ def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, 
     return own, consistency_term_reference(*pairs, options.margin, options.feature_weight)[0]
 
 
-def penalty_of(one: Pass | Plain, task: Task) -> Tensor:
-    """The penalty, with its graph where gradients are wanted."""
-    plain = sum(not penalised for _, penalised in one.groups) * one.each
+def penalties_of(one: Pass | Plain, task: Task) -> list[tuple[str, Tensor]]:
+    """The penalty of each group that has one, with its graph where gradients are wanted."""
+    penalised = [name for name, so in one.groups if so]
+    if not penalised:
+        return []
     scores = one.outputs[0]
-    rows = scores if not plain else scores.narrow(0, plain, one.each)
-    ones = torch.ones_like(rows)
+    plain = (len(one.groups) - len(penalised)) * (scores.shape[0] // len(one.groups) if scores.dim() else 0)
+    rows = scores if not plain else scores.narrow(0, plain, scores.shape[0] - plain)
     (gradient,) = torch.autograd.grad(
-        rows, one.x, ones, create_graph=task.gradients, retain_graph=True, allow_unused=True
+        rows, one.x, torch.ones_like(rows), create_graph=task.gradients, retain_graph=True, allow_unused=True
     )
     if gradient is None:
         raise ValueError("critic: expected scores that depend on the input, got scores that do not")
-    gradient = gradient.narrow(0, plain, one.each) if plain else gradient
-    shaped = gradient.reshape(-1, gradient.shape[-1]) if task.by_point else gradient
-    return gradient_norm_penalty(shaped, task.target, one_sided=task.one_sided)
+    found = []
+    size = gradient.shape[0] // len(one.groups)
+    for k, (name, so) in enumerate(one.groups):
+        if so:
+            own = gradient if size == gradient.shape[0] else gradient.narrow(0, k * size, size)
+            found.append((name, task.penalties[task.penalty(name)][1].of(own, task.pack)))
+    return found

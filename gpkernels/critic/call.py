@@ -39,11 +39,12 @@ def features_of(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def check_scores(scores: Tensor, x: Tensor) -> None:
-    """ValueError unless there is a score for each sample."""
-    if scores.numel() < x.shape[0]:
+def check_scores(scores: Tensor, x: Tensor, pack: int) -> None:
+    """ValueError unless there is a score for each pack of samples; 0: for as many as there are."""
+    if scores.numel() * pack < x.shape[0] and pack:
+        samples = f"{x.shape[0]} samples" if pack == 1 else f"{x.shape[0] // pack} packs of {pack} samples"
         raise ValueError(
-            f"critic: expected a score for each of {x.shape[0]} samples, got shape {tuple(scores.shape)}; "
+            f"critic: expected a score for each of {samples}, got shape {tuple(scores.shape)}; "
             "for scores of several samples at once there is the option pack"
         )
 
@@ -65,7 +66,7 @@ class Pass:
     """One call of the critic, on one group of samples or several, and the graph that autograd kept of it.
 
     x: the batch, a leaf where its gradient is wanted. start: the number of the first node that is the critic's own.
-    wants: whether the gradient at the batch is asked for. pools: whether a score may be that of several samples.
+    wants: whether the gradient at the batch is asked for. pack: as in a ``Task``.
     """
 
     def __init__(
@@ -76,17 +77,17 @@ class Pass:
         x: Tensor,
         start: int,
         output: Any,
-        pools: bool = False,
+        pack: int = 1,
     ) -> None:
         self.critic = critic
         self.groups = tuple([(g.name, g.penalised) for g in groups])
-        self.each = len(x) // len(groups)
+        self.pack = pack
+        self.each = len(x) // len(groups) // (pack or 1)
         self.x, self.start, self.wants = x, start, wants
         penalised = any(g.penalised for g in groups)
         scores, features = scores_of(output), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
-        if not pools:
-            check_scores(scores, x)
+        check_scores(scores, x, pack)
         if dual_level() >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
             raise RuntimeError(
                 "the critic has a forward-mode tangent, which this penalty would not carry on; call it inside "
@@ -108,7 +109,7 @@ class Pass:
         if self.x_leaf is None and any(penalised for _, penalised in self.groups):
             raise ValueError("critic: expected scores that depend on the input, got scores that do not")
         metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in self.outputs])
-        self.key = self.graph_key, self.x_leaf, self.wants, self.groups, self.each, metas
+        self.key = self.graph_key, self.x_leaf, self.wants, self.groups, self.each, metas, self.pack
 
     def _read(self, roots: list[Tensor]) -> None:
         graph = Graph(roots, self.start)
@@ -124,7 +125,7 @@ def call(
     wants: bool,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    pools: bool = False,
+    pack: int = 1,
     looks_on: Watch | Check | None = None,
 ) -> Pass:
     """Call the critic once, with all samples of some groups."""
@@ -134,7 +135,7 @@ def call(
         looks_on.follow(x)
     with torch.enable_grad(), uncompiled(), looks_on or nullcontext():
         output = critic(x, *args, **(kwargs or {}))
-    return Pass(critic, groups, wants, x, start, output, pools)
+    return Pass(critic, groups, wants, x, start, output, pack)
 
 
 class Plain(NamedTuple):
@@ -151,7 +152,7 @@ def call_plainly(
     groups: Sequence[Group],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    pools: bool = False,
+    pack: int = 1,
     before: Sequence[Any] = (),
 ) -> list[Plain]:
     """Call the critic with one group after the other, where all is left to autograd. Grad mode is on.
@@ -169,8 +170,8 @@ def call_plainly(
             with uncompiled():
                 output = critic(x, *args, **(kwargs or {}))
         scores, features = scores_of(output), features_of(output)
-        if (scores.numel() < len(x) and not pools) or (group.penalised and not scores.requires_grad):
-            Pass(critic, [group], False, x, 0, output, pools)  # raises
+        if scores.numel() * pack < len(x) * bool(pack) or (group.penalised and not scores.requires_grad):
+            Pass(critic, [group], False, x, 0, output, pack)  # raises
         outputs = [scores] if features is None else [scores, features]
         found.append(Plain(((group.name, group.penalised),), len(x), x, outputs))
     return found

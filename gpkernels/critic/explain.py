@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.generic import Edge, Outsider
 from gpkernels.critic.graph import LEAF, Graph
+from gpkernels.critic.parts import Norm, Task
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Unfit
@@ -333,7 +334,8 @@ class _Explainer:
             torch.autograd.grad(penalty, weights, allow_unused=True)
 
     def _penalty(self) -> None:
-        penalty_on_gradient(self.critic, self.example.detach(), 0.0, False, by_point=self.pooled)
+        task = Task(None, (("points", Norm(0.0)),), None, torch.is_grad_enabled(), 0 if self.pooled else 1)
+        penalty_on_gradient(self.critic, self.example.detach(), task)
 
     def _counted(self, penalty: Callable[[], None]) -> tuple[int | None, str]:
         """FLOPs of a penalty with its weight gradients, or why it is not possible."""

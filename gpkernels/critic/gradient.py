@@ -7,7 +7,7 @@ weight gradients in one pass down. Neither differentiates anything twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ from gpkernels.private import (
 )
 
 Given = Sequence[Tensor | None]
-NO_INPUT = "model: expected a value that depends on the input, got one that does not"
+NO_INPUT = "expected scores that depend on the input, got scores that do not"
 AGAIN = (
     "this gradient holds its derivative and cannot be differentiated twice more; call it inside "
     "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
@@ -157,13 +157,14 @@ class Made(NamedTuple):
     inputs: Sequence[Tensor]
 
     @staticmethod
-    def of(output: Any, inputs: Sequence[Tensor]) -> Made:
-        scores = scores_of(output, "model")
+    def of(output: Any, inputs: Sequence[Tensor], name: str) -> Made:
+        """What the model, an argument of that name, gave for some inputs."""
+        scores = scores_of(output, name)
         flat, spec = _flat(output)
         at = [i for i, u in enumerate(flat) if isinstance(u, Tensor) and u.requires_grad]
         score = next((k for k, i in enumerate(at) if flat[i] is scores), None)
         if score is None:
-            raise ValueError(NO_INPUT)
+            raise ValueError(f"{name}: {NO_INPUT}")
         return Made(flat, spec, at, score, inputs)
 
     @property
@@ -182,7 +183,7 @@ known = Cache()
 
 
 def value_and_gradient(
-    model: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
 ) -> tuple[Any, Any]:
     """The model's output, and the gradient of its summed scores at the inputs, with their structure.
 
@@ -194,10 +195,10 @@ def value_and_gradient(
         start = 0 if backends.program is None else next_sequence_number()
         with uncompiled():
             output = model(inputs.filled(moved), *args, **kwargs)
-        made = Made.of(output, moved)
+        made = Made.of(output, moved, name)
         left = not graph or dual or depth() or backends.program is None or plainly.has(model, moved[0])
         found = None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start)
-        outputs, gradients = found or _by_autograd(made, graph)
+        outputs, gradients = found or _by_autograd(made, graph, name)
     return made.filled(outputs), inputs.gradients(gradients)
 
 
@@ -208,13 +209,13 @@ def _moved(x: Tensor, graph: bool, dual: bool) -> Tensor:
     return (x.view_as(x) if dual else x.detach()).requires_grad_()
 
 
-def _by_autograd(made: Made, graph: bool) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+def _by_autograd(made: Made, graph: bool, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Outputs and gradients by autograd's own engine."""
     outputs = made.outputs
     scores = outputs[made.score]
     gradients = torch.autograd.grad(scores, made.inputs, torch.ones_like(scores), create_graph=graph, allow_unused=True)
     if all(g is None for g in gradients):
-        raise ValueError(NO_INPUT)
+        raise ValueError(f"{name}: {NO_INPUT}")
     return outputs if graph else [u.detach() for u in outputs], gradients
 
 
@@ -231,7 +232,7 @@ def _recorded(
         lambda: Halves(Graph(outputs, start).key, made.score, places, wanted, rows_of(inputs)),
     )
     of: Halves = signature.known
-    outsider = None
+    outsider: Any = None
     if of.generic:
         if of.plan.leaves_too_much():
             plainly.add(model, inputs[0].numel())
@@ -240,7 +241,7 @@ def _recorded(
         outsider = Outsider(graph.nodes, ends, again=True)
     values = [u.detach() for u in outputs]
     with torch.no_grad(), own_dtypes(inputs[0].device):
-        results = list(signature.run([*values, *saved], of.pull, outsider))
+        results = list(signature.run([*values, *saved], of.pull, outsider or _nobody))
     gradients = results[: len(inputs)]
     for place, wants in zip(places, wanted, strict=True):
         if place >= 0 and not wants:
@@ -255,6 +256,11 @@ def rows_of(inputs: Sequence[Tensor]) -> int | None:
     sizes = {x.shape[:1] for x in inputs}
     (size,) = sizes if len(sizes) == 1 else ((),)
     return size[0] if size else None
+
+
+def _nobody(what: Hashable, given: Given) -> Given:
+    """Makes the calls without a rule where there are none."""
+    raise AssertionError(what)
 
 
 class Gradient(Function):
@@ -294,7 +300,7 @@ class Gradient(Function):
                 return None, *of.finish([*given, *tensors], outsider)
             key = tuple([None if c is None else (c.shape, c.stride(), c.dtype) for c in given])
             signature = of.finishes.get(key, lambda: of)
-            run = lambda: signature.run([*given, *tensors], of.finish, outsider)  # noqa: E731
+            run = lambda: signature.run([*given, *tensors], of.finish, outsider or _nobody)  # noqa: E731
             return None, *(run() if outsider is None else by_itself(run))
 
 

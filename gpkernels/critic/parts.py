@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, gradient_norm_penalty
 from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.ops.score_loss import ScoreLoss
 
 
 class Adversarial(NamedTuple):
-    """The score losses of real and fake rows, and whether both are linear."""
+    """The losses of real and fake scores: the mean of each with its target, or one of their pairs.
+
+    linear: whether both are linear in the scores.
+    """
 
     real: ScoreLoss
     fake: ScoreLoss
-    linear: bool
+    linear: bool = False
+    real_target: float = 0.0
+    fake_target: float = 0.0
+    paired: bool = False
+
+    def of(self, name: str) -> tuple[ScoreLoss, float] | None:
+        """The loss and the target of a group's scores; None where they have none."""
+        if name == "real":
+            return self.real, self.real_target
+        return (self.fake, self.fake_target) if name == "fake" else None
 
 
 class Consistency(NamedTuple):
@@ -45,20 +59,59 @@ def points_of(points: Tensor | Between) -> Tensor:
 
 
 class CriticLossParts(NamedTuple):
-    """What a critic minimises, and its parts before they are weighted."""
+    """Critic loss and its parts before they are weighted; penalty: a dict by name where several were asked for."""
 
     loss: Tensor
     adversarial: Tensor
-    penalty: Tensor
+    penalty: Any
     consistency: Tensor
 
 
+class Norm(NamedTuple):
+    """A penalty on the norm of gradients, as ``gradient_norm_penalty`` defines it; reduction: by its code."""
+
+    target: float
+    one_sided: bool = False
+    power: float = 2.0
+    reduction: int = REDUCTIONS["mean"]
+
+    def of(self, gradient: Tensor, pack: int) -> Tensor:
+        """The penalty on a gradient, with its graph; pack: as in a ``Task``."""
+        reduction = next(name for name, code in REDUCTIONS.items() if code == self.reduction)
+        options = {"one_sided": self.one_sided, "reduction": reduction, "power": self.power}
+        if not pack:
+            value = gradient_norm_penalty(gradient.reshape(-1, gradient.shape[-1]), self.target, **options)  # type: ignore[arg-type]
+            return value if value.dim() == 0 else value.reshape(gradient.shape[:-1])
+        return gradient_norm_penalty(gradient, self.target, **options, pack=pack)  # type: ignore[arg-type]
+
+
 class Task(NamedTuple):
-    """What the passes are for. adversarial: None for a penalty alone; by_point: norms are over the last axis alone."""
+    """What the passes are for.
+
+    adversarial: None for a penalty alone. penalties: by name, in the order of their weights. pack: so many samples have
+    one score and one norm; 0: a norm is over the last axis alone, and scores are as they are. several: whether
+    penalties are given by name, be there one or more.
+    """
 
     adversarial: Adversarial | None
-    target: float
-    one_sided: bool
-    by_point: bool
+    penalties: tuple[tuple[str, Norm], ...]
     consistency: Consistency | None
     gradients: bool
+    pack: int = 1
+    several: bool = False
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """The penalties at samples that are scored."""
+        return tuple([name for name, _ in self.penalties if name in ("r1", "r2")])
+
+    def penalty(self, group: str) -> int:
+        """Which of the penalties a group of samples has: its own, or that of the samples that it is."""
+        name = {"real": "r1", "fake": "r2"}.get(group, group)
+        return [own for own, _ in self.penalties].index(name)
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        """A gradient with a row for each norm."""
+        if self.pack == 1:
+            return gradient
+        return gradient.reshape(-1, self.pack * prod(gradient.shape[1:]) if self.pack else gradient.shape[-1])

@@ -50,11 +50,12 @@ class Plan:
     the others are penalised.
 
     moving: the leaves that are inputs, by number, and whether their gradient is wanted beside the weights'. rows: None
-    where the inputs are no batches of one size; nothing is then known of where samples are.
+    where the inputs are no batches of one size; nothing is then known of where samples are. block: samples in a row.
     """
 
-    def __init__(self, key: Any, moving: Mapping[int, bool], rows: int | None, plain: int) -> None:
+    def __init__(self, key: Any, moving: Mapping[int, bool], rows: int | None, plain: int, block: int = 1) -> None:
         entries, self.outputs = key
+        self.block = block
         self.rows, self.plain = 1 if rows is None else rows, plain
         self.calls: list[Call] = []
         self.leaves = 0
@@ -165,7 +166,7 @@ class Plan:
         found: list[Layout | None] = []
         for i, call in enumerate(self.calls):
             if call.leaf and call.moves:
-                found.append(Layout(0, 1))
+                found.append(Layout(0, self.block))
                 continue
             if not call.moves:
                 found.append(None)

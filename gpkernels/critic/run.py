@@ -18,9 +18,10 @@ from gpkernels.critic.by_autograd import by_autograd, plainly
 from gpkernels.critic.call import Group, Pass, call, uncompiled
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import native
-from gpkernels.critic.parts import Task
+from gpkernels.critic.parts import Norm, Task
 from gpkernels.critic.together import Check, Log, autocasts
 from gpkernels.critic.work import Known, work
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS
 from gpkernels.ops.tensors import accumulation_dtype
 from gpkernels.private import dual_level
 
@@ -50,16 +51,16 @@ class Signed:
         self.signature = program.signatures.get(key, lambda: Known([one.key for one in passes], mine))
         self.known: Known = self.signature.known
 
-    def run(self, weight: Tensor) -> Results:
-        """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the samples, where wanted."""
+    def run(self, numbers: Sequence[Tensor]) -> Results:
+        """The values; the leaves' gradients; those at the samples, where wanted. numbers: one, and the weights."""
         known, task = self.known, self.task
         if self.hooked:
-            return by_autograd(self.passes, self.leaves, task, weight)
+            return by_autograd(self.passes, self.leaves, task, numbers[1:])
         outsiders = [
             Outsider(one.nodes, frozenset(i for i, call in enumerate(plan.calls) if call.leaf)) if generic else None
             for one, plan, generic in zip(self.passes, known.plans, known.generic, strict=True)
         ]
-        inputs: list[Tensor | None] = [weight, number(1.0, weight)]
+        inputs: list[Tensor | None] = [*numbers]
         names = []
         while self.passes:  # their tensors are let go of as soon as they have been read
             one = self.passes.pop(0)
@@ -74,13 +75,13 @@ class Signed:
             return chosen(what[1:], given)
 
         results = self.signature.run(inputs, lambda tensors, outsider: work(known, task, tensors, outsider), outsider)
-        return _sorted(list(results), self.leaves, names)
+        return _sorted(list(results), len(VALUES) + len(task.penalties), self.leaves, names)
 
 
-def _sorted(results: list[Any], leaves: Sequence[Tensor], names: Sequence[str]) -> Results:
-    gradients, at_samples = results[4 : 4 + len(leaves)], results[4 + len(leaves) :]
+def _sorted(results: list[Any], values: int, leaves: Sequence[Tensor], names: Sequence[str]) -> Results:
+    gradients, at_samples = results[values : values + len(leaves)], results[values + len(leaves) :]
     found = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
-    return results[:4], found, [(n, g) for n, g in zip(names, at_samples, strict=True) if g is not None]
+    return results[:values], found, [(n, g) for n, g in zip(names, at_samples, strict=True) if g is not None]
 
 
 class _Shelf:
@@ -104,12 +105,12 @@ class _Shelf:
         critic: Any,
         tensors: tuple[Any, Any, Any],
         how: How,
-        weight: float,
+        weights: Sequence[float],
         log: Log | None = None,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
     ) -> tuple[Any, ...] | None:
-        """The four values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
+        """The values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
         call, and the key to ``keep`` a program under; None where C++ has no say and nothing was called.
 
         tensors: fake, real, and where the gradient is penalised; as tuple of a ``Between``.
@@ -119,8 +120,8 @@ class _Shelf:
         logged = None if log is None else log.native()
         with uncompiled():
             found: tuple[Any, ...] | None = native().step(
-                *(critic, tensors, how.places, how.moves, logged, how.task.by_point, args, kwargs),
-                *(self._tag(how), weight, PENALTY if how.task.adversarial is None else LOSS),
+                *(critic, tensors, how.places, how.moves, logged, how.task.pack, args, kwargs),
+                *(self._tag(how), weights, PENALTY if how.task.adversarial is None else LOSS),
             )
         return found
 
@@ -129,30 +130,37 @@ class _Shelf:
         critic: Any,
         tensors: tuple[Any, Any, Any],
         how: How,
-        weight: float,
+        weights: Sequence[float],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
     ) -> Any:
         """What ``step`` gives, of a critic that is left to autograd; or [(output, batch)] of the calls that were made;
         None where C++ has no say."""
         task = how.task
-        if _others_look_on() or dual_level() >= 0 or task.consistency is not None:
+        own = task.adversarial
+        if _others_look_on() or dual_level() >= 0 or task.consistency is not None or len(task.penalties) > 1:
             return None
-        ends = task.target, task.one_sided, task.by_point, weight
+        if own is not None and (own.paired or own.real_target or own.fake_target):
+            return None
+        (_, norm), weight = task.penalties[0] if task.penalties else ("", Norm(0.0)), weights[0] if weights else 0.0
+        if norm.reduction != REDUCTIONS["mean"]:
+            return None
+        ends = norm.target, norm.one_sided, norm.power, task.pack, weight
         with uncompiled():
             return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
 
-    def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
+    def run(self, passes: Sequence[Pass], task: Task, numbers: Sequence[Tensor]) -> Results | bytes | None:
         """The results of calls that were made, or the key under which to ``keep`` a program; None where C++ has no
         say."""
         if _others_look_on():
             return None
         tag = self._tag(How(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]), [], [], []))
-        found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, number(1.0, weight))
+        found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, list(numbers))
         if found is None or type(found) is bytes:
             return found
         results, leaves = found
-        return _sorted(results, leaves, [name for one in passes for name, _ in one.groups])
+        names = [name for one in passes for name, _ in one.groups]
+        return _sorted(results, len(VALUES) + len(task.penalties), leaves, names)
 
     def keep(self, key: bytes | None, signed: Signed) -> None:
         """Let C++ find the signature's program, if there is one and nobody has to look at it."""
@@ -163,7 +171,8 @@ class _Shelf:
             native().add(key, known.parts[0].native)
 
 
-LOSS, PENALTY = 0, 2  # places among the values
+VALUES = "loss", "adversarial", "consistency"  # then the penalties: all that a step gives besides gradients
+LOSS, PENALTY = 0, len(VALUES)  # places among the values
 shelf = _Shelf()
 
 
@@ -179,19 +188,19 @@ class How(NamedTuple):
 
     task: Task
     calls: tuple[tuple[tuple[str, bool], ...], ...]
-    places: list[list[int]]  # of the groups' samples among fake, real and points
+    places: list[list[int]]  # of the groups' samples among fake, real and the points of each penalty
     moves: list[bool]  # whether the gradient at a call's samples is wanted
     kinds: list[int]  # the score loss of each call's first group, by ``ScoreLoss``; -1: it has none
 
     @staticmethod
     def of(task: Task, calls: tuple[tuple[tuple[str, bool], ...], ...]) -> How:
-        places = [[PLACES[name] for name, _ in call] for call in calls]
-        scored = {} if task.adversarial is None else {"real": task.adversarial.real, "fake": task.adversarial.fake}
-        kinds = [scored.get(call[0][0], -1) for call in calls]
+        places = [[PLACES[name] if name in PLACES else 2 + task.penalty(name) for name, _ in call] for call in calls]
+        losses = [None if task.adversarial is None else task.adversarial.of(call[0][0]) for call in calls]
+        kinds = [-1 if loss is None else loss[0] for loss in losses]
         return How(task, calls, places, [any(penalised for _, penalised in call) for call in calls], kinds)
 
 
-PLACES = {"fake": 0, "real": 1, "again": 1, "points": 2}
+PLACES = {"fake": 0, "real": 1, "again": 1}
 
 
 def made(
@@ -207,14 +216,14 @@ def made(
     """Call the critic with each batch. wants: whether gradients at samples that are scored are asked for. log: what
     calls are held against. before: what came of the first calls, if they were made."""
     passes = [
-        Pass(critic, groups, False, x, start, u, task.by_point)
+        Pass(critic, groups, False, x, start, u, task.pack)
         for groups, (u, x, start) in zip(batches, before, strict=False)
     ]
     for groups in batches[len(passes) :]:
         n = len(groups[0].batch)
         check = None if log is None else Check(log, n, n * len(groups))
         asks = wants and not all(g.penalised for g in groups)
-        passes.append(call(critic, groups, asks, args, kwargs, task.by_point, check))
+        passes.append(call(critic, groups, asks, args, kwargs, task.pack, check))
         if check is not None:
             check.finish()
     return passes
@@ -223,26 +232,27 @@ def made(
 def run(
     passes: list[Pass],
     task: Task,
-    weight: Tensor,
+    numbers: Sequence[Tensor],
     key: bytes | None = None,
     look: Callable[[Signed], None] | None = None,
 ) -> Results:
-    """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted.
+    """Loss, adversarial, consistency, penalties; the leaves' gradients; those at the groups' samples, where wanted.
 
-    key: what to keep the program under, where C++ gave it. look: sees a signature before anything is computed.
+    numbers: one, and the penalties' weights. key: what to keep the program under, where C++ gave it. look: sees a
+    signature before anything is computed.
     """
     if key is None and look is None:
-        found = shelf.run(passes, task, weight)
+        found = shelf.run(passes, task, numbers)
         if isinstance(found, tuple):
             return found
         key = found
-    with own_dtypes(weight.device):
+    with own_dtypes(numbers[0].device):
         signed = Signed(passes, task)
         if look is not None:
             look(signed)
         if any(signed.known.generic) and any(plan.leaves_too_much() for plan in signed.known.plans):
             plainly.add(passes[0].critic, passes[0].x.numel() // len(passes[0].groups))
-        results = signed.run(weight)
+        results = signed.run(numbers)
     shelf.keep(key, signed)
     return results
 
@@ -261,9 +271,9 @@ def own_dtypes(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
-def number(value: float, like: Tensor) -> Tensor:
-    """A number as a tensor, which nobody writes to."""
-    return _scalar(value, accumulation_dtype(like.dtype), like.device)
+def numbers_of(weights: Sequence[float], like: Tensor) -> list[Tensor]:
+    """One, and weights, as tensors that nobody writes to."""
+    return [_scalar(value, accumulation_dtype(like.dtype), like.device) for value in (1.0, *weights)]
 
 
 @lru_cache(64)

@@ -14,47 +14,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpkernels.critic.by_autograd import losses, penalty_of, plainly
+from gpkernels.critic.by_autograd import losses, penalties_of, plainly
 from gpkernels.critic.call import Group, call, call_plainly
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
-from gpkernels.critic.run import PENALTY, How, Results, Signed, made, number, run, shelf
+from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, Signed, made, numbers_of, run, shelf
 from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
 
 def penalty_on_gradient(
     critic: Any,
     points: Tensor | Between,
-    target: float,
-    one_sided: bool,
+    task: Task,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    by_point: bool = False,
 ) -> Tensor:
-    """Mean (|grad| - target)^2 of the summed scores at the points, weight gradients included.
-
-    by_point: the norm is over the last axis alone.
-    """
-    wanted = torch.is_grad_enabled()
-    task = Task(None, target, one_sided, by_point, None, wanted)
+    """The penalty on the gradients of the summed scores at the points, weight gradients included."""
     how = _how_of_a_penalty(task)
     given = None, None, points if isinstance(points, Tensor) else tuple(points)
     more = tuple(args), dict(kwargs or {})
-    if wanted and plainly.has(critic, points if isinstance(points, Tensor) else points.real):
-        found = shelf.by_autograd(critic, given, how, 1.0, *more)
+    if task.gradients and plainly.has(critic, points if isinstance(points, Tensor) else points.real):
+        found = shelf.by_autograd(critic, given, how, (1.0,), *more)
         if isinstance(found, Tensor):
             return found
-        (one,) = call_plainly(critic, [Group("points", points, True)], *more, by_point, found or ())
-        return penalty_of(one, task)
-    begun = shelf.step(critic, given, how, 1.0, None, *more) if wanted else None
-    if begun is not None and len(begun) == 4:
+        (one,) = call_plainly(critic, [Group("points", points, True)], *more, task.pack, found or ())
+        ((_, value),) = penalties_of(one, task)
+        return value
+    begun = shelf.step(critic, given, how, (1.0,), None, *more) if task.gradients else None
+    if begun is not None and len(begun) != 2:
         return begun[PENALTY]
     before, key = begun or ((), None)
     with torch.no_grad():
         groups = [Group("points", points, True)]
         passes = made(critic, [groups], task, args=args, kwargs=kwargs, before=before)
-        (_, _, value, _), found, _ = run(passes, task, number(1.0, groups[0].batch), key)
-    return deliver(value, found) if wanted else value
+        values, gradients, _ = run(passes, task, numbers_of((1.0,), groups[0].batch), key)
+        value = values[PENALTY]
+    return deliver(value, gradients) if task.gradients else value
 
 
 @lru_cache(64)
@@ -70,125 +65,159 @@ class Begun(NamedTuple):
     key: bytes | None
 
 
+class Batches(NamedTuple):
+    """What a step is called with. points: where the gradient is penalised, for penalties with points of their own."""
+
+    real: Tensor
+    fake: Tensor
+    points: Mapping[str, Tensor | Between]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = NOTHING
+
+    @property
+    def joinable(self) -> bool:
+        """Whether all samples could go as one batch: they are as many, and there are no further inputs."""
+        return self.real.shape == self.fake.shape and not self.args and not self.kwargs
+
+
 def step_at_once(
-    critic: Any,
-    real: Any,
-    fake: Any,
-    points: Tensor | Between | None,
-    task: Task,
-    weight: float,
-    together: bool | None,
-    seen: Seen,
+    critic: Any, given: Batches, task: Task, weights: Sequence[float], together: bool | None, seen: Seen
 ) -> CriticLossParts | Begun | None:
     """``critic_step`` in C++, if that knows how to and finds nothing wrong with the tensors; None otherwise."""
+    real, fake = given.real, given.fake
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
-    shared = _shared(critic, real, fake, points)
-    apart, joint = _hows(task, shared, points is not None)
-    given = fake, real, tuple(points) if isinstance(points, Between) else None if shared else points
+    shares = _shares(critic, task)
+    apart, joint = _hows(task, shares)
+    tensors = fake, real, *[_place_of(name, given, shares) for name, _ in task.penalties]
+    more = given.args, given.kwargs
     if not together and task.gradients and plainly.has(critic, real):
-        found = shelf.by_autograd(critic, given, apart, weight)
+        found = shelf.by_autograd(critic, tensors, apart, weights, *more)
         if isinstance(found, list):
             return Begun(False, found, None)
-        return None if found is None else CriticLossParts(*found)
-    mode = seen.mode(critic, real) if together is None and points is not None else None
+        return None if found is None else _parts(found, task)
+    may = bool(task.penalties) and given.joinable
+    mode = seen.mode(critic, real) if together is None and may else None
     known = None if mode is None else seen.get(mode)
-    as_one = points is not None and (bool(together) or isinstance(known, Log))
+    as_one = may and (bool(together) or isinstance(known, Log))
     if not as_one and (known in ("new", "looked") or not _go_at_once(real, task)):
         return None
     try:
         log = known if isinstance(known, Log) else None
-        found = shelf.step(critic, given, joint if as_one else apart, weight, log)
+        found = shelf.step(critic, tensors, joint if as_one else apart, weights, log, *more)
     except (Differs, Exception):
         if mode is None or not as_one:
             raise
         seen.set(mode, None)  # it may be the larger batch that it cannot take; if not, it raises again
         return None
-    if found is None or len(found) == 4:
-        return None if found is None else CriticLossParts(*found)
+    if found is None or len(found) != 2:
+        return None if found is None else _parts(found, task)
     return Begun(as_one, *found)
 
 
 def critic_step(
     critic: Any,
-    real: Tensor,
-    fake: Tensor,
-    points: Tensor | Between | None,
+    given: Batches,
     task: Task,
-    weight: float,
+    weights: Sequence[float],
     together: bool | None,
     seen: Seen,
     begun: Begun | None = None,
 ) -> CriticLossParts:
     """All parts of a critic's loss.
 
-    points: where the gradient is penalised; the very tensor ``real`` or ``fake`` shares its pass with the scores.
     together: whether all samples go through the critic as one batch; None: if that was ``seen`` to be the same.
     begun: what there is of it.
     """
+    real, fake = given.real, given.fake
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
-    groups = groups_of(critic, real, fake, points, task, wants)
+    groups = groups_of(critic, given, task, wants)
     if task.gradients and not (wants or together) and plainly.has(critic, real):
-        called = call_plainly(critic, groups, before=() if begun is None else begun.before)
-        loss, *parts = losses(called, task, weight)
-        blank = loss.detach()
-        return CriticLossParts(loss, *(torch.zeros_like(blank) if x is None else x.detach().clone() for x in parts))
-    factor, own = number(weight, real), seen if together is None else None
+        before = () if begun is None else begun.before
+        called = call_plainly(critic, groups, given.args, given.kwargs, task.pack, before)
+        loss, *parts = losses(called, task, weights)
+        assert loss is not None
+        return _parts([loss, *(None if x is None else x.detach().clone() for x in parts)], task)
+    if together and task.penalties and not given.joinable:
+        got = "further inputs" if given.args or given.kwargs else "batches of different sizes"
+        raise ValueError(f"together: expected None or False with {got}, got True")
+    numbers, own = numbers_of(weights, real), seen if together is None and given.joinable else None
     with torch.no_grad():
         done = None
-        if points is not None and (together or own is not None) and (begun is None or begun.as_one):
-            done = _as_one(critic, groups, task, factor, wants, own, begun)
+        if task.penalties and (together or own is not None) and (begun is None or begun.as_one):
+            done = _as_one(critic, groups, task, numbers, wants, own, begun)
         if done is None:
-            before = None if begun is None or begun.as_one else begun
-            done = _one_by_one(critic, groups, task, factor, wants, own, before)
+            made_before = None if begun is None or begun.as_one else begun
+            done = _one_by_one(critic, groups, task, numbers, wants, own, made_before, given)
         values, gradients, inputs = done
-        loss, adversarial, value, term = (torch.zeros_like(factor) if x is None else x for x in values)
     if task.gradients:
-        loss = deliver(loss, [*gradients, *_merged(inputs, real, fake)])
-    return CriticLossParts(loss, adversarial, value, term)
+        values[LOSS] = deliver(values[LOSS], [*gradients, *_merged(inputs, real, fake)])
+    return _parts(values, task)
 
 
-def groups_of(
-    critic: Any, real: Tensor, fake: Tensor, points: Tensor | Between | None, task: Task, wants: bool
-) -> list[Group]:
+def _parts(values: Sequence[Tensor | None], task: Task) -> CriticLossParts:
+    """The values of a step, zeros for those that were not asked for."""
+    loss = values[LOSS]
+    assert loss is not None
+    own, term, *penalties = [loss.new_zeros(()) if x is None else x for x in values[1:]]
+    return CriticLossParts(loss, own, named(penalties, task, loss), term)
+
+
+def named(penalties: Sequence[Tensor], task: Task, like: Tensor) -> Any:
+    """Penalties as ``CriticLossParts`` has them: by name where several may be, zero for none."""
+    if task.several:
+        return {name: value for (name, _), value in zip(task.penalties, penalties, strict=True)}
+    return penalties[0] if penalties else like.new_zeros(())
+
+
+def groups_of(critic: Any, given: Batches, task: Task, wants: bool) -> list[Group]:
     """What the critic is called with, in the usual order. wants: whether samples that are scored have gradients."""
-    shared = None if wants else _shared(critic, real, fake, points)
-    groups = [Group("fake", fake, shared == "fake"), Group("real", real, shared == "real")]
+    shares = () if wants else _shares(critic, task)
+    groups = [Group("fake", given.fake, "r2" in shares), Group("real", given.real, "r1" in shares)]
     if task.consistency is not None:
-        groups.append(Group("again", real, False))
-    if points is not None and shared is None:
-        groups.append(Group("points", points if isinstance(points, Between) else points.detach(), True))
+        groups.append(Group("again", given.real, False))
+    for name, _ in task.penalties:
+        x = _place_of(name, given, shares)
+        if x is not None:
+            groups.append(Group(name, x if isinstance(x, Between) else x.detach(), True))
     return groups
 
 
-def _shared(critic: Any, real: Tensor, fake: Tensor, points: Any) -> str | None:
-    """The group whose scores and penalty come of one pass: where the critic is as it was after it."""
-    if (points is real or points is fake) and not _changes_in_passes(critic):
-        return "real" if points is real else "fake"
-    return None
+def _place_of(name: str, given: Batches, shares: Sequence[str]) -> Any:
+    """Where a penalty is taken; None where it shares the pass of the samples that are scored."""
+    if name in shares:
+        return None
+    return given.real if name == "r1" else given.fake if name == "r2" else given.points[name]
+
+
+def _shares(critic: Any, task: Task) -> tuple[str, ...]:
+    """The penalties that come of the pass that gives the scores: where the critic is as it was after it."""
+    shares = task.shares
+    return () if shares and _changes_in_passes(critic) else shares
 
 
 @lru_cache(64)
-def _hows(task: Task, shared: str | None, penalised: bool) -> tuple[How, How]:
+def _hows(task: Task, shares: tuple[str, ...]) -> tuple[How, How]:
     """One by one in the usual order, and as one batch."""
-    names = ["fake", "real", *(["again"] if task.consistency is not None else [])]
-    groups = [(name, name == shared) for name in names]
-    if penalised and shared is None:
-        groups.append(("points", True))
+    groups = [("fake", "r2" in shares), ("real", "r1" in shares)]
+    if task.consistency is not None:
+        groups.append(("again", False))
+    groups += [(name, True) for name, _ in task.penalties if name not in shares]
     apart = How.of(task, tuple([(group,) for group in groups]))
     return apart, How.of(task, (tuple(sorted(groups, key=lambda group: group[1])),))
 
 
 def _go_at_once(batch: Tensor, task: Task) -> bool:
     """Whether all passes are kept until the last call is made."""
-    return task.consistency is not None or batch.nbytes < SMALL
+    paired = task.adversarial is not None and task.adversarial.paired
+    return paired or task.consistency is not None or batch.nbytes < SMALL
 
 
 def _as_one(
     critic: Any,
     groups: list[Group],
     task: Task,
-    weight: Tensor,
+    numbers: Sequence[Tensor],
     wants: bool,
     seen: Seen | None,
     begun: Begun | None,
@@ -218,7 +247,7 @@ def _as_one(
         passes = []  # it may be the larger batch that it cannot take; if not, it raises again
     if passes:
         with suppress(Differs):
-            return run(passes, task, weight, key, look)
+            return run(passes, task, numbers, key, look)
     assert seen is not None
     seen.set(mode, None)
     return None
@@ -236,32 +265,35 @@ def _one_by_one(
     critic: Any,
     groups: list[Group],
     task: Task,
-    weight: Tensor,
+    numbers: Sequence[Tensor],
     wants: bool,
     seen: Seen | None,
     begun: Begun | None,
+    given: Batches,
 ) -> Results:
     """Each group as a batch of its own, in the order fake, real, points."""
     at_once = _go_at_once(groups[0].batch, task)
     mode, watch = _to_see(critic, groups, seen)
     if begun is not None:
-        passes = made(critic, [[group] for group in groups], task, wants, before=begun.before)
-        return run(passes, task, weight, begun.key)
-    if isinstance(groups[-1].x, Between):  # before the critic can change what it is called with
-        groups = [*groups[:-1], groups[-1]._replace(x=points_of(groups[-1].x))]
-    sums: list[Any] = [None] * 4
+        more = given.args, given.kwargs
+        passes = made(critic, [[group] for group in groups], task, wants, None, *more, begun.before)
+        return run(passes, task, numbers, begun.key)
+    groups = [group._replace(x=points_of(group.x)) for group in groups]  # before the critic can change its arguments
+    sums: list[Any] = [None] * (len(VALUES) + len(task.penalties))
     found: dict[int, tuple[Tensor, Tensor]] = {}
     inputs: list[tuple[str, Tensor]] = []
     passes = []
+    teacher = next((group for group in groups if group.penalised), None)  # whose pass shows whether samples meet
     for group in groups:
-        learns = mode is not None and group.penalised
-        passes.append(call(critic, [group], wants and not group.penalised, looks_on=watch if learns else None))
+        learns = mode is not None and group is teacher
+        asks, on = wants and not group.penalised, watch if learns else None
+        passes.append(call(critic, [group], asks, given.args, given.kwargs, task.pack, on))
         if group is not groups[-1] and at_once:
             continue
         note = None
-        if mode is not None and any(penalised for one in passes for _, penalised in one.groups):
+        if mode is not None and teacher is not None and any((teacher.name, True) in one.groups for one in passes):
             note = lambda signed: _note(seen, mode, watch, signed)  # noqa: E731
-        values, gradients, at_samples = run(passes, task, weight, look=note)
+        values, gradients, at_samples = run(passes, task, numbers, look=note)
         passes = []
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, values, strict=True)]
         for leaf, g in gradients:

@@ -25,6 +25,7 @@ from gpkernels.critic.gradient import NO_INPUT, Gradient, Halves, Inputs, Made, 
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.program import watched
+from gpkernels.critic.run import VALUES
 from gpkernels.critic.together import Seen, keeps_apart
 from gpkernels.critic.work import Known, work
 from gpkernels.ops.tensors import accumulation_dtype
@@ -35,7 +36,7 @@ def step_in_graph(
     critic: Any,
     calls: Sequence[Sequence[Group]],
     task: Task,
-    weight: float,
+    weights: Sequence[float],
     otherwise: Callable[[], Any],
     *,
     wants: bool = False,
@@ -43,7 +44,7 @@ def step_in_graph(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Loss, adversarial, penalty and consistency of some calls of the critic, each with the samples of some groups.
+    """Loss, adversarial, consistency and penalties of some calls of the critic, each with the samples of some groups.
 
     otherwise: gives the same outside the compiler, for a critic that it cannot trace: where a graph breaks in a loop,
     the function with the loop is left to Python. wants: whether the samples that are scored have gradients, too. seen:
@@ -70,7 +71,7 @@ def step_in_graph(
         batches.append(x)
         sources.append([x if isinstance(x, Tensor) else x[0] for x in given])
     names = [[(group.name, group.penalised) for group in groups] for groups in calls]
-    return _passes(outputs, batches, sources, names, task, weight, wants)
+    return _passes(outputs, batches, sources, names, task, list(weights), wants)
 
 
 @allow_in_graph
@@ -89,11 +90,11 @@ def _passes(
     sources: Sequence[Sequence[Tensor]],
     names: Sequence[Sequence[tuple[str, bool]]],
     task: Any,
-    weight: float,
+    weights: Sequence[float],
     wants: bool,
 ) -> tuple[Tensor, ...]:
     """The values, of which the first has the gradients; zeros for those that were not asked for."""
-    passes = [_Traced(*one, wants, task.by_point) for one in zip(outputs, batches, names, strict=True)]
+    passes = [_Traced(*one, wants, task.pack) for one in zip(outputs, batches, names, strict=True)]
     with torch.no_grad(), _plain():
         like = outputs[0][0]
         unit = torch.ones((), dtype=accumulation_dtype(like.dtype), device=like.device)
@@ -101,10 +102,13 @@ def _passes(
         # Nothing can join the gradients to the weights, or nobody writes down what is called here.
         if backends.program is None or not (is_compiling() or watched()):
             plain = [Plain(one.groups, one.each, one.x, list(one.outputs)) for one in passes]
-            loss, *others = losses(plain, task, weight)
+            loss, *others = losses(plain, task, weights)
+            assert loss is not None
             return loss, *(zero() if x is None else x.detach() for x in others)
         flat = [source for given in sources for source in given]
-        (loss, *others), gradients, at_samples = _gone_through(passes, task, unit * weight, unit)
+        numbers = [unit, *(unit * weight for weight in weights)]
+        (loss, *others), gradients, at_samples = _gone_through(passes, task, numbers)
+        loss = others[-1].clone() if loss is None else loss  # of a penalty by itself
         given = [(x, g) for x, g in zip(flat, at_samples, strict=True) if g is not None and x.requires_grad]
         pairs = [*gradients, *given]
     if pairs:
@@ -117,6 +121,7 @@ def gradient_in_graph(
     inputs: Inputs,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    name: str,
     otherwise: Callable[[], Any],
 ) -> tuple[Any, Any]:
     """A model's output and the gradient of its summed scores at the inputs; ``otherwise`` as in ``step_in_graph``."""
@@ -126,15 +131,15 @@ def gradient_in_graph(
     moved = [_batch([x], True) for x in inputs.tensors]
     with torch.enable_grad():
         output = model(inputs.filled(moved), *args, **kwargs)
-    made = Made.of(output, moved)
+    made = Made.of(output, moved, name)
     outputs = made.outputs
-    given = _gradient(outputs, made.score, moved, inputs.tensors)
+    given = _gradient(outputs, made.score, moved, inputs.tensors, name)
     return made.filled(given[: len(outputs)]), inputs.gradients(given[len(outputs) :])
 
 
 @allow_in_graph
 def _gradient(
-    outputs: Sequence[Tensor], score: int, inputs: Sequence[Tensor], sources: Sequence[Tensor]
+    outputs: Sequence[Tensor], score: int, inputs: Sequence[Tensor], sources: Sequence[Tensor], name: str
 ) -> tuple[Tensor | None, ...]:
     """Outputs, and gradients at the inputs, with their derivatives."""
     graph = Graph(outputs)
@@ -142,7 +147,7 @@ def _gradient(
     wanted = [x.requires_grad and differentiable for x in sources]
     places = [next((i for i, leaf in enumerate(graph.leaves) if leaf is x), -1) for x in inputs]
     if all(place < 0 for place in places):
-        raise ValueError(NO_INPUT)
+        raise ValueError(f"{name}: {NO_INPUT}")
     known = Halves(graph.key, score, places, wanted, rows_of(inputs))
     ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]
     outsider = Outsider(graph.nodes, frozenset(ends), again=True) if known.generic else None
@@ -192,12 +197,11 @@ class _Traced:
     """One call of the critic that is traced, and its graph. x: the batch; groups: as in ``Pass``."""
 
     def __init__(
-        self, outputs: Sequence[Tensor], x: Tensor, groups: Sequence[tuple[str, bool]], wants: bool, pools: bool
+        self, outputs: Sequence[Tensor], x: Tensor, groups: Sequence[tuple[str, bool]], wants: bool, pack: int
     ) -> None:
         self.outputs, self.x, self.groups, self.wants = outputs, x, tuple(groups), wants
-        self.each = x.shape[0] // len(groups)
-        if not pools:
-            check_scores(outputs[0], x)
+        self.each = x.shape[0] // len(groups) // (pack or 1)
+        check_scores(outputs[0], x, pack)
         graph = Graph([u for u in outputs if u.requires_grad])
         self.nodes, self.saved, self.leaves = graph.nodes, graph.saved, graph.leaves
         self.ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]  # the leaves among the nodes
@@ -205,14 +209,14 @@ class _Traced:
         if self.x_leaf is None and any(penalised for _, penalised in groups):
             raise ValueError("critic: expected scores that depend on the input, got scores that do not")
         metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in outputs])
-        self.key = graph.key, self.x_leaf, wants, self.groups, self.each, metas
+        self.key = graph.key, self.x_leaf, wants, self.groups, self.each, metas, pack
 
 
-def _gone_through(passes: Sequence[_Traced], task: Task, weight: Tensor, unit: Tensor) -> Any:
+def _gone_through(passes: Sequence[_Traced], task: Task, numbers: Sequence[Tensor]) -> Any:
     """The values, the weights with their gradients, and the gradients at each group's samples."""
-    tensors: list[Tensor | None] = [weight, unit]
+    tensors: list[Tensor | None] = [*numbers]
     weights: dict[Any, Tensor] = {}  # by the edge that leads to it
-    numbers = []
+    leaves = []
     for one in passes:
         tensors += [u.detach() for u in one.outputs]
         tensors += one.saved
@@ -221,8 +225,8 @@ def _gone_through(passes: Sequence[_Traced], task: Task, weight: Tensor, unit: T
             if edge not in weights:
                 weights[edge] = backends.program.joint(*edge) if leaf is None else leaf
         places = list(weights)
-        numbers.append(tuple([places.index(edge) for edge in edges]))
-    known = Known([one.key for one in passes], numbers)
+        leaves.append(tuple([places.index(edge) for edge in edges]))
+    known = Known([one.key for one in passes], leaves)
     for one, plan in zip(passes, known.plans, strict=True):
         why = keeps_apart(plan, plan.outputs[0][0]) if len(one.groups) > 1 else None
         if why is not None:
@@ -235,8 +239,9 @@ def _gone_through(passes: Sequence[_Traced], task: Task, weight: Tensor, unit: T
         return outsiders[what[0]](what[1:], given)
 
     found = work(known, task, tensors, outsider)
-    gradients = zip(weights.values(), found[4 : 4 + len(weights)], strict=True)
-    return found[:4], [(x, g) for x, g in gradients if g is not None], found[4 + len(weights) :]
+    values = len(VALUES) + len(task.penalties)
+    gradients = zip(weights.values(), found[values : values + len(weights)], strict=True)
+    return found[:values], [(x, g) for x, g in gradients if g is not None], found[values + len(weights) :]
 
 
 def _plain() -> Any:

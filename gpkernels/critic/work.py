@@ -15,7 +15,8 @@ from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import Outsider
 from gpkernels.critic.rules.base import Meta
 from gpkernels.ops.consistency import consistency_backward_op, consistency_term_op
-from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, gradient_norm_penalty_backward_op, gradient_norm_penalty_op
+from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_backward_op, gradient_norm_penalty_op
+from gpkernels.ops.relativistic_loss import relativistic_loss_backward_op, relativistic_loss_op
 from gpkernels.ops.score_loss import score_loss_backward_op, score_loss_op
 from gpkernels.ops.tensors import accumulation_dtype
 
@@ -27,10 +28,10 @@ class Known:
         self.keys, self.leaves = keys, leaves
         self.count = max((n for numbers in leaves for n in numbers), default=-1) + 1
         self.plans = []
-        for graph, x_leaf, wants, groups, each, _ in keys:
+        for graph, x_leaf, wants, groups, each, _, pack in keys:
             plain = sum(not penalised for _, penalised in groups)
             moving = {} if x_leaf is None else {x_leaf: wants}
-            self.plans.append(Plan(graph, moving, each * len(groups), each * plain))
+            self.plans.append(Plan(graph, moving, each * len(groups), each * plain, pack or 1))
         self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
         # Cotangents of float16 go as numbers that are this much larger: a loss scale comes too late for them.
         half = any(m.dtype == torch.float16 for plan in self.plans for call in plan.calls for m in call.outputs)
@@ -42,26 +43,32 @@ class _One:
     """A pass in the traced work."""
 
     def __init__(self, key: Any, plan: Plan, tensors: list[Tensor | None], passes: Passes) -> None:
-        _, _, self.wants, self.groups, self.each, metas = key
+        _, _, self.wants, self.groups, _, metas, _ = key
         self.plan, self.passes = plan, passes
         self.scores, self.features = tensors[0], tensors[1] if len(metas) > 1 else None
         places = iter(plan.outputs)
         self.places = [next(places) if meta[4] else None for meta in metas]
+        self.plain = [name for name, penalised in self.groups if not penalised]
+        self.penalised = [name for name, penalised in self.groups if penalised]
 
     def rows(self, x: Tensor, name: str) -> Tensor:
-        """A group's part of scores or features."""
+        """A group's part of scores, features or the gradient at the batch."""
         if len(self.groups) == 1:
             return x
-        at = [n for n, _ in self.groups].index(name)
-        return x.narrow(0, at * self.each, self.each)
+        size = x.shape[0] // len(self.groups)
+        return x.narrow(0, [n for n, _ in self.groups].index(name) * size, size)
 
 
 def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: Outsider) -> list[Tensor | None]:
-    """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone."""
-    weight, unit, *_ = tensors
-    at, ones = 2, []
-    assert weight is not None
+    """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone.
+
+    tensors: one, the weights of the penalties, then for each pass the outputs and the saved ones. Values: the loss, the
+    adversarial loss, the consistency term, the penalties.
+    """
+    at = 1 + len(task.penalties)
+    unit, *weights = tensors[:at]
     assert unit is not None
+    ones = []
     for k, (key, plan) in enumerate(zip(known.keys, known.plans, strict=True)):
         given, saved = len(key[5]), plan.saved_count
         outputs = list(tensors[at : at + given])
@@ -70,24 +77,26 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: O
         ones.append(_One(key, plan, outputs, kind(plan, tensors[at + given : at + given + saved], call)))
         at += given + saved
     wide = accumulation_dtype(ones[0].scores.dtype)  # type: ignore[union-attr]
-    unit, lifted = (unit, weight) if known.scale == 1 else (unit * known.scale, weight * known.scale)
-    own, term, seeds = _heads(ones, task, wide, unit)
-    value: Tensor | None = None
+    lifted = weights if known.scale == 1 else [w * known.scale for w in weights if w is not None]
+    own, term, seeds = _heads(ones, task, wide, unit if known.scale == 1 else unit * known.scale)
+    values: list[Tensor | None] = [None] * len(task.penalties)
     at_samples: list[Tensor | None] = []
     for one in ones:
-        penalty, gradients = _one_pass(one, task, lifted, {p: u for p, u in seeds.items() if p[0] is one})
-        value = penalty if penalty is not None else value
+        found, gradients = _one_pass(one, task, lifted, {p: u for p, u in seeds.items() if p[0] is one})
+        values = [b if a is None else a for a, b in zip(values, found, strict=True)]
         at_samples += [None if g is None else _lowered(g, known.scale) for g in gradients]
-    loss = own
+    terms = [value * w for value, w in zip(values, weights, strict=True) if value is not None and w is not None]
     if term is not None and task.consistency is not None:
-        scaled = term * task.consistency.weight
-        loss = scaled if loss is None else loss + scaled
-    if value is not None:
-        scaled = value * weight
-        loss = scaled if loss is None else loss + scaled
-    found = _gradients(known, ones) if task.gradients else [None] * known.count
-    whole: list[Tensor | None] = [loss.clone() if loss is own and loss is not None else loss, own, value, term, *found]
-    return apart([*whole, *at_samples], tensors)
+        terms.insert(0, term * task.consistency.weight)
+    if task.adversarial is None:  # a penalty by itself has no weight
+        loss = None
+    else:
+        loss = own
+        for scaled in terms:
+            loss = scaled if loss is None else loss + scaled
+        loss = loss.clone() if loss is own and loss is not None else loss
+    at_leaves = _gradients(known, ones) if task.gradients else [None] * known.count
+    return apart([loss, own, term, *values, *at_leaves, *at_samples], tensors)
 
 
 Seeds = dict[tuple[Any, str], Tensor]
@@ -95,15 +104,22 @@ Seeds = dict[tuple[Any, str], Tensor]
 
 def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tuple[Tensor | None, Tensor | None, Seeds]:
     """The adversarial loss, the consistency term, and the cotangents of scores and features by their group."""
-    if task.adversarial is None:
+    adversarial = task.adversarial
+    if adversarial is None:
         return None, None, {}
-    kinds = {"real": task.adversarial.real, "fake": task.adversarial.fake}
-    scored = [(one, name) for one in ones for name, _ in one.groups if name in kinds]
     seeds: Seeds = {}
     loss = None
-    if scored:
-        scores = [one.rows(one.scores, name) for one, name in scored]  # type: ignore[arg-type]
-        options = [kinds[name] for _, name in scored], [0.0] * len(scored)
+    scored = [(one, name) for one in ones for name, _ in one.groups if adversarial.of(name) is not None]
+    scores = [one.rows(one.scores, name) for one, name in scored]  # type: ignore[arg-type]
+    if adversarial.paired:
+        pair = [next(s for s, (_, name) in zip(scores, scored, strict=True) if name == own) for own in ("real", "fake")]
+        loss = relativistic_loss_op(*pair)
+        if task.gradients:
+            at = dict(zip(("real", "fake"), relativistic_loss_backward_op(unit.to(wide), *pair), strict=True))
+            seeds = {(one, name): at[name] for one, name in scored}
+    elif scored:
+        kinds, targets = zip(*[adversarial.of(name) for _, name in scored], strict=True)
+        options = list(kinds), list(targets)
         loss = score_loss_op(scores, *options)
         if task.gradients:
             seeds = dict(zip(scored, score_loss_backward_op(unit.to(wide), scores, *options), strict=True))
@@ -137,82 +153,113 @@ def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, 
     return term
 
 
-def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The penalty of a pass, if it has one, and its groups' gradients at the samples where these are wanted."""
-    plain = [(name, penalised) for name, penalised in one.groups if not penalised]
-    penalised = next((name for name, is_so in one.groups if is_so), None)
-    top, at_features = one.places[0], one.places[1] if len(one.places) > 1 else None
+class _Ends:
+    """The cotangents at a pass's outputs.
+
+    pulled: those that go down first. own: those that penalised rows have beside the ones that are pulled there. plain:
+    those of plain rows, where they go their own way.
+    """
+
+    def __init__(self, one: _One) -> None:
+        self._one, self._joint = one, not isinstance(one.passes, CurvedPasses)
+        self.pulled: dict[Place, Tensor] = {}
+        self.own: dict[Place, Tensor] = {}
+        self.plain: dict[Place, Tensor] = {}
+
+    def enter(self, place: Place, output: Tensor, seeds: dict[str, Tensor], ones: bool) -> None:
+        """Take the groups' cotangents of an output; ``ones``: what is pulled down at penalised rows, or nothing."""
+        one = self._one
+        given = {name: seeds.get(name) for name, _ in one.groups}
+        whole = lambda name: torch.zeros_like(one.rows(output, name))  # noqa: E731
+        filled = lambda names: [whole(n) if (u := given[n]) is None else u for n in names]  # noqa: E731
+        if any(given[name] is not None for name in one.penalised):
+            _add(self.own, place, _cat(filled(one.penalised)))
+        some_plain = bool(one.plain) and (ones or any(given[name] is not None for name in one.plain))
+        pulled = [torch.ones_like(one.rows(output, name)) for name in one.penalised] if ones else []
+        if not self._joint:
+            if some_plain:
+                _add(self.plain, place, _cat(filled(one.plain)))
+            if pulled:
+                _add(self.pulled, place, _cat(pulled))
+        elif some_plain or pulled:
+            rest = pulled if ones else [whole(name) for name in one.penalised]
+            _add(self.pulled, place, _cat([*filled(one.plain), *rest]))
+
+
+def _add(to: dict[Place, Tensor], place: Place, u: Tensor) -> None:
+    to[place] = to[place] + u if place in to else u
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _one_pass(
+    one: _One, task: Task, weights: Sequence[Tensor | None], seeds: Seeds
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The penalties that a pass has, and its groups' gradients at the samples where these are wanted."""
+    values: list[Tensor | None] = [None] * len(task.penalties)
     nothing: list[Tensor | None] = [None] * len(one.groups)
-    cotangents: dict[Place, Tensor] = {}
-    own: dict[Place, Tensor] = {}
-    scores = one.scores
-    assert scores is not None
-    parts = []
-    for name, is_penalised in one.groups:
-        rows = one.rows(scores, name)
-        seed = seeds.get((one, name))
-        parts.append(torch.ones_like(rows) if is_penalised else torch.zeros_like(rows) if seed is None else seed)
-        if is_penalised and seed is not None and top is not None:
-            own[top] = seed
-    plain_seeds: dict[Place, Tensor] = {}
+    top, at_features = one.places[0], one.places[1] if len(one.places) > 1 else None
+    assert one.scores is not None
+    ends = _Ends(one)
+    of = {name: u for (_, name), u in seeds.items()}
     if top is not None:
-        cotangents[top] = _joined(parts, one.passes, top, plain_seeds)
-    features = {name: seeds.get((one, f"features of {name}")) for name, _ in one.groups}
-    if at_features is not None and any(u is not None for u in features.values()):
-        parts = []
-        for name, is_penalised in one.groups:
-            u = features[name]
-            if is_penalised and u is not None:
-                own[at_features] = own[at_features] + u if at_features in own else u
-            blank = torch.zeros_like(one.rows(one.features, name))  # type: ignore[arg-type]
-            parts.append(blank if u is None or is_penalised else u)
-        if plain:
-            joined = _joined(parts, one.passes, at_features, plain_seeds)
-            cotangents[at_features] = cotangents[at_features] + joined if at_features in cotangents else joined
+        ends.enter(top, one.scores, of, True)
+    features = {name: u for name, _ in one.groups if (u := of.get(f"features of {name}")) is not None}
+    if at_features is not None and features:
+        ends.enter(at_features, one.features, features, False)  # type: ignore[arg-type]
     if isinstance(one.passes, CurvedPasses):
-        one.passes.plain_seeds = plain_seeds
-    if penalised is None and not (task.gradients and cotangents):
-        return None, nothing
-    found = one.passes.pull(cotangents)
+        one.passes.plain_seeds = ends.plain
+    if not one.penalised and not (task.gradients and ends.pulled):
+        return values, nothing
+    found = one.passes.pull(ends.pulled)
     gradient = None if one.plan.x is None else found.get(one.plan.x)
-    if penalised is None:
-        return None, [None if gradient is None or not one.wants else one.rows(gradient, n) for n, _ in one.groups]
+    if not one.penalised:
+        return values, [None if gradient is None or not one.wants else one.rows(gradient, n) for n, _ in one.groups]
     meta = one.plan.x_meta
     if gradient is None:
         gradient = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
-    at_points = gradient if gradient.shape[0] == one.each else gradient.narrow(0, one.plan.plain, one.each)
-    rows = at_points.reshape(-1, at_points.shape[-1]) if task.by_point else at_points
-    value, coefficient = gradient_norm_penalty_op(rows, task.target, task.one_sided, REDUCTIONS["mean"], 2.0)
+    count = meta.shape[0]
+    at_points = gradient if gradient.shape[0] == count else gradient.narrow(0, gradient.shape[0] - count, count)
+    directions = []
+    for k, name in enumerate(one.penalised):
+        size = count // len(one.penalised)
+        own = at_points if size == count else at_points.narrow(0, k * size, size)
+        which = task.penalty(name)
+        values[which], direction = _penalised(own, task, which, weights[which])
+        directions.append(direction)
     if task.gradients:
-        direction = gradient_norm_penalty_backward_op(weight.to(value.dtype), rows, coefficient)
         assert one.plan.x is not None
-        one.passes.push({one.plan.x: direction.reshape(at_points.shape)})
-        scale = _scale(one, task, own, top)
-        one.passes.bend({} if scale is not None else own, scale)
+        one.passes.push({one.plan.x: _cat(directions)})
+        scale = _scale(one, task, ends.own, top)
+        one.passes.bend({} if scale is not None else ends.own, scale)
     if not one.wants:
-        return value, nothing
-    return value, [None if is_so else one.rows(gradient, name) for name, is_so in one.groups]
+        return values, nothing
+    return values, [None if is_so else one.rows(gradient, name) for name, is_so in one.groups]
 
 
-def _joined(parts: list[Tensor], passes: Passes, place: Place, plain: dict[Place, Tensor]) -> Tensor:
-    """All groups' cotangents as one; without the plain rows', which ``plain`` gets, where they go their own way."""
-    if not isinstance(passes, CurvedPasses):
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    *others, penalised = parts
-    joined = others[0] if len(others) == 1 else torch.cat(others)
-    plain[place] = plain[place] + joined if place in plain else joined
-    return penalised
+def _penalised(gradient: Tensor, task: Task, which: int, weight: Tensor | None) -> tuple[Tensor, Any]:
+    """The penalty on a group's gradient, and its derivative by that gradient, times the weight, where it is wanted."""
+    target, one_sided, power, reduction = task.penalties[which][1]
+    rows = task.rows(gradient)
+    value, coefficient = gradient_norm_penalty_op(rows, target, one_sided, reduction, power)
+    if not task.gradients:
+        return value, None
+    assert weight is not None
+    direction = gradient_norm_penalty_backward_op(weight.to(value.dtype), rows, coefficient)
+    return value, direction.reshape(gradient.shape)
 
 
 def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -> Tensor | None:
     """Of penalised rows that are scored: one factor a row, where the scores' cotangents are multiples of ones."""
     if list(own) != [top] or top is None or one.plan.layouts is None or one.plan.curved:
         return None
-    seed = own[top]
+    seed, rows = own[top], one.plan.rows - one.plan.plain
     linear = task.adversarial is not None and task.adversarial.linear and task.consistency is None
-    if not (linear or seed.numel() == one.each):
+    if not (linear or seed.numel() == rows):
         return None
-    return seed.reshape(one.each, -1)[:, 0]
+    return seed.reshape(rows, -1)[:, 0]
 
 
 def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:

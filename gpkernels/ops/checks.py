@@ -104,3 +104,13 @@ def check_generator(generator: object, device: torch.device) -> None:
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device}, got one on {generator.device}")
+
+
+def check_pack(name: str, x: Tensor, pack: object) -> int:
+    """A number of samples that divides the batch."""
+    found = check_whole("pack", pack)
+    if found < 1 or x.shape[0] % found:
+        raise ValueError(
+            f"pack: expected at least 1, and a divisor of the batch size of {name}, {x.shape[0]}, got {pack}"
+        )
+    return found

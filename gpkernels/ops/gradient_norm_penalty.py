@@ -169,7 +169,7 @@ def gradient_norm_penalty(
 
     Differentiable to any order in grad. Raises TypeError or ValueError for bad input.
     """
-    options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction), _check_power(power)
+    options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction), check_power(power)
     if dim is not None or pack != 1:
         return _of_other_rows(grad, options, dim, pack)
     plain = NotImplemented if is_compiling() else gradient_norm_penalty_op.direct(grad, *options)
@@ -180,7 +180,7 @@ def gradient_norm_penalty(
     return penalty
 
 
-def _check_power(power: object) -> float:
+def check_power(power: object) -> float:
     power = check_finite("power", power)
     if power < 1:
         raise ValueError(f"power: expected a number of at least 1, got {power}")
