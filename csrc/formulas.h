@@ -144,21 +144,18 @@ struct PenaltyOptions {
   A power;
 };
 
-// ||g| - target|^power from |g|^2, and the coefficient of g in its derivative, times `share`; 0 where |g| = 0.
-template <typename A>
+// ||g| - target|^power from |g|^2, and the coefficient of g in its derivative, times `share`; 0 where |g| = 0. Most
+// powers are 2: kernels for those have no code for others.
+template <bool kSquare, typename A>
 GPK_HD PenaltyRow<A> penalty_row(A squared, const PenaltyOptions<A>& o, A share) {
-  if (o.target == A(0) && o.power == A(2)) return {squared, A(2) * share};
+  if (kSquare && o.target == A(0)) return {squared, A(2) * share};
   const A norm = std::sqrt(squared);
   A excess = norm - o.target;
   if (o.one_sided && excess <= A(0)) excess = A(0);
-  A value = excess * excess, slope = A(2) * excess;
-  if (o.power != A(2)) {
-    const A size = std::fabs(excess);
-    const A below = o.power == A(1) ? A(1) : std::pow(size, o.power - A(1));
-    value = size * below;
-    slope = excess == A(0) ? A(0) : std::copysign(o.power * below, excess);
-  }
-  return {value, squared == A(0) ? A(0) : slope / norm * share};
+  if (kSquare) return {excess * excess, squared == A(0) ? A(0) : A(2) * excess / norm * share};
+  const A size = std::fabs(excess), below = o.power == A(1) ? A(1) : std::pow(size, o.power - A(1));
+  const A slope = excess == A(0) ? A(0) : std::copysign(o.power * below, excess);
+  return {size * below, squared == A(0) ? A(0) : slope / norm * share};
 }
 
 // --- consistency ------------------------------------------------------------------------------------------------

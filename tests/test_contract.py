@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from cases import raw_arguments
 from gpkernels import ops
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_backward_op, gradient_norm_penalty_op
 from gpkernels.ops.interpolate import interpolate_op
+from gpkernels.ops.relativistic_loss import relativistic_loss_op
 from gpkernels.ops.score_loss import (
     ScoreLoss,
     score_loss_backward_op,
@@ -28,7 +30,7 @@ from gpkernels.ops.score_loss import (
 )
 from gpkernels.ops.tensors import accumulation_dtype
 from gpkernels.ops.weights import rmsprop_op
-from gpkernels.verify.cases import CASES, DTYPES, PLACES, SHAPES, Case, laid_out
+from gpkernels.verify.cases import CASES, DTYPES, LAYOUTS, PLACES, SHAPES, Case, laid_out
 
 
 def _value_and_gradients(function, inputs: list[Tensor], case: Case) -> list[Tensor]:
@@ -75,7 +77,13 @@ def test_first_and_second_derivative_are_those_of_the_value(name: str, backend: 
 
 
 def test_derivatives_hold_when_only_one_side_is_differentiated(backend: str) -> None:
-    for name in ("interpolate", "consistency_with_features", "lipschitz_consistency", "gan_discriminator_loss"):
+    for name in (
+        "interpolate",
+        "consistency_with_features",
+        "lipschitz_consistency",
+        "gan_discriminator_loss",
+        "relativistic_critic_loss",
+    ):
         case = CASES[name]
         for wanted in range(sum(kind != "e" for kind in case.kinds)):
             inputs = case.inputs((3, 4), torch.float64)
@@ -257,6 +265,63 @@ def test_rows_of_no_elements_are_harmless(backend: str) -> None:
     assert gpk.add_instance_noise(torch.empty(3, 0), 0.5).shape == (3, 0)
 
 
+@pytest.mark.parametrize("dim", [-1, 1, 0, (1, 2), (0, -1), [3, 1], (1, 2, 3)], ids=str)
+def test_a_norm_is_over_the_axes_that_are_named(dim: Any, backend: str) -> None:
+    for layout in LAYOUTS:
+        x = laid_out(torch.randn(2, 3, 4, 5, dtype=torch.float64), layout)
+        expected = (torch.linalg.vector_norm(x, dim=dim) - 1).abs() ** 1.5
+        for reduction, value in (("none", expected), ("mean", expected.mean()), ("sum", expected.sum())):
+            found = gpk.gradient_norm_penalty(x, dim=dim, reduction=reduction, power=1.5)
+            torch.testing.assert_close(found, value)
+    leaf = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    for reduction in ("none", "mean"):
+        function = partial(gpk.gradient_norm_penalty, dim=dim, reduction=reduction)
+        assert gradcheck(function, leaf, fast_mode=True)
+        assert gradgradcheck(function, leaf, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_of_a_pack_have_one_norm(layout: str, backend: str) -> None:
+    x = laid_out(torch.randn(6, 3, 2, 2, dtype=torch.float64), layout)
+    leaf = x.detach().requires_grad_()
+    for pack in (1, 2, 6):
+        expected = (x.reshape(6 // pack, -1).norm(2, 1) - 1) ** 2
+        for reduction, value in (("none", expected), ("mean", expected.mean()), ("sum", expected.sum())):
+            torch.testing.assert_close(gpk.gradient_norm_penalty(x, pack=pack, reduction=reduction), value)
+        if layout != "expanded":  # whose elements cannot be moved apart
+            function = partial(gpk.gradient_norm_penalty, pack=pack)
+            assert gradcheck(function, leaf, fast_mode=True)
+            assert gradgradcheck(function, leaf, fast_mode=True)
+
+
+@pytest.mark.parametrize("target", [0.0, 5.0])
+@pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 2.5, 3.0])
+def test_derivatives_are_free_of_nan_at_zero_and_at_the_target(
+    power: float, one_sided: bool, target: float, backend: str
+) -> None:
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [-8.0, 6.0], [0.3, 0.4]], dtype=torch.float64, requires_grad=True)
+    value = gpk.gradient_norm_penalty(x, target, one_sided=one_sided, reduction="none", power=power)
+    (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first, x, torch.randn_like(first), create_graph=True)
+    (third,) = torch.autograd.grad((second * x).sum(), x)
+    assert all(t.isfinite().all() for t in (value, first, second, third))
+    assert (first[0] == 0).all()
+    assert value[1] == (0 if target else 5**power)
+    assert (first[1] == 0).all() == (target == 5)
+    expected = power * (10 - target) ** (power - 1) * x.detach()[2] / 10
+    torch.testing.assert_close(first.detach()[2], expected)
+
+
+def test_scores_are_paired_and_not_broadcast(backend: str) -> None:
+    for real, fake in ((SCORE, SCORE[:, None]), (FLAT, FLAT[:1]), (FLAT, torch.tensor(1.0))):
+        for call in (gpk.relativistic_critic_loss, gpk.relativistic_generator_loss, relativistic_loss_op):
+            with pytest.raises(ValueError, match="_scores: expected"):
+                call(real, fake)
+    with pytest.raises((ValueError, RuntimeError), match="fake_scores: "):
+        torch.ops.gpkernels.relativistic_loss_backward(ONE, SCORE, SCORE[:, None])
+
+
 INT, FLAT = torch.ones(3, 2, dtype=torch.int64), torch.randn(3, 2)
 NOBODY, SCORE = torch.empty(0, 2), torch.randn(3)
 BAD = {
@@ -281,6 +346,35 @@ BAD = {
         ValueError,
         "reduction.*'max'",
     ),
+    "penalty of a power below 1": (lambda: gpk.gradient_norm_penalty(FLAT, power=0.5), ValueError, "power.*0.5"),
+    "penalty of an infinite power": (
+        lambda: gpk.gradient_norm_penalty(FLAT, power=float("inf")),
+        ValueError,
+        "power.*inf",
+    ),
+    "penalty of a NaN power": (lambda: gpk.gradient_norm_penalty(FLAT, power=float("nan")), ValueError, "power.*nan"),
+    "penalty of a text power": (lambda: gpk.gradient_norm_penalty(FLAT, power="2"), TypeError, "power.*str"),
+    "penalty over a foreign axis": (lambda: gpk.gradient_norm_penalty(FLAT, dim=2), ValueError, "dim.*2 axes.*got 2"),
+    "penalty over one axis twice": (
+        lambda: gpk.gradient_norm_penalty(FLAT[None], dim=(2, -1)),
+        ValueError,
+        r"dim.*each once.*\(2, -1\)",
+    ),
+    "penalty over all axes": (lambda: gpk.gradient_norm_penalty(FLAT, dim=(0, 1)), ValueError, r"dim.*\(0, 1\)"),
+    "penalty over no axes": (lambda: gpk.gradient_norm_penalty(FLAT, dim=()), ValueError, r"dim.*\(\)"),
+    "penalty over half an axis": (lambda: gpk.gradient_norm_penalty(FLAT, dim=0.5), TypeError, "dim.*float"),
+    "penalty over axes of text": (lambda: gpk.gradient_norm_penalty(FLAT, dim=("1",)), TypeError, "dim.*str"),
+    "penalty of no rows": (lambda: gpk.gradient_norm_penalty(NOBODY, dim=1), ValueError, "grad.*0, 2"),
+    "penalty over an axis of integers": (lambda: gpk.gradient_norm_penalty(INT, dim=1), TypeError, "grad.*int64"),
+    "penalty of packs of nothing": (lambda: gpk.gradient_norm_penalty(FLAT, pack=0), ValueError, "pack.*1.*0"),
+    "penalty of half packs": (lambda: gpk.gradient_norm_penalty(FLAT, pack=1.5), TypeError, "pack.*float"),
+    "penalty of a part of a pack": (lambda: gpk.gradient_norm_penalty(FLAT, pack=2), ValueError, "pack.*3, got 2"),
+    "penalty of packs over an axis": (
+        lambda: gpk.gradient_norm_penalty(FLAT, dim=1, pack=3),
+        ValueError,
+        "pack.*dim.*3",
+    ),
+    "penalty of packs of integers": (lambda: gpk.gradient_norm_penalty(INT, pack=3), TypeError, "grad.*int64"),
     "consistency of two batches": (lambda: gpk.consistency_term(SCORE, SCORE[:2]), ValueError, "score2"),
     "consistency of one feature": (lambda: gpk.consistency_term(SCORE, SCORE, FLAT), ValueError, "features2.*None"),
     "consistency of foreign features": (
@@ -305,6 +399,41 @@ BAD = {
     ),
     "a loss of integers": (lambda: gpk.wgan_critic_loss(INT, INT), TypeError, "real_scores"),
     "a hinge loss of integers": (lambda: gpk.hinge_critic_loss(SCORE, INT), TypeError, "fake_scores.*int64"),
+    "a loss of an infinite real target": (
+        lambda: gpk.least_squares_critic_loss(SCORE, SCORE, real_target=float("inf")),
+        ValueError,
+        "real_target.*inf",
+    ),
+    "a loss of a NaN fake target": (
+        lambda: gpk.least_squares_critic_loss(SCORE, SCORE, fake_target=float("nan")),
+        ValueError,
+        "fake_target.*nan",
+    ),
+    "a loss of a text target": (
+        lambda: gpk.least_squares_generator_loss(SCORE, target="1"),
+        TypeError,
+        "target.*str",
+    ),
+    "a loss of unpaired scores": (
+        lambda: gpk.relativistic_critic_loss(SCORE, SCORE[:2]),
+        ValueError,
+        r"fake_scores: .*real_scores, \(3,\).*\(2,\)",
+    ),
+    "a generator's loss of unpaired scores": (
+        lambda: gpk.relativistic_generator_loss(SCORE, SCORE[:, None]),
+        ValueError,
+        r"real_scores: .*fake_scores, \(3, 1\).*\(3,\)",
+    ),
+    "a loss of pairs of nothing": (
+        lambda: gpk.relativistic_critic_loss(NOBODY, NOBODY),
+        ValueError,
+        "real_scores.*0, 2",
+    ),
+    "a loss of pairs across devices": (
+        lambda: gpk.relativistic_critic_loss(SCORE, SCORE.to("meta")),
+        ValueError,
+        "fake_scores.*meta",
+    ),
     "a loss of nothing": (lambda: gpk.wgan_generator_loss(torch.empty(0)), ValueError, "fake_scores"),
     "clipping by a negative number": (lambda: gpk.clip_weights_([FLAT.clone()], -0.1), ValueError, "c: .*-0.1"),
     "clipping integers": (lambda: gpk.clip_weights_([FLAT.clone(), INT], 0.1), TypeError, r"params\[1\]"),
@@ -321,6 +450,7 @@ BAD_CODES = {
     "a loss of a negative kind": (lambda: score_loss_op([SCORE], [-1], [0.0]), rf"kinds: {KINDS}-1"),
     "a loss of a bad second kind": (lambda: score_loss_op([SCORE, SCORE], [0, 9], [0.0, 0.0]), rf"kinds: {KINDS}9"),
     "a loss of too few kinds": (lambda: score_loss_op([SCORE, SCORE], [0], [0.0, 0.0]), "kinds: .* 2 scores, got 1"),
+    "a loss of too few targets": (lambda: score_loss_op([SCORE], [AFTER - 1], []), "targets: .* 1 scores, got 0"),
     "a loss of no scores": (lambda: score_loss_op([], [], []), "scores: .* none"),
     "a slope of a kind above all": (
         lambda: score_loss_backward_op(ONE, [SCORE], [AFTER], [0.0]),

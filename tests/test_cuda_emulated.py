@@ -36,6 +36,7 @@ SHARING = (
     "gradient_norm_penalty",
     "lipschitz_consistency",
     "normalise_curvature",
+    "relativistic_loss",
     "score_loss",
 )
 
@@ -96,16 +97,16 @@ def test_an_op_is_one_launch(name: str) -> None:
         assert emulated.memory_sets(library) - sets <= (name in SHARING)
 
 
-@pytest.mark.parametrize("kind", [-1, 7])
+@pytest.mark.parametrize("kind", [-1, 8])
 def test_a_code_that_names_nothing_is_refused(kind: int) -> None:
     kernels = emulated.kernels(emulated.build())
     scores, one = torch.rand(3), torch.ones(())
-    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 6, got {kind}"):
-        kernels["score_loss"]([scores, scores], [0, kind])
-    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 6, got {kind}"):
-        kernels["score_loss_backward"](one, [scores], [kind])
+    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 7, got {kind}"):
+        kernels["score_loss"]([scores, scores], [0, kind], [0.0, 0.0])
+    with pytest.raises(RuntimeError, match=f"kinds: expected 0 to 7, got {kind}"):
+        kernels["score_loss_backward"](one, [scores], [kind], [0.0])
     with pytest.raises(RuntimeError, match=f"reduction: expected 0 to 2, got {kind}"):
-        kernels["gradient_norm_penalty"](scores, 1.0, False, kind)
+        kernels["gradient_norm_penalty"](scores, 1.0, False, kind, 2.0)
 
 
 def test_hundreds_of_weights_are_one_launch() -> None:
@@ -133,6 +134,8 @@ STREAMING = (
     "gradient_norm_penalty_backward",
     "interpolate",
     "interpolate_backward",
+    "relativistic_loss",
+    "relativistic_loss_backward",
 )
 
 

@@ -34,7 +34,7 @@ def calls(rows: int, cols: int) -> dict[str, list[tuple[str, Arguments]]]:
     return {
         "interpolate": [("interpolate", (x, y, per_row))],
         "gradient_norm_penalty, and backward": [
-            ("gradient_norm_penalty", (x, 1.0, False, 1)),
+            ("gradient_norm_penalty", (x, 1.0, False, 1, 2.0)),
             ("gradient_norm_penalty_backward", (one, x, per_row)),
         ],
         "consistency_term, and backward": [

@@ -41,7 +41,15 @@ def _of_rows(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> dict[st
         "interpolate": [(x, y, per_row), (x, y, column), (x, y, strided)],
         "interpolate_backward": [(x, strided, True, True), (x, per_row, True, False), (x, per_row, False, True)],
         "instance_noise": [(x, 0.5, None, key, True), (x, 0.3, one, key, False)],
-        "gradient_norm_penalty": [(x, 1.0, False, 1), (x, 0.0, True, 2), (x, 2.5, True, 0)],
+        "gradient_norm_penalty": [
+            (x, 1.0, False, 1, 2.0),
+            (x, 0.0, True, 2, 2.0),
+            (x, 2.5, True, 0, 2.0),
+            (x, 1.0, False, 1, 1.0),
+            (x, 2.5, True, 0, 1.0),
+            (x, 1.1, False, 0, 1.5),
+            (x, 0.0, True, 1, 3.0),
+        ],
         "gradient_norm_penalty_backward": [(one, x, per_row), (strided, x, strided), (one.expand(len(x)), x, per_row)],
         "consistency_term": [(s, t, none, none, 0.1, 0.1), (s, t, x, y, 0.1, 0.3), (x, y, s, t, 0.0, 0.3)],
         "lipschitz_consistency": [(s, t, x, y, 0.01), (s.flatten(), t.flatten(), x, y, 0.0)],
@@ -50,8 +58,14 @@ def _of_rows(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> dict[st
             (one, s, t, x, y, per_row, strided, True),
             (one, x, y, s, t, per_row, strided, True),
         ],
-        "score_loss": [([x, s], [1, 0]), ([s, x, y], [2, 3, 4])],
-        "score_loss_backward": [(one, [x, s], [0, 1]), (one, [20 * s, 5 * x, y], [2, 3, 4])],
+        "score_loss": [([x, s], [1, 0], [0.0, 0.0]), ([s, x], [2, 3], [0.0, 0.0]), ([y, s], [4, 7], [0.0, 0.9])],
+        "score_loss_backward": [
+            (one, [x, s], [0, 1], [0.0, 0.0]),
+            (one, [20 * s, 5 * x], [2, 3], [0.0, 0.0]),
+            (one, [y, s], [7, 7], [-1.0, 0.9]),
+        ],
+        "relativistic_loss": [(x, y), (s, 5 * t)],
+        "relativistic_loss_backward": [(one, 20 * x, y), (one, s, 5 * t)],
     }
 
 
@@ -128,12 +142,26 @@ def _special(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         "interpolate": [(x, t, c), (empty, empty, torch.rand(3))],
         "interpolate_backward": [(x, c, False, False), (empty, torch.rand(3), True, True)],
         "instance_noise": [(x, 0.5, None, key, True), (empty, 0.5, None, key, False)],
-        "gradient_norm_penalty": [(x, 1.0, one_sided, 0) for one_sided in (True, False)] + [(empty, 1.0, False, 1)],
+        "gradient_norm_penalty": [
+            (x, target, one_sided, 0, power)
+            for one_sided in (True, False)
+            for target in (1.0, 0.0)
+            for power in (2.0, 1.0, 1.5, 3.0)
+        ]
+        + [(empty, 1.0, False, 1, 2.0)],
         "gradient_norm_penalty_backward": [(one, x, c), (one, empty, torch.rand(3))],
         "consistency_term": [(s[3:], t[3:], x[3:], y[3:], 0.0, 0.1), (s[1:], t[1:], x[1:], y[1:], 0.0, 0.1)],
         "lipschitz_consistency": [(s[3:], t[3:], x[3:], y[3:], 0.0), (s[:1], t[:1], x[:1], y[:1], 0.0)],
-        "score_loss": [([scores[1:8]], [kind]) for kind in ScoreLoss] + [([scores], [2]), ([x], [3])],
-        "score_loss_backward": [(one, [scores, x], [kind, kind]) for kind in ScoreLoss],
+        "score_loss": [([scores[1:8]], [kind], [0.1]) for kind in ScoreLoss]
+        + [([scores], [2], [0.0]), ([x], [3], [0.0])],
+        "score_loss_backward": [(one, [scores, x], [kind, kind], [0.1, -3.0]) for kind in ScoreLoss],
+        "relativistic_loss": [
+            (scores[1:8], scores[1:8].flip(0)),
+            (scores, scores[:1].expand(11)),
+            (x, y),
+            (x[3:], y[3:]),
+        ],
+        "relativistic_loss_backward": [(one, scores, scores.flip(0)), (one, x, y)],
     }
 
 
@@ -237,13 +265,29 @@ def refusals() -> dict[str, str]:
         "interpolate": [(x, y, torch.rand(3)), (x, x, c), (x, x.half(), torch.rand(3)), (x.int(), x.int(), c)],
         "interpolate_backward": [(x, c, True, True)],
         "instance_noise": [(x, 1.0, c, torch.tensor([1]), True), (x, 1.0, None, one, True)],
-        "gradient_norm_penalty": [(one, 1.0, False, 1), (x[:0], 1.0, False, 1), (x, 1.0, False, 3)],
+        "gradient_norm_penalty": [(one, 1.0, False, 1, 2.0), (x[:0], 1.0, False, 1, 2.0), (x, 1.0, False, 3, 2.0)],
         "gradient_norm_penalty_backward": [(one, x, c), (c, x, torch.rand(3))],
         "consistency_term": [(x, y, x, x, 0.1, 0.1), (x, x, x[:2], x[:2], 0.1, 0.1)],
         "lipschitz_consistency": [(x, x, x, y, 0.1)],
         "consistency_backward": [(one, x, x, y, x, torch.rand(3), torch.rand(3), True), (c, x, x, x, x, c, c, False)],
-        "score_loss": [([], []), ([x], [1, 2]), ([x[:0]], [1]), ([x, x], [0, 7]), ([x], [-1])],
-        "score_loss_backward": [(c, [x], [1]), (one, [x], [7])],
+        "score_loss": [
+            ([], [], []),
+            ([x], [1, 2], [0.0]),
+            ([x], [7], []),
+            ([x[:0]], [1], [0.0]),
+            ([x, x], [0, len(ScoreLoss)], [0.0, 0.0]),
+            ([x], [-1], [0.0]),
+            ([x, x, x], [1, 1, 1], [0.0, 0.0, 0.0]),
+        ],
+        "score_loss_backward": [(c, [x], [1], [0.0]), (one, [x], [len(ScoreLoss)], [0.0])],
+        "relativistic_loss": [
+            (x, y),
+            (x[:0], x[:0]),
+            (x, x.half()),
+            (x.int(), x.int()),
+            (torch.rand(3), torch.rand(3, 1)),
+        ],
+        "relativistic_loss_backward": [(one, x, y), (c, x, x)],
         "normalise_curvature": [(x, x, x, x, True), (x[None], c, x[None], x[None], True)],
         "affine_gradients": [(x, x), (x[None], y[None])],
         "mean_pool": [(x, 2, 2), (x, 0, 1), (one, 1, 1)],

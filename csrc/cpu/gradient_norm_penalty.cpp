@@ -43,12 +43,15 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target,
   const PenaltyOptions<double> options{target, one_sided, power};
   const double share = reduction == kMean ? 1.0 / double(shape.rows) : 1.0;
   Sum sum;
-  for (int64_t row = 0; row < shape.rows; ++row) {
-    const PenaltyRow<double> penalty = penalty_row(values[row], options, share);
-    values[row] = penalty.value;
-    coefficients[row] = penalty.coefficient;
-    sum += penalty.value;
-  }
+  const auto finish = [&](auto square) {
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const PenaltyRow<double> penalty = penalty_row<decltype(square)::value>(values[row], options, share);
+      values[row] = penalty.value;
+      coefficients[row] = penalty.coefficient;
+      sum += penalty.value;
+    }
+  };
+  power == 2 ? finish(std::true_type{}) : finish(std::false_type{});
   const Tensor coefficient = from_doubles(grad, coefficients.data(), shape.rows);
   if (reduction == kNone) return {from_doubles(grad, values.data(), shape.rows), coefficient};
   const double total = reduction == kMean ? sum.value() / double(shape.rows) : sum.value();

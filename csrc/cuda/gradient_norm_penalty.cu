@@ -6,7 +6,7 @@ namespace {
 
 enum Reduction : int64_t { kNone, kMean, kSum };
 
-template <typename T, typename A, int kWidth>
+template <typename T, typename A, int kWidth, bool kSquare>
 struct PenaltyOfRow {
   static constexpr int kSums = 1;
   const T* x;
@@ -23,7 +23,7 @@ struct PenaltyOfRow {
     }
   }
   __device__ double finish(int64_t row, const A* sums) const {
-    const PenaltyRow<A> penalty = penalty_row(sums[0], options, share);
+    const PenaltyRow<A> penalty = penalty_row<kSquare>(sums[0], options, share);
     coefficients[row] = penalty.coefficient;
     if (values) values[row] = penalty.value;
     return double(penalty.value);
@@ -57,11 +57,14 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cuda(Tensor grad, double target
     value = each ? empty(grad, shape.rows, scalar_type_of<A>()) : empty_scalar<A>(grad);
     coefficient = empty(grad, shape.rows, scalar_type_of<A>());
     A* out = mutable_data<A>(value);
+    const PenaltyOptions<A> options{A(target), one_sided, A(power)};
     with_width<T>(shape.cols, {data<T>(dense)}, [&](auto width, int64_t packs) {
-      const PenaltyOfRow<T, A, decltype(width)::value> row{
-          data<T>(dense), each ? out : nullptr, mutable_data<A>(coefficient), packs, {A(target), one_sided, A(power)},
-          A(share)};
-      reduce_rows<A>(grad, row, each ? nullptr : out, share, shape.rows, packs);
+      const auto reduce = [&](auto square) {
+        const PenaltyOfRow<T, A, decltype(width)::value, decltype(square)::value> row{
+            data<T>(dense), each ? out : nullptr, mutable_data<A>(coefficient), packs, options, A(share)};
+        reduce_rows<A>(grad, row, each ? nullptr : out, share, shape.rows, packs);
+      };
+      power == 2 ? reduce(std::true_type{}) : reduce(std::false_type{});
     });
   });
   return {value, coefficient};

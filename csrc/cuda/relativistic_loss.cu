@@ -6,7 +6,7 @@ namespace {
 
 // One row of all pairs.
 template <typename T, typename A>
-struct Pairs {
+struct LossOfPairs {
   static constexpr int kSums = 1;
   const T *real, *fake;
   int64_t count;
@@ -42,7 +42,7 @@ Tensor relativistic_loss_cuda(Tensor real_scores, Tensor fake_scores) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     out = empty_scalar<A>(real);
-    const Pairs<T, A> row{data<T>(real), data<T>(fake), real.numel()};
+    const LossOfPairs<T, A> row{data<T>(real), data<T>(fake), real.numel()};
     reduce_rows<A>(real, row, mutable_data<A>(out), 1.0 / double(real.numel()), 1, real.numel());
   });
   return out;

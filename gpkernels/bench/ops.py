@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 import gpkernels as gpk
 from gpkernels.bench.clock import Call
@@ -117,6 +118,21 @@ OPS: dict[str, Op] = {
         lambda b: lambda: gpk.lipschitz_consistency(*b.scores, b.real, b.fake),
         lambda b: lambda: lipschitz(*b.scores, b.real, b.fake),
         2,
+    ),
+    "least_squares_critic_loss": Op(
+        lambda b: lambda: gpk.least_squares_critic_loss(b.real, b.fake),
+        lambda b: lambda: (b.real - 1).square().mean() + b.fake.square().mean(),
+        2,
+    ),
+    "relativistic_critic_loss": Op(
+        lambda b: lambda: gpk.relativistic_critic_loss(b.real, b.fake),
+        lambda b: lambda: softplus(b.fake - b.real).mean(),
+        2,
+    ),
+    "relativistic_critic_loss, backward": Op(
+        lambda b: backward(gpk.relativistic_critic_loss(*b.leaves), b.leaves),
+        lambda b: backward(softplus(b.leaves[1] - b.leaves[0]).mean(), b.leaves),
+        4,
     ),
     "clip_weights_": Op(
         lambda b: lambda: gpk.clip_weights_([b.cotangent], 0.5),

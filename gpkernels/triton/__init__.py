@@ -15,6 +15,7 @@ from gpkernels.triton.instance_noise import instance_noise
 from gpkernels.triton.interpolate import interpolate, interpolate_backward
 from gpkernels.triton.mean_pool import mean_pool, mean_pool_backward
 from gpkernels.triton.normalise_curvature import normalise_curvature
+from gpkernels.triton.relativistic_loss import relativistic_loss, relativistic_loss_backward
 from gpkernels.triton.score_loss import score_loss, score_loss_backward
 from gpkernels.triton.weights import clip_weights_, rmsprop_
 
@@ -28,6 +29,8 @@ _LAUNCHERS: tuple[Callable[..., Any], ...] = (
     consistency_backward,
     score_loss,
     score_loss_backward,
+    relativistic_loss,
+    relativistic_loss_backward,
     instance_noise,
     clip_weights_,
     rmsprop_,

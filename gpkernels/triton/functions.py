@@ -53,6 +53,28 @@ def log1p(x):
 
 
 @triton.jit
+def softplus(x):
+    return tl.where(x > 0.0, x, 0.0) + log1p(exp_of_negative(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    power = exp_of_negative(-tl.abs(x))
+    return divide(tl.where(x >= 0.0, 1.0, power), 1.0 + power)
+
+
+@triton.jit
+def power_of(x, exponent):
+    """x^exponent for x >= 0 and a float64 exponent above 0: by float64 logarithms, with the digits that they lose."""
+    base = x.to(tl.float64)
+    logarithm = tl.log(base)
+    product = logarithm * exponent
+    lost = tl.fma(logarithm, exponent, -product) + exponent * tl.fma(base, tl.exp(-logarithm), -1.0)
+    lost = tl.where(tl.abs(logarithm) < 700.0, lost, 0.0)
+    return (tl.exp(product) * (1.0 + lost)).to(x.dtype)
+
+
+@triton.jit
 def log_of_fraction(x):
     """log(x) for normal x in (0, 1]."""
     if x.dtype == tl.float64:

@@ -28,13 +28,16 @@ from gpkernels.triton.common import (
     tickets,
     wide,
 )
-from gpkernels.triton.functions import divide, square_root
+from gpkernels.triton.functions import divide, power_of, square_root
 
 
 @triton.jit
-def _penalty_of(squared, target, share, ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr):
-    """(|g| - target)^2 of rows from |g|^2, and the coefficient that share times its derivative has."""
-    if SMOOTH:  # target = 0
+def _penalty_of(
+    squared, target, power, share,
+    ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """||g| - target|^power of rows from |g|^2, and the coefficient that share times its derivative has."""
+    if SMOOTH:  # target = 0, power = 2
         value = squared
         coefficient = tl.zeros_like(squared) + 2.0 * tl.full([], share, ACC)
     else:
@@ -42,19 +45,30 @@ def _penalty_of(squared, target, share, ACC: tl.constexpr, ONE_SIDED: tl.constex
         excess = norm - tl.full([], target, ACC)
         if ONE_SIDED:
             excess = tl.where(excess <= 0.0, 0.0, excess)
-        value = excess * excess
-        coefficient = divide(2.0 * excess, norm) * tl.full([], share, ACC)
+        if POWER == 2:
+            value = excess * excess
+            slope = 2.0 * excess
+        elif POWER == 1:
+            value = tl.abs(excess)
+            slope = tl.where(excess > 0.0, 1.0, tl.where(excess < 0.0, -1.0, excess))
+        else:
+            size = tl.abs(excess)
+            below = power_of(size, tl.full([], power, tl.float64) - 1.0)
+            value = size * below
+            slope = tl.full([], power, ACC) * below
+            slope = tl.where(excess < 0.0, -slope, slope)
+        coefficient = divide(slope, norm) * tl.full([], share, ACC)
         coefficient = tl.where(squared == 0.0, 0.0, coefficient)
     return value, coefficient
 
 
 @triton.jit
 def _penalty_rows(
-    squared, values, coefficients, row, rows, target, share,
-    ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, REDUCED: tl.constexpr,
+    squared, values, coefficients, row, rows, target, power, share,
+    ACC: tl.constexpr, ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
     """The penalties of some rows; stores what there is one of per row."""
-    value, coefficient = _penalty_of(squared, target, share, ACC, ONE_SIDED, SMOOTH)
+    value, coefficient = _penalty_of(squared, target, power, share, ACC, ONE_SIDED, SMOOTH, POWER)
     tl.store(coefficients + row, coefficient, mask=row < rows)
     if not REDUCED:
         tl.store(values + row, value, mask=row < rows)
@@ -64,16 +78,16 @@ def _penalty_rows(
 @triton.jit(do_not_specialize=["rows", "cols", "span"])
 def gradient_norm_penalty_kernel(
     grad, values, coefficients, partial, ticket, rows: tl.int64, cols: tl.int64, span: tl.int64,
-    target: tl.float64, share: tl.float64,
+    target: tl.float64, power: tl.float64, share: tl.float64,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
-    ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, REDUCED: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE_SIDED: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr, REDUCED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if SPLITS == 1:
         row = program * ROWS + tl.arange(0, ROWS)
         squared = square_sums(grad, grad, row, rows, 0, cols, cols, ACC, ROWS, COLS, False, ALIGNED)
         value = _penalty_rows(
-            squared, values, coefficients, row, rows, target, share, ACC, ONE_SIDED, SMOOTH, REDUCED
+            squared, values, coefficients, row, rows, target, power, share, ACC, ONE_SIDED, SMOOTH, POWER, REDUCED,
         )  # fmt: skip
         if REDUCED:
             tl.store(partial + program, tl.sum(value, 0))
@@ -91,7 +105,8 @@ def gradient_norm_penalty_kernel(
                 row = first + tl.arange(0, 32)
                 squared = split_sums(partial, row, rows, SPLITS, PADDED)
                 total += _penalty_rows(
-                    squared, values, coefficients, row, rows, target, share, ACC, ONE_SIDED, SMOOTH, REDUCED
+                    squared, values, coefficients, row, rows, target, power, share,
+                    ACC, ONE_SIDED, SMOOTH, POWER, REDUCED,
                 )  # fmt: skip
             if REDUCED:
                 tl.store(values, tl.sum(total, 0) * tl.full([], share, ACC))
@@ -117,7 +132,9 @@ def gradient_norm_penalty_backward_kernel(
         _scale(grad, out, scale, at, at < rows * cols, ACC)
 
 
-def gradient_norm_penalty(grad: Tensor, target: float, one_sided: bool, reduction: int) -> tuple[Tensor, Tensor]:
+def gradient_norm_penalty(
+    grad: Tensor, target: float, one_sided: bool, reduction: int, power: float
+) -> tuple[Tensor, Tensor]:
     rows, cols = rows_of("grad", grad)
     check_codes("reduction", [reduction], REDUCTIONS)
     (g,) = dense(grad)
@@ -128,10 +145,10 @@ def gradient_norm_penalty(grad: Tensor, target: float, one_sided: bool, reductio
     launch(
         gradient_norm_penalty_kernel, how["programs"], g.device,
         g, values, coefficients, wide(g, how["programs"]), tickets(g.device, 1), rows, cols, how["spans"][0],
-        float(target), share,
+        float(target), float(power), share,
         ACC=accumulator(g), ROWS=how["rows"], COLS=how["widths"][0], SPLITS=how["splits"],
-        PADDED=triton.next_power_of_2(how["splits"]), ONE_SIDED=bool(one_sided), SMOOTH=target == 0, REDUCED=reduced,
-        ALIGNED=aligned(cols), num_warps=4,
+        PADDED=triton.next_power_of_2(how["splits"]), ONE_SIDED=bool(one_sided), SMOOTH=target == 0 and power == 2,
+        POWER=int(power) if power in (1, 2) else 0, REDUCED=reduced, ALIGNED=aligned(cols), num_warps=4,
     )  # fmt: skip
     return values, coefficients
 

@@ -69,6 +69,11 @@ CASES: dict[str, Case] = {
     "penalty_of_power_3": _penalty(1.0, False, "none", 3.0),
     "penalty_zero_centred_of_power_1": _penalty(0.0, False, "mean", 1.0),
     "penalty_zero_centred_of_power_2.5": _penalty(0.0, False, "mean", 2.5),
+    "penalty_over_last_axis": Case(
+        partial(gpk.gradient_norm_penalty, dim=-1),
+        lambda g: gradient_norm_penalty_reference(g.reshape(-1, g.shape[-1]), 1.0, False, REDUCTIONS["mean"], 2.0)[0],
+        "r",
+    ),
     "consistency_of_scores": Case(
         partial(gpk.consistency_term, margin=0.1),
         lambda s, t: consistency_term_reference(s, t, s.new_empty(len(s), 0), s.new_empty(len(s), 0), 0.1, 0.1)[0],

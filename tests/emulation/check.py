@@ -30,7 +30,7 @@ def penalty_arguments() -> list[tuple[Any, ...]]:
     offset = rows(3 * 16 + 1)[1:].view(3, 16)  # contiguous, but not on 16 bytes
     half = rows(5 * 24 + 1, dtype=torch.float16)[1:].view(5, 24)
     shapes = ((1, 1), (3, 7), (5, 8), (40, 4), (300, 2), (2, 1001), (2, 20000), (1, 70001))
-    return [(x, 1.0, False, 1) for x in (offset, half, *(rows(*shape) for shape in shapes))]
+    return [(x, 1.0, False, 1, 2.0) for x in (offset, half, *(rows(*shape) for shape in shapes))]
 
 
 def arguments(name: str) -> list[tuple[Any, ...]]:

@@ -33,7 +33,7 @@ def _per_row() -> Tensor:
 STREAMS: dict[str, tuple[Callable[[], Arguments], int, int]] = {
     "interpolate": (lambda: (_rows(), _rows(), _per_row()), 2, 1),
     "interpolate_backward": (lambda: (_rows(), _per_row(), True, True), 1, 2),
-    "gradient_norm_penalty": (lambda: (_rows(), 1.0, False, 1), 1, 0),
+    "gradient_norm_penalty": (lambda: (_rows(), 1.0, False, 1, 2.0), 1, 0),
     "gradient_norm_penalty_backward": (lambda: (torch.tensor(0.7), _rows(), _per_row()), 1, 1),
     "consistency_term": (lambda: (_rows()[:, :1], _rows()[:, :1], _rows(), _rows(), 0.1, 0.1), 2, 0),
     "consistency_backward": (
@@ -41,6 +41,8 @@ STREAMS: dict[str, tuple[Callable[[], Arguments], int, int]] = {
         2,
         2,
     ),
+    "relativistic_loss": (lambda: (_rows(), _rows()), 2, 0),
+    "relativistic_loss_backward": (lambda: (torch.tensor(0.7), _rows(), _rows()), 2, 2),
     "clip_weights_": (lambda: ([*_rows().split([3, 60, 1])], 0.1), 1, 1),
 }
 
