@@ -161,10 +161,21 @@ def _check(name: str) -> None:
 
 
 def set_backend(name: str) -> None:
-    """Choose the process's backend for every later op: "auto", "reference", "cpu", "triton" or "cuda".
+    """Set the backend of every later op in this process.
 
-    A thread inside ``backend`` keeps its own choice. Raises ValueError for another name. The environment variable
-    GPKERNELS_BACKEND sets the first choice.
+    A thread or async task inside :func:`backend` keeps its own choice. The environment variable ``GPKERNELS_BACKEND``
+    sets the initial value.
+
+    Args:
+        name (str): ``"auto"`` leaves the choice to PyTorch's dispatcher: the fastest kernel that is registered for the
+            device of the arguments. ``"reference"``, ``"cpu"``, ``"triton"`` and ``"cuda"`` force a backend.
+
+    Raises:
+        ValueError: ``name`` is not a backend. A backend that cannot run raises RuntimeError at the first call of an op.
+
+    Example:
+        >>> gpkernels.set_backend("reference")
+        >>> gpkernels.set_backend("auto")
     """
     global _everywhere
     _check(name)
@@ -174,10 +185,24 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the backend for a while, in this thread or async task alone, whatever ``set_backend`` chose.
+    """Context manager that forces a backend in the current thread or async task, whatever :func:`set_backend` chose.
 
-    The backward passes that it calls take that backend too. Threads that it starts do not: each chooses its own.
-    Raises ValueError for another name.
+    Backward passes that are started inside use the same backend. Threads that are started inside do not inherit it.
+
+    Args:
+        name (str): a backend, as in :func:`set_backend`.
+
+    Returns:
+        A context manager, which can also decorate a function.
+
+    Raises:
+        ValueError: ``name`` is not a backend. A backend that cannot run raises RuntimeError at the first call of an op.
+
+    Example:
+        >>> real, fake, eps = torch.randn(8, 2), torch.randn(8, 2), torch.rand(8)
+        >>> with gpkernels.backend("reference"):
+        ...     expected = gpkernels.interpolate(real, fake, eps)
+        >>> torch.testing.assert_close(gpkernels.interpolate(real, fake, eps), expected)
     """
     _check(name)
     if is_compiling():

@@ -148,17 +148,23 @@ LAYERS: dict[Any, Callable[..., Any]] = {
 
 
 class fast_double_backward(TorchFunctionMode):
-    """Context: layers called inside it have the efficient double backward.
+    """Context manager in which piecewise-linear layers have a double backward that skips zero gradients.
 
-    Values and gradients are PyTorch's, for derivatives of any order; the weight gradients of an MLP's penalty are the
-    same to the last bit. Where PyTorch's are zeros because nothing depends on a weight, there may be None. Layers:
-    ReLU, LeakyReLU, Hardtanh, ReLU6, also in place; max, average and adaptive pooling of images. Every other layer runs
-    as it is, and so does everything in ``torch.compile`` and in transforms of ``torch.func``. The penalties of this
-    library can be differentiated to any order where they are called inside it.
+    PyTorch's double backward of a ReLU or a pooling returns exact zeros for the layer's input, so that the whole
+    forward graph is differentiated once more on zeros. Layers called inside this context return no gradient instead.
+    Values and gradients are PyTorch's, for derivatives of any order; where PyTorch's gradient is zero because nothing
+    depends on a weight, it may be None.
+
+    Layers: ReLU, LeakyReLU, Hardtanh and ReLU6, also in place; max, average and adaptive pooling of images. Every other
+    operation is unchanged, and so is everything inside ``torch.compile`` and transforms of ``torch.func``. Penalties of
+    this library that are called inside are differentiable to any order.
 
     Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+        >>> x = torch.randn(8, 2, requires_grad=True)
         >>> with gpkernels.fast_double_backward():
         ...     (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        >>> gpkernels.gradient_norm_penalty(grad).backward()
     """
 
     # Enter and exit are the base's: a graph break inside a mode that has its own is more than torch.compile can do.

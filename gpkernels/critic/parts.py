@@ -45,7 +45,23 @@ def points_of(points: Tensor | Between) -> Tensor:
 
 
 class CriticLossParts(NamedTuple):
-    """What a critic minimises, and its parts before they are weighted."""
+    """Loss of a critic and its unweighted parts, as :class:`CriticLoss` returns them.
+
+    Args:
+        loss (Tensor): the weighted sum, which has the graph.
+        adversarial (Tensor): adversarial loss, detached.
+        penalty (Tensor): gradient penalty before it is weighted, detached; 0 without a penalty.
+        consistency (Tensor): consistency term before it is weighted, detached; 0 without one.
+
+    Shape:
+        - Every part is a scalar.
+
+    Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+        >>> parts = gpkernels.CriticLoss(critic)(torch.randn(8, 2), torch.randn(8, 2))
+        >>> parts.loss.requires_grad, parts.penalty.requires_grad
+        (True, False)
+    """
 
     loss: Tensor
     adversarial: Tensor

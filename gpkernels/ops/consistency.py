@@ -201,11 +201,43 @@ def consistency_term(
     margin: float = 0.0,
     feature_weight: float = 0.1,
 ) -> Tensor:
-    """mean max(0, (s1 - s2)^2 + feature_weight * mean_j (f1_j - f2_j)^2 - margin), as CT-GAN trains (Wei et al. 2018).
+    r"""Compute CT-GAN's consistency term between two dropout passes over one batch.
 
-    score1, score2: scores of two dropout passes over one batch, (N,), (N, 1) or (N, *), squares summed over a row.
-    features1, features2: the last feature layer of each pass, (N, *), both or neither. Differentiable to any order in
-    every tensor. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n \max\Bigl(0,\; \lVert s_{1,n} - s_{2,n} \rVert^2
+        + \frac{w}{J} \sum_{j=1}^{J} (f_{1,nj} - f_{2,nj})^2 - \text{margin}\Bigr)
+
+    This is the term as its authors train with it. At the kink its subgradient is 0. Differentiable to any order in
+    every tensor; results and sums are in at least float32.
+
+    Args:
+        score1 (Tensor): scores of the first pass.
+        score2 (Tensor): scores of the second pass.
+        features1 (Tensor, optional): last feature layer of the first pass. Default: no features.
+        features2 (Tensor, optional): last feature layer of the second pass; both or neither are given.
+        margin (float): distance that is not penalised. Default: 0.
+        feature_weight (float): :math:`w`, the weight of the features. Default: 0.1.
+
+    Shape:
+        - score1, score2: :math:`(N)`, :math:`(N, 1)` or :math:`(N, *)`
+        - features1, features2: :math:`(N, *)`, each row of :math:`J` elements
+        - Output: scalar
+
+    Returns:
+        Tensor: the term, in at least float32.
+
+    Raises:
+        TypeError: a tensor is not a dense floating-point tensor, or a constant not a number.
+        ValueError: shapes, batches or devices differ, one of ``features1`` and ``features2`` is None, or a constant is
+            negative or not finite.
+
+    Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Dropout(), torch.nn.Linear(64, 1))
+        >>> real = torch.randn(64, 2)
+        >>> gpkernels.consistency_term(critic(real), critic(real)).backward()
+
+    References:
+        Wei et al., "Improving the Improved Training of Wasserstein GANs", 2018. https://arxiv.org/abs/1803.01541
     """
     constants = check_nonnegative("margin", margin), check_nonnegative("feature_weight", feature_weight)
     plain = (
@@ -227,10 +259,41 @@ def consistency_term(
 
 
 def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor, *, margin: float = 0.0) -> Tensor:
-    """mean max(0, |s1 - s2| / |x1 - x2| - margin) (Wei et al. 2018, eq. 4).
+    r"""Compute the mean excess of a critic's difference quotients over a margin.
 
-    score1, score2: (N,), (N, 1) or (N, *); x1, x2: (N, *), the inputs they belong to. A pair with x1 = x2 contributes
-    0. Differentiable to any order in every tensor. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n \max\Bigl(0,\;
+        \frac{\lVert s_{1,n} - s_{2,n} \rVert}{\lVert x_{1,n} - x_{2,n} \rVert} - \text{margin}\Bigr)
+
+    A pair with :math:`x_1 = x_2` contributes 0. Differentiable to any order in every tensor; results and sums are in at
+    least float32.
+
+    Args:
+        score1 (Tensor): scores of ``x1``.
+        score2 (Tensor): scores of ``x2``.
+        x1 (Tensor): first sample of each pair.
+        x2 (Tensor): second sample of each pair.
+        margin (float): quotient that is not penalised, the Lipschitz constant wanted. Default: 0.
+
+    Shape:
+        - score1, score2: :math:`(N)`, :math:`(N, 1)` or :math:`(N, *)`
+        - x1, x2: :math:`(N, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the term, in at least float32.
+
+    Raises:
+        TypeError: a tensor is not a dense floating-point tensor, or ``margin`` not a number.
+        ValueError: shapes, batches or devices differ, or ``margin`` is negative or not finite.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> x1, x2 = torch.randn(64, 2), torch.randn(64, 2)
+        >>> gpkernels.lipschitz_consistency(critic(x1), critic(x2), x1, x2, margin=1.0).backward()
+
+    References:
+        Wei et al., "Improving the Improved Training of Wasserstein GANs", 2018, eq. 4. https://arxiv.org/abs/1803.01541
     """
     margin = check_nonnegative("margin", margin)
     plain = NotImplemented if is_compiling() else lipschitz_consistency_op.direct(score1, score2, x1, x2, margin)

@@ -113,11 +113,40 @@ def draw_eps(real: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def interpolate(
     real: Tensor, fake: Tensor, eps: Tensor | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """eps * real + (1 - eps) * fake, the points where WGAN-GP penalises (Gulrajani et al. 2017, Algorithm 1).
+    r"""Interpolate between real and fake samples, at random points of the lines that join them.
 
-    real, fake: (N, *), one shape. eps: (N,) or (N, 1, ..., 1), one per sample; if None it is drawn as
-    ``torch.rand(N, 1, ..., 1)`` draws it, by ``generator`` if given. Returns (N, *) in the promoted dtype of real and
-    fake. Differentiable to any order in every tensor. Raises TypeError or ValueError for bad input.
+    .. math::
+        \hat{x}_n = \epsilon_n \, \text{real}_n + (1 - \epsilon_n) \, \text{fake}_n
+
+    The points at which WGAN-GP penalises the gradient. Differentiable to any order in every tensor, in reverse
+    and forward mode.
+
+    Args:
+        real (Tensor): real samples.
+        fake (Tensor): generated samples, of the same shape and on the same device.
+        eps (Tensor, optional): one weight per sample. Default: drawn from U[0, 1) as ``torch.rand(N, 1, ..., 1)`` draws
+            it, so that a seed gives the same points as hand-written code.
+        generator (torch.Generator, optional): generator of ``eps``. Default: PyTorch's global generator of the device.
+
+    Shape:
+        - real, fake: :math:`(N, *)`
+        - eps: :math:`(N)` or :math:`(N, 1, \ldots, 1)`
+        - Output: :math:`(N, *)`
+
+    Returns:
+        Tensor: the points, in the promoted dtype of ``real`` and ``fake``.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor, or ``generator`` is not a ``torch.Generator``.
+        ValueError: shapes or devices differ, the batch is empty, or ``eps`` is not one number per sample.
+
+    Example:
+        >>> real, fake = torch.randn(64, 3, 32, 32), torch.randn(64, 3, 32, 32)
+        >>> gpkernels.interpolate(real, fake).shape
+        torch.Size([64, 3, 32, 32])
+
+    References:
+        Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, Algorithm 1. https://arxiv.org/abs/1704.00028
     """
     if eps is not None and not is_compiling():
         mixed = interpolate_op.direct(real, fake, eps)
