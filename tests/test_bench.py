@@ -99,7 +99,7 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
         "a suite that is none": (["everything"], "expected one of ops, steps, train"),
         "a peer that is none": (["--peers", "eager,theano"], "expected some of eager, compile, jax"),
         "a case that is none": (["ops", *FAST, "--case", "no such"], "none has no such in its name"),
-        "a critic without a shape": (["--critic", "torch.nn:Identity"], "expected with --input"),
+        "a critic without a shape": (["--critic", "torch.nn:Identity"], "--critic and --input: expected both"),
         "a critic that is no module": (["--critic", "math:sqrt", "--input", "2x2"], "expected a torch.nn.Module"),
         "a critic with another suite": (["ops", "--critic", "torch.nn:Identity", "--input", "2x2"], "expected steps"),
         "a shape that does not fit": (["--critic", "tests_bad:Bad", "--input", "2x2"], "tests_bad"),
