@@ -77,7 +77,7 @@ def test_a_kept_graph_gives_its_gradients_again(way: str) -> None:
 def test_a_second_backward_says_what_is_missing(way: str) -> None:
     value, _, _ = delivered()
     value.backward()
-    with pytest.raises(RuntimeError, match="second time: the first needs retain_graph=True"):
+    with pytest.raises(RuntimeError, match="second time: expected retain_graph=True in the first"):
         value.backward()
 
 

@@ -1,7 +1,7 @@
-"""The same by autograd's own engine, on the graphs at hand.
+"""Losses and their gradients by autograd's own engine, on graphs that are already built.
 
-For critics with hooks, which it has to call on its way, and for small ones with calls that have no rule, where the
-engine is the fastest way.
+For critics with hooks, which the engine has to call, and for small critics with calls that have no rule, where the
+engine is the fastest implementation.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.call import Pass, Plain
-from gpkernels.critic.parts import Task
+from gpkernels.critic.parts import Task, constant_scores
 from gpkernels.ops.consistency import consistency_term_reference
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
 from gpkernels.ops.score_loss import score_loss_reference
 
 
 def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, weight: Tensor) -> tuple[Any, Any, Any]:
-    """As ``run.run``: the values, the leaves' gradients, those at the groups' samples."""
+    """Compute what ``run.run`` computes: the values, the gradients of the leaves, those at the groups' samples."""
     loss, own, value, term = losses(passes, task, weight)
     values = [None if x is None else x.detach().clone() for x in (loss, own, value, term)]
     if not task.gradients or not loss.requires_grad:
@@ -42,7 +42,7 @@ def by_autograd(passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, we
 def losses(
     passes: Sequence[Pass | Plain], task: Task, weight: Tensor | float
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and its parts, with their graph."""
+    """Compute the loss and its parts, with their graph."""
     with torch.enable_grad():
         own, term = _scores(passes, task)
         value = next((penalty_of(one, task) for one in passes if any(so for _, so in one.groups)), None)
@@ -53,14 +53,14 @@ def losses(
 
 
 class _Plainly:
-    """The critics whose losses are left to autograd altogether, in training or out of it, for batches up to a size."""
+    """Registry of critics whose losses are left to autograd, by training mode, for batches up to a size."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, bool], tuple[ReferenceType[Any], int]] = {}
 
     def add(self, critic: Any, elements: int) -> None:
         key = id(critic), _training(critic)
-        with suppress(TypeError):  # there are callables that nothing can point to weakly
+        with suppress(TypeError):  # some callables cannot be referenced weakly
             self._known[key] = ref(critic, lambda _: self._known.pop(key, None)), elements
 
     def has(self, critic: Any, batch: Tensor) -> bool:
@@ -81,7 +81,7 @@ def _rows(one: Pass | Plain, output: int, name: str) -> Tensor:
 
 
 def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, Tensor | None]:
-    """The adversarial loss and the consistency term."""
+    """Compute the adversarial loss and the consistency term."""
     if task.adversarial is None:
         return None, None
     at = {name: one for one in passes for name, _ in one.groups}
@@ -103,7 +103,7 @@ def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, 
 
 
 def penalty_of(one: Pass | Plain, task: Task) -> Tensor:
-    """The penalty, with its graph where gradients are wanted."""
+    """Compute the penalty, with its graph where gradients are requested."""
     plain = sum(not penalised for _, penalised in one.groups) * one.each
     scores = one.outputs[0]
     rows = scores if not plain else scores.narrow(0, plain, one.each)
@@ -112,7 +112,7 @@ def penalty_of(one: Pass | Plain, task: Task) -> Tensor:
         rows, one.x, ones, create_graph=task.gradients, retain_graph=True, allow_unused=True
     )
     if gradient is None:
-        raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+        raise constant_scores()
     gradient = gradient.narrow(0, plain, one.each) if plain else gradient
     shaped = gradient.reshape(-1, gradient.shape[-1]) if task.by_point else gradient
     return gradient_norm_penalty(shaped, task.target, one_sided=task.one_sided)

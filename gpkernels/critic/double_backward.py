@@ -1,8 +1,8 @@
-"""Layers that do not send zeros through the network when a gradient is differentiated: the drop-in way.
+"""Piecewise-linear layers whose double backward skips exact zeros: a drop-in for hand-written penalties.
 
-PyTorch's double backward of a threshold, a leaky ReLU, a hardtanh or a pooling gives exact zeros for the layer's input,
-and so the whole forward graph is run backwards once more on zeros. Inside ``fast_double_backward()`` these layers give
-nothing instead. Everything else is PyTorch's own.
+PyTorch's double backward of a threshold, a leaky ReLU, a hardtanh or a pooling returns exact zeros for the layer's
+input, so the whole forward graph is differentiated once more on zeros. Inside ``fast_double_backward()`` these layers
+return no gradient instead. Everything else is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpkernels.private import dual_level, function_mode_count, function_modes, t
 
 
 class _Forward(Function):
-    """A layer that is linear but for what it saves: its rule goes back, forth, back and so on, to any order."""
+    """A layer that is linear given its saved tensors: its rule alternates VJP and JVP, to any order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
@@ -33,7 +33,7 @@ class _Forward(Function):
             y = function(x.detach().requires_grad_())
         node = y.grad_fn
         if node is None or node.name() not in RULES or any(p.name() != LEAF for p, _ in node.next_functions if p):
-            raise Unfit("it is not one node with a rule")
+            raise Unfit("expected one node with a rule")
         ctx.rule, saved = rule_of(node)
         ctx.save_for_backward(*saved)
         return y.detach()
@@ -44,7 +44,7 @@ class _Forward(Function):
 
 
 class _InPlace(Function):
-    """The same for a layer that overwrites its input, and whose rule reads the output alone."""
+    """The same for a layer that overwrites its input and whose rule reads the output alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], rule: type[Rule], constants: Any) -> Any:
@@ -85,14 +85,14 @@ class _Push(Function):
 
 
 def _nothing(ctx: Any) -> Sequence[None]:
-    """For the rule and the saved tensors: the layer is constant in them almost everywhere."""
+    """Return no gradient for the rule and the saved tensors, in which the layer is constant almost everywhere."""
     return (None,) * (1 + len(ctx.saved_tensors))
 
 
 def _called(x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
     try:
         return _Forward.apply(x, function)
-    except Unfit:  # an image of channels-last order that is pooled to one pixel, say
+    except Unfit:  # such as a channels-last image pooled to one pixel
         return function(x)
 
 
@@ -106,7 +106,7 @@ def _layer(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unwritable(x: Tensor) -> bool:
-    """What a call in place is left to PyTorch for: its error comes before the write."""
+    """Whether PyTorch rejects a write to ``x``; its own function then raises before the write."""
     return x.is_leaf or x._base is not None
 
 
@@ -119,7 +119,7 @@ def _relu(x: Tensor, inplace: bool = False) -> Any:
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not inplace:
         return _called(x, lambda x: F.leaky_relu(x, negative_slope))
-    if _unwritable(x) or negative_slope <= 0:  # the output does not tell the sign of the input
+    if _unwritable(x) or negative_slope <= 0:  # the sign of the input cannot be read from the output
         return F.leaky_relu(x, negative_slope, True)
     return _InPlace.apply(x, lambda x: F.leaky_relu_(x, negative_slope), LeakyReLUInPlace, (negative_slope,))
 
@@ -167,11 +167,11 @@ class fast_double_backward(TorchFunctionMode):
         >>> gpkernels.gradient_norm_penalty(grad).backward()
     """
 
-    # Enter and exit are the base's: a graph break inside a mode that has its own is more than torch.compile can do.
+    # Enter and exit are inherited: torch.compile does not support a graph break inside a mode that overrides them.
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_compiling() or _transformed():  # these have derivatives of their own
+        if is_compiling() or _transformed():  # these differentiate by themselves
             return func(*args, **kwargs)
         layer = LAYERS.get(func)
         if layer is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
@@ -180,12 +180,12 @@ class fast_double_backward(TorchFunctionMode):
 
 
 def _transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is at work."""
+    """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
     return transforms_active() or dual_level() >= 0
 
 
 def depth() -> int:
-    """How many ``fast_double_backward()`` contexts this thread is in."""
+    """Count the active ``fast_double_backward()`` contexts of this thread."""
     if not function_mode_count():
         return 0
     return sum(isinstance(mode, fast_double_backward) for mode in function_modes())

@@ -1,4 +1,4 @@
-"""The parts of a critic's loss: what is asked for, and what is given."""
+"""Data types of a critic's loss: the task, its terms and the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpkernels.ops.score_loss import ScoreLoss
 
 
 class Adversarial(NamedTuple):
-    """The score losses of real and fake rows, and whether both are linear."""
+    """Score losses of real and fake rows, and whether both are linear."""
 
     real: ScoreLoss
     fake: ScoreLoss
@@ -19,7 +19,7 @@ class Adversarial(NamedTuple):
 
 
 class Consistency(NamedTuple):
-    """CT-GAN's term between two passes over the real batch."""
+    """Constants of CT-GAN's term between two passes over the real batch."""
 
     weight: float
     margin: float
@@ -27,7 +27,7 @@ class Consistency(NamedTuple):
 
 
 class Between(NamedTuple):
-    """Points between real and fake samples, not computed yet."""
+    """Interpolates of real and fake samples, not yet computed."""
 
     real: Tensor
     fake: Tensor
@@ -40,8 +40,13 @@ class Between(NamedTuple):
 
 
 def points_of(points: Tensor | Between) -> Tensor:
-    """Points as a tensor, computed now if they were not."""
+    """Return points as a tensor, computing interpolates."""
     return points.points() if isinstance(points, Between) else points
+
+
+def constant_scores() -> ValueError:
+    """Return the error for scores that do not depend on the input."""
+    return ValueError("critic: expected scores that depend on the input, got scores that do not")
 
 
 class CriticLossParts(NamedTuple):
@@ -70,7 +75,7 @@ class CriticLossParts(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What the passes are for. adversarial: None for a penalty alone; by_point: norms are over the last axis alone."""
+    """Terms of a loss. adversarial: None for a penalty alone; by_point: norms are over the last axis alone."""
 
     adversarial: Adversarial | None
     target: float

@@ -1,4 +1,4 @@
-"""Calls of the critic gone through: by a program that C++ finds, by one that Python knows, or for the first time."""
+"""Execution of the passes over calls of the critic: by a cached program, found in C++ or Python, or traced anew."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]
 
 
 class Signed:
-    """Calls of the critic with their signature. ``run`` uses them up."""
+    """Calls of the critic with their signature. ``run`` consumes them."""
 
     def __init__(self, passes: list[Pass], task: Task) -> None:
         self.passes, self.task = passes, task
@@ -51,7 +51,7 @@ class Signed:
         self.known: Known = self.signature.known
 
     def run(self, weight: Tensor) -> Results:
-        """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the samples, where wanted."""
+        """Compute loss, adversarial, penalty, consistency; gradients of the leaves; those at samples, if wanted."""
         known, task = self.known, self.task
         if self.hooked:
             return by_autograd(self.passes, self.leaves, task, weight)
@@ -61,7 +61,7 @@ class Signed:
         ]
         inputs: list[Tensor | None] = [weight, number(1.0, weight)]
         names = []
-        while self.passes:  # their tensors are let go of as soon as they have been read
+        while self.passes:  # frees their tensors as soon as they have been read
             one = self.passes.pop(0)
             inputs += [u.detach() for u in one.outputs]
             inputs += one.saved
@@ -84,7 +84,7 @@ def _sorted(results: list[Any], leaves: Sequence[Tensor], names: Sequence[str]) 
 
 
 class _Shelf:
-    """Programs that C++ finds by itself, from the outputs of the critic's calls; where that was built."""
+    """Native cache of programs, keyed by the graphs of the critic's outputs."""
 
     def __init__(self) -> None:
         self._tags: dict[Any, int] = {}
@@ -109,10 +109,13 @@ class _Shelf:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
     ) -> tuple[Any, ...] | None:
-        """The four values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
-        call, and the key to ``keep`` a program under; None where C++ has no say and nothing was called.
+        """Run a whole step in C++.
 
-        tensors: fake, real, and where the gradient is penalised; as tuple of a ``Between``.
+        Returns the four values, of which the first, or that of a penalty alone, has its gradients; or the critic's
+        outputs of each call and the key to ``keep`` a program under, if there is no program yet; or None before any
+        call, where the native path does not apply.
+
+        tensors: fake, real, and the points of the penalty; a ``Between`` as a tuple.
         """
         if _others_look_on() or dual_level() >= 0:
             return None
@@ -133,8 +136,11 @@ class _Shelf:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
     ) -> Any:
-        """What ``step`` gives, of a critic that is left to autograd; or [(output, batch)] of the calls that were made;
-        None where C++ has no say."""
+        """Run a whole step in C++ for a critic that is left to autograd.
+
+        Returns what ``step`` returns; or [(output, batch)] of the calls made so far; or None, where the native path
+        does not apply.
+        """
         task = how.task
         if _others_look_on() or dual_level() >= 0 or task.consistency is not None:
             return None
@@ -143,8 +149,10 @@ class _Shelf:
             return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
 
     def run(self, passes: Sequence[Pass], task: Task, weight: Tensor) -> Results | bytes | None:
-        """The results of calls that were made, or the key under which to ``keep`` a program; None where C++ has no
-        say."""
+        """Run the passes over calls that were made.
+
+        Returns their results, or the key to ``keep`` a program under; None where the native path does not apply.
+        """
         if _others_look_on():
             return None
         tag = self._tag(How(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]), [], [], []))
@@ -155,7 +163,7 @@ class _Shelf:
         return _sorted(results, leaves, [name for one in passes for name, _ in one.groups])
 
     def keep(self, key: bytes | None, signed: Signed) -> None:
-        """Let C++ find the signature's program, if there is one and nobody has to look at it."""
+        """Add the signature's program to the native cache, if it runs without Python."""
         known = signed.signature.program
         if key is None or known is None or not signed.told or signed.hooked or not all(map(_is_plain, signed.leaves)):
             return
@@ -163,25 +171,25 @@ class _Shelf:
             native().add(key, known.parts[0].native)
 
 
-LOSS, PENALTY = 0, 2  # places among the values
+LOSS, PENALTY = 0, 2  # indices of the values
 shelf = _Shelf()
 
 
 def forget() -> None:
-    """Let go of all signatures and their programs."""
+    """Clear all signatures and their programs."""
     program.signatures.clear()
     if backends.program is not None:
         native().clear()
 
 
 class How(NamedTuple):
-    """What is done with the critic: its calls, each with groups of samples by name and whether they are penalised."""
+    """Calls of the critic in a step, each with groups of samples by name and whether they are penalised."""
 
     task: Task
     calls: tuple[tuple[tuple[str, bool], ...], ...]
-    places: list[list[int]]  # of the groups' samples among fake, real and points
-    moves: list[bool]  # whether the gradient at a call's samples is wanted
-    kinds: list[int]  # the score loss of each call's first group, by ``ScoreLoss``; -1: it has none
+    places: list[list[int]]  # indices of the groups' samples in (fake, real, points)
+    moves: list[bool]  # whether the gradient at a call's samples is needed
+    kinds: list[int]  # ``ScoreLoss`` of each call's first group; -1: none
 
     @staticmethod
     def of(task: Task, calls: tuple[tuple[tuple[str, bool], ...], ...]) -> How:
@@ -204,8 +212,11 @@ def made(
     kwargs: Mapping[str, Any] | None = None,
     before: Sequence[Any] = (),
 ) -> list[Pass]:
-    """Call the critic with each batch. wants: whether gradients at samples that are scored are asked for. log: what
-    calls are held against. before: what came of the first calls, if they were made."""
+    """Call the critic with each batch.
+
+    wants: whether gradients at scored samples are requested. log: calls to compare with. before: outputs of the first
+    calls, if they were already made.
+    """
     passes = [
         Pass(critic, groups, False, x, start, u, task.by_point)
         for groups, (u, x, start) in zip(batches, before, strict=False)
@@ -227,9 +238,9 @@ def run(
     key: bytes | None = None,
     look: Callable[[Signed], None] | None = None,
 ) -> Results:
-    """Loss, adversarial, penalty, consistency; the leaves' gradients; those at the groups' samples, where wanted.
+    """Compute loss, adversarial, penalty, consistency; gradients of the leaves; those at samples, where wanted.
 
-    key: what to keep the program under, where C++ gave it. look: sees a signature before anything is computed.
+    key: native key to keep the program under. look: receives the signature before anything is computed.
     """
     if key is None and look is None:
         found = shelf.run(passes, task, weight)
@@ -248,7 +259,7 @@ def run(
 
 
 def _others_look_on() -> bool:
-    """Whether C++ is not there, or not to be asked."""
+    """Whether the native path is unavailable or must not be used."""
     return backends.program is None or backends.forced() is not None or is_compiling()
 
 
@@ -257,12 +268,12 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def own_dtypes(device: torch.device) -> Any:
-    """The passes choose their own dtypes."""
+    """Context manager that disables autocast: the passes choose their own dtypes."""
     return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
 def number(value: float, like: Tensor) -> Tensor:
-    """A number as a tensor, which nobody writes to."""
+    """Return a cached scalar tensor; it must not be written to."""
     return _scalar(value, accumulation_dtype(like.dtype), like.device)
 
 

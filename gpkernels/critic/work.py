@@ -1,4 +1,4 @@
-"""The passes over some calls of the critic, with the losses at their ends: all that a program is traced from."""
+"""The passes over calls of the critic with the losses at both ends: the function that programs are traced from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpkernels.ops.tensors import accumulation_dtype
 
 
 class Known:
-    """What a signature says, once for all its runs."""
+    """Facts that follow from a signature, shared by all its runs."""
 
     def __init__(self, keys: Sequence[Any], leaves: list[tuple[int, ...]]) -> None:
         self.keys, self.leaves = keys, leaves
@@ -31,14 +31,14 @@ class Known:
             plain = sum(not penalised for _, penalised in groups)
             self.plans.append(Plan(graph, x_leaf, wants, each * len(groups), each * plain))
         self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
-        # Cotangents of float16 go as numbers that are this much larger: a loss scale comes too late for them.
+        # Cotangents in float16 are scaled up by this factor: the user's loss scale is applied too late for them.
         half = any(m.dtype == torch.float16 for plan in self.plans for call in plan.calls for m in call.outputs)
         self.scale = 1024.0 if half else 1.0
         self.generic = [any(c.rule is None and not c.leaf for c in plan.calls) for plan in self.plans]
 
 
 class _One:
-    """A pass in the traced work."""
+    """One pass in the traced work."""
 
     def __init__(self, key: Any, plan: Plan, tensors: list[Tensor | None], passes: Passes) -> None:
         _, _, self.wants, self.groups, self.each, metas = key
@@ -48,7 +48,7 @@ class _One:
         self.places = [next(places) if meta[4] else None for meta in metas]
 
     def rows(self, x: Tensor, name: str) -> Tensor:
-        """A group's part of scores or features."""
+        """Select a group's part of scores or features."""
         if len(self.groups) == 1:
             return x
         at = [n for n, _ in self.groups].index(name)
@@ -56,7 +56,7 @@ class _One:
 
 
 def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: Outsider) -> list[Tensor | None]:
-    """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone."""
+    """Compute the values, then gradients of leaves and of samples, from the signature and the tensors alone."""
     weight, unit, *_ = tensors
     at, ones = 2, []
     assert weight is not None
@@ -93,7 +93,7 @@ Seeds = dict[tuple[Any, str], Tensor]
 
 
 def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tuple[Tensor | None, Tensor | None, Seeds]:
-    """The adversarial loss, the consistency term, and the cotangents of scores and features by their group."""
+    """Compute the adversarial loss, the consistency term, and the cotangents of scores and features by group."""
     if task.adversarial is None:
         return None, None, {}
     kinds = {"real": task.adversarial.real, "fake": task.adversarial.fake}
@@ -112,7 +112,7 @@ def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tup
 
 
 def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, seeds: Seeds) -> Tensor:
-    """CT-GAN's term; its cotangents are added."""
+    """Compute CT-GAN's term, and add its cotangents to ``seeds``."""
     options = task.consistency
     assert options is not None
     at = {name: one for one in ones for name, _ in one.groups}
@@ -137,7 +137,7 @@ def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, 
 
 
 def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The penalty of a pass, if it has one, and its groups' gradients at the samples where these are wanted."""
+    """Compute the penalty of a pass, if it has one, and its groups' gradients at the samples where wanted."""
     plain = [(name, penalised) for name, penalised in one.groups if not penalised]
     penalised = next((name for name, is_so in one.groups if is_so), None)
     top, at_features = one.places[0], one.places[1] if len(one.places) > 1 else None
@@ -192,7 +192,7 @@ def _one_pass(one: _One, task: Task, weight: Tensor, seeds: Seeds) -> tuple[Tens
 
 
 def _joined(parts: list[Tensor], passes: Passes, place: Place, plain: dict[Place, Tensor]) -> Tensor:
-    """All groups' cotangents as one; without the plain rows', which ``plain`` gets, where they go their own way."""
+    """Concatenate all groups' cotangents; the plain rows' go to ``plain`` where these are pulled separately."""
     if not isinstance(passes, CurvedPasses):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     *others, penalised = parts
@@ -202,7 +202,7 @@ def _joined(parts: list[Tensor], passes: Passes, place: Place, plain: dict[Place
 
 
 def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -> Tensor | None:
-    """Of penalised rows that are scored: one factor a row, where the scores' cotangents are multiples of ones."""
+    """Return one factor per penalised row whose scores' cotangents are multiples of ones, else None."""
     if list(own) != [top] or top is None or one.plan.layouts is None or one.plan.curved:
         return None
     seed = own[top]
@@ -213,7 +213,7 @@ def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -
 
 
 def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
-    """Of every leaf; zeros where PyTorch has zeros, None where it has None."""
+    """Return the gradient of every leaf; zeros where PyTorch has zeros, None where it has None."""
     parts: list[list[Any]] = [[] for _ in range(known.count)]
     blank: dict[int, Meta] = {}
     for one, numbers in zip(ones, known.leaves, strict=True):
@@ -236,14 +236,14 @@ def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
 
 
 def _lowered(gradient: Tensor, scale: float) -> Tensor:
-    """A gradient as it is, in a dtype that holds it."""
+    """Undo the scale of a gradient, in a dtype that holds the result."""
     if scale == 1:
         return gradient
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
 
 
 def _apart(results: list[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Results that share no memory with each other or an input: they are scaled in place, and are the user's."""
+    """Copy results that share memory with each other or an input: they are scaled in place and returned to the user."""
     taken = {x.untyped_storage()._cdata for x in inputs if x is not None}
     found: list[Tensor | None] = []
     for x in results:
