@@ -382,13 +382,13 @@ def test_a_number_may_be_of_any_real_type(number: Any) -> None:
 
 def test_raw_ops_refuse_shapes_that_would_read_out_of_bounds() -> None:
     x = torch.randn(3, 4)
-    with pytest.raises(RuntimeError, match="shapes differ"):
+    with pytest.raises(RuntimeError, match=r"expected shape \(.*, got \("):
         interpolate_op.overload(x, torch.randn(3, 3), torch.rand(3))
     with pytest.raises(RuntimeError, match="one number per row"):
         interpolate_op.overload(x, x, torch.rand(2))
     with pytest.raises(RuntimeError, match="one number per row"):
         gradient_norm_penalty_backward_op.overload(torch.tensor(1.0), x, torch.rand(2))
-    with pytest.raises(RuntimeError, match="shapes differ"):
+    with pytest.raises(RuntimeError, match=r"expected shape \(.*, got \("):
         rmsprop_op.overload([x], [x[:2]], [x], [], [], 0.1, 0.9, 1e-8, 0.0, 0.0, False, None)
 
 

@@ -1,4 +1,4 @@
-"""consistency_term and lipschitz_consistency: CT-GAN's terms between pairs of rows (Wei et al. 2018)."""
+"""consistency_term and lipschitz_consistency: CT-GAN's terms on pairs of rows (Wei et al. 2018)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
 def consistency_term_reference(
     score1: Tensor, score2: Tensor, features1: Tensor, features2: Tensor, margin: float, feature_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean max(0, |s1 - s2|^2 + feature_weight * mean_j (f1_j - f2_j)^2 - margin), as CT-GAN trains (Wei et al. 2018).
+    """Compute mean max(0, |s1 - s2|^2 + feature_weight * mean_j (f1_j - f2_j)^2 - margin) (Wei et al. 2018).
 
-    Also the per-row coefficients of s1 - s2 and f1 - f2 in the derivative.
+    Also returns the per-row coefficients of s1 - s2 and f1 - f2 in the derivative.
     """
     share = feature_weight / max(1, features1[0].numel())
     excess = _squared_distance(score1, score2) + share * _squared_distance(features1, features2) - margin
@@ -35,9 +35,9 @@ def consistency_term_reference(
 def lipschitz_consistency_reference(
     score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean max(0, |s1 - s2| / |x1 - x2| - margin) (Wei et al. 2018, eq. 4); a pair with x1 = x2 contributes 0.
+    """Compute mean max(0, |s1 - s2| / |x1 - x2| - margin) (Wei et al. 2018, eq. 4); 0 where x1 = x2.
 
-    Also the per-row coefficients of s1 - s2 and x1 - x2 in the derivative.
+    Also returns the per-row coefficients of s1 - s2 and x1 - x2 in the derivative.
     """
     scores, inputs = _squared_distance(score1, score2), _squared_distance(x1, x2)
     idle = (scores == 0) | (inputs == 0)
@@ -60,7 +60,7 @@ def consistency_backward_reference(
     b_coefficient: Tensor,
     to_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ga, -ga, gb, -gb) with ga = cotangent * a_coefficient_n * (a1 - a2), and gb likewise, empty if not wanted."""
+    """Compute (ga, -ga, gb, -gb), ga = cotangent * a_coefficient_n * (a1 - a2), gb likewise or empty."""
 
     def one(x1: Tensor, x2: Tensor, coefficient: Tensor) -> Tensor:
         wide = x1.to(coefficient.dtype) - x2.to(coefficient.dtype)
@@ -84,7 +84,7 @@ def _consistency_backward(
     a_layout, b_layout = memory_format(a1, a2), memory_format(b1, b2)
     (a1, a2), (b1, b2) = laid_out(a1, a2), laid_out(b1, b2)
     grads = consistency_backward_reference(cotangent, a1, a2, b1, b2, a_coefficient, b_coefficient, to_b)
-    if not to_b:  # the empty pair must not share memory
+    if not to_b:  # the empty tensors must not share memory
         grads = *grads[:3], b1.new_empty(0)
     layouts = (a_layout, a_layout, b_layout, b_layout)
     return tuple(
@@ -250,7 +250,7 @@ def consistency_term(
     check_pair("score1", score1, "score2", score2)
     if (features1 is None) != (features2 is None):
         missing = "features1" if features1 is None else "features2"
-        raise ValueError(f"{missing}: expected a tensor, as for the other pass, got None")
+        raise ValueError(f"{missing}: expected a tensor like the other features, got None")
     if features1 is None or features2 is None:
         features1, features2 = (score1.new_empty((score1.shape[0], 0)) for _ in range(2))
     _check_second_pair("features", features1, features2, score1)

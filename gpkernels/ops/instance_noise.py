@@ -1,4 +1,4 @@
-"""instance_noise: x + sigma * scale * noise, drawn per element (Sønderby et al. 2017; DRAGAN's, Kodali et al. 2017)."""
+"""instance_noise: x + sigma * scale * noise (Sønderby et al. 2017; DRAGAN's, Kodali et al. 2017)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpkernels.ops.tensors import laid_out, new_like
 
 
 def instance_noise_reference(x: Tensor, sigma: float, scale: Tensor | None, key: Tensor, gaussian: bool) -> Tensor:
-    """x + sigma * scale * xi, xi from N(0, 1) or U[0, 1) per element, scale one number (1 if None)."""
+    """Compute x + sigma * scale * xi, xi from N(0, 1) or U[0, 1) per element, scale one number (1 if None)."""
     noise = random_elements(key, x, gaussian) * sigma
     if scale is not None:
         noise = noise * scale.to(noise.dtype)

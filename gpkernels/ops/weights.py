@@ -1,4 +1,4 @@
-"""clip_weights_ and rmsprop_: updates of all weights in place, in one call."""
+"""clip_weights_ and rmsprop_: in-place updates of all weights in one call."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def rmsprop_reference(
     maximize: bool,
     clip: float | None,
 ) -> None:
-    """torch.optim.RMSprop's update, then a clamp to [-clip, clip]; state is rounded once, when it is stored.
+    """Apply the update of torch.optim.RMSprop, then a clamp to [-clip, clip]; state is rounded once, when stored.
 
-    Centred where ``grad_avgs`` is not empty, with momentum where ``momentum_buffers`` is not empty.
+    Centred if ``grad_avgs`` is not empty, with momentum if ``momentum_buffers`` is not empty.
     """
     for i, param in enumerate(params):
         wide = accumulation_dtype(param.dtype)
