@@ -239,11 +239,11 @@ PyObject* direct(PyObject*, PyObject* args) {
 PyMethodDef kMethods[] = {
     {"direct", &direct, METH_VARARGS,
      "direct(name, choice, on_gpus=False) -> a callable that gives what the op gives, or NotImplemented where the op "
-     "has to be called in another way: something looks on, the arguments are not all plain, the op raises, or the "
+     "has to be called through torch.ops: a mode is active, the arguments are not all plain, the op raises, or the "
      "ContextVar holds a backend other than 'auto' and that of the kernels."},
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
-     "something looks on or the tensors are not all plain."},
+     "a mode is active or the tensors are not all plain."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 

@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def blamed(options: argparse.Namespace) -> Iterator[None]:
+def critic_errors(options: argparse.Namespace) -> Iterator[None]:
     """Context manager that turns errors of the user's critic into UserError."""
     try:
         yield

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from gpkernels import backends, info
-from gpkernels.arguments import UserError, blamed, load_critic, own_critic, shape_of
+from gpkernels.arguments import UserError, critic_errors, load_critic, own_critic, shape_of
 
 # Import names of the packages of the "train" extra.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
@@ -76,7 +76,7 @@ def _explain(options: argparse.Namespace) -> int:
     from gpkernels.critic.explain import explain
 
     critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
-    with blamed(options):
+    with critic_errors(options):
         print(explain(critic, example))
     return 0
 
@@ -94,7 +94,7 @@ def _verify(options: argparse.Namespace) -> int:
     own = ""
     if mine := own_critic(options):
         own = f"--critic {options.critic} --input {options.input}"
-        with blamed(options):
+        with critic_errors(options):
             results = list(run.check_own(*mine, options.critic, chosen))
     else:
         results = list(run.checks(chosen, names, dtypes, options.quick))

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from gpkernels.arguments import UserError, blamed, count, own_critic
+from gpkernels.arguments import UserError, count, critic_errors, own_critic
 from gpkernels.bench import machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
 
@@ -118,7 +118,7 @@ def _trials(options: argparse.Namespace, suites: Suites) -> Callable[[torch.devi
         raise UserError(f"--critic: expected steps as the suite, got {' '.join(options.suites)}")
     if mine := own_critic(options):
         critic, shape = mine[0], tuple(mine[1])
-        with blamed(options):
+        with critic_errors(options):
             critic(torch.randn(shape))
         return lambda device: steps.own_trials(critic, shape, options.critic, device)
     for name in options.suites:

@@ -149,9 +149,9 @@ class _Explainer:
     def __init__(self, critic: Callable[..., Any], example: Tensor) -> None:
         self.critic, self.example = critic, example
         self.modules = dict(_modules_of(critic))
-        with self._as_it_was():
+        with self._restored():
             self._scores()  # scripted parts are optimised after their first call
-        with self._as_it_was():
+        with self._restored():
             x, scores = self._scores()
             self.pooled = scores.numel() < len(x)
             graph = _graph_of(scores)
@@ -162,7 +162,7 @@ class _Explainer:
             self.generic = {i: self._why_generic(i, graph.nodes) for i in generic}
 
     def explanation(self) -> Explanation:
-        with self._as_it_was(), uncompiled(), _Flops() as forward:
+        with self._restored(), uncompiled(), _Flops() as forward:
             self._scores()
         calls, rows = self._calls()
         eager, eager_refusal = self._counted(self._eager_penalty)
@@ -178,7 +178,7 @@ class _Explainer:
         return x, scores_of(self.critic(x))
 
     @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _restored(self) -> Iterator[None]:
         """Context manager that restores random number generators and buffers, such as running statistics."""
         found = {id(m): m for module in self.modules.values() for m in module.modules()}
         kept = [
@@ -203,7 +203,7 @@ class _Explainer:
 
     def _calls(self) -> tuple[list[Call], dict[int, int]]:
         """Return the calls, and the call of each node of the graph."""
-        claims, told = self._claims()
+        claims, attributed = self._claims()
         members: dict[Any, list[int]] = {}
         for i, call in enumerate(self.plan.calls):
             if call.moves and not call.leaf:
@@ -222,7 +222,7 @@ class _Explainer:
             counted.add(id(claim))
             rows.update(dict.fromkeys(places, len(calls)))
             layer = "" if claim is None else claim.layer
-            calls.append(Call(layer, name, self._method_of(places), flops if told else None))
+            calls.append(Call(layer, name, self._method_of(places), flops if attributed else None))
         return calls, rows
 
     def _claims(self) -> tuple[list[_Claim | None], bool]:
@@ -234,7 +234,7 @@ class _Explainer:
         for functions, flops in ((True, True), (True, False), (False, False)):
             follow = _Follow(_names(self.modules))
             try:
-                with self._as_it_was(), follow.modes(functions, flops), follow.hooks():
+                with self._restored(), follow.modes(functions, flops), follow.hooks():
                     _, scores = self._scores()
                     follow.claim(scores)
                     nodes = [node for node, _ in _graph_of(scores).nodes]
@@ -315,7 +315,7 @@ class _Explainer:
         watch = Watch()
         x = self.example.detach().requires_grad_()
         try:
-            with self._as_it_was():
+            with self._restored():
                 watch.follow(x)
                 with uncompiled(), watch:
                     scores = scores_of(self.critic(x))
@@ -343,9 +343,9 @@ class _Explainer:
     def _counted(self, penalty: Callable[[], None]) -> tuple[int | None, str]:
         """Count the FLOPs of a penalty with its weight gradients; return the error where it is not possible."""
         try:
-            with self._as_it_was():  # compiled parts included
+            with self._restored():  # compiled parts included
                 penalty()
-            with self._as_it_was(), uncompiled(), _Flops() as flops:
+            with self._restored(), uncompiled(), _Flops() as flops:
                 penalty()
         except RuntimeError as error:
             return None, _first_line(error)
