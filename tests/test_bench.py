@@ -1,4 +1,4 @@
-"""`gpkernels bench`: what it counts is right, what it writes can be read again, and what got worse is told."""
+"""`gpkernels bench`: counts are right, results can be read back, and regressions are reported."""
 
 from __future__ import annotations
 

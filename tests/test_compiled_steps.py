@@ -331,7 +331,7 @@ def test_nothing_is_stale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Switched(nn.Module):
-    """A critic of which an attribute says how samples meet, and that counts its calls."""
+    """A critic with an attribute that decides how samples interact, and a counter of its calls."""
 
     def __init__(self) -> None:
         super().__init__()

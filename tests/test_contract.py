@@ -1,4 +1,4 @@
-"""What every op promises, for every op and backend."""
+"""The contract of every op, for every op and backend."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_value_and_gradient_agree_with_float64(name: str, dtype: str, shape: str
     exact = _value_and_gradients(case.specification, [x.double() for x in inputs], case)
     ours = _value_and_gradients(case.function, inputs, case)
     plain = _value_and_gradients(case.specification, inputs, case)
-    # One rounding of the result, and of the difference that a penalty takes the square of, is nobody's error.
+    # Allows one rounding of the result, and of the difference that a penalty squares.
     floor = 4 * torch.finfo(kind).eps
     for got, ordinary, value in zip(_error(ours, exact), _error(plain, exact), ours, strict=True):
         assert got <= 2 * ordinary + floor, (got, ordinary)

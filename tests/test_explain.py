@@ -1,4 +1,4 @@
-"""`explain` says which way each call takes, in any critic, and leaves the critic as it was."""
+"""`explain` reports how each call of any critic is differentiated, and restores the critic."""
 
 from __future__ import annotations
 

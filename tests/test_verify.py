@@ -1,4 +1,4 @@
-"""`gpkernels verify`: it passes here, it sees what is wrong, and it says how to run that again."""
+"""`gpkernels verify` passes, detects errors, and prints the command that repeats a failed case."""
 
 from __future__ import annotations
 
