@@ -1,6 +1,6 @@
-"""Drives CMake with Ninja; CMakeLists.txt describes the build and pyproject.toml the package.
+"""Run CMake with Ninja; CMakeLists.txt describes the build and pyproject.toml the package.
 
-GPKERNELS_BUILD chooses what is built: "auto" (what this machine can), "cpu", "cuda" or "none".
+GPKERNELS_BUILD selects what is built: "auto" (whatever this machine supports), "cpu", "cuda" or "none".
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 WANTED = os.environ.get("GPKERNELS_BUILD", "auto")
-SHORT_WAYS = {"_direct": "small ops", "_program": "the steps of small critics"}
+FAST_PATHS = {"_direct": "small ops", "_program": "the steps of small critics"}
 NEEDS = ("torch", "pybind11", "cmake", "ninja")
 
 
 def compiler() -> str | None:
-    """The C++ compiler that CMake will take."""
+    """Return the C++ compiler that CMake will use."""
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler that CMake will take."""
+    """Return the CUDA compiler that CMake will use."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which(f"{home}/bin/nvcc")
 
 
 def wants_extension() -> bool:
-    """Whether to build; ends with a message where the build was asked for and cannot be done."""
+    """Whether to build the extension; exits with an error where it was requested and cannot be built."""
     if WANTED not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"GPKERNELS_BUILD: expected auto, cpu, cuda or none, got {WANTED!r}")
     if WANTED == "cuda" and nvcc() is None:
@@ -57,12 +57,12 @@ def wants_extension() -> bool:
 
 
 class CMakeBuild(build_ext):
-    """Configure, build, and copy the module to where setuptools wants it."""
+    """Configure, build, and copy the modules to where setuptools expects them."""
 
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve() / "cmake"
         source = Path(__file__).resolve().parent
-        # Tools that pip installed lie beside this Python, which need not be on PATH.
+        # Tools installed by pip are in this Python's directory, which may not be on PATH.
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         cmake = shutil.which("cmake", path=path) or "cmake"
         environment = {**os.environ, "PATH": path}
@@ -73,18 +73,18 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         made = [target.name, *(["_cuda.so"] if WANTED == "cuda" else [])]
-        short = {name: target.name.replace("_C", name, 1) for name in SHORT_WAYS}
-        for name, file in short.items():  # they lean on what PyTorch may change in any version
+        short = {name: target.name.replace("_C", name, 1) for name in FAST_PATHS}
+        for name, file in short.items():  # optional: they depend on internals of one PyTorch version
             done = subprocess.run([cmake, "--build", str(build), "--target", name], env=environment)
             if done.returncode == 0 and (build / file).exists():
                 made.append(file)
             else:
-                print(f"gpkernels: building without {name}: {SHORT_WAYS[name]} are slower", file=sys.stderr)
-        # setuptools knows of one module: beside an editable package it would leave the others out.
+                print(f"gpkernels: building without {name}: {FAST_PATHS[name]} are slower", file=sys.stderr)
+        # setuptools knows one module; it would not copy the others into an editable package.
         for folder in (target.parent, *([source / "gpkernels"] if self.editable_mode else [])):
             folder.mkdir(parents=True, exist_ok=True)
             for name in {*made, *short.values()}:
-                (folder / name).unlink(missing_ok=True)  # an older one, which a running process may have mapped
+                (folder / name).unlink(missing_ok=True)  # a running process may have mapped an older one
             for name in made:
                 shutil.copy2(build / name, folder / name)
 

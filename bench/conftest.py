@@ -1,4 +1,4 @@
-"""One thread, CPU time, and memory that is handed out again: as `gpkernels bench` measures."""
+"""One thread, CPU time, and reuse of freed memory, as in `gpkernels bench`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What critic steps and ops would have a GPU do, counted without one: launches, bytes, and the time that bytes take.
+"""Count launches and bytes of critic steps and ops on a GPU, without one.
 
     .venv/bin/python bench/launches.py [--ops] [--csv FILE]
     .venv/bin/python bench/launches.py --measured [--csv FILE]
 
-Counted on CPU tensors with the CUDA kernels emulated (tests/launches.py says how); the times are predicted from the
-memory bandwidth of each device alone, not measured: products, launches and caches are left out. With --measured the
-steps run on a GPU, and PyTorch's profiler counts what was launched there, at full size.
+Counts are taken on CPU tensors with emulated CUDA kernels (see tests/launches.py); the times are predicted from the
+bytes and each device's memory bandwidth alone, without products, launches and caches. With --measured the steps run on
+a GPU at full size, and PyTorch's profiler counts the launches.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from gpkernels.zoo import plain_loss
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from launches import launches_of
 
-BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "MI300X": 5.3e12}  # bytes a second, of the vendors' SXM and OAM parts
+BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "MI300X": 5.3e12}  # bytes per second, of SXM and OAM parts
 COLUMNS = ("case", "launches", "eager_launches", "megabytes", "eager_megabytes", *(f"{d}_us" for d in BANDWIDTH))
 
 
 def steps(device: str = "cpu") -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """A WGAN-GP step of each critic of the zoo, with backward: ours and plain PyTorch's."""
+    """Yield a WGAN-GP step with backward for each critic of the zoo: ours and plain PyTorch's."""
     cases = {name.partition(", N")[0]: case for name, case in CASES.items() if not case.field}
     for name, case in cases.items():
         critic, shape = case.make().to(device), case.shape
@@ -41,7 +41,7 @@ def steps(device: str = "cpu") -> Iterator[tuple[str, Callable[[], Any], Callabl
             shape = (min(shape[0], 64), *shape[1:]) if len(shape) == 2 else (4, *shape[1:])
         real, fake = (torch.randn(shape, device=device) for _ in range(2))
         eps = torch.rand(shape[0], device=device)
-        loss = gpk.CriticLoss(critic, together=True)  # as on a GPU, up to 256 MB of activations
+        loss = gpk.CriticLoss(critic, together=True)  # as on a GPU with up to 256 MB of activations
         yield (
             f"{name}, N {shape[0]}",
             lambda loss=loss, x=(real, fake), eps=eps: loss(*x, eps=eps).loss.backward(),
@@ -50,7 +50,7 @@ def steps(device: str = "cpu") -> Iterator[tuple[str, Callable[[], Any], Callabl
 
 
 def ops() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """Each differentiable op with its backward, on (64, 3072); weights are 16 matrices."""
+    """Yield each differentiable op with its backward, on (64, 3072); weights are 16 matrices."""
     x, y, eps = torch.randn(64, 3072, requires_grad=True), torch.randn(64, 3072), torch.rand(64, 1)
     scores = [torch.randn(64, 1, requires_grad=True) for _ in range(2)]
     weights = [torch.randn(64, 192) for _ in range(16)]
@@ -89,7 +89,7 @@ def row(name: str, ours: Callable[[], Any], eager: Callable[[], Any]) -> list[An
 
 
 def measured() -> Iterator[list[Any]]:
-    """Launches of a step on a GPU, ours and plain PyTorch's."""
+    """Yield the launches of each step on a GPU, ours and plain PyTorch's."""
     for name, ours, eager in steps("cuda"):
         counts = []
         for call in (ours, eager):
@@ -105,9 +105,9 @@ def measured() -> Iterator[list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", action="store_true", help="single ops in place of critic steps")
-    parser.add_argument("--measured", action="store_true", help="steps on the GPU that is there")
-    parser.add_argument("--csv", type=Path, help="write the table there, too")
+    parser.add_argument("--ops", action="store_true", help="count single ops instead of critic steps")
+    parser.add_argument("--measured", action="store_true", help="count on the available GPU")
+    parser.add_argument("--csv", type=Path, help="also write the table to FILE")
     options = parser.parse_args()
     if options.measured and not torch.cuda.is_available():
         parser.error("--measured: PyTorch sees no GPU")

@@ -1,4 +1,4 @@
-"""The cases of `gpkernels bench` for pytest-benchmark, with its own tables, storage and comparison.
+"""Cases of `gpkernels bench` for pytest-benchmark, with its tables, storage and comparison.
 
 .venv/bin/python -m pytest bench [--whole] [-k "small and interpolate"] [--benchmark-autosave] [--benchmark-compare]
 """

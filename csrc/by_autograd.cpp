@@ -1,5 +1,5 @@
-// The loss of a critic that is left to autograd, with nothing but the critic's calls and one call of the engine in
-// Python's sight: gpkernels/critic/by_autograd.py says what is computed, and does it where this does not.
+// The loss of a critic that is left to autograd, running no Python but the critic's calls: native part of
+// gpkernels/critic/by_autograd.py.
 #include "by_autograd.h"
 
 #include <ATen/ops/add.h>
@@ -14,20 +14,20 @@
 
 namespace {
 
-// In at least float32, as the loss is, so that its derivative keeps its digits under a loss scale.
+// Casts to at least float32, the dtype of the loss, so that derivatives keep their digits under a loss scale.
 at::Tensor widened(const at::Tensor& x) {
   const at::ScalarType type = x.scalar_type();
   return type == at::kHalf || type == at::kBFloat16 ? x.to(at::kFloat) : x.detach();
 }
 
-// Of the summed scores, with its graph; undefined where they do not depend on x.
+// Gradient of the summed scores, with its graph; undefined where they do not depend on x.
 at::Tensor input_gradient(const at::Tensor& scores, const at::Tensor& x) {
   const py::gil_scoped_release released;
   const at::AutoGradMode enabled(true);
   return torch::autograd::grad({scores}, {x}, {at::ones_like(scores)}, true, true, true)[0];
 }
 
-// A value and its derivatives by what has a graph.
+// A value and its derivatives by the tensors that have a graph.
 struct Value {
   at::Tensor value;
   std::vector<at::Tensor> gradients;
@@ -47,7 +47,7 @@ Value score_loss(const std::vector<at::Tensor>& scores, const std::vector<int64_
 Value penalty(const at::Tensor& gradient, const Ends& ends, const at::Tensor& weight) {
   static const c10::OperatorHandle forth = op("gpkernels::gradient_norm_penalty"),
                                    back = op("gpkernels::gradient_norm_penalty_backward");
-  constexpr int64_t kMean = 1;  // in reference.REDUCTIONS
+  constexpr int64_t kMean = 1;  // as in ops/gradient_norm_penalty.py
   at::Tensor rows = widened(gradient);
   if (ends.pack != 1) rows = rows.reshape({-1, ends.pack ? ends.pack * rows.numel() / rows.size(0) : rows.size(-1)});
   torch::jit::Stack value{rows, ends.target, ends.one_sided, kMean, ends.power};

@@ -1,4 +1,4 @@
-// Calls of the critic: the batches that it is called with, and what it gives.
+// Calls of the critic: batches and outputs.
 #pragma once
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -17,7 +17,7 @@
 #include "check.h"
 #include "program.h"
 
-// Null unless it is a tensor of PyTorch's own class, on a device that has memory.
+// Null unless it is a plain CPU or CUDA tensor, not of a subclass.
 inline const at::Tensor* plain(const py::handle& x) {
   if (!THPVariable_CheckExact(x.ptr())) return nullptr;
   const at::Tensor& found = THPVariable_Unpack(x.ptr());
@@ -26,7 +26,7 @@ inline const at::Tensor* plain(const py::handle& x) {
   return is_plain ? &found : nullptr;
 }
 
-// Whether a mode or a transform is on, which has to see every call. Autocast need not be: programs run without it.
+// Whether a mode or a transform is active, which has to see every call. Autocast is ignored: programs run without it.
 inline bool is_seen() {
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
   const c10::DispatchKeySet autocast = c10::autocast_dispatch_keyset;
@@ -34,10 +34,10 @@ inline bool is_seen() {
          (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
 }
 
-// One of gpkernels' own ops.
+// Looks up one of gpkernels' ops.
 inline c10::OperatorHandle op(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
-// Points between two batches.
+// Interpolates between two batches.
 class Mixer {
  public:
   Mixer() : op_(op("gpkernels::interpolate")) {}
@@ -54,12 +54,12 @@ class Mixer {
 
 using Places = std::vector<std::vector<size_t>>;
 
-// Makes batches and calls the critic with them.
+// Builds batches and calls the critic with them.
 class Caller {
  public:
-  // A batch for each call, empty where some tensor is not for here. tensors: fake, real, and where the gradient is
-  // penalised, each a tensor, None or (real, fake, eps) for points between them; places: among these, for each call;
-  // moves: whether the gradient at a batch is wanted.
+  // A batch for each call; empty where a tensor is not supported. tensors: fake, real and the points of the penalty,
+  // each a tensor, None or (real, fake, eps) for interpolates; places: indices among these, for each call; moves:
+  // whether the gradient at a batch is needed.
   std::vector<at::Tensor> batches(const py::tuple& tensors, const Places& places,
                                   const std::vector<bool>& moves) const {
     if (is_seen() || !at::GradMode::is_enabled()) return {};
@@ -74,7 +74,7 @@ class Caller {
     return found;
   }
 
-  // What the critic gives; log: what its calls are held against, watched of as many rows.
+  // Calls the critic. log: recorded calls to compare with; rows: their batch size.
   static py::object called(const py::object& critic, const at::Tensor& x, int64_t rows, const std::shared_ptr<Log>& log,
                            const py::tuple& args, const py::dict& kwargs) {
     const at::AutoGradMode enabled(true);
@@ -89,7 +89,7 @@ class Caller {
     return output;
   }
 
-  // Scores, and features where there are any; empty where there are no scores.
+  // Scores, then features if there are any; empty without scores.
   static std::vector<at::Tensor> outputs_of(const py::object& output) {
     std::vector<at::Tensor> found;
     if (THPVariable_Check(output.ptr())) {
@@ -105,7 +105,7 @@ class Caller {
     return found;
   }
 
-  // A number as a tensor that nobody writes to, as wide as losses of such a batch are.
+  // Returns a cached scalar in the accumulation dtype; it must not be written to.
   at::Tensor constant(double value, const at::Tensor& like) {
     const at::ScalarType wide = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const std::tuple<double, at::ScalarType, at::Device> name{value, wide, like.device()};
@@ -123,7 +123,7 @@ class Caller {
   }
 
  private:
-  // A floating-point batch; undefined where it is none that plain calls can take. A tuple is of points between two.
+  // Returns a floating-point batch, interpolating a tuple; undefined where the argument is not supported.
   at::Tensor part(const py::handle& given) const {
     if (!PyTuple_Check(given.ptr())) {
       const at::Tensor* x = plain(given);
@@ -146,7 +146,7 @@ class Caller {
            a.layout() == b.layout();
   }
 
-  // One after the other, a leaf where it moves; undefined where some part of it is, or they differ.
+  // Concatenates parts, to a leaf that requires grad where it moves; undefined where a part is, or they differ.
   static at::Tensor batch(const std::vector<at::Tensor>& parts, const std::vector<size_t>& places, bool moves) {
     const at::NoGradGuard no_graph;
     const c10::impl::ExcludeDispatchKeyGuard plainly(c10::autocast_dispatch_keyset);

@@ -1,5 +1,5 @@
-// Holds each function that a critic calls against those of a call that was watched, before it runs: the class Check of
-// gpkernels/critic/together.py, which is what runs where this was not built.
+// Compares each function that a critic calls with the recorded ones, before it runs: C++ twin of the class Check of
+// gpkernels/critic/together.py.
 #pragma once
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -11,7 +11,7 @@
 
 namespace py = pybind11;
 
-// The calls that were watched, each with the values that it was given, and where these count, its sizes.
+// Recorded calls, each with its values and, where these may scale with the batch, its sizes.
 class Log {
  public:
   Log(const py::list& expected, py::object differs) : differs_(std::move(differs)) {
@@ -32,7 +32,7 @@ class Log {
     std::vector<py::object> values;
     bool has_sizes;
     std::vector<int64_t> sizes;
-    int64_t place;  // of the size that is the batch's; -1: not known
+    int64_t place;  // index of the batch size among the sizes; -1: unknown
   };
 
   const std::vector<Call>& calls() const { return calls_; }
@@ -46,7 +46,7 @@ class Log {
   py::object differs_;
 };
 
-// A mode for torch functions. then, now: rows of the batch.
+// A torch function mode. then, now: rows of the batch.
 class Check {
  public:
   Check(std::shared_ptr<const Log> log, int64_t then, int64_t now) : log_(std::move(log)), then_(then), now_(now) {}
@@ -62,7 +62,7 @@ class Check {
     return py::reinterpret_steal<py::object>(out);
   }
 
-  // Whether everything was called that was watched.
+  // Raises unless every recorded call was made.
   void finish() const {
     if (at_ != log_->calls().size()) log_->differ();
   }
@@ -111,7 +111,7 @@ class Check {
     return fits(known, sizes);
   }
 
-  // Whether sizes go with the batch where they have to, and nowhere else.
+  // Whether sizes scale with the batch exactly where they have to.
   bool fits(const Log::Call& known, const std::vector<int64_t>& sizes) const {
     if (sizes.size() != known.sizes.size()) return false;
     for (size_t i = 0; i < sizes.size(); ++i) {
@@ -128,7 +128,7 @@ class Check {
   const int64_t then_, now_;
 };
 
-// Puts a mode on PyTorch's stack of them for as long as this lives.
+// Pushes a mode onto PyTorch's stack for the lifetime of this object.
 class Looking {
  public:
   explicit Looking(const py::object& mode) : is_on_(!mode.is_none()) {

@@ -1,5 +1,5 @@
-// A value whose gradients are known, as a node of the graph: gpkernels/critic/deliver.py says what it does, and is what
-// runs where this gives NotImplemented.
+// A value with precomputed gradients as a node of the graph: C++ twin of gpkernels/critic/deliver.py, which runs where
+// this returns NotImplemented.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/_foreach_mul.h>
@@ -28,18 +28,18 @@ using torch::autograd::variable_list;
 
 constexpr c10::DispatchKeySet kBatched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
 
-// Whether there is nothing to scale, where looking costs nothing.
+// Whether the cotangent is 1, if reading it does not synchronise.
 bool is_one(const at::Tensor& cotangent) {
   return cotangent.device().is_cpu() && !cotangent.key_set().has(c10::DispatchKey::Python) &&
          cotangent.item<double>() == 1.0;
 }
 
-// Whether nobody else holds it: as autograd asks before it takes a gradient without a copy.
+// Whether the tensor has no other owner: autograd's condition for taking a gradient without a copy.
 bool owned(const at::Tensor& x) { return torch::autograd::impl::is_tensor_stealable(x); }
 
-// saved_data, not saved variables: hooks on what is saved have no business with gradients. One entry for each of them,
-// as compiled autograd does not look into lists. The value comes in a vector, as what comes as a tensor is an argument,
-// and would be given back as a view of itself.
+// Gradients are in saved_data, not saved variables, so that hooks on saved tensors do not see them; one entry for each,
+// as compiled autograd does not support lists there. The value is passed in a vector: a tensor argument would be
+// returned as a view of itself.
 struct Deliver : torch::autograd::Function<Deliver> {
   static at::Tensor forward(AutogradContext* context, const std::vector<at::Tensor>& value,
                             const std::vector<at::Tensor>& gradients, at::TensorList) {
@@ -50,19 +50,19 @@ struct Deliver : torch::autograd::Function<Deliver> {
 
   static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
     TORCH_CHECK(!at::GradMode::is_enabled(),
-                "this penalty holds its weight gradients and cannot be differentiated twice; call it inside "
-                "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations");
+                "this penalty has precomputed weight gradients and cannot be differentiated twice; call it inside "
+                "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations");
     TORCH_CHECK(!context->saved_data.empty(),
-                "backward through this penalty a second time: the first needs retain_graph=True");
+                "backward through this penalty a second time: expected retain_graph=True in the first");
     std::vector<at::Tensor> gradients;
     for (size_t i = 0; i < context->saved_data.size(); ++i)
       gradients.push_back(context->saved_data.at(std::to_string(i)).toTensor());
     if (!torch::autograd::get_current_graph_task_keep_graph()) context->saved_data.clear();
     const at::Tensor& cotangent = cotangents[0];
-    if (cotangent.key_set().has_any(kBatched)) {  // lists have no rule for it
+    if (cotangent.key_set().has_any(kBatched)) {  // foreach has no batching rule
       for (at::Tensor& gradient : gradients) gradient = at::mul(gradient, cotangent);
     } else if (!std::all_of(gradients.begin(), gradients.end(), &owned)) {
-      gradients = at::_foreach_mul(gradients, cotangent);  // kept, or compiled autograd holds them
+      gradients = at::_foreach_mul(gradients, cotangent);  // retained, or held by compiled autograd
     } else if (!is_one(cotangent)) {
       at::_foreach_mul_(gradients, cotangent);
     }
@@ -72,7 +72,7 @@ struct Deliver : torch::autograd::Function<Deliver> {
   }
 };
 
-// Null unless it is a tensor of PyTorch's own classes, under no transform and with no tangent.
+// Null unless it is a plain tensor without transforms or a tangent.
 const at::Tensor* tensor(PyObject* x) {
   if (!THPVariable_CheckExact(x)) return nullptr;
   const at::Tensor& found = THPVariable_Unpack(x);
@@ -81,7 +81,7 @@ const at::Tensor* tensor(PyObject* x) {
   return &found;
 }
 
-// A list's tensors; none where not all of them are so.
+// Tensors of a list; empty unless all of them are plain.
 std::optional<std::vector<at::Tensor>> plain_tensors(PyObject* list) {
   if (!PyList_CheckExact(list)) return std::nullopt;
   std::vector<at::Tensor> found;

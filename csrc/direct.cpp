@@ -1,6 +1,6 @@
-// Calls an op past the argument binding of torch.ops, which costs as much as a small op: for dense tensors that nothing
-// watches. Kernels at autograd's keys are passed over, as there is no graph. It is built against one version of
-// PyTorch, on its C++ interface for Python.
+// Fast path from Python to an op, without the argument binding of torch.ops, which costs as much as a small op. It
+// accepts dense tensors where no mode, transform or tracer is active, and skips autograd's keys, as there is no graph.
+// It is built against one version of PyTorch, on its C++ interface for Python.
 #include "direct.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -30,7 +30,7 @@ std::optional<Kind> kind_of(const c10::Type& type) {
 }
 
 std::optional<int64_t> integer(PyObject* x) {
-  if (!PyLong_Check(x) || PyBool_Check(x)) return std::nullopt;  // an IntEnum is one
+  if (!PyLong_Check(x) || PyBool_Check(x)) return std::nullopt;  // accepts an IntEnum
   int overflow = 0;
   const int64_t value = PyLong_AsLongLongAndOverflow(x, &overflow);
   return overflow ? std::nullopt : std::optional(value);
@@ -46,7 +46,7 @@ constexpr c10::DispatchKeySet kOnCpu({c10::DispatchKey::CPU, c10::DispatchKey::A
 constexpr c10::DispatchKeySet kOnGpu({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
                                       c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA});
 
-// Arguments as the dispatcher takes them; each `add` says whether the argument is one that can be taken this way.
+// Arguments for the dispatcher; each `add` returns whether the fast path supports the argument.
 class Arguments {
  public:
   Arguments(size_t count, bool wants_graph) : wants_graph_(wants_graph) { stack_.reserve(count); }
@@ -99,7 +99,7 @@ class Arguments {
     return put(std::move(values));
   }
 
-  // Null unless it is plain, wants no graph, and has the floating-point type of those before it.
+  // Null unless it is plain, needs no graph, and has the floating-point dtype and device of those before it.
   const at::Tensor* tensor(PyObject* x) {
     if (!THPVariable_CheckExact(x)) return nullptr;
     const at::Tensor& found = THPVariable_Unpack(x);
@@ -122,7 +122,7 @@ class Arguments {
   const bool wants_graph_;
 };
 
-// New references; null with Python's error set where there is no memory for them.
+// New references; null with Python's error set if allocation fails.
 PyObject* wrapped(c10::IValue& value) {
   if (value.isTensor()) return THPVariable_Wrap(std::move(value).toTensor());
   const c10::List<at::Tensor> tensors = value.toTensorList();
@@ -150,18 +150,18 @@ PyObject* results(torch::jit::Stack& stack) {
   return stack.size() == 1 ? wrapped(stack[0]) : tuple_of(stack);
 }
 
-// An op that is called directly, and what it takes.
+// An op with a fast path, and its arguments.
 struct Target {
   c10::OperatorHandle op;
   std::vector<Kind> kinds;
-  bool writes;       // into its arguments, which takes no part in a graph
-  bool on_gpus;      // whether there is a kernel of ours
-  PyObject* choice;  // a ContextVar: the name of the backend that a thread chose for itself, if it did
+  bool writes;       // mutates its arguments, outside any graph
+  bool on_gpus;      // whether it has a CUDA kernel
+  PyObject* choice;  // a ContextVar: backend chosen by the thread, if any
 };
 
 const char* const kTarget = "gpkernels.target";
 
-// Whether a thread's choice of backend, if it made one, is that of the kernels; nothing if Python raised.
+// Whether the thread's choice of backend, if any, selects the native kernels; empty if Python raised.
 std::optional<bool> chosen(PyObject* choice, const char* kernels) {
   PyObject* found = nullptr;
   if (PyContextVar_Get(choice, Py_None, &found) < 0) return std::nullopt;
@@ -170,7 +170,7 @@ std::optional<bool> chosen(PyObject* choice, const char* kernels) {
   return name.get() == Py_None || (PyUnicode_Check(name.get()) && (is("auto") || is(kernels)));
 }
 
-// The arguments that an op writes to. A kernel may take them out of their lists.
+// Arguments that an op mutates. A kernel may move them out of their lists.
 std::vector<at::Tensor> written(const c10::FunctionSchema& schema, const torch::jit::Stack& arguments) {
   std::vector<at::Tensor> found;
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -204,13 +204,13 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     }
     for (const at::Tensor& x : changed) x.unsafeGetTensorImpl()->bump_version();
     return results(arguments.stack());
-  } catch (python_error& error) {  // Ctrl-C, say: nothing to try again
+  } catch (python_error& error) {  // such as Ctrl-C: not retried
     error.restore();
     return nullptr;
   } catch (pybind11::error_already_set& error) {
     error.restore();
     return nullptr;
-  } catch (const std::exception&) {  // kernels check before they write, so that another call may say what is wrong
+  } catch (const std::exception&) {  // kernels check before they write, so the slow path can raise the error
     Py_RETURN_NOTIMPLEMENTED;
   }
 }
@@ -247,11 +247,11 @@ PyObject* direct(PyObject*, PyObject* args) {
 PyMethodDef kMethods[] = {
     {"direct", &direct, METH_VARARGS,
      "direct(name, choice, on_gpus=False) -> a callable that gives what the op gives, or NotImplemented where the op "
-     "has to be called in another way: something looks on, the arguments are not all plain, the op raises, or the "
+     "has to be called through torch.ops: a mode is active, the arguments are not all plain, the op raises, or the "
      "ContextVar holds a backend other than 'auto' and that of the kernels."},
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
-     "something looks on or the tensors are not all plain."},
+     "a mode is active or the tensors are not all plain."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 

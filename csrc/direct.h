@@ -4,11 +4,11 @@
 
 #include <vector>
 
-// Whether a mode, a transform, autocast or a tracer looks on.
+// Whether a mode, a transform, autocast or a tracer is active.
 bool watched();
 
-// deliver(value, gradients, tensors): the value with a known gradient for each tensor, or NotImplemented.
+// deliver(value, gradients, tensors): the value with a precomputed gradient for each tensor, or NotImplemented.
 PyObject* deliver(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
-// The same, of tensors that were looked at.
+// The same, for tensors that were checked.
 at::Tensor delivered(const at::Tensor& value, std::vector<at::Tensor> gradients, at::TensorList tensors);

@@ -1,4 +1,4 @@
-// The arithmetic of each op, written once for host and device. gpkernels/ops has the specification.
+// Arithmetic of each op, shared by host and device. gpkernels/ops has the specification.
 #pragma once
 
 #include <bit>
@@ -22,7 +22,7 @@ struct Words {
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
 
-// A lane holds a word in its low half, or is one: what lies above is never read.
+// A lane is a word, or holds one in its low half; its upper half is never read.
 template <typename Lane>
 GPK_HD void philox_round(Lane& w0, Lane& w1, Lane& w2, Lane& w3, uint32_t k0, uint32_t k1) {
   constexpr uint32_t kBy0 = 0xD2511F53u, kBy2 = 0xCD9E8D57u;
@@ -62,11 +62,11 @@ GPK_HD void gaussian_pair(uint32_t radius_word, uint32_t angle_word, A* pair) {
 }
 
 // The same by polynomials, for loops that vectorise: near minimax in the relative error, by Lawson's reweighted least
-// squares at Chebyshev nodes, each coefficient rounded to float32 before the next is fitted. They take what they can
-// from the words' bits, as integers are cheap beside float32.
+// squares at Chebyshev nodes, each coefficient rounded to float32 before the next is fitted. Range reduction is on the
+// integer words, as integer operations are cheaper than float32 ones.
 
-// -2 log(1 - u), within 1.3 ulp: of 2^24 - k, whose mantissa 1 + f lies in [sqrt(1/2), sqrt(2)). The odd and the even
-// powers of f apart wait half as long for one another.
+// -2 log(1 - u), within 1.3 ulp: of 2^24 - k, whose mantissa 1 + f lies in [sqrt(1/2), sqrt(2)). Odd and even
+// powers of f are summed apart, which halves the dependency chain.
 inline float minus_two_log(uint32_t word) {
   const int32_t bits = std::bit_cast<int32_t>(float((1 << 24) - int32_t(word >> 8)));
   const int32_t exponent = (bits - 0x3F3504F3) >> 23;
@@ -87,7 +87,7 @@ inline float with_sign_flipped_by(float x, uint32_t top_bit) {
 
 // cos(2 pi u) and sin(2 pi u), within 1.6 ulp: from the nearest quarter of a turn, which is exact.
 inline void cos_sin_of_turns(uint32_t word, float* cosine, float* sine) {
-  const uint32_t turns = word & 0xFFFFFF00u, quarter = turns + (1u << 29);  // of 2^32; the quarter in the top two bits
+  const uint32_t turns = word & 0xFFFFFF00u, quarter = turns + (1u << 29);  // in 2^-32; top two bits: the quarter
   const float r = float(int32_t(turns << 2)) * (1.f / (1ull << 34)), square = r * r;
   float c = 58.62105f, s = -76.740585f;
   c = c * square - 85.42452f;
@@ -251,7 +251,7 @@ struct Curvature {
   A by_n, by_t, by_d, constant;
 };
 
-// The coefficients of n, t and d in the curvature of a normalisation, from means over a group; r is 1 / deviation.
+// Coefficients of n, t and d in the curvature of a normalisation, from means over a group; r is 1 / deviation.
 template <typename A>
 GPK_HD Curvature<A> normalise_curvature(A nt, A nd, A td, A t, A d, A r, bool centred) {
   const A scale = r * r, a = centred ? td - t * d : td;
@@ -261,7 +261,7 @@ GPK_HD Curvature<A> normalise_curvature(A nt, A nd, A td, A t, A d, A r, bool ce
 
 // --- weights ----------------------------------------------------------------------------------------------------
 
-// NaN stays NaN, as in torch.clamp; a minimum, then a maximum, as vector instructions have them.
+// NaN stays NaN, as in torch.clamp; a minimum, then a maximum, which map to vector instructions.
 template <typename A>
 GPK_HD A clip(A x, A c) {
   const A below = x > c ? c : x;
@@ -273,8 +273,8 @@ struct RmspropOptions {
   A lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign, clip;
 };
 
-// torch.optim.RMSprop's update, with its order of operations and its fused multiply-adds, so that it agrees to the last
-// bit wherever torch's own kernels fuse (AVX2 and up, arm64).
+// Update of torch.optim.RMSprop, with its order of operations and its fused multiply-adds: bitwise equal wherever
+// torch's own kernels fuse (AVX2 and up, arm64).
 template <bool kCentered, bool kMomentum, bool kWeightDecay, typename A>
 GPK_HD void rmsprop(A& p, A g, A& square, A& average, A& buffer, const RmspropOptions<A>& o) {
   g = g * o.sign;
@@ -283,7 +283,7 @@ GPK_HD void rmsprop(A& p, A g, A& square, A& average, A& buffer, const RmspropOp
   A variance = square;
   if (kCentered) {
     const A gap = g - average;
-    const bool near = o.one_minus_alpha < A(0.5);  // torch.lerp starts from the nearer end
+    const bool near = o.one_minus_alpha < A(0.5);  // as torch.lerp, which starts from the nearer end
     average = std::fma(near ? o.one_minus_alpha : o.one_minus_alpha - A(1), gap, near ? average : g);
     variance = std::fma(-average, average, square);
   }

@@ -1,5 +1,5 @@
-// Reads autograd's graph of one call of the critic: gpkernels/critic/graph.py says what is read, and does it itself
-// where this was not built. The key here is a string of bytes for the same facts.
+// Reads autograd's graph of one call of the critic: C++ twin of gpkernels/critic/graph.py. The key is a byte string of
+// the same facts.
 #pragma once
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -20,7 +20,7 @@ using Dropout = torch::autograd::generated::NativeDropoutBackward0;
 using torch::autograd::Edge;
 using torch::autograd::Node;
 
-// A tensor without values of its own, by which a graph can be joined to an output of a node.
+// A tensor without values whose graph is an output of a node.
 inline at::Tensor handle_of(const Edge& edge) {
   const auto& meta = edge.function->input_metadata(edge.input_nr);
   std::vector<int64_t> sizes;
@@ -30,7 +30,7 @@ inline at::Tensor handle_of(const Edge& edge) {
   return made;
 }
 
-// Facts one after the other, each with its length where that can differ.
+// Serialised facts, each with its length where that varies.
 class Key {
  public:
   void number(int64_t x) { bytes_.append(reinterpret_cast<const char*>(&x), sizeof(x)); }
@@ -50,7 +50,7 @@ class Key {
     sizes(x.strides());
     kind(x.scalar_type(), x.device());
   }
-  // A constant of a node: None, numbers, texts, and tuples of them.
+  // A constant of a node: None, numbers, strings, and tuples of them.
   void constant(const py::handle& x) {
     if (PyTuple_Check(x.ptr()) || PyList_Check(x.ptr())) {
       const py::sequence items = py::reinterpret_borrow<py::sequence>(x);
@@ -94,13 +94,13 @@ class Reader {
     }
   }
 
-  // What one graph has.
+  // Contents of one graph.
   struct Found {
     std::vector<at::Tensor> saved, leaves;
-    bool hooked = false;  // somebody wants to see, or to change, what goes back through a node
+    bool hooked = false;  // a node has hooks on its gradients
   };
 
-  // start: the number of the first node that is the critic's own; older ones are where its graph ends.
+  // start: sequence number of the critic's first node; older nodes end its graph.
   void read_into(const std::vector<at::Tensor>& outputs, uint64_t start, Key& key, Found& found) const {
     std::vector<Edge> roots;
     for (const at::Tensor& output : outputs)
@@ -121,7 +121,7 @@ class Reader {
     return py::reinterpret_steal<py::object>(name);
   }
 
-  // Where each node is, or each output of an older one.
+  // Index of each node, or of each output of an older one.
   using Places = std::map<std::pair<const Node*, uint32_t>, int64_t>;
 
   static bool is_older(const Node* node, uint64_t start) { return node->sequence_nr() < start; }
@@ -219,8 +219,8 @@ class Reader {
       return;
     }
     to.saved.push_back(THPVariable_Unpack(x.ptr()));
-    if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {   // as graph.py has it: it would be a constant
-      const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);  // a mode would be given the number itself
+    if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {   // as in graph.py
+      const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);  // a mode would see the number itself
       to.saved.back() = to.saved.back().detach();
       to.saved.back().unsafeGetTensorImpl()->set_wrapped_number(false);
     }

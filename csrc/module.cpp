@@ -1,4 +1,4 @@
-// Build facts, for `gpkernels info` and for messages about a binary that does not fit.
+// Build facts, for `gpkernels info` and for errors about an incompatible binary.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;
@@ -19,7 +19,7 @@ py::dict build_info() {
   return facts;
 }
 
-// The clone that the loader picks on this machine.
+// The clone that the loader selects on this machine.
 const char* instruction_set() {
 #if defined(GPK_TARGET_CLONES) && defined(__x86_64__)
   __builtin_cpu_init();

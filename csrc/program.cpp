@@ -1,6 +1,6 @@
-// Runs a list of calls with no Python between them: gpkernels/critic/program.py makes the list, and runs it itself
-// where this was not built. PyTorch's stable ABI cannot carry it, as it knows no argument that is a Scalar (add's
-// alpha, a leaky ReLU's slope), so it is built against one version of PyTorch.
+// Runs a list of calls without Python in between. gpkernels/critic/program.py records the list, and runs it without the
+// extension. PyTorch's stable ABI has no Scalar arguments (add's alpha, a leaky ReLU's slope), so this is built against
+// one version of PyTorch.
 #include "program.h"
 
 #include <ATen/ScalarOps.h>
@@ -32,7 +32,7 @@ bool has_slots(const py::handle& x, const py::handle& slot_type) {
   return false;
 }
 
-// A number where a tensor is declared, as Python's bindings take it: it does not promote dtypes.
+// A number for a tensor argument, wrapped as in Python's bindings, so that it does not promote dtypes.
 at::Tensor number(const py::handle& x) {
   at::Tensor made = c10::scalar_to_tensor(torch::jit::toIValue(x, c10::NumberType::get()).toScalar());
   made.unsafeGetTensorImpl()->set_wrapped_number(true);
@@ -76,7 +76,7 @@ void push(const Argument& argument, const std::vector<c10::IValue>& memory, torc
   }
 }
 
-// A view where it lies, without asking the dispatcher; undefined where the tensor is laid out in another way.
+// Creates a view without the dispatcher; undefined where the tensor's layout differs from the recorded one.
 at::Tensor view_at(const Alias& alias, const at::Tensor& base) {
   if (base.sizes() != alias.base_sizes || base.strides() != alias.base_strides) return {};
   at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(base.storage()),

@@ -7,18 +7,18 @@
 #include <utility>
 #include <vector>
 
-// An argument: a tensor by its slot, several (-1: none there), or a constant.
+// An argument: a tensor or several by slot (-1: None), or a constant.
 struct Argument {
   enum class Kind { kSlot, kTensors, kMaybeTensors, kConstant } kind;
   std::vector<int> slots;
   c10::IValue constant;
 };
 
-// A tensor in Python, None where it is undefined; and several.
+// Converts tensors to Python, undefined ones to None.
 pybind11::object wrapped(const at::Tensor& x);
 pybind11::list listed(const std::vector<at::Tensor>& tensors);
 
-// Where a view of the first argument lies, if that is laid out as it was.
+// Geometry of a view of the first argument, valid for the recorded layout.
 struct Alias {
   std::vector<int64_t> base_sizes, base_strides, sizes, strides;
   int64_t offset;
@@ -27,20 +27,20 @@ struct Alias {
 struct Call {
   c10::OperatorHandle op;
   std::vector<Argument> arguments;
-  std::vector<int> results;  // slots; -1: nobody reads it, or it is an argument
-  std::vector<int> frees;    // slots that are empty from here on
+  std::vector<int> results;  // slots; -1: unused, or an argument
+  std::vector<int> frees;    // slots to free after the call
   std::optional<Alias> alias;
 };
 
-// A list of calls, and the loop that runs it.
+// A list of calls and the loop that runs it.
 class Program {
  public:
   Program(const pybind11::list& calls, std::vector<int> inputs, std::vector<int> outputs,
           std::vector<std::vector<int>> frees, const pybind11::object& slot_type);
 
-  // What the outputs name of the slots, None for -1. The list is emptied: tensors are freed when nobody reads them.
+  // Returns the outputs, None for -1. The list of inputs is emptied: tensors are freed after their last use.
   pybind11::list run(const pybind11::list& given) const;
-  // The same without the GIL, which the caller has; undefined for -1.
+  // The same, releasing the GIL; undefined for -1.
   std::vector<at::Tensor> run(std::vector<at::Tensor> given) const;
 
  private:

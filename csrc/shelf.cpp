@@ -1,5 +1,5 @@
-// The whole of a critic's loss with its weight gradients, without a word of Python but the critic's own, where its
-// program is known: gpkernels/critic/run.py says what is done, and does the rest.
+// A critic's whole loss with its weight gradients, running no Python but the critic's own, where its program is cached:
+// native part of gpkernels/critic/run.py, which handles every other case.
 #include "shelf.h"
 
 #include <ATen/SequenceNumber.h>
@@ -21,14 +21,14 @@
 
 namespace {
 
-// One call of the critic. start: the number of the first node that is its own.
+// One call of the critic. start: sequence number of its first node.
 struct Called {
   std::vector<at::Tensor> outputs;
   at::Tensor x;
   uint64_t start;
 };
 
-// What a program gave. leaves: those of the graph, each once, whose gradients come after the values in results.
+// Results of a program. leaves: the distinct leaves of the graphs, whose gradients follow the values in results.
 struct Done {
   std::vector<at::Tensor> results, leaves;
 };
@@ -41,15 +41,14 @@ at::Tensor detached(const at::Tensor& x) {
   return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), false));
 }
 
-// Programs by all that they depend on.
+// Cache of programs, by everything that they depend on.
 class Shelf {
  public:
   Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
 
-  // Calls the critic with each batch and goes through the passes. tensors, places, moves: as in ``Caller::batches``;
-  // log: what was watched of one of as many rows as a part has. of: the place of the value that gets the gradients.
-  // Gives the values; else (what came of the calls, key or None); None, before anything is called, where it is not for
-  // here.
+  // Calls the critic with each batch and runs the program. tensors, places, moves: as in ``Caller::batches``; log:
+  // recorded calls for one part's rows; of: index of the value that receives the gradients. Returns the values; else
+  // (outputs of the calls, key or None); None, before any call, where this path does not apply.
   py::object step(const py::object& critic, const py::tuple& tensors, const Places& places,
                   const std::vector<bool>& moves, const std::shared_ptr<Log>& log, int64_t pack, const py::tuple& args,
                   const py::dict& kwargs, int64_t tag, const std::vector<double>& weights, size_t of) {
@@ -101,7 +100,7 @@ class Shelf {
     return py::tuple(listed(results));
   }
 
-  // The values with their graph, of a critic that is left to autograd; else what came of the calls, or None.
+  // The values with their graph, for a critic that is left to autograd; else the outputs of the calls, or None.
   py::object by_autograd(const py::object& critic, const py::tuple& tensors, const Places& places,
                          const std::vector<bool>& moves, const std::vector<int64_t>& kinds, const py::tuple& args,
                          const py::dict& kwargs, double target, bool one_sided, double power, int64_t pack,
@@ -134,7 +133,7 @@ class Shelf {
     return py::make_tuple(listed(done->results), listed(done->leaves));
   }
 
-  // The tensors at which a graph ends; handles where that is an older node.
+  // Tensors at which a graph ends; handles for older nodes.
   py::list leaves(const std::vector<at::Tensor>& outputs, uint64_t start) const {
     return listed(read(outputs, start).leaves);
   }
@@ -165,7 +164,7 @@ class Shelf {
   // Whether hooks have to be called on the way back.
   bool hooked(const std::vector<at::Tensor>& outputs, uint64_t start) const { return read(outputs, start).hooked; }
 
-  // Whether a node of dropout scales what it keeps.
+  // Whether a dropout node is in training mode.
   bool trains(const py::handle& node) const {
     const auto* wrapped = reinterpret_cast<const torch::autograd::THPCppFunction*>(node.ptr());
     const auto* dropout = dynamic_cast<const Dropout*>(wrapped->cdata.get());
@@ -214,7 +213,7 @@ class Shelf {
     }
     const auto known = programs_.find(key.bytes());
     if (known == programs_.end()) return std::nullopt;
-    const std::shared_ptr<Program> program = known->second;  // another thread may clear the shelf
+    const std::shared_ptr<Program> program = known->second;  // another thread may clear the cache
     let_go();
     calls.clear();
     done.results = program->run(std::move(given));
@@ -227,7 +226,7 @@ class Shelf {
   std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
 };
 
-// A tensor without values that a graph can be joined by to an output of a node.
+// Returns a tensor without values whose graph is the given output of a node.
 at::Tensor joint(const py::handle& node, uint32_t number) {
   if (!torch::autograd::THPCppFunction_Check(node.ptr()))
     throw py::type_error("node: expected a node of PyTorch's own");

@@ -2,5 +2,5 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/python_headers.h>
 
-// Adds the classes Shelf, Log and Check to the module.
+// Registers the classes Shelf, Log and Check in the module.
 void add_shelf(pybind11::module_& module);

@@ -1,4 +1,4 @@
-// What the host side of all ops shares: dtype dispatch, layouts, allocation, checks.
+// Host side of all ops, on every device: dtype dispatch, layouts, allocation, argument checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,8 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -19,6 +21,7 @@ namespace gpk {
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
 
 template <typename T>
@@ -33,7 +36,7 @@ void dispatch(const Tensor& x, F&& f) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Half: return f(c10::Half{});
     case ScalarType::BFloat16: return f(c10::BFloat16{});
-    default: STD_TORCH_CHECK(false, "expected a floating-point tensor");
+    default: STD_TORCH_CHECK(false, "expected a floating-point tensor, got ", toString(x.scalar_type()));
   }
 }
 
@@ -87,7 +90,7 @@ inline bool laid_out(const Tensor& x, MemoryFormat format) {
   return true;
 }
 
-// channels_last where every tensor is so, otherwise contiguous: as in gpkernels/ops/tensors.py.
+// channels_last if every tensor has that format, otherwise contiguous: as in gpkernels/ops/tensors.py.
 inline MemoryFormat common_format(std::initializer_list<const Tensor*> tensors) {
   auto all = [&](MemoryFormat format) {
     return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) { return laid_out(*t, format); });
@@ -100,7 +103,7 @@ inline Tensor in_format(const Tensor& x, MemoryFormat format) {
   return laid_out(x, format) ? x : torch::stable::contiguous(x, format);
 }
 
-// True where a tensor fills its span of memory with no gap and no overlap, in any order of its axes.
+// Whether a tensor is non-overlapping and dense, in any order of its axes.
 inline bool is_dense(const Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> axes;
   for (int64_t dim = 0; dim < x.dim(); ++dim)
@@ -146,27 +149,47 @@ inline Tensor empty_like(const Tensor& x, MemoryFormat format) {
 
 inline Tensor nothing_like(const Tensor& x) { return empty_strided(x, {0}, {1}, dtype_code(x)); }
 
-// --- checks -----------------------------------------------------------------------------------------------------
+// --- checks: "argument: expected ..., got ..." --------------------------------------------------------------------
 
 struct Shape {
   int64_t rows, cols;
 };
 
+// (2, 3), as Python prints it.
+inline std::string text_of(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t dim = 0; dim < x.dim(); ++dim) text += (dim ? ", " : "") + std::to_string(x.size(dim));
+  return text + (x.dim() == 1 ? ",)" : ")");
+}
+
+// axes: names of the axes that are expected, such as "(N, groups, M)".
+inline void check_dims(const char* name, const Tensor& x, int64_t dims, const char* axes) {
+  STD_TORCH_CHECK(x.dim() == dims, name, ": expected shape ", axes, ", got ", text_of(x));
+}
+
 inline Shape rows_of(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(0) > 0, name, ": expected a batch of at least one sample");
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(0) > 0, name, ": expected a batch of at least one sample, got shape ",
+                  text_of(x));
   return {x.size(0), x.numel() / x.size(0)};
 }
 
-inline void check_same(const char* name, const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, ": dtypes differ");
-  STD_TORCH_CHECK(x.sizes().equals(like.sizes()), name, ": shapes differ");
+inline void check_dtype(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, ": expected dtype ", toString(like.scalar_type()),
+                  ", got ", toString(x.scalar_type()));
 }
 
-inline void check_list(const char* name, const std::vector<Tensor>& tensors, const std::vector<Tensor>& params,
-                       bool optional) {
-  if (optional && tensors.empty()) return;
-  STD_TORCH_CHECK(tensors.size() == params.size(), name, ": expected one for each parameter");
-  for (size_t i = 0; i < params.size(); ++i) check_same(name, tensors[i], params[i]);
+inline void check_same(const char* name, const Tensor& x, const Tensor& like) {
+  check_dtype(name, x, like);
+  STD_TORCH_CHECK(x.sizes().equals(like.sizes()), name, ": expected shape ", text_of(like), ", got ", text_of(x));
+}
+
+inline void check_one(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.numel() == 1, name, ": expected one number, got shape ", text_of(x));
+}
+
+inline void check_per_row(const char* name, const Tensor& x, Shape shape) {
+  STD_TORCH_CHECK(x.numel() == shape.rows, name, ": expected one number per row, ", shape.rows, " in all, got shape ",
+                  text_of(x));
 }
 
 // Of an enumeration that starts at 0.
@@ -189,8 +212,89 @@ inline void check_paired(const Tensor& real_scores, const Tensor& fake_scores) {
   check_same("fake_scores", fake_scores, real_scores);
 }
 
-inline void check_per_row(const char* name, const Tensor& x, Shape shape) {
-  STD_TORCH_CHECK(x.numel() == shape.rows, name, ": expected one number per row");
+inline void check_key(const Tensor& key) {
+  STD_TORCH_CHECK(key.scalar_type() == ScalarType::Long && key.numel() == 1, "key: expected one int64, got ",
+                  toString(key.scalar_type()), " of shape ", text_of(key));
+}
+
+inline void check_list(const char* name, const std::vector<Tensor>& tensors, const std::vector<Tensor>& params,
+                       bool optional) {
+  if (optional && tensors.empty()) return;
+  STD_TORCH_CHECK(tensors.size() == params.size(), name, ": expected one tensor for each of ", params.size(),
+                  " parameters, got ", tensors.size());
+  for (size_t i = 0; i < params.size(); ++i) check_same(name, tensors[i], params[i]);
+}
+
+// A tensor whose elements share memory would otherwise be refused only when results are stored.
+inline void check_writable(const char* name, const std::vector<Tensor>& tensors) {
+  for (const Tensor& t : tensors)
+    for (int64_t dim = 0; dim < t.dim(); ++dim)
+      STD_TORCH_CHECK(t.numel() == 0 || t.size(dim) < 2 || t.stride(dim) != 0, name,
+                      ": expected tensors that do not overlap themselves, got shape ", text_of(t),
+                      " with stride 0 along axis ", dim);
+}
+
+// --- checks of the ops that have several tensors, for every device ----------------------------------------------
+
+inline Shape check_interpolate(const Tensor& real, const Tensor& fake, const Tensor& eps) {
+  const Shape shape = rows_of("real", real);
+  check_same("fake", fake, real);
+  check_per_row("eps", eps, shape);
+  STD_TORCH_CHECK(eps.dim() == 1 || (eps.dim() == real.dim() && eps.size(0) == shape.rows),
+                  "eps: expected shape (N,) or (N, 1, ...), got ", text_of(eps));
+  return shape;
+}
+
+// x1, x2: features or inputs, by their names.
+inline void check_consistency(const Tensor& score1, const Tensor& score2, const char* name1, const Tensor& x1,
+                              const char* name2, const Tensor& x2) {
+  const int64_t rows = rows_of("score1", score1).rows, others = rows_of(name1, x1).rows;
+  check_same("score2", score2, score1);
+  check_dtype(name1, x1, score1);
+  check_same(name2, x2, x1);
+  STD_TORCH_CHECK(rows == others, name1, ": expected the batch of score1, ", rows, ", got ", others);
+}
+
+inline Shape check_consistency_backward(const Tensor& cotangent, const char* name1, const Tensor& x1, const char* name2,
+                                        const Tensor& x2, const Tensor& coefficient) {
+  const Shape shape = rows_of(name1, x1);
+  check_same(name2, x2, x1);
+  check_per_row("coefficient", coefficient, shape);
+  check_one("cotangent", cotangent);
+  return shape;
+}
+
+inline void check_instance_noise(const std::optional<Tensor>& scale, const Tensor& key) {
+  check_key(key);
+  if (scale.has_value()) check_one("scale", *scale);
+}
+
+inline void check_affine_gradients(const Tensor& cotangent, const Tensor& operand) {
+  check_dims("cotangent", cotangent, 3, "(R, K, I)");
+  check_same("operand", operand, cotangent);
+}
+
+inline void check_normalise_curvature(const Tensor& normal, const Tensor& inverse, const Tensor& tangent,
+                                      const Tensor& cotangent) {
+  check_dims("normal", normal, 3, "(N, groups, M)");
+  check_same("tangent", tangent, normal);
+  check_same("cotangent", cotangent, normal);
+  const int64_t groups = normal.size(0) * normal.size(1);
+  STD_TORCH_CHECK(inverse.numel() == groups, "inverse: expected one number per group, ", groups, " in all, got shape ",
+                  text_of(inverse));
+}
+
+inline void check_rmsprop(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                          const std::vector<Tensor>& square_avgs, const std::vector<Tensor>& grad_avgs,
+                          const std::vector<Tensor>& momentum_buffers) {
+  check_list("grads", grads, params, false);
+  check_list("square_avgs", square_avgs, params, false);
+  check_list("grad_avgs", grad_avgs, params, true);
+  check_list("momentum_buffers", momentum_buffers, params, true);
+  check_writable("params", params);
+  check_writable("square_avgs", square_avgs);
+  check_writable("grad_avgs", grad_avgs);
+  check_writable("momentum_buffers", momentum_buffers);
 }
 
 }  // namespace gpk

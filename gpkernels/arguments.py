@@ -1,4 +1,4 @@
-"""What the commands share: a user's mistake, and the critic that a command line names."""
+"""Shared parts of the command lines: usage errors, and loading the critic that an option names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 
 class UserError(Exception):
-    """What a user can put right: its text is the one line that is printed, and the command ends with exit code 2."""
+    """A usage error: its text is printed as one line, and the command exits with code 2."""
 
 
 @contextmanager
-def blamed(options: argparse.Namespace) -> Iterator[None]:
-    """A UserError for whatever the user's own critic raises."""
+def critic_errors(options: argparse.Namespace) -> Iterator[None]:
+    """Context manager that turns errors of the user's critic into UserError."""
     try:
         yield
     except Exception as error:
@@ -28,11 +28,11 @@ def blamed(options: argparse.Namespace) -> Iterator[None]:
 
 
 def own_critic(options: argparse.Namespace) -> tuple[torch.nn.Module, list[int]] | None:
-    """The critic and the shape of its batch that --critic and --input name; UserError for one without the other."""
+    """Load the critic and batch shape of --critic and --input; UserError for one without the other."""
     if not (options.critic or options.input):
         return None
     if not (options.critic and options.input):
-        raise UserError("--critic: expected with --input, and --input with --critic")
+        raise UserError("--critic and --input: expected both or neither")
     critic = load_critic(options.critic)
     if not isinstance(critic, torch.nn.Module):
         raise UserError(f"--critic: expected a torch.nn.Module, got {type(critic).__name__}")
@@ -40,7 +40,7 @@ def own_critic(options: argparse.Namespace) -> tuple[torch.nn.Module, list[int]]
 
 
 def load_critic(name: str) -> Callable[..., Any]:
-    """The critic that ``module:Class`` names, made without arguments; UserError where that cannot be done."""
+    """Construct the critic that ``module:Class`` names, without arguments; UserError where that fails."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(f"critic: expected module:Class, got {name!r}")
@@ -53,12 +53,12 @@ def load_critic(name: str) -> Callable[..., Any]:
     finally:
         sys.path.pop(0)
     if not callable(made):
-        raise UserError(f"{name}: expected a critic that can be called, got {type(made).__name__}")
+        raise UserError(f"{name}: expected a callable critic, got {type(made).__name__}")
     return made
 
 
 def shape_of(text: str) -> list[int]:
-    """64x3x32x32 as numbers; UserError for anything else."""
+    """Parse a shape such as 64x3x32x32; UserError for anything else."""
     parts = text.lower().split("x")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--input: expected a shape such as 64x3x32x32, got {text!r}")
@@ -66,7 +66,7 @@ def shape_of(text: str) -> list[int]:
 
 
 def count(text: str) -> int:
-    """A whole number above 0, as an option's type."""
+    """Parse a positive integer, as an argparse type."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
     return int(text)

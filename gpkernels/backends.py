@@ -1,10 +1,10 @@
-"""Which implementation of an op runs, and why.
+"""Choice of the implementation of each op, and the reason for it.
 
-"auto" leaves the choice to PyTorch's dispatcher: a native kernel for the tensors' device type where one is registered,
-on GPUs otherwise a Triton kernel where Triton is installed, otherwise the reference. A forced backend that cannot run
-raises on the first call, with the cure; importing never fails because of a backend, and imports no Triton.
+"auto" leaves the choice to PyTorch's dispatcher: a native kernel where one is registered for the device type, on GPUs
+otherwise a Triton kernel where Triton is installed, otherwise the reference. A forced backend that cannot run raises at
+the first call and names the remedy. Importing never fails because of a backend, and does not import Triton.
 
-``set_backend`` chooses for the process, ``backend`` for the thread or async task that enters it.
+``set_backend`` sets the backend of the process, ``backend`` that of the current thread or async task.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from gpkernels.private import carried, carry, has_kernel, is_carried, xpu_is_bui
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
-GPUS = ("cuda", "xpu")  # device types; "cuda" is AMD's too
-_everywhere = "auto"  # what set_backend chose
-_chosen: ContextVar[str] = ContextVar("gpkernels.backend")  # what backend chose, where it did
-_CARRIED = "gpkernels.backend"  # the key of that choice in the state that PyTorch carries from thread to thread
+GPUS = ("cuda", "xpu")  # device types; "cuda" includes ROCm
+_everywhere = "auto"  # set by set_backend
+_chosen: ContextVar[str] = ContextVar("gpkernels.backend")  # set by backend
+_CARRIED = "gpkernels.backend"  # key of the choice in PyTorch's thread-local state
 _tables: dict[str, Callable[[], Mapping[str, Callable[..., Any]]]] = {}
-_short_ways: list[tuple[Op, Callable[..., Any]]] = []
+_fast_paths: list[tuple[Op, Callable[..., Any]]] = []
 
 
 class Op(Protocol):
-    """What is asked of an op here."""
+    """The attributes of an op that this module uses."""
 
     name: str
     implementation: Callable[..., Any]
@@ -47,15 +47,15 @@ class Op(Protocol):
 
 
 def declined(*args: Any) -> Any:
-    """A short way that there is not."""
+    """Placeholder for a missing fast path; always returns NotImplemented."""
     return NotImplemented
 
 
 extension: Any = None
-# By an op's name, the variable that may close it in a thread, and whether it has a CUDA kernel, the short way to it.
+# (op name, variable with the thread's backend, whether it has a CUDA kernel) -> fast path of the op
 direct: Callable[[str, ContextVar[str], bool], Callable[..., Any]] | None = None
-deliver: Callable[..., Any] = declined  # (value, gradients, tensors): critic/deliver.py in C++
-program: Any = None  # the module whose loop runs the passes of a critic, and which reads autograd's graph
+deliver: Callable[..., Any] = declined  # (value, gradients, tensors): C++ twin of critic/deliver.py
+program: Any = None  # _program: runs programs and reads autograd's graph
 extension_error: str | None = None
 cuda_error: str | None = "the package was built without them"  # None once they are loaded
 
@@ -64,7 +64,7 @@ cuda_error: str | None = "the package was built without them"  # None once they 
 
 
 def load_extension() -> None:
-    """Load the native kernels; a failure is kept for ``info`` and for a forced backend's message."""
+    """Load the native kernels; keep the error for ``info`` and for the message of a forced backend."""
     global extension, extension_error, cuda_error, direct, deliver, program
     try:
         extension = importlib.import_module("gpkernels._C")
@@ -73,10 +73,10 @@ def load_extension() -> None:
     except (ImportError, OSError, RuntimeError) as error:
         extension_error = " ".join(str(error).split())
     else:
-        module = _load_short_way("_direct")
+        module = _load_fast_paths("_direct")
         if module is not None:
             direct, deliver = module.direct, module.deliver
-        program = _load_short_way("_program")
+        program = _load_fast_paths("_program")
     if CUDA_LIBRARY.exists():
         try:
             torch.ops.load_library(str(CUDA_LIBRARY))
@@ -85,9 +85,9 @@ def load_extension() -> None:
             cuda_error = " ".join(str(error).split())
 
 
-def _load_short_way(name: str) -> Any:
-    """A module of short ways; None where it was not built for this very version of PyTorch."""
-    if extension.build_info()["torch"] != torch.__version__:  # then it is not even safe to load
+def _load_fast_paths(name: str) -> Any:
+    """Import a module of fast paths; None unless it was built for this very version of PyTorch."""
+    if extension.build_info()["torch"] != torch.__version__:  # loading it would not even be safe
         return None
     try:
         module = importlib.import_module(f"gpkernels.{name}")
@@ -98,57 +98,58 @@ def _load_short_way(name: str) -> Any:
 
 @cache
 def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interprets_triton() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes_triton(device_type: str) -> bool:
-    """Whether "auto" gives this device's tensors Triton kernels. Asks no device, only what PyTorch was built for."""
+    """Whether "auto" selects Triton kernels for a device type. Queries how PyTorch was built, not the device."""
     built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": xpu_is_built()}
     return built.get(device_type, False) and has_triton()
 
 
 def bind_directly(ops: Mapping[str, Op]) -> None:
-    """Give each op with a C++ kernel its short way; from then on ``set_backend`` opens and closes it."""
+    """Bind the fast path of each op with a C++ kernel; ``set_backend`` enables and disables them."""
     if direct is not None:
         on_gpus = cuda_error is None
-        _short_ways.extend(
+        _fast_paths.extend(
             (op, direct(f"gpkernels::{name}", _chosen, on_gpus))
             for name, op in ops.items()
             if running_op(name, "cpu") == "cpu"
         )
-    _open_short_ways()
+    _update_fast_paths()
 
 
-def _open_short_ways() -> None:
-    """They lead to the C++ and CUDA kernels, so they are open where the process gives tensors these.
+def _update_fast_paths() -> None:
+    """Enable the fast paths where the process-wide backend selects the C++ and CUDA kernels.
 
-    A thread that chose another backend for itself finds them closed: they look at its choice themselves.
+    In a thread with a backend of its own they decline by themselves: they read its choice.
     """
-    for op, way in _short_ways:
-        op.direct = way if _everywhere == "auto" or (_everywhere == "cpu" and cuda_error is not None) else declined
+    for op, path in _fast_paths:
+        op.direct = path if _everywhere == "auto" or (_everywhere == "cpu" and cuda_error is not None) else declined
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
 class _Own:
-    """``name``: what the thread or async task that reads it chose for itself; the object where it chose nothing.
+    """``name``: backend chosen by the current thread or async task; this object where there is none.
 
-    The getter is C, so that ``torch.compile`` reads it and guards what it read; it can trace no ``ContextVar``.
+    The getter is in C, so that ``torch.compile`` reads it and guards on the value; it cannot trace a ``ContextVar``.
     """
 
-    name = property(_chosen.get)  # whose argument is what it gives in place of nothing: here the object
+    name = property(_chosen.get)  # get's argument is its default: here the object
 
 
 class _Traced(local):
-    """``name``: what code that ``torch.compile`` is tracing chose within itself, which leaves no trace outside."""
+    """``name``: backend chosen by code that ``torch.compile`` is tracing, with no effect outside the trace."""
 
-    def __init__(self) -> None:  # in each thread, so that tracing finds the name where it leaves it, in the object
+    def __init__(self) -> None:  # once per thread: an instance attribute, as tracing needs
         self.name: str | None = None
 
 
@@ -161,23 +162,48 @@ def _check(name: str) -> None:
 
 
 def set_backend(name: str) -> None:
-    """Choose the process's backend for every later op: "auto", "reference", "cpu", "triton" or "cuda".
+    """Set the backend of every later op in this process.
 
-    A thread inside ``backend`` keeps its own choice. Raises ValueError for another name. The environment variable
-    GPKERNELS_BACKEND sets the first choice.
+    A thread or async task inside :func:`backend` keeps its own choice. The environment variable ``GPKERNELS_BACKEND``
+    sets the initial value.
+
+    Args:
+        name (str): ``"auto"`` leaves the choice to PyTorch's dispatcher: the fastest kernel that is registered for the
+            device of the arguments. ``"reference"``, ``"cpu"``, ``"triton"`` and ``"cuda"`` force a backend.
+
+    Raises:
+        ValueError: ``name`` is not a backend. A backend that cannot run raises RuntimeError at the first call of an op.
+
+    Example:
+        >>> gpkernels.set_backend("reference")
+        >>> gpkernels.set_backend("auto")
     """
     global _everywhere
     _check(name)
     _everywhere = name
-    _open_short_ways()
+    _update_fast_paths()
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the backend for a while, in this thread or async task alone, whatever ``set_backend`` chose.
+    """Context manager that forces a backend in the current thread or async task, whatever :func:`set_backend` chose.
 
-    The backward passes that it calls take that backend too. Threads that it starts do not: each chooses its own.
-    Raises ValueError for another name.
+    Backward passes that are started inside use the same backend. Threads that are started inside do not inherit it.
+
+    Args:
+        name (str): a backend, as in :func:`set_backend`.
+
+    Returns:
+        A context manager, which can also decorate a function.
+
+    Raises:
+        ValueError: ``name`` is not a backend. A backend that cannot run raises RuntimeError at the first call of an op.
+
+    Example:
+        >>> real, fake, eps = torch.randn(8, 2), torch.randn(8, 2), torch.rand(8)
+        >>> with gpkernels.backend("reference"):
+        ...     expected = gpkernels.interpolate(real, fake, eps)
+        >>> torch.testing.assert_close(gpkernels.interpolate(real, fake, eps), expected)
     """
     _check(name)
     if is_compiling():
@@ -197,37 +223,38 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _carry() -> None:
-    """Let PyTorch carry the choice along: a backward pass on a GPU runs in a thread of autograd's."""
+    """Hand the choice to PyTorch's thread-local state: backward on a GPU runs in a thread of autograd's."""
     carry(_CARRIED, (get_ident(), _chosen.get(None)))
 
 
 def _carried() -> str | None:
-    """The choice of the thread that this one works for, if it did choose."""
+    """Return the choice of the thread that this one works for, or None."""
     if not is_carried(_CARRIED):
         return None
     thread, name = carried(_CARRIED)
-    return name if thread != get_ident() else None  # what another task of this very thread chose is not ours
+    return name if thread != get_ident() else None  # another task of this very thread
 
 
 def add_kernels(name: str, kernels: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
-    """Kernels by their ops' names, asked for when one is first called, of a backend that the dispatcher does not have.
+    """Register a backend that the dispatcher does not know.
 
-    ``set_backend`` takes its name from then on.
+    ``kernels`` maps op names to implementations and is called when the first of them is needed. ``set_backend`` accepts
+    ``name`` from then on.
     """
     _tables[name] = kernels
 
 
 def forced() -> str | None:
-    """The name of the backend that is forced in this thread now, or None under "auto"."""
+    """Return the backend that is forced in this thread, or None under "auto"."""
     traced = is_compiling()
     name = (_traced.name if traced else None) or _own.name
-    if name is _own:  # nothing
+    if name is _own:  # no choice
         name = _everywhere if traced else _carried() or _everywhere
     return None if name == "auto" else name
 
 
 def unavailable(name: str) -> str | None:
-    """Why a backend cannot run here, with the cure; None if it can."""
+    """Return why a backend cannot run here, with the remedy; None if it can."""
     if name == "cpu" and extension is None:
         return (
             f"the C++ kernels are not loaded ({extension_error}); build them with a C++20 compiler: "
@@ -244,7 +271,7 @@ def unavailable(name: str) -> str | None:
 
 
 def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The forced backend's implementation of an op for these arguments; RuntimeError where it cannot run."""
+    """Return the forced backend's implementation of an op for these arguments; RuntimeError if there is none."""
     name = forced() or "auto"
     if name == "reference":
         return op.implementation
@@ -266,7 +293,7 @@ def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
 
 
 def running(device_type: str) -> str:
-    """The backend that "auto" takes for a device type."""
+    """Return the backend that "auto" selects for a device type."""
     if device_type == "cpu":
         return "reference" if extension is None else "cpu"
     if device_type == "cuda" and cuda_error is None:
@@ -275,7 +302,7 @@ def running(device_type: str) -> str:
 
 
 def running_op(name: str, device_type: str) -> str:
-    """The backend that "auto" takes for one op's tensors on a device type."""
+    """Return the backend that "auto" selects for one op on a device type."""
     known = has_kernel(f"gpkernels::{name}", device_type.upper())
     return running(device_type) if known else "reference"
 

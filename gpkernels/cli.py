@@ -1,4 +1,4 @@
-"""`gpkernels info | explain | verify | bench | train | reproduce`: large ones bring their own command lines."""
+"""`gpkernels info | explain | verify | bench | train | reproduce`; the last three have command lines of their own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from types import ModuleType
 import torch
 
 from gpkernels import backends, info
-from gpkernels.arguments import UserError, blamed, load_critic, own_critic, shape_of
+from gpkernels.arguments import UserError, critic_errors, load_critic, own_critic, shape_of
 
-# What the "train" extra installs, as it is imported.
+# Import names of the packages of the "train" extra.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for a user's mistake."""
+    """Run a command; return 0 on success, 2 for a usage error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["train"], ["reproduce"]):
         return _trainer(*arguments)
@@ -31,25 +31,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench(arguments[1:], {"train": _training_suite})
     parser = argparse.ArgumentParser(prog="gpkernels", description="Exact gradient penalties in PyTorch, fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    describe = commands.add_parser("info", help="which backend runs, why, and how it was built")
-    describe.add_argument("--json", action="store_true", help="print the facts as JSON")
-    describe.add_argument("--kernels", action="store_true", help="print what each GPU kernel needs of each target")
-    layers = commands.add_parser("explain", help="which way each layer of a critic takes, and why")
-    layers.add_argument("critic", metavar="module:Class", help="a critic that can be made without arguments")
-    layers.add_argument("--input", required=True, metavar="NxCxHxW", help="the shape of a batch, such as 64x3x32x32")
-    numbers = commands.add_parser(
-        "verify", help="every op, penalty and a training run against plain PyTorch in float64"
+    describe = commands.add_parser("info", help="print backends, versions and build facts")
+    describe.add_argument("--json", action="store_true", help="print as JSON")
+    describe.add_argument(
+        "--kernels", action="store_true", help="print the resources that each GPU kernel needs on each target"
     )
-    numbers.add_argument("--backend", action="append", metavar="NAME", help="by default each that can run here")
-    numbers.add_argument("--op", action="append", metavar="NAME", help="an op, penalties or training; by default all")
-    numbers.add_argument("--dtype", action="append", metavar="NAME", help="float64, float32, float16 or bfloat16")
-    numbers.add_argument("--json", type=Path, metavar="FILE", help="write every result there")
-    numbers.add_argument("--quick", action="store_true", help="two shapes an op, and a shorter training run")
-    numbers.add_argument("--critic", metavar="module:Class", help="penalties of this critic alone")
-    numbers.add_argument("--input", metavar="NxCxHxW", help="the shape of its batch, such as 64x3x32x32")
-    commands.add_parser("bench", help="times beside eager PyTorch's and the machine's limits", add_help=False)
+    layers = commands.add_parser("explain", help="print how each call of a critic is differentiated, and why")
+    layers.add_argument("critic", metavar="module:Class", help="class of a critic, constructed without arguments")
+    layers.add_argument("--input", required=True, metavar="NxCxHxW", help="shape of a batch, such as 64x3x32x32")
+    numbers = commands.add_parser(
+        "verify", help="compare every op, penalty and a training run with plain PyTorch in float64"
+    )
+    numbers.add_argument(
+        "--backend", action="append", metavar="NAME", help="backend to test (default: every one that can run)"
+    )
+    numbers.add_argument("--op", action="append", metavar="NAME", help="op, penalties or training (default: all)")
+    numbers.add_argument(
+        "--dtype", action="append", metavar="NAME", help="float64, float32, float16 or bfloat16 (default: all)"
+    )
+    numbers.add_argument("--json", type=Path, metavar="FILE", help="write every result to FILE")
+    numbers.add_argument("--quick", action="store_true", help="two shapes per op and a shorter training run")
+    numbers.add_argument("--critic", metavar="module:Class", help="test the penalties of this critic only")
+    numbers.add_argument("--input", metavar="NxCxHxW", help="shape of its batch, such as 64x3x32x32")
+    commands.add_parser("bench", help="measure times against eager PyTorch and the machine's limits", add_help=False)
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
-    commands.add_parser("reproduce", help="measure again what the papers published", add_help=False)
+    commands.add_parser("reproduce", help="reproduce published results", add_help=False)
     options = parser.parse_args(arguments)
     try:
         return {"info": _info, "explain": _explain, "verify": _verify}[options.command](options)
@@ -70,7 +76,7 @@ def _explain(options: argparse.Namespace) -> int:
     from gpkernels.critic.explain import explain
 
     critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
-    with blamed(options):
+    with critic_errors(options):
         print(explain(critic, example))
     return 0
 
@@ -88,7 +94,7 @@ def _verify(options: argparse.Namespace) -> int:
     own = ""
     if mine := own_critic(options):
         own = f"--critic {options.critic} --input {options.input}"
-        with blamed(options):
+        with critic_errors(options):
             results = list(run.check_own(*mine, options.critic, chosen))
     else:
         results = list(run.checks(chosen, names, dtypes, options.quick))
@@ -104,7 +110,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _among(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> Sequence[str]:
-    """What was given, or the default; UserError for what is not known."""
+    """Return the given names or the default; UserError for an unknown name."""
     for name in given or ():
         if name not in known:
             raise UserError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
@@ -112,7 +118,7 @@ def _among(option: str, given: Sequence[str] | None, known: Sequence[str], defau
 
 
 def _training_suite() -> ModuleType:
-    """What `gpkernels bench` measures of the trainer."""
+    """Import the trainer's suite of `gpkernels bench`."""
     try:
         return importlib.import_module("gptrainer.benchmark")
     except ImportError as error:
@@ -120,7 +126,7 @@ def _training_suite() -> ModuleType:
 
 
 def _trainer(command: str, *arguments: str) -> int:
-    # Asked beforehand: some are first imported when the run is over.
+    # Checked beforehand: some are imported only at the end of a run.
     missing = [name for name in ("gptrainer", *EXTRA) if importlib.util.find_spec(name) is None]
     if missing:
         lack = ", ".join(missing)

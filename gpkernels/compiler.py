@@ -1,11 +1,11 @@
-"""``torch.compile(step, backend="gpkernels")``: a compiled step without a compiler.
+"""``torch.compile(step, backend="gpkernels")``: replay of a step's ATen calls, without code generation.
 
-Dynamo traces and guards the step. The first time that its graph is run for some sizes, the ATen calls that it makes are
-written down, those of its backward pass too; from then on the list is run by the loop that runs the passes of critics,
-with neither Python nor autograd between two calls. Nothing is generated, so a step is there at once.
+Dynamo traces and guards the step. The first run of its graph for given sizes records the ATen calls of forward and
+backward; later runs replay the list in the native loop that also runs critics' passes, with neither Python nor autograd
+between two calls. No code is generated, so compilation takes about a second.
 
-A graph that cannot be written down (it reads values back, gives views of its inputs, or takes tensor subclasses) runs
-as it is.
+A graph that cannot be recorded (it reads values back, returns views of its inputs, or takes tensor subclasses) runs as
+it is.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from gpkernels.critic.deliver import deliver
 from gpkernels.critic.program import Program, Recorder, Slot, Untraceable, watched
 from gpkernels.critic.traced import delivered_by
 
-CAPACITY = 64  # sizes of inputs for which a graph keeps lists
+CAPACITY = 64  # input sizes per graph for which lists are kept
 _IN_PLACE = {
     "setitem",
     *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or")),
 }
 _READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
-_LONGER = ("cumprod", "prod")  # PyTorch differentiates these by many more calls where somebody looks on
+_LONGER = ("cumprod", "prod")  # decomposed into many more calls under a dispatch mode
 
 
 def as_program(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Run a graph of Dynamo's as lists of ATen calls: the backend that ``torch.compile`` knows as "gpkernels".
+    """Compile a graph of Dynamo's to lists of ATen calls: the backend "gpkernels" of ``torch.compile``.
 
     Args:
-        graph: what Dynamo traced.
+        graph: the traced graph.
         example_inputs: its inputs, some of them sizes where shapes are dynamic.
 
     Returns:
-        A function of the inputs with the graph's outputs.
+        A function from the inputs to the graph's outputs.
 
     Example:
         >>> step = torch.compile(lambda real, fake: loss(real, fake).loss, backend="gpkernels")
@@ -50,7 +50,7 @@ def as_program(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
 
 
 class _Graph:
-    """A graph, and its lists by the sizes of its inputs, and by the numbers that it reads of them."""
+    """A graph and its recorded lists, by the sizes of its inputs and the numbers that it reads from them."""
 
     def __init__(self, graph: torch.fx.GraphModule, dynamic: bool) -> None:
         self.graph, self.dynamic = graph, dynamic
@@ -84,15 +84,15 @@ def _sizes(x: Any) -> Any:
 
 
 class _Lists:
-    """What a graph calls. forward gives outputs, then gradients of a loss or what the backward pass needs."""
+    """Recorded calls of a graph. forward returns outputs, then gradients of a loss or tensors for backward."""
 
     def __init__(
         self, places: list[int], forward: Program, count: int, leaves: list[int], written: list[int], is_list: bool
     ) -> None:
         self.places, self.forward, self.count, self.leaves, self.written = places, forward, count, leaves, written
         self.is_list = is_list
-        self.given: dict[int, int] = {}  # outputs that are inputs
-        self.known: tuple[int, list[int]] | None = None  # the output with known gradients, and of which inputs
+        self.given: dict[int, int] = {}  # outputs that are inputs, by place
+        self.known: tuple[int, list[int]] | None = None  # an output with precomputed gradients, and their inputs
         self.backward: Program | None = None
         self.differentiable: list[int] = []  # places among the outputs
 
@@ -116,11 +116,11 @@ class _Lists:
 
 
 def _nobody(name: Any, given: Any) -> Any:
-    raise AssertionError("a list of a compiled graph has no calls outside")
+    raise AssertionError("a list of a compiled graph has no untraced calls")
 
 
 class _Replayed(Function):
-    """Outputs whose backward pass is a list."""
+    """Outputs whose backward pass replays a list."""
 
     @staticmethod
     def forward(ctx: Any, lists: _Lists, results: list[Tensor], *leaves: Tensor) -> Any:
@@ -136,7 +136,7 @@ class _Replayed(Function):
 
 
 class _Bridged(Function):
-    """Outputs of a graph that ran on aliases of its inputs, joined to the inputs."""
+    """Outputs of a graph that ran on aliases of its inputs, connected to the inputs' autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, outputs: list[Tensor], aliases: list[Tensor], *leaves: Tensor) -> Any:
@@ -151,14 +151,14 @@ class _Bridged(Function):
 
 
 class _Writer(Recorder):
-    """Writes calls down as long as that can be done. reason: why it cannot."""
+    """A recorder that stops at the first call that cannot be replayed. reason: why it stopped."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__(inputs)
         self.reason: str | None = None
         self.stored = {x.untyped_storage()._cdata for x in inputs}
-        self.written: set[int] = set()  # storages of inputs that were written to
-        self.reads: set[int] = set()  # inputs that are numbers of Python's, which the compiler gives as tensors
+        self.written: set[int] = set()  # storages of mutated inputs
+        self.reads: set[int] = set()  # inputs that are Python numbers, which Dynamo passes as tensors
 
     def slot(self, x: Any) -> Any:
         try:
@@ -191,7 +191,7 @@ class _Writer(Recorder):
 
 
 def _written_down(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[_Lists | None, Any, set[int]]:
-    """Run a graph for the first time: its lists, if they can be made, its outputs, and which inputs it reads."""
+    """Run a graph and record it: the lists, None if that fails, its outputs, and the inputs whose values it reads."""
     places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     tensors = [inputs[i] for i in places]
     wanted = [x.requires_grad and torch.is_grad_enabled() for x in tensors]
@@ -230,7 +230,7 @@ def _written_down(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[_
 
 
 def _may_write(graph: Any) -> bool:
-    """Whether a graph may write to an activation that it was given, whose own graph would have to be told."""
+    """Whether a graph may write to an input that is an activation, whose own autograd graph would be bypassed."""
     for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
@@ -241,7 +241,7 @@ def _may_write(graph: Any) -> bool:
 
 
 def _apart(outputs: list[Any], inputs: list[Tensor]) -> bool:
-    """Whether outputs are tensors that share no memory with each other or an input."""
+    """Whether outputs are plain tensors that share no memory with each other or an input."""
     if not all(type(x) is Tensor for x in outputs):
         return False
     storages = [x.untyped_storage()._cdata for x in outputs]
@@ -321,13 +321,13 @@ def _slots(x: Any) -> list[Slot]:
 
 
 def _writes_to(call: Any, before: int) -> bool:
-    """Whether a call of the backward pass writes to what the forward pass made, which may be needed again."""
+    """Whether a call of the backward pass mutates a forward result, which a later replay may need."""
     func, args, _, _ = call
     return any(s < before for s in _slots(_targets(func, args)))
 
 
 def _targets(func: Any, args: Sequence[Any]) -> list[Any]:
-    """The arguments that a call writes to."""
+    """Return the arguments that a call mutates."""
     return [
         given
         for argument, given in zip(func._schema.arguments, args, strict=False)

@@ -1,4 +1,4 @@
-"""What runs here, why, and what the extension was built with: `gpkernels info`."""
+"""Versions, backends and build facts: `gpkernels info`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpkernels.version import __version__
 
 
 def facts() -> dict[str, Any]:
-    """Versions, backends with the reason where one cannot run, build facts, and what each op runs on."""
+    """Collect versions, backends with the reason where one cannot run, build facts, and the backend of each op."""
     extension = backends.extension
     usable = {
         name: backends.unavailable(name) or "available" for name in backends.NAMES if name not in ("auto", "reference")
@@ -44,7 +44,7 @@ def facts() -> dict[str, Any]:
 
 
 def kernels() -> str:
-    """What each GPU kernel needs on each target, as it was last compiled: the tables that tests hold kernels to."""
+    """Format the resource tables of the GPU kernels, as last compiled; tests compare the kernels with them."""
     parts = []
     for path in sorted(Path(__file__).parent.glob("*_kernels.csv")):
         with path.open(newline="") as file:
@@ -56,7 +56,7 @@ def kernels() -> str:
 
 
 def render() -> str:
-    """The facts as a page of text."""
+    """Format the facts as text."""
     known = facts()
     lines = [
         f"gpkernels {known['gpkernels']}, torch {known['torch']}, Python {known['python']}, {known['machine']}",
@@ -69,7 +69,7 @@ def render() -> str:
             f"extension: built with torch {build['torch']}, {build['compiler']}, revision {build['revision']}",
             f"  flags             {build['flags']}",
             f"  instruction sets  {', '.join(build['instruction_sets'])}; this machine runs {known['instruction_set']}",
-            f"  from Python       {'directly' if known['direct'] else 'through torch.ops, as no direct way is built'}",
+            f"  from Python       {'directly' if known['direct'] else 'through torch.ops, as no fast path is built'}",
         ]
     else:
         lines.append(f"extension: not loaded: {known['build_error']}")

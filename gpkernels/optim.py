@@ -1,4 +1,4 @@
-"""RMSprop that clips in the same pass: WGAN's optimiser (Arjovsky et al. 2017, Algorithm 1)."""
+"""RMSprop with weight clipping in the same pass, the optimiser of WGAN (Arjovsky et al. 2017, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,40 @@ from gpkernels.private import foreach_add_
 
 
 class RMSprop(torch.optim.RMSprop):
-    """``torch.optim.RMSprop``, then a clamp of every weight to [-clip, clip], in one pass over the weights.
+    r"""RMSprop followed by weight clipping, in one pass over the weights.
 
-    The update and the state are torch's, so a state_dict of either loads into the other. clip: None, or >= 0; a
-    parameter group may have its own. float64, float32, float16 and bfloat16 parameters; low precision is computed in
-    float32 and rounded once. Sparse or complex gradients, capturable and differentiable raise ValueError or TypeError.
+    .. math::
+        v &\leftarrow \alpha v + (1 - \alpha) g^2 \\
+        w &\leftarrow \operatorname{clamp}\Bigl(w - \text{lr} \, \frac{g}{\sqrt{v} + \text{eps}},
+            -\text{clip}, \text{clip}\Bigr)
+
+    with weight decay, momentum and centring as in :class:`torch.optim.RMSprop`, whose state is the same: a
+    ``state_dict`` of either loads into the other. float64, float32, float16 and bfloat16 parameters; low precision is
+    computed in float32 and rounded once.
+
+    Args:
+        params (iterable): parameters or parameter groups. A group may have its own value of every option.
+        lr (float): learning rate. Default: 1e-2.
+        alpha (float): smoothing constant, from 0 to 1. Default: 0.99.
+        eps (float): term added to the denominator. Default: 1e-8.
+        weight_decay (float): L2 penalty. Default: 0.
+        momentum (float): momentum factor. Default: 0.
+        centered (bool): normalise by an estimate of the variance of the gradient. Default: False.
+        maximize (bool): maximise the objective. Default: False.
+        clip (float, optional): bound of the weights after the update, at least 0. Default: no clipping.
+
+    Raises:
+        TypeError: an option is not a number, ``lr`` is a tensor, or a gradient is sparse or complex.
+        ValueError: an option is out of range, or ``capturable`` or ``differentiable`` is set in a group.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> optimizer = gpkernels.optim.RMSprop(critic.parameters(), lr=5e-5, clip=0.01)
+        >>> critic(torch.randn(8, 2)).mean().backward()
+        >>> optimizer.step()
+
+    References:
+        Arjovsky et al., "Wasserstein GAN", 2017, Algorithm 1. https://arxiv.org/abs/1701.07875
     """
 
     def __init__(
@@ -65,9 +94,15 @@ class RMSprop(torch.optim.RMSprop):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; the closure's loss, if there is one.
+        """Perform one update of every parameter that has a gradient.
 
-        What is wrong with a gradient, an option or the state of any parameter is found before anything is changed.
+        Gradients, options and state of all parameters are checked before anything is changed.
+
+        Args:
+            closure (Callable, optional): re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
         """
         loss = None
         if closure is not None:
@@ -109,7 +144,7 @@ class _Options(NamedTuple):
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> _Options:
-        """TypeError or ValueError for what cannot be done."""
+        """Check a group's options; raise TypeError or ValueError for what is not supported."""
         for option in ("capturable", "differentiable"):
             if group[option]:
                 raise ValueError(f"{option}: expected False, got True; use torch.optim.RMSprop")
@@ -130,9 +165,9 @@ class _Options(NamedTuple):
 
 
 class _Update:
-    """One call of the kernel: the parameters of a group on one device, their gradients and their state.
+    """Arguments of one call of the kernel: the parameters of a group on one device, their gradients and state.
 
-    State that is new is kept here, and the optimiser's is left as it is, until ``store``.
+    State that is new is kept here until ``store``; the optimiser's is unchanged until then.
     """
 
     def __init__(self, params: list[Tensor], options: _Options, state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -167,7 +202,7 @@ class _Update:
         return self.params, self.grads, *self.state.values(), *self.options[:-1]
 
     def check(self) -> None:
-        """TypeError, ValueError or RuntimeError for tensors that the kernel does not take, or a backend that cannot."""
+        """Raise TypeError, ValueError or RuntimeError for tensors that the kernel does not support."""
         for i, p in enumerate(self.params):
             check_floating("params", p)
             check_floating("grad", self.grads[i])
@@ -181,7 +216,7 @@ class _Update:
             backends.implementation(rmsprop_op, self.arguments())
 
     def store(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-        """Count the step, keep what is new, and let graphs that saved any of it notice."""
+        """Count the step, store new state, and increment the versions of what was changed."""
         foreach_add_(self.steps, 1)
         for p, own in self.new.items():
             state[p].update(own)
@@ -189,7 +224,7 @@ class _Update:
 
 
 def _check_like(name: str, x: Tensor, p: Tensor) -> None:
-    """ValueError unless a gradient or state is as its parameter is; these can be changed under an optimiser."""
+    """Raise ValueError unless a gradient or state matches its parameter; either can be replaced by the user."""
     for what in ("shape", "dtype", "device", "layout"):
         got, wanted = getattr(x, what), getattr(p, what)
         if got != wanted:

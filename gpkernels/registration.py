@@ -1,4 +1,4 @@
-"""The ops tied to the implementations of them that are here; imported once, with the package."""
+"""Registration of the available implementations of the ops; imported once, with the package."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gpkernels.ops.op import LIBRARY
 
 
 def triton_kernels() -> Mapping[str, Callable[..., Any]]:
-    """Raw op names to Triton launchers; imports Triton."""
+    """Import Triton and return the launchers by raw op name."""
     from gpkernels.triton import KERNELS
 
     return KERNELS
 
 
 def register_triton(library: torch.library.Library) -> None:
-    """Triton kernels where "auto" takes them, imported when one is first called."""
+    """Register Triton kernels where "auto" selects them; they are imported when one is first called."""
     for device in backends.GPUS:
         if backends.takes_triton(device):
             for name in ALL:

@@ -1,4 +1,4 @@
-"""Critics as the papers have them, and the losses as they are usually written, for who measures and verifies ours."""
+"""Critics of the papers and hand-written losses, as references for measuring and verifying."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool = False) -> nn.Sequential:
-    """Linear layers with an activation between them, after LayerNorm if asked for."""
+    """Build an MLP: Linear layers with an activation between them, after LayerNorm if requested."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes[:-1]):
         layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if norm else []), activation()]
@@ -26,7 +26,7 @@ def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool =
 
 
 def dcgan(channels: int = 3, dim: int = 64, size: int = 32) -> nn.Sequential:
-    """The DCGAN critic of WGAN-GP's code: 5 x 5 kernels of stride 2, LeakyReLU."""
+    """Build the DCGAN critic of WGAN-GP's code: 5 x 5 kernels of stride 2, LeakyReLU."""
     widths = [channels, dim, 2 * dim, 4 * dim]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
@@ -35,7 +35,7 @@ def dcgan(channels: int = 3, dim: int = 64, size: int = 32) -> nn.Sequential:
 
 
 class ResidualBlock(nn.Module):
-    """As in WGAN-GP's residual critic: pre-activation, mean pooling on the way down."""
+    """Residual block of WGAN-GP's critic: pre-activation, mean pooling where it downsamples."""
 
     def __init__(self, before: int, after: int, size: int, norm: str, down: bool, first: bool = False) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualCritic(nn.Module):
-    """First block down, one down, two plain, ReLU, mean over the image, Linear (WGAN-GP, CIFAR)."""
+    """Residual critic of WGAN-GP for CIFAR: two blocks that downsample, two that do not, mean pooling, Linear."""
 
     def __init__(self, dim: int = 64, size: int = 32, norm: str = "none", channels: int = 3) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class ResidualCritic(nn.Module):
 
 
 class SkipField(nn.Module):
-    """A signed distance field: softplus MLP with the input joined in again halfway."""
+    """Signed distance field: softplus MLP with a skip connection from the input to its middle."""
 
     def __init__(self, width: int = 256, depth: int = 8, beta: float = 100.0) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ class SkipField(nn.Module):
 
 
 def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The scores of a critic that may give features with them."""
+    """Return the scores of a critic that may return features with them."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def plain_points(real: Tensor, fake: Tensor, eps: Tensor, penalty: str) -> Tensor:
-    """Where the gradient is penalised."""
+    """Return the points at which the gradient is penalised."""
     if penalty == "r1":
         return real.detach()
     if penalty == "r2":
@@ -109,7 +109,7 @@ def plain_points(real: Tensor, fake: Tensor, eps: Tensor, penalty: str) -> Tenso
 
 
 def plain_penalty(critic: nn.Module, points: Tensor, target: float = 1.0, one_sided: bool = False) -> Tensor:
-    """Mean (|grad D| - target)^2 at points."""
+    """Compute mean (|grad D| - target)^2 at points by double backward."""
     points = points.detach().requires_grad_()
     (grad,) = torch.autograd.grad(first(critic(points)).sum(), points, create_graph=True)
     if target == 0:
@@ -127,7 +127,7 @@ def plain_loss(
     penalty: str = "wgan-gp",
     weight: float = 10.0,
 ) -> Tensor:
-    """The critic's whole loss, with its calls in the order of ``CriticLoss`` where they are apart."""
+    """Compute the critic's whole loss by double backward, in the order of calls of an unbatched ``CriticLoss``."""
     on_fake, on_real = first(critic(fake)), first(critic(real))
     if objective == "wgan":
         loss = on_fake.mean() - on_real.mean()

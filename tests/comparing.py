@@ -1,4 +1,4 @@
-"""What tests of the critic step compare with: plain PyTorch's loss and gradients."""
+"""References for tests of the critic step: plain PyTorch's loss and gradients."""
 
 from __future__ import annotations
 

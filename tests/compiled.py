@@ -1,7 +1,4 @@
-"""The CUDA kernels compiled for the architectures that are named, and what each needs.
-
-`python tests/compiled.py` writes the table of that, by nvcc 13.0.
-"""
+"""Compilation of the CUDA kernels for each architecture, and the resources that they need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every test of an op runs once per backend; a backend that cannot run here says why it is skipped."""
+"""Fixtures: every test of an op runs once per backend; a backend that cannot run is skipped with its reason."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["C++", "Python"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What runs the programs of critics, and holds their calls against what was watched."""
+    """Run critics' programs and checks in C++ or in Python."""
     if request.param == "Python":
         monkeypatch.setattr(backends, "program", None)
     elif backends.program is None:

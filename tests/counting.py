@@ -1,4 +1,4 @@
-"""Counting what a call dispatches: FLOPs of products and convolutions, and operands that are nothing but zeros."""
+"""Counters of what a call dispatches: FLOPs of products and convolutions, and operands that are all zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Critics of many kinds beside those that are measured, and what plain PyTorch makes of their losses."""
+"""Critics of many kinds, in addition to the measured ones, and their losses in plain PyTorch."""
 
 from __future__ import annotations
 

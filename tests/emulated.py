@@ -38,14 +38,14 @@ def compiler() -> str | None:
 
 
 def unchanged(name: str, text: str) -> str:
-    """A source as it is."""
+    """Return a source unchanged."""
     return text
 
 
 def build(flavour: str = "plain", patch: Callable[[str, str], str] = unchanged, only: str = "") -> Path:
-    """A shared library with every kernel, or those of one source, built again only when a source has changed.
+    """Build a shared library of every kernel, or those of one source, if a source has changed.
 
-    ``patch`` may change a source by its name and text, for tests that must see a bug found.
+    ``patch`` may change a source, given its name and text, for tests that must detect a bug.
     """
     sources = [path for path in SOURCES if only in ("", path.stem)]
     headers = [

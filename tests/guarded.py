@@ -1,4 +1,4 @@
-"""Tensors whose storage touches a page that nobody may read or write: an access past it kills the process."""
+"""Tensors whose storage ends at an inaccessible page: an out-of-bounds access kills the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other Pythons for the tests of importing and installing: the package at a path, and nothing of the checkout."""
+"""Separate Pythons for the tests of importing and installing, which see the package at a path and not the checkout."""
 
 from __future__ import annotations
 

@@ -60,10 +60,7 @@ def _launches(func: Any, args: Any) -> int:
 
 
 def launches_of(call: Callable[[], Any]) -> Launches:
-    """What a call launches with the CUDA kernels, which it takes though its tensors are a CPU's.
-
-    Once it has settled, as a critic's step does after two calls.
-    """
+    """Count the launches of a call with the CUDA kernels, emulated on CPU tensors."""
     backends.add_kernels(BACKEND, partial(emulated.kernels, emulated.build()))
     with gpk.backend(BACKEND):
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Which implementation runs: with no extension, with a broken one, by environment variable, by name."""
+"""Choice of the implementation: without the extension, with a broken one, by environment variable, by name."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_as_one_batch(name: str) -> None:
 @pytest.mark.parametrize("name", ["DCGAN BatchNorm, N 2", "StyleGAN2, N 4"])
 def test_samples_that_meet_are_refused_as_one_batch(name: str) -> None:
     critic, (real, fake, eps) = small(name)
-    with pytest.raises(RuntimeError, match="together: expected a critic in which samples do not meet"):
+    with pytest.raises(RuntimeError, match="together: expected a critic whose samples are independent"):
         compiled(lambda r, f, e: gpk.CriticLoss(critic, together=True)(r, f, eps=e).loss)(real, fake, eps)
 
 
@@ -331,7 +331,7 @@ def test_nothing_is_stale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Switched(nn.Module):
-    """A critic of which an attribute says how samples meet, and that counts its calls."""
+    """A critic with an attribute that decides how samples interact, and a counter of its calls."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`torch.compile(backend="gpkernels")`: what a graph calls, written down and run as a list."""
+"""`torch.compile(backend="gpkernels")`: recording and replay of a graph's calls."""
 
 from __future__ import annotations
 

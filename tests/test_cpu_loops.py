@@ -1,4 +1,4 @@
-"""The loops behind the CPU kernels: polynomials, sums, and results that are larger than the cache."""
+"""Loops of the CPU kernels: polynomials, sums, and results larger than the cache."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_gaussian_number_is_right_to_a_few_ulp() -> None:
     with gpk.backend("cpu"):
         noise = instance_noise_op(zero, 1.0, None, KEY, True).double()
     exact = instance_noise_reference(zero.double(), 1.0, None, KEY, True)
-    # Float64 takes its cosine of a rounded angle, which is wrong by a little where the cosine is nearly zero.
+    # The float64 cosine is of a rounded angle, so it is inexact near its zeros.
     assert ((noise - exact).abs() <= 4 * 2.0**-23 * exact.abs() + 1e-14).all()
 
 

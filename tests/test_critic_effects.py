@@ -1,4 +1,4 @@
-"""What a call does beside its result: to the critic, to random numbers, to memory, and to whoever looks on."""
+"""Side effects of a call: on the critic, on random number generators, on memory, and on modes and hooks."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ ALL: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 
 
 class Running(nn.Module):
-    """A buffer that each pass binds anew, another that it writes, and a number."""
+    """Module with a buffer that each pass rebinds, another that it writes to, and a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -464,7 +464,7 @@ def test_without_gradients_parts_share_no_memory_either() -> None:
 
 
 def check(loss: gpk.CriticLoss, critic: nn.Module) -> None:
-    """Several calls of one CriticLoss and of a penalty, after a change."""
+    """Compare several calls of one CriticLoss and of a penalty with plain PyTorch, after a change."""
     for _ in range(3):
         real, fake, eps = batch(N, WIDTH)
         assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)

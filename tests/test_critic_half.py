@@ -1,4 +1,4 @@
-"""Under float16 and a loss scale, gradients are no worse than four times plain PyTorch's errors, tensor by tensor."""
+"""Gradients under float16 and a loss scale: at most four times plain PyTorch's errors, tensor by tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks on activations and modules are called on the way back, and what they change is changed."""
+"""Hooks on activations and modules run in backward, and their changes take effect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(backends.program is None, reason="without the na
 
 
 class Hooked(nn.Module):
-    """Doubles the gradient of an activation on its way back."""
+    """Doubles the gradient of an activation by a hook."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Critics whose samples mix, odd ones, and ones that change: all get PyTorch's numbers."""
+"""Critics whose samples interact, unusual ones, and ones that change: values and gradients are PyTorch's."""
 
 from __future__ import annotations
 

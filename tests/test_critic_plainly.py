@@ -1,4 +1,4 @@
-"""Small critics with calls that have no rule: their losses are left to autograd altogether."""
+"""Small critics with calls that have no rule: their losses are left to autograd."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
 
 @pytest.fixture(params=["native", "in Python"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What does the work: C++, or Python where that has no say."""
+    """Run in C++, or in Python where the native path does not apply."""
     if request.param == "native":
         if backends.program is None:
             pytest.skip("the loop in C++ is not built")

@@ -1,4 +1,4 @@
-"""Programs: when they are made and used, what they hold, and what they do where something changes."""
+"""Programs: when they are created and used, what they retain, and how they react to changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N, WIDTH = 5, 6
 
 @pytest.fixture(autouse=True)
 def _anew() -> None:
-    """Nothing is known of any signature."""
+    """Clear all signatures."""
     run.forget()
 
 
@@ -32,7 +32,7 @@ def programs() -> list[program.Program | None]:
 
 
 def penalise(critic: Any, n: int = N) -> None:
-    """Call a penalty and hold it against plain PyTorch's."""
+    """Compare a penalty with plain PyTorch's."""
     real, fake, eps = batch(n, WIDTH)
     points = plain_points(real, fake, eps, "wgan-gp")
     assert_exactly_as(gpk.gradient_penalty(critic, real, fake, eps=eps), plain_penalty(critic, points), critic)
@@ -130,7 +130,7 @@ def test_a_forced_backend_runs_no_program() -> None:
 
 
 class Fickle(torch.autograd.Function):
-    """Its backward gives the second argument a gradient in some calls only."""
+    """Custom function whose backward returns a gradient for its second argument in some calls only."""
 
     gives = True
 
@@ -220,7 +220,7 @@ def test_a_settled_step_is_one_call_of_cpp(kind: str, monkeypatch: pytest.Monkey
     critic = make().double()
     loss = gpk.CriticLoss(critic, penalty=penalty)
     for settled in (False,) * 6 + (True,):
-        if settled:  # Python's way is gone
+        if settled:  # the Python path is unavailable
 
             def gone(*_: Any, **__: Any) -> None:
                 raise AssertionError("not in C++")

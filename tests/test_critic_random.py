@@ -1,4 +1,4 @@
-"""Critics put together at random from all sorts of calls: value and all gradients are plain PyTorch's."""
+"""Randomly composed critics: value and all gradients are plain PyTorch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rule, and calls without one: value and gradients are plain PyTorch's, on every way that a call can take."""
+"""Every rule, and calls without one: value and gradients are plain PyTorch's, in every execution mode."""
 
 from __future__ import annotations
 
@@ -536,14 +536,14 @@ def test_a_whole_loss_has_pytorchs_value_and_gradients(name: str, way: str, monk
         monkeypatch.setattr(backends, "program", None)
     critic, tolerance = made(name), cases[name].tolerance
     loss = gpk.CriticLoss(critic, objective=objective, penalty=penalty, together=together)
-    for _ in range(calls):  # each way as it comes, traced, by the program
+    for _ in range(calls):  # in each mode: untraced, traced, by the program
         real, fake, eps = drawn(name)
         exact = plain_loss(critic, real, fake, eps, objective, penalty)
         assert_exactly_as(loss(real, fake, eps=eps).loss, exact, critic, tolerance)
 
 
 class MeanAndSpread(nn.Module):
-    """A mean that bends on its way to the scores, and a variance that does not, of one call."""
+    """A mean with curvature on its path to the scores and a variance without, from one call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -578,7 +578,7 @@ def test_hardsigmoid_which_pytorch_cannot_differentiate_twice() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 7), (3, 2, 7)])
 def test_rms_norm_as_one_operation(shape: tuple[int, ...]) -> None:
-    """On GPUs alone it is one; its rule's formulas are held against those of what it is made of."""
+    """Only GPUs have it as one operation; the rule's formulas are compared with those of its decomposition."""
     x, t, c = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     weight, of_weight = (torch.randn(7, dtype=torch.float64) for _ in range(2))
 
@@ -622,7 +622,7 @@ def test_dropout_as_one_operation_scales_as_it_was_called() -> None:
 
 
 def test_what_a_kernel_gives_unasked_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a batch norm's backward on a GPU does: weight gradients that nobody wanted, of whatever was in memory."""
+    """A batch norm's backward on a GPU returns uninitialised weight gradients that were not requested."""
     given = BatchNorm.pull
 
     def pull(self: BatchNorm, s: Saved, c: Any, wanted: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Critics that are called from several threads leave the compiler as it was."""
+"""Critics that are called from several threads restore the compiler's stance."""
 
 from __future__ import annotations
 

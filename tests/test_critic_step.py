@@ -1,4 +1,4 @@
-"""The critic step without wasted work gives PyTorch's numbers, for critics of every kind."""
+"""The critic step gives PyTorch's numbers, for critics of every kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the samples of a loss may be one batch: critics whose samples mix in ways that no graph shows."""
+"""Detection of whether the samples of a loss can be one batch, on critics whose samples interact outside the graph."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ HIDDEN: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "a constant row for each": lambda h, _: h * ROWS.repeat(len(h) // N, 1),
 }
 
-# The same in the graph, which tells.
+# The same, visible in the graph.
 SHOWN: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "a mean": lambda h, _: h - h.mean(0),
     "a spread": lambda h, _: h * h.std(0).mean(),
@@ -197,7 +197,7 @@ def test_a_part_of_the_critic_that_is_set_to_training_is_seen() -> None:
         assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
 
 
-# Samples keep to themselves, whatever it looks like: one batch from the third call on.
+# Independent samples, despite appearances: one batch from the third call on.
 KEEPING: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "ReLU": lambda h, _: torch.relu(h),
     "a choice": lambda h, _: torch.where(h > 0, h, 0.2 * h),

@@ -1,4 +1,4 @@
-"""MLPs inside modules of a user's own: whatever these do to their input and output is seen."""
+"""MLPs inside user modules that transform their input and output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels under sanitizers and in other thread orders, and proof that these checks see bugs."""
+"""The CUDA kernels under sanitizers and in other thread orders, and seeded bugs that these checks must detect."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +48,12 @@ def _library_of_compiler(name: str) -> str:
 
 
 def verdict(library: Path, flavour: str, order: str, *names: str) -> str:
-    """What checking a library says: its last line, or the sanitizer's finding."""
+    """Return the result of checking a library: its last line, or the sanitizer's finding."""
     environment = {**os.environ, "GPK_EMULATION_ORDER": order, "OMP_NUM_THREADS": "1"}
     environment["LD_PRELOAD"] = " ".join(map(_library_of_compiler, RUNTIMES[flavour]))
     environment["ASAN_OPTIONS"] = "detect_leaks=0:halt_on_error=1"
     environment["TSAN_OPTIONS"] = "halt_on_error=1"
-    fixed = ["setarch", "-R"] if flavour == "raced" else []  # the race detector wants its own addresses
+    fixed = ["setarch", "-R"] if flavour == "raced" else []  # the race detector needs a fixed address space
     done = subprocess.run(
         [*fixed, sys.executable, str(CHECK), str(library), *names],
         env=environment,
@@ -78,11 +79,12 @@ def test_every_kernel_is_clean_under_address_and_undefined_behaviour_sanitizers(
 
 
 def test_no_two_threads_race() -> None:
-    """In one order: what the detector takes for ordered are barriers, shuffles and fences, not the turns of threads."""
+    """One order suffices: the detector derives ordering from barriers, shuffles and fences, not from the schedule."""
     assert _all_verdicts()["raced"] == {"random:1": "ok"}
 
 
-# Launches of each op, for a pair of tensors where it takes several.
+# Launches of each op for a pair of tensors, where there are several.
+ROWS = torch.zeros(3, 5)
 LAUNCHES = {"consistency_backward": 2, "score_loss_backward": 2}
 
 
@@ -107,6 +109,34 @@ def test_a_code_that_names_nothing_is_refused(kind: int) -> None:
         kernels["score_loss_backward"](one, [scores], [kind], [0.0])
     with pytest.raises(RuntimeError, match=f"reduction: expected 0 to 2, got {kind}"):
         kernels["gradient_norm_penalty"](scores, 1.0, False, kind, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("interpolate", (ROWS, torch.zeros(3, 4), torch.zeros(3)), r"fake: expected shape \(3, 5\), got \(3, 4\)"),
+        ("interpolate", (ROWS, ROWS, torch.zeros(1, 3)), r"eps: expected shape \(N,\) or \(N, 1, ...\), got \(1, 3\)"),
+        ("interpolate", (ROWS, ROWS.double(), torch.zeros(3)), "fake: expected dtype Float, got Double"),
+        (
+            "instance_noise",
+            (ROWS, 1.0, None, torch.zeros(1), True),
+            r"key: expected one int64, got Float of shape \(1,\)",
+        ),
+        ("mean_pool", (ROWS, 2, 2), r"x: expected images that windows of 2 x 2 tile, got shape \(3, 5\)"),
+        (
+            "consistency_term",
+            (ROWS, ROWS, ROWS[:2], ROWS[:2], 0.0, 1.0),
+            "features1: expected the batch of score1, 3, got 2",
+        ),
+        ("affine_gradients", (ROWS, ROWS), r"cotangent: expected shape \(R, K, I\), got \(3, 5\)"),
+        ("clip_weights_", ([torch.zeros(1).expand(4)], 1.0), r"params: expected .* not overlap .* got shape \(4,\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_kernels_of_both_devices_refuse_the_same_arguments(op: str, arguments: tuple[Any, ...], message: str) -> None:
+    for kernel in (emulated.kernels(emulated.build())[op], ops.ALL[op].overload):
+        with pytest.raises(RuntimeError, match=message):
+            kernel(*arguments)
 
 
 def test_hundreds_of_weights_are_one_launch() -> None:
@@ -155,7 +185,7 @@ def _replace(file: str, old: str, new: str) -> Callable[[str, str], str]:
     return patch
 
 
-# Each bug, which build sees it, and what that says: a plain one in every order, the others in one.
+# Each bug, the build that detects it, and its message: a plain build in every order, the others in one.
 BUGS = {
     "a missing barrier": (
         _replace("device.h", " = value;\n  __syncthreads();\n  value = A(0);", " = value;\n  value = A(0);"),

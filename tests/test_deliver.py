@@ -1,4 +1,4 @@
-"""A value whose gradients are known: as a node in C++, and in Python where that one does not go."""
+"""Values with precomputed gradients: the node in C++, and in Python where that does not apply."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpkernels import backends
 from gpkernels.critic.deliver import deliver
 from watchers import PassesFunctions, PassesOps
 
-needs_cpp = pytest.mark.skipif(backends.deliver is backends.declined, reason="the direct way is not built")
+needs_cpp = pytest.mark.skipif(backends.deliver is backends.declined, reason="the fast path is not built")
 WAYS = ["the node in Python", pytest.param("the node in C++", marks=needs_cpp)]
 
 
@@ -35,7 +35,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def delivered(**options: Any) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]:
-    """A value, two weights, and gradients for them that nothing else holds on to."""
+    """Return a value, two weights, and gradients for them without other references."""
     weights = [nn.Parameter(torch.randn(3, 2, **options)), nn.Parameter(torch.randn(4, **options))]
     gradients = [torch.randn_like(w) for w in weights]
     copies = [g.clone() for g in gradients]
@@ -77,7 +77,7 @@ def test_a_kept_graph_gives_its_gradients_again(way: str) -> None:
 def test_a_second_backward_says_what_is_missing(way: str) -> None:
     value, _, _ = delivered()
     value.backward()
-    with pytest.raises(RuntimeError, match="second time: the first needs retain_graph=True"):
+    with pytest.raises(RuntimeError, match="second time: expected retain_graph=True in the first"):
         value.backward()
 
 
@@ -212,5 +212,5 @@ def test_gradients_are_handed_over_without_a_copy(way: str) -> None:
     with profile() as seen:
         loss.backward()
     names = {event.name for event in seen.events()}
-    assert "aten::detach" in names  # what autograd does to a gradient that it takes as it is
+    assert "aten::detach" in names  # as autograd does to a gradient that it does not copy
     assert not names & {"aten::clone", "aten::copy_", "aten::mul", "aten::_foreach_mul", "aten::_foreach_mul_"}

@@ -1,4 +1,4 @@
-"""The short way from Python to the C++ kernels: what it gives, and what it leaves to PyTorch's own way."""
+"""Fast paths from Python to the C++ kernels: their results, and the calls that they decline."""
 
 from __future__ import annotations
 
@@ -213,12 +213,12 @@ def test_it_declines_what_no_op_is_called() -> None:
 
 def test_a_binary_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert backends._load_short_way("_direct") is None
+    assert backends._load_fast_paths("_direct") is None
 
 
 def test_a_binary_that_an_older_build_left_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpkernels._direct.TORCH", "2.12.0")
-    assert backends._load_short_way("_direct") is None
+    assert backends._load_fast_paths("_direct") is None
 
 
 def test_weights_that_overlap_themselves_are_refused_before_others_are_changed() -> None:
@@ -255,7 +255,7 @@ def test_ctrl_c_in_a_kernel_is_not_tried_again() -> None:
 def test_without_its_binary_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gpkernels._direct", None)
     monkeypatch.delattr(gpk, "_direct")
-    assert backends._load_short_way("_direct") is None
+    assert backends._load_fast_paths("_direct") is None
 
 
 PUBLIC: dict[str, Callable[..., Tensor]] = {

@@ -1,4 +1,4 @@
-"""The documents say what is so: examples run, links lead somewhere, and every op is listed."""
+"""The documents are correct: examples run, links resolve, and every op is listed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_compiled_step_of_the_readme_runs() -> None:
     real = fake = torch.full((8, 6), 1.0)
     exact = gpkernels.CriticLoss(critic)(real, fake.clone()).loss
     names = {"torch": torch, "loss": gpkernels.CriticLoss(critic)}
-    _, by_program, _ = EXAMPLES[2].splitlines()  # Inductor takes long
+    _, by_program, _ = EXAMPLES[2].splitlines()  # Inductor is slow
     exec(by_program, names)
     torch.testing.assert_close(names["step"](real, fake.clone()), exact)
     exec(EXAMPLES[2], names)

@@ -75,7 +75,7 @@ Outcome = tuple[Tensor, list[Tensor | None]] | str
 
 
 def outcome(penalty: Callable[[], Tensor], critic: nn.Module) -> Outcome:
-    """A penalty's value and weight gradients, or what PyTorch says where it has none."""
+    """Return a penalty's value and weight gradients, or PyTorch's error."""
     critic.zero_grad()
     try:
         loss = penalty()

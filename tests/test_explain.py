@@ -1,4 +1,4 @@
-"""`explain` says which way each call takes, in any critic, and leaves the critic as it was."""
+"""`explain` reports how each call of any critic is differentiated, and restores the critic."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from critics import ResidualCritic, mlp
 from gpkernels import cli
 from gpkernels.critic.explain import Explanation
 
-ONE_BATCH = "can go through as one batch"
-APART = "go through one after the other"
+ONE_BATCH = "can be processed as one batch"
+APART = "are processed one group after the other"
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +35,16 @@ def layers(told: Explanation) -> list[str]:
 
 
 def generic(told: Explanation) -> dict[str, str]:
-    """The ways of the calls that are left to autograd, by layer."""
-    return {call.layer: call.way for call in told.calls if call.way.startswith("generic")}
+    """The method of the calls that are left to autograd, by layer."""
+    return {call.layer: call.method for call in told.calls if call.method.startswith("generic")}
 
 
 def test_an_mlp_has_rules_and_saves_a_third() -> None:
     told = gpk.explain(mlp(2, 64, 64, 1), torch.randn(8, 2))
     assert functions(told) == ["linear", "relu", "linear", "relu", "linear"]
     assert layers(told) == ["0", "1", "2", "3", "4"]
-    assert {call.way for call in told.calls} == {"rule"}
-    assert told.way == "every call has a rule"
+    assert {call.method for call in told.calls} == {"rule"}
+    assert told.method == "every call has a rule"
     assert ONE_BATCH in told.samples
     forward = sum(call.flops for call in told.calls)
     assert told.forward_flops == forward
@@ -55,9 +55,9 @@ def test_an_mlp_has_rules_and_saves_a_third() -> None:
 
 def test_a_residual_critic_is_told_layer_by_layer() -> None:
     told = gpk.explain(ResidualCritic(8, 16, "group_norm"), torch.randn(2, 3, 16, 16))
-    assert told.way.startswith("every call has a rule")
+    assert told.method.startswith("every call has a rule")
     assert set(layers(told)) >= {"blocks.0.conv1", "blocks.3.conv2", "top"}
-    assert {call.way for call in told.calls if call.function == "group_norm"} == {"rule, curved"}
+    assert {call.method for call in told.calls if call.function == "group_norm"} == {"rule, curved"}
 
 
 class Straight(torch.autograd.Function):
@@ -89,7 +89,7 @@ def test_a_custom_function_is_named_with_its_layer_and_reason_and_costs_no_more_
     assert functions(told) == ["linear", "Straight", "relu", "linear"]
     assert list(generic(told)) == ["1"]
     assert "custom function" in generic(told)["1"]
-    assert told.way.startswith("1 of 4 calls is left to autograd")
+    assert told.method.startswith("1 of 4 calls is left to autograd")
     assert "Straight of layer 1" in told.samples
     assert APART in told.samples
     assert told.calls[1].flops == 2 * 8 * 32 * 32
@@ -152,7 +152,7 @@ def test_multihead_attention_is_one_call() -> None:
     told = gpk.explain(Critic(), torch.randn(3, 6, 8))
     assert functions(told) == ["transpose", "multi_head_attention_forward", "mean", "linear"]
     assert layers(told) == ["", "attention", "", "top"]
-    assert told.calls[1].way == "rule, curved"
+    assert told.calls[1].method == "rule, curved"
 
 
 def test_a_batch_axis_that_is_not_the_first_keeps_samples_apart() -> None:
@@ -178,13 +178,13 @@ def test_samples_that_meet_are_told_with_the_call_in_which_they_do() -> None:
 
     told = gpk.explain(nn.Sequential(nn.Linear(6, 8), Deviation(), nn.Linear(9, 1)), torch.randn(5, 6))
     assert not generic(told)
-    assert "they meet in std of layer 1" in told.samples
+    assert "samples interact in std of layer 1" in told.samples
     assert APART in told.samples
 
 
 def test_what_autograds_graph_does_not_show_keeps_samples_apart_too() -> None:
     told = gpk.explain(lambda x: (x * x.detach().mean().item()).sum(1), torch.randn(5, 6))
-    assert told.way == "every call has a rule"
+    assert told.method == "every call has a rule"
     assert "not in the graph" in told.samples
     assert APART in told.samples
 
@@ -261,7 +261,7 @@ def test_recurrent_layers_are_one_call(kind: type[nn.RNNBase]) -> None:
     told = gpk.explain(Critic(), torch.randn(3, 6, 4))
     assert layers(told) == ["cell", "", "top"]
     assert told.flops is not None
-    assert ("rnn_layer" in told.uncounted) == ("MkldnnRnnLayer" in told.calls[0].way)
+    assert ("rnn_layer" in told.uncounted) == ("MkldnnRnnLayer" in told.calls[0].method)
     assert " L\n" not in str(told) or not told.uncounted
 
 

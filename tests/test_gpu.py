@@ -1,4 +1,4 @@
-"""The GPU kernels on a GPU: `make test-gpu`. Everything here skips where there is none."""
+"""The GPU kernels on a GPU: `make test-gpu`. Skipped without one."""
 
 from __future__ import annotations
 

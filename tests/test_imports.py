@@ -1,4 +1,4 @@
-"""Data flows one way: no module of the library imports one above it, and no imports go round in a circle."""
+"""Layering: no module of the library imports one above it, and there are no import cycles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the bottom up: a room imports those in the lines above its own, and itself.
+# From the bottom up: a layer imports those in the lines above its own, and itself.
 ROOMS = (
     ("version", "private", "zoo"),
     ("backends",),
@@ -38,14 +38,14 @@ def room(module: str) -> str:
 
 
 def named(path: Path) -> Iterator[str]:
-    """Every module that a file imports, in functions too, or names in full, as for ``import_module``."""
+    """List the modules that a file imports, in functions too, or names in full, as for ``import_module``."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            # What is no module of the package is a name in one; the package itself is not meant where its modules are.
+            # Anything but a module is a name in one; the package itself does not count where its modules do.
             yield from (name if name in SOURCES else str(node.module) for name in modules)
         elif isinstance(node, ast.Constant) and node.value in SOURCES and node.value != "gpkernels":
             yield node.value

@@ -1,4 +1,4 @@
-"""Building and installing: what setup.py says, and what is in the wheels and in the source distribution."""
+"""Building and installing: errors of setup.py, and contents of the wheels and the source distribution."""
 
 from __future__ import annotations
 

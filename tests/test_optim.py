@@ -161,7 +161,7 @@ def test_a_parameter_of_each_dtype_in_one_group(backend: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_state_dict_moves_to_torch_and_back_in_mid_run(name: str, backend: str) -> None:
-    """Three legs of five steps: torch, ours, torch; beside them torch all the way, and each optimiser's own reload."""
+    """Three runs of five steps by torch, ours and torch, compared with torch alone and with each optimiser's reload."""
     options = OPTIONS[name]
     ours = _weights(torch.float64)
     theirs = _twins(ours)
@@ -322,7 +322,7 @@ def test_nothing_moves_when_a_later_gradient_is_bad(backend: str) -> None:
 
 
 def _snapshot(optimizer: RMSprop) -> tuple[Any, ...]:
-    """Everything that a step or a group could change, in copies."""
+    """Copy everything that a step or a group could change."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = {
@@ -385,7 +385,7 @@ OPTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 def _become(weight: nn.Parameter, data: Tensor) -> None:
-    """The weight with other data, as ``module.to`` leaves it, and a gradient to match."""
+    """Replace the weight's data, as ``module.to`` does, with a matching gradient."""
     weight.grad = None
     weight.requires_grad_(data.is_floating_point())
     weight.data = data

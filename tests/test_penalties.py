@@ -1,4 +1,4 @@
-"""Penalties and CriticLoss against the idioms of plain PyTorch: values and every weight gradient."""
+"""Penalties and CriticLoss compared with idioms of plain PyTorch: values and every weight gradient."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class WithFeatures(nn.Module):
 
 
 class PlainFunction:
-    """No module: a callable over weights of its own."""
+    """A callable with weights of its own that is not a module."""
 
     def __init__(self) -> None:
         self.weights = [nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(7))]

@@ -1,4 +1,4 @@
-"""PyTorch's private names: each is as it is expected to be, and one module alone uses them."""
+"""PyTorch's private names: each behaves as expected, and only one module uses them."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ _traces = 0
 
 
 def _again(ctx: object) -> None:
-    """Begin a trace anew once, which then goes another way."""
+    """Restart a trace once, which then takes another branch."""
     global _traces
     _traces += 1
     if _traces == 1:
@@ -342,7 +342,7 @@ def test_nothing_is_left_out() -> None:
 
 
 def private_names(tree: ast.AST) -> Iterator[str]:
-    """What a file takes of PyTorch that begins with an underscore, and attributes of any object that do."""
+    """List PyTorch's private names and attributes that a file uses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "torch":
             yield from (f"{node.module}.{a.name}" for a in node.names if "._" in f"{node.module}.{a.name}")
@@ -360,7 +360,7 @@ def is_aten(node: ast.expr) -> bool:
 
 
 def own_names(tree: ast.AST) -> Iterator[str]:
-    """Attributes that a file gives its own modules, classes and objects."""
+    """List the attributes that a file defines on its own modules, classes and objects."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name

@@ -1,4 +1,4 @@
-"""Random numbers: the same from one seed on every backend, of the right distribution, and nobody else's state."""
+"""Random numbers: one seed gives the same on every backend, of the right distribution, and no other state changes."""
 
 from __future__ import annotations
 

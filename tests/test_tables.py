@@ -1,6 +1,6 @@
-"""What is written twice agrees: the tables of GPU kernels with the sources, the kinds of score losses with C++'s.
+"""Duplicated facts agree: tables of GPU kernels and their sources, kinds of score losses in Python and C++.
 
-Where the compilers are, test_cuda_compiles and test_triton_compiles hold every number of the tables to theirs.
+Where the compilers are available, test_cuda_compiles and test_triton_compiles check every number of the tables.
 """
 
 from __future__ import annotations

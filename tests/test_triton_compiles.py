@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for every named target: what they take of it, beside the tracked table."""
+"""The Triton kernels compiled ahead of time for every named target: their resources equal the tracked table."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_kernels_ask_for_nothing_that_one_vendor_alone_has(resources: dict) -> N
 
 
 def write_table() -> None:
-    """After a change that is meant: ``python tests/test_triton_compiles.py`` writes the table anew."""
+    """Update the table after an intended change: ``python tests/test_triton_compiles.py``."""
     TABLE.parent.mkdir(exist_ok=True)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: against the reference, and beside pages that nobody may touch."""
+"""The Triton kernels in Triton's interpreter, compared with the reference, and next to inaccessible pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes that the Triton kernels load and store, counted in Triton's interpreter, beside the least that can be."""
+"""Bytes that the Triton kernels load and store, counted in Triton's interpreter, compared with the minimum."""
 
 from __future__ import annotations
 

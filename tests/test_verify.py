@@ -1,4 +1,4 @@
-"""`gpkernels verify`: it passes here, it sees what is wrong, and it says how to run that again."""
+"""`gpkernels verify` passes, detects errors, and prints the command that repeats a failed case."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_users_own_critic_is_verified(capsys: pytest.CaptureFixture[str], monk
         (["--op", "nonsense"], "--op: expected one of interpolate"),
         (["--dtype", "int8"], "--dtype: expected one of float64"),
         (["--backend", "nonsense"], "--backend: expected one of reference"),
-        (["--critic", "torch.nn:ReLU"], "--critic: expected with --input"),
+        (["--critic", "torch.nn:ReLU"], "--critic and --input: expected both"),
         (["--critic", "torch.nn:ReLU", "--input", "8x4"], "torch.nn:ReLU on 8x4: "),
         (["--critic", "math:sqrt", "--input", "8x4"], "--critic: expected a torch.nn.Module"),
         (["--op", "interpolate", "--dtype", "float64", "--json", "/nowhere/at/all.json"], "--json /nowhere"),

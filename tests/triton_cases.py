@@ -19,7 +19,7 @@ from gpkernels.verify.cases import DTYPES, LAYOUTS, laid_out
 
 SHAPES = {"one": (1, 1), "odd": (3, 7), "pairs": (257, 2), "aligned": (5, 48), "image": (4, 3, 5, 9), "long": (2, 4501)}
 PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS[1:]]
-# Layouts are the launchers' business, whatever the dtype; float16 rounds as bfloat16 does, and float64 does not.
+# Launchers treat layouts alike in every dtype; float16 rounds like bfloat16, float64 does not.
 PLACES_OF = {"float32": PLACES, "float64": PLACES[: len(SHAPES)], "float16": PLACES[:2], "bfloat16": PLACES}
 GUARDED = ("one", "odd", "long", "image, transposed", "groups", "weights", "special")
 KEY = 12345678901234567

@@ -1,7 +1,4 @@
-"""What every Triton kernel takes of a device: compiled ahead of time, with the arguments that its launcher passes.
-
-Run as a program it prints the table as JSON; it needs triton and no device, and must not run under TRITON_INTERPRET.
-"""
+"""Resources of every Triton kernel, compiled ahead of time with the arguments of its launcher."""
 
 from __future__ import annotations
 

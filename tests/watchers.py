@@ -1,4 +1,4 @@
-"""Modes that look on and change nothing."""
+"""Modes that observe and change nothing."""
 
 from __future__ import annotations
 

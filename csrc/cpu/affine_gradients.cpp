@@ -1,11 +1,11 @@
-// affine_gradients: the gradients of w and b in y = x w + b, for a cotangent and an operand (R, K, I), w and b having K
-// elements: sums of cotangent * operand, and of cotangent, over R and I.
+// affine_gradients: gradients of w and b (K,) in y = x w + b, for a cotangent and an operand (R, K, I): sums of
+// cotangent * operand, and of cotangent, over R and I.
 #include "loops.h"
 
 namespace gpk::cpu {
 namespace {
 
-constexpr int64_t kRows = 32, kLanes = 256;  // summed in the accumulation dtype before they join a double
+constexpr int64_t kRows = 32, kLanes = 256;  // rows summed in the accumulation dtype before double
 
 // I = 1: columns [begin, end), all rows.
 template <typename T, typename A>
@@ -43,8 +43,7 @@ GPK_SIMD void sum_plane(const T* c, const T* x, double* product, double* sum, in
 }
 
 std::tuple<Tensor, Tensor> affine_gradients_cpu(Tensor cotangent, Tensor operand) {
-  STD_TORCH_CHECK(cotangent.dim() == 3, "cotangent: expected (R, K, I)");
-  check_same("operand", operand, cotangent);
+  check_affine_gradients(cotangent, operand);
   const Tensor c = torch::stable::contiguous(cotangent), x = torch::stable::contiguous(operand);
   const int64_t rows = c.size(0), cols = c.size(1), inner = c.size(2);
   std::vector<double> products(cols), sums(cols);

@@ -1,4 +1,4 @@
-// consistency_term and lipschitz_consistency: squared distances per row, then a formula; they share one backward.
+// consistency_term and lipschitz_consistency: squared distances per row, then a formula; one backward for both.
 #include "../formulas.h"
 #include "loops.h"
 
@@ -27,9 +27,8 @@ GPK_SIMD void scale_difference(const T* a, const T* b, const A* scale, T* plus, 
   }
 }
 
-std::vector<double> row_distances(const char* name, const Tensor& a, const Tensor& b) {
-  const Shape shape = rows_of(name, a);
-  check_same(name, b, a);
+std::vector<double> row_distances(const Tensor& a, const Tensor& b) {
+  const Shape shape{a.size(0), a.numel() / a.size(0)};
   const MemoryFormat format = common_format({&a, &b});
   const Tensor first = in_format(a, format), second = in_format(b, format);
   std::vector<double> sums;
@@ -42,12 +41,11 @@ std::vector<double> row_distances(const char* name, const Tensor& a, const Tenso
   return sums;
 }
 
-// Mean over rows of what `formula` gives for the two distances, and its coefficients.
+// Mean over rows of `formula` of the two distances, and the coefficients of its derivative.
 template <typename F>
 std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor& a2, const Tensor& b1,
                                                   const Tensor& b2, const F& formula) {
-  std::vector<double> a = row_distances("a", a1, a2), b = row_distances("b", b1, b2);
-  STD_TORCH_CHECK(a.size() == b.size(), "batches differ");
+  std::vector<double> a = row_distances(a1, a2), b = row_distances(b1, b2);
   Sum sum;
   for (size_t row = 0; row < a.size(); ++row) {
     const ConsistencyRow<double> result = formula(a[row], b[row], 1.0 / double(a.size()));
@@ -62,7 +60,8 @@ std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> consistency_term_cpu(Tensor score1, Tensor score2, Tensor features1,
                                                         Tensor features2, double margin, double feature_weight) {
-  const int64_t width = rows_of("features1", features1).cols;
+  check_consistency(score1, score2, "features1", features1, "features2", features2);
+  const int64_t width = features1.numel() / features1.size(0);
   const double weight = feature_weight / double(std::max<int64_t>(1, width));
   return mean_over_rows(score1, score2, features1, features2, [=](double scores, double features, double share) {
     return consistency_row(scores, features, margin, weight, share);
@@ -71,17 +70,14 @@ std::tuple<Tensor, Tensor, Tensor> consistency_term_cpu(Tensor score1, Tensor sc
 
 std::tuple<Tensor, Tensor, Tensor> lipschitz_consistency_cpu(Tensor score1, Tensor score2, Tensor x1, Tensor x2,
                                                              double margin) {
+  check_consistency(score1, score2, "x1", x1, "x2", x2);
   return mean_over_rows(score1, score2, x1, x2, [=](double scores, double inputs, double share) {
     return lipschitz_row(scores, inputs, margin, share);
   });
 }
 
 std::pair<Tensor, Tensor> pair_backward(const Tensor& cotangent, const Tensor& x1, const Tensor& x2,
-                                        const Tensor& coefficient) {
-  const Shape shape = rows_of("pair", x1);
-  check_same("pair", x2, x1);
-  check_per_row("coefficient", coefficient, shape);
-  STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
+                                        const Tensor& coefficient, Shape shape) {
   const MemoryFormat format = common_format({&x1, &x2});
   const Tensor a = in_format(x1, format), b = in_format(x2, format);
   const Tensor plus = result_like(x1, format), minus = result_like(x1, format);
@@ -104,9 +100,11 @@ std::pair<Tensor, Tensor> pair_backward(const Tensor& cotangent, const Tensor& x
 std::tuple<Tensor, Tensor, Tensor, Tensor> consistency_backward_cpu(Tensor cotangent, Tensor a1, Tensor a2, Tensor b1,
                                                                     Tensor b2, Tensor a_coefficient,
                                                                     Tensor b_coefficient, bool to_b) {
-  const auto [ga1, ga2] = pair_backward(cotangent, a1, a2, a_coefficient);
+  const Shape a_shape = check_consistency_backward(cotangent, "a1", a1, "a2", a2, a_coefficient);
+  const auto [ga1, ga2] = pair_backward(cotangent, a1, a2, a_coefficient, a_shape);
   if (!to_b) return {ga1, ga2, nothing_like(b1), nothing_like(b1)};
-  const auto [gb1, gb2] = pair_backward(cotangent, b1, b2, b_coefficient);
+  const Shape b_shape = check_consistency_backward(cotangent, "b1", b1, "b2", b2, b_coefficient);
+  const auto [gb1, gb2] = pair_backward(cotangent, b1, b2, b_coefficient, b_shape);
   return {ga1, ga2, gb1, gb2};
 }
 

@@ -1,13 +1,13 @@
-// instance noise: x + sigma * scale * xi, four random numbers to a Philox call.
+// instance_noise: x + sigma * scale * xi, four random numbers per Philox call.
 #include "../formulas.h"
 #include "loops.h"
 
 namespace gpk::cpu {
 namespace {
 
-constexpr int64_t kGroup = 32, kBlock = 256;  // counters side by side; numbers that are made before they are added
+constexpr int64_t kGroup = 32, kBlock = 256;  // counters per vector loop; numbers generated before they are added
 
-// Philox of counters first, first + 1, ...: a lane each.
+// Philox of counters first, first + 1, ..., one per lane.
 template <typename Lane>
 GPK_INLINE inline void philox_lanes(uint64_t key, uint64_t first, uint32_t (&words)[4][kGroup]) {
   Lane lanes[4][kGroup];
@@ -26,7 +26,7 @@ GPK_INLINE inline void philox_lanes(uint64_t key, uint64_t first, uint32_t (&wor
     for (int64_t i = 0; i < kGroup; ++i) words[k][i] = uint32_t(lanes[k][i]);
 }
 
-// Lanes of 64 bits take no shuffles, but a vector instruction that multiplies them.
+// Lanes of 64 bits need no shuffles, but a vector multiplication of 64-bit integers.
 inline bool multiplies_wide_lanes() {
 #ifdef GPK_TARGET_CLONES
   return __builtin_cpu_supports("avx512dq");
@@ -35,7 +35,7 @@ inline bool multiplies_wide_lanes() {
 #endif
 }
 
-// The numbers of Philox calls, in the order of random_numbers.
+// Random numbers of kGroup Philox calls, in the order of random_numbers.
 template <typename Lane, typename A>
 GPK_INLINE inline void random_group(uint64_t key, uint64_t first, bool gaussian, A* numbers) {
   uint32_t words[4][kGroup];
@@ -71,8 +71,8 @@ GPK_SIMD void add_noise(const T* x, T* out, A amplitude, uint64_t key, bool gaus
 }
 
 Tensor instance_noise_cpu(Tensor x, double sigma, std::optional<Tensor> scale, Tensor key, bool gaussian) {
-  const uint64_t seed = philox_key(key);
-  STD_TORCH_CHECK(!scale.has_value() || scale->numel() == 1, "scale: expected one number");
+  check_instance_noise(scale, key);
+  const uint64_t seed = uint64_t(*data<int64_t>(key));
   const MemoryFormat format = common_format({&x});
   const Tensor from = in_format(x, format), out = result_like(x, format);
   dispatch(x, [&](auto zero) {

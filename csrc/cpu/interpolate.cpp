@@ -35,11 +35,7 @@ GPK_SIMD void split_rows(const T* cotangent, const A* eps, T* to_real, T* to_fak
 }
 
 Tensor interpolate_cpu(Tensor real, Tensor fake, Tensor eps) {
-  const Shape shape = rows_of("real", real);
-  check_same("fake", fake, real);
-  check_per_row("eps", eps, shape);
-  STD_TORCH_CHECK(eps.dim() == 1 || (eps.dim() == real.dim() && eps.size(0) == shape.rows),
-                  "eps: expected (N, 1, ...)");
+  const Shape shape = check_interpolate(real, fake, eps);
   const MemoryFormat format = common_format({&real, &fake});
   const Tensor r = in_format(real, format), f = in_format(fake, format), out = result_like(real, format);
   dispatch(real, [&](auto zero) {

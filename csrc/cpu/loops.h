@@ -1,4 +1,4 @@
-// What the CPU ops share: small tensors, sums, and tiles over threads.
+// Shared parts of the CPU ops: small tensors, sums, and tiles over threads.
 #pragma once
 
 #include "../tensors.h"
@@ -8,7 +8,7 @@ namespace gpk::cpu {
 
 // --- small tensors ----------------------------------------------------------------------------------------------
 
-// A cotangent, coefficient or eps may come in any float dtype or stride; these vectors have one number per row.
+// Copies a cotangent, coefficient or eps of any floating-point dtype and strides; one number per row at most.
 template <typename A>
 std::vector<A> small_vector(const Tensor& x) {
   const Tensor dense = in_format(x, MemoryFormat::Contiguous);
@@ -18,11 +18,6 @@ std::vector<A> small_vector(const Tensor& x) {
     std::transform(data<T>(dense), data<T>(dense) + values.size(), values.begin(), [](T v) { return A(v); });
   });
   return values;
-}
-
-inline uint64_t philox_key(const Tensor& key) {
-  STD_TORCH_CHECK(key.scalar_type() == ScalarType::Long && key.numel() == 1, "key: expected one int64");
-  return uint64_t(*data<int64_t>(key));
 }
 
 // A scalar or one number per row, in the accumulation dtype of x, rounded once from double.
@@ -37,7 +32,7 @@ inline Tensor from_doubles(const Tensor& x, const double* values, int64_t count,
   return out;
 }
 
-// Uninitialised, for results that fill it.
+// Allocates an uninitialised result.
 inline Tensor result_like(const Tensor& x, MemoryFormat format) {
   const Tensor out = empty_like(x, format);
   advise_large_pages(out.mutable_data_ptr(), out.numel() * int64_t(out.element_size()));
@@ -58,11 +53,11 @@ class Sum {
   double sum_ = 0, lost_ = 0;
 };
 
-constexpr int64_t kTile = 32768;  // elements that one task reads: large enough to pay for a thread, small enough for L2
+constexpr int64_t kTile = 32768;  // elements per task: large enough to amortise a thread, small enough for L2
 
 inline int64_t tiles_per_row(Shape shape) { return std::max<int64_t>(1, (shape.cols + kTile - 1) / kTile); }
 
-// Calls f(begin, end) over [0, count) in parallel where there is work for more than one thread.
+// Calls f(begin, end) over [0, count), in parallel if there is more than one grain.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   const auto task = [&](int64_t begin, int64_t end) {

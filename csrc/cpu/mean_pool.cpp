@@ -1,11 +1,11 @@
-// mean_pool: means of h x w windows that tile each image, and the backward, which spreads a window's cotangent.
+// mean_pool: means of h x w windows that tile each image, and the backward, which broadcasts a window's cotangent.
 #include "../windows.h"
 #include "loops.h"
 
 namespace gpk::cpu {
 namespace {
 
-// One row of windows: the sum goes through a window row by row, as PyTorch's does.
+// One row of windows; each is summed row by row, as in PyTorch.
 template <int64_t kWidth, typename T, typename A>
 GPK_SIMD void pool_row(const T* x, T* y, Windows v, A share) {
   const int64_t width = kWidth ? kWidth : v.w, stride = in_row(v);
@@ -33,7 +33,7 @@ GPK_SIMD void pool_lanes(const T* x, T* y, Windows v, A share) {
     }
 }
 
-template <int64_t kWidth, int64_t kLanes, typename T, typename A>  // known ones, or 0
+template <int64_t kWidth, int64_t kLanes, typename T, typename A>  // compile-time sizes, or 0
 GPK_SIMD void spread_row(const T* c, T* x, Windows v, A share) {
   const int64_t width = kWidth ? kWidth : v.w, lanes = kLanes ? kLanes : v.lanes, stride = in_row(v);
   for (int64_t j = 0; j < v.cols; ++j)
@@ -54,12 +54,8 @@ void for_rows(const Windows& v, Kernel* any, Kernel* pairs, Kernel* pixels, cons
 }
 
 Tensor mean_pool_cpu(Tensor x, int64_t h, int64_t w) {
-  const MemoryFormat format = format_of(x, h, w);
-  const Tensor from = in_format(x, format),
-               out = resized(x, format, h, w, [](int64_t& size, int64_t window) {
-                 STD_TORCH_CHECK(size % window == 0, "x: expected windows that tile the images");
-                 size /= window;
-               });
+  const MemoryFormat format = format_of("x", x, h, w);
+  const Tensor from = in_format(x, format), out = pooled(x, format, h, w);
   const Windows v = windows_of(out, format, h, w);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
@@ -72,9 +68,9 @@ Tensor mean_pool_cpu(Tensor x, int64_t h, int64_t w) {
 }
 
 Tensor mean_pool_backward_cpu(Tensor cotangent, int64_t h, int64_t w) {
-  const MemoryFormat format = format_of(cotangent, h, w);
+  const MemoryFormat format = format_of("cotangent", cotangent, h, w);
   const Tensor from = in_format(cotangent, format);
-  const Tensor out = resized(cotangent, format, h, w, [](int64_t& size, int64_t window) { size *= window; });
+  const Tensor out = unpooled(cotangent, format, h, w);
   const Windows v = windows_of(from, format, h, w);
   dispatch(from, [&](auto zero) {
     using T = decltype(zero);

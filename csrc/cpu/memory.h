@@ -1,4 +1,4 @@
-// Loops at the speed of memory: sums over what is read, and results that are written past the cache.
+// Loops at memory bandwidth: sums, and results with non-temporal stores.
 #pragma once
 
 #include <algorithm>
@@ -14,22 +14,22 @@
 #include <sys/mman.h>
 #endif
 
-// One binary, several instruction sets: the loader picks the clone that the machine can run.
+// One binary for several instruction sets: the loader selects the clone that the machine supports.
 #ifdef GPK_TARGET_CLONES
 #define GPK_SIMD __attribute__((target_clones(GPK_TARGET_CLONES)))
 #else
 #define GPK_SIMD
 #endif
 
-// For what a GPK_SIMD function calls, which takes its instruction set only when inlined.
+// For functions that a GPK_SIMD function calls: only when inlined do they use its instruction set.
 #define GPK_INLINE __attribute__((always_inline))
 
 namespace gpk::cpu {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Fetches a line of the next four pages for each line of x that is read, from each page in turn. The hardware looks
-// ahead only to the end of a page, and one core reads four pages at once faster than one after another.
+// Prefetches a line of the next four pages for each line of x that is read, from each page in turn. The hardware
+// prefetcher stops at the end of a page, and one core reads four pages concurrently faster than sequentially.
 template <typename T>
 GPK_INLINE inline void fetch_ahead(const T* x, int64_t count) {
   constexpr uintptr_t kPage = 4096, kPages = 4, kBlock = kPages * kPage;
@@ -40,8 +40,8 @@ GPK_INLINE inline void fetch_ahead(const T* x, int64_t count) {
   }
 }
 
-// Whether a loop that only reads should look ahead itself. Intel's gains from it; AMD's hardware looks past the end of
-// a page, and reads a third slower where lines that it did not expect come between.
+// Whether a loop that only reads should prefetch. Intel's cores gain; AMD's prefetcher crosses pages, and reads are a
+// third slower with these prefetches.
 inline bool reads_ahead_by_hand() {
 #if defined(__SSE2__)
   return __builtin_cpu_is("intel");
@@ -72,7 +72,7 @@ GPK_INLINE inline double sum_of(std::array<const T*, kIn> from, int64_t begin, i
   return sum;
 }
 
-// Bytes of the last-level cache; 0 where it is not known, or where results cannot be written past it.
+// Bytes of the last-level cache; 0 where it is unknown, or without non-temporal stores.
 inline int64_t last_level_cache() {
 #if defined(__SSE2__) && defined(_SC_LEVEL3_CACHE_SIZE)
   static const int64_t bytes = std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
@@ -82,11 +82,11 @@ inline int64_t last_level_cache() {
 #endif
 }
 
-// Whether results are larger than the last-level cache, so that writing past it saves reading their lines first.
+// Whether results exceed the last-level cache, so that non-temporal stores save reading their lines first.
 inline bool past_cache(int64_t bytes) { return last_level_cache() > 0 && bytes > last_level_cache(); }
 
-// Asks for large pages where results will lie that are so large that the C library takes their memory from the system
-// each time: a small page there costs more than writing it. A system that gives none is as it was.
+// Requests huge pages for results so large that the C library maps their memory anew each time: the fault of a small
+// page costs more than writing it. Without effect where the system has none.
 inline void advise_large_pages(void* begin, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t kFresh = 32 << 20;
@@ -116,7 +116,7 @@ struct Result {
 template <typename T, typename F>
 Result(T*, F) -> Result<T, F>;
 
-// One line from element `begin`, which starts it, past the cache.
+// Writes one aligned line from element `begin` with non-temporal stores.
 template <typename T, typename F>
 GPK_INLINE inline void stream_line(const Result<T, F>& result, int64_t begin) {
   constexpr int64_t kCount = kLine / sizeof(T);
@@ -131,14 +131,14 @@ GPK_INLINE inline void stream_line(const Result<T, F>& result, int64_t begin) {
 #endif
 }
 
-// Fills results over [begin, end) from what lies in `from`; kStreamed: whole lines past the cache.
+// Computes results over [begin, end) from `from`; kStreamed: whole lines by non-temporal stores.
 template <bool kStreamed, typename T, size_t kIn, typename... F>
 GPK_INLINE inline void write(std::array<const T*, kIn> from, int64_t begin, int64_t end,
                              const Result<T, F>&... results) {
   constexpr int64_t kCount = kLine / sizeof(T), kWorthwhile = 16 * kCount;
   const auto put = [&](int64_t i) GPK_INLINE {
     const auto store = [&](auto... values) GPK_INLINE { ((results.to[i] = values), ...); };
-    store(results.value(i)...);  // every value before any store, which might change what they read
+    store(results.value(i)...);  // every value before any store, as results may alias inputs
   };
   int64_t i = begin;
   if (kStreamed && end - begin >= kWorthwhile) {

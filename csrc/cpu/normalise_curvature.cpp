@@ -1,4 +1,4 @@
-// How the derivative of a normalisation changes with its input, for a tangent t and a cotangent d, group by group:
+// normalise_curvature: derivative of the JVP of a normalisation by its input, for a tangent t and a cotangent d:
 // r^2 ((3 c_t c_d - a) n - c_d t - c_t d), with t and d centred where the normalisation centres.
 #include "../formulas.h"
 #include "loops.h"
@@ -33,11 +33,8 @@ GPK_SIMD void bend(const T* n, const T* t, const T* d, T* out, int64_t count, A 
 }
 
 Tensor normalise_curvature_cpu(Tensor normal, Tensor inverse, Tensor tangent, Tensor cotangent, bool centred) {
-  STD_TORCH_CHECK(normal.dim() == 3, "normal: expected (N, groups, M)");
-  check_same("tangent", tangent, normal);
-  check_same("cotangent", cotangent, normal);
+  check_normalise_curvature(normal, inverse, tangent, cotangent);
   const int64_t groups = normal.size(0) * normal.size(1), count = normal.size(2);
-  STD_TORCH_CHECK(inverse.numel() == groups, "inverse: expected one number per group");
   const MemoryFormat format = MemoryFormat::Contiguous;
   const Tensor n = in_format(normal, format), t = in_format(tangent, format), d = in_format(cotangent, format);
   const Tensor out = result_like(normal, format);

@@ -27,15 +27,7 @@ void for_chunks(const std::vector<Tensor>& tensors, const F& f) {
   });
 }
 
-// Before anything is written: a tensor whose elements share a place would be refused only when it is stored.
-void check_writable(const char* name, const std::vector<Tensor>& tensors) {
-  for (const Tensor& t : tensors)
-    for (int64_t dim = 0; dim < t.dim(); ++dim)
-      STD_TORCH_CHECK(t.numel() == 0 || t.size(dim) < 2 || t.stride(dim) != 0, name,
-                      ": expected tensors that do not overlap themselves");
-}
-
-// Tensors that kernels may write through flat pointers: themselves, or copies that `store` brings back.
+// Tensors that kernels may write through flat pointers: the originals, or copies that `store` writes back.
 class Flat {
  public:
   Flat(const std::vector<Tensor>& tensors, const std::vector<bool>& direct) : own_(tensors), flat_(tensors) {
@@ -60,8 +52,8 @@ GPK_INLINE inline bool any_outside(const T* p, A c, int64_t begin, int64_t end) 
   return outside;
 }
 
-// A block in which nothing lies outside is not written: reading alone is half of what memory has to move. Where
-// something does, its neighbours' weights are likely to as well, and are not looked at first.
+// A block with all weights inside is not written, which halves the traffic. After a block with a weight outside, the
+// next blocks are clipped without testing, as their weights are likely to be outside as well.
 template <typename T, typename A>
 GPK_SIMD void clip_chunk(T* p, A c, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 512, kNeighbours = 31;
@@ -121,14 +113,7 @@ void rmsprop_variant(bool centered, bool momentum, bool decay, Args... args) {
 void rmsprop_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> square_avgs,
                  std::vector<Tensor> grad_avgs, std::vector<Tensor> momentum_buffers, double lr, double alpha,
                  double eps, double weight_decay, double momentum, bool maximize, std::optional<double> clip) {
-  check_list("grads", grads, params, false);
-  check_list("square_avgs", square_avgs, params, false);
-  check_list("grad_avgs", grad_avgs, params, true);
-  check_list("momentum_buffers", momentum_buffers, params, true);
-  check_writable("params", params);
-  check_writable("square_avgs", square_avgs);
-  check_writable("grad_avgs", grad_avgs);
-  check_writable("momentum_buffers", momentum_buffers);
+  check_rmsprop(params, grads, square_avgs, grad_avgs, momentum_buffers);
   const bool centered = !grad_avgs.empty(), with_momentum = !momentum_buffers.empty();
   std::vector<bool> direct(params.size());
   for (size_t i = 0; i < params.size(); ++i) {

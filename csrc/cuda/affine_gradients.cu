@@ -1,19 +1,19 @@
-// affine_gradients: the gradients of w and b in y = x w + b, for a cotangent and an operand (R, K, I), w and b having K
-// elements: sums of cotangent * operand, and of cotangent, over R and I.
+// affine_gradients: gradients of w and b (K,) in y = x w + b, for a cotangent and an operand (R, K, I): sums of
+// cotangent * operand, and of cotangent, over R and I.
 #include "device.h"
 
 namespace gpk::cuda {
 namespace {
 
-// Of a block whose warps go down the rows side by side.
+// Columns and rows that a block covers; its warps stride over the rows.
 constexpr int kColumns = kWarp, kRows = kThreads / kWarp;
 
 struct Extent {
   int64_t rows, cols, inner;
 };
 
-// A block takes kColumns columns and a share of the rows; the last one to finish those columns adds the shares up. With
-// I > 1 a column's elements lie together, and a warp goes along them.
+// A block sums kColumns columns over a share of the rows; the last block of those columns adds the shares. With I > 1 a
+// column's elements are contiguous, and a warp strides over them.
 template <typename T, typename A>
 __global__ void GPK_BOUNDS affine_kernel(const T* cotangent, const T* operand, A* products, A* sums, A* partials,
                                          unsigned* ticket, Extent e) {
@@ -57,14 +57,13 @@ __global__ void GPK_BOUNDS affine_kernel(const T* cotangent, const T* operand, A
 }
 
 std::tuple<Tensor, Tensor> affine_gradients_cuda(Tensor cotangent, Tensor operand) {
-  STD_TORCH_CHECK(cotangent.dim() == 3, "cotangent: expected (R, K, I)");
-  check_same("operand", operand, cotangent);
+  check_affine_gradients(cotangent, operand);
   const Tensor c = torch::stable::contiguous(cotangent), x = torch::stable::contiguous(operand);
   const Extent e{c.size(0), c.size(1), c.size(2)};
-  STD_TORCH_CHECK(e.rows > 0 && e.cols > 0, "cotangent: expected at least one row and column");
+  STD_TORCH_CHECK(e.rows > 0 && e.cols > 0, "cotangent: expected at least one row and column, got shape ", text_of(c));
   const int64_t blocks = e.inner > 1 ? e.cols : ceil_div(e.cols, kColumns);
   const int64_t shares = std::clamp<int64_t>(ceil_div(e.rows, 4 * kRows), 1, std::max<int64_t>(1, 1024 / blocks));
-  STD_TORCH_CHECK(blocks < 0x7FFFFFFF, "cotangent: too many columns");
+  STD_TORCH_CHECK(blocks < 0x7FFFFFFF, "cotangent: expected fewer than 2^31 blocks of columns, got ", blocks);
   const Stream stream(c);
   const Tensor ticket = tickets(c, blocks, stream);
   Tensor products, sums;

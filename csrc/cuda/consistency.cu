@@ -1,10 +1,10 @@
-// consistency_term and lipschitz_consistency: squared distances per row, then a formula; they share one backward.
+// consistency_term and lipschitz_consistency: squared distances per row, then a formula; one backward for both.
 #include "reduce_rows.h"
 
 namespace gpk::cuda {
 namespace {
 
-// Two rows of a pair of tensors, of one dtype for both pairs or two.
+// A pair of tensors; row by row squared distances.
 template <typename T, typename A, int kWidth>
 struct Pair {
   const T *first, *second;
@@ -68,18 +68,16 @@ struct Dense {
   Shape shape;
 };
 
-Dense dense(const char* name, const Tensor& x1, const Tensor& x2) {
-  check_same(name, x2, x1);
+Dense dense(const Tensor& x1, const Tensor& x2) {
   const MemoryFormat format = common_format({&x1, &x2});
-  return {in_format(x1, format), in_format(x2, format), rows_of(name, x1)};
+  return {in_format(x1, format), in_format(x2, format), {x1.size(0), x1.numel() / x1.size(0)}};
 }
 
 template <bool kLipschitz>
 std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor& a2, const Tensor& b1,
                                                   const Tensor& b2, double margin, double feature_weight) {
-  const Dense a = dense("a", a1, a2), b = dense("b", b1, b2);
+  const Dense a = dense(a1, a2), b = dense(b1, b2);
   const int64_t rows = a.shape.rows;
-  STD_TORCH_CHECK(rows == b.shape.rows && a1.scalar_type() == b1.scalar_type(), "batches or dtypes differ");
   const double share = 1.0 / double(rows), weight = feature_weight / double(std::max<int64_t>(1, b.shape.cols));
   Tensor value, to_a, to_b;
   dispatch(a1, [&](auto zero) {
@@ -88,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor
     value = empty_scalar<A>(a1);
     to_a = empty(a1, rows, scalar_type_of<A>());
     to_b = empty(a1, rows, scalar_type_of<A>());
-    using PairA = Pair<T, A, 1>;  // a score or a few to a row
+    using PairA = Pair<T, A, 1>;  // one score or a few per row
     const int64_t a_packs = a.shape.cols;
     with_width<T>(b.shape.cols, {data<T>(b.first), data<T>(b.second)}, [&](auto width, int64_t b_packs) {
       using PairB = Pair<T, A, decltype(width)::value>;
@@ -107,20 +105,20 @@ std::tuple<Tensor, Tensor, Tensor> mean_over_rows(const Tensor& a1, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> consistency_term_cuda(Tensor score1, Tensor score2, Tensor features1,
                                                          Tensor features2, double margin, double feature_weight) {
+  check_consistency(score1, score2, "features1", features1, "features2", features2);
   return mean_over_rows<false>(score1, score2, features1, features2, margin, feature_weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor> lipschitz_consistency_cuda(Tensor score1, Tensor score2, Tensor x1, Tensor x2,
                                                               double margin) {
+  check_consistency(score1, score2, "x1", x1, "x2", x2);
   return mean_over_rows<true>(score1, score2, x1, x2, margin, 0);
 }
 
 std::pair<Tensor, Tensor> pair_backward(const Tensor& cotangent, const Tensor& x1, const Tensor& x2,
                                         const Tensor& coefficient) {
-  const Dense pair = dense("pair", x1, x2);
+  const Dense pair = dense(x1, x2);
   const auto [rows, cols] = pair.shape;
-  check_per_row("coefficient", coefficient, pair.shape);
-  STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
   const MemoryFormat format = common_format({&x1, &x2});
   const Tensor plus = empty_like(x1, format), minus = empty_like(x1, format);
   if (cols == 0) return {plus, minus};
@@ -144,8 +142,10 @@ std::pair<Tensor, Tensor> pair_backward(const Tensor& cotangent, const Tensor& x
 std::tuple<Tensor, Tensor, Tensor, Tensor> consistency_backward_cuda(Tensor cotangent, Tensor a1, Tensor a2, Tensor b1,
                                                                      Tensor b2, Tensor a_coefficient,
                                                                      Tensor b_coefficient, bool to_b) {
+  check_consistency_backward(cotangent, "a1", a1, "a2", a2, a_coefficient);
   const auto [ga1, ga2] = pair_backward(cotangent, a1, a2, a_coefficient);
   if (!to_b) return {ga1, ga2, nothing_like(b1), nothing_like(b1)};
+  check_consistency_backward(cotangent, "b1", b1, "b2", b2, b_coefficient);
   const auto [gb1, gb2] = pair_backward(cotangent, b1, b2, b_coefficient);
   return {ga1, ga2, gb1, gb2};
 }

@@ -1,4 +1,4 @@
-// What the CUDA ops share. Host: streams, grids, workspace. Device: wide accesses, sums over warps and blocks, tickets.
+// Shared parts of the CUDA ops. Host: streams, grids, workspace. Device: wide accesses, reductions, tickets.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -17,12 +17,12 @@ namespace gpk::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
 
-// Every kernel's: with more blocks on a processor in mind the compiler spills registers for divisions.
+// Launch bounds of every kernel: for more blocks per multiprocessor the compiler spills registers in divisions.
 #define GPK_BOUNDS __launch_bounds__(gpk::cuda::kThreads, 3)
 
 // --- host: where and how to launch --------------------------------------------------------------------------------
 
-// Launches go to the tensor's device, on the stream that PyTorch uses there.
+// Device of a tensor and PyTorch's current stream there.
 class Stream {
  public:
 #ifdef GPK_HOST_EMULATION
@@ -50,7 +50,7 @@ constexpr ScalarType scalar_type_of() {
   return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 }
 
-// An eps, coefficient or cotangent in the accumulation dtype; nothing is done to one that is so already.
+// Casts an eps, coefficient or cotangent to the accumulation dtype, contiguous; a no-op where it is so already.
 template <typename A>
 Tensor in_accumulation(const Tensor& x) {
   const Tensor dense = torch::stable::contiguous(x);
@@ -66,18 +66,14 @@ Tensor empty_scalar(const Tensor& like) {
   return torch::stable::new_empty(like, std::vector<int64_t>{}, scalar_type_of<A>());
 }
 
-inline void check_key(const Tensor& key) {
-  STD_TORCH_CHECK(key.scalar_type() == ScalarType::Long && key.numel() == 1, "key: expected one int64");
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One thread for each of `count` things, and again from the start where a grid cannot have so many.
+// Grid with one thread per item, up to a maximum; kernels use grid-stride loops.
 inline dim3 flat_grid(int64_t count) {
   return dim3(unsigned(std::clamp<int64_t>(ceil_div(count, kThreads), 1, 1 << 20)));
 }
 
-// Threads over rows of `width` accesses each: several rows a block where rows are short, several blocks where long.
+// Grid over rows of `width` accesses: several rows per block where rows are short, several blocks per long row.
 struct RowGrid {
   dim3 grid, block;
 };
@@ -97,7 +93,7 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
   return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return uintptr_t(p) % 16 == 0; });
 }
 
-// Calls launch(width as a constant, accesses per row), wide where every row starts on 16 bytes.
+// Calls launch(width as a constant, accesses per row), with 16-byte accesses where every row is aligned for them.
 template <typename T, typename F>
 void with_width(int64_t cols, std::initializer_list<const void*> pointers, const F& launch) {
   if (cols % kWide<T> == 0 && aligned(pointers))
@@ -113,7 +109,7 @@ struct alignas(sizeof(T) * kWidth) Pack {
   T at[kWidth];
 };
 
-// What row_grid has threads for: calls f(row), in which for_packs calls f(i) for each pack of the row.
+// Grid-stride loops of a row_grid: for_rows calls f(row), and for_packs calls f(i) for each pack of the row.
 template <typename F>
 __device__ __forceinline__ void for_rows(int64_t rows, const F& f) {
   for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.y) * blockDim.y)
@@ -147,12 +143,12 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
-// The sum over a block of kThreads, known to every thread. May be called again.
+// Sum over a block of kThreads, returned to every thread. May be called repeatedly.
 template <typename A>
 __device__ __forceinline__ A block_sum(A value) {
   GPK_SHARED(A, sums, kThreads / kWarp);
   value = warp_sum(value);
-  __syncthreads();  // the last call's sums have been read
+  __syncthreads();  // sums of the previous call have been read
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = A(0);
@@ -160,7 +156,7 @@ __device__ __forceinline__ A block_sum(A value) {
   return value;
 }
 
-// The sum over kLanes neighbours of a warp, known to each; the other lanes may be elsewhere.
+// Sum over kLanes neighbouring lanes, returned to each; the other lanes of the warp may diverge.
 template <int kLanes, typename A>
 __device__ __forceinline__ A lanes_sum(A value) {
   const unsigned mask = (0xFFFFFFFFu >> (kWarp - kLanes)) << (threadIdx.x % kWarp / kLanes * kLanes);
@@ -168,7 +164,7 @@ __device__ __forceinline__ A lanes_sum(A value) {
   return value;
 }
 
-// Whether this block is the last of `blocks` to come here; what the others wrote before is then visible.
+// Whether this block is the last of `blocks` to arrive; it then sees the others' earlier writes.
 __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   GPK_SHARED(bool, last, 1);
   __syncthreads();
@@ -181,8 +177,8 @@ __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   return last[0];
 }
 
-// Calls f(sum) in one thread of the grid, with the sum of every thread's number: blocks along x, whose sums are added
-// in a fixed order. A single block needs no workspace.
+// Calls f(sum of all threads' values) in one thread of the grid; the sums of the blocks, along x, are added in a fixed
+// order. A single block needs no workspace.
 template <typename F>
 __device__ __forceinline__ void grid_sum(double value, double* totals, unsigned* ticket, const F& f) {
   value = block_sum(value);
@@ -196,7 +192,7 @@ __device__ __forceinline__ void grid_sum(double value, double* totals, unsigned*
   if (threadIdx.x == 0) f(value);
 }
 
-// Tickets that start at zero.
+// Zero-initialised tickets.
 inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
   const Tensor made = empty(like, count, ScalarType::Int);
   const cudaError_t error = cudaMemsetAsync(made.mutable_data_ptr(), 0, size_t(count) * sizeof(int), stream);
@@ -206,7 +202,7 @@ inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
 
 inline unsigned* ticket_of(const Tensor& x) { return static_cast<unsigned*>(x.mutable_data_ptr()); }
 
-// What grid_sum needs where there are several blocks.
+// Workspace of grid_sum for several blocks.
 class SumWorkspace {
  public:
   SumWorkspace(const Tensor& like, int64_t blocks, cudaStream_t stream) {

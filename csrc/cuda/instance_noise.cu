@@ -1,4 +1,4 @@
-// instance noise: x + sigma * scale * xi, four random numbers to a Philox call.
+// instance_noise: x + sigma * scale * xi, four random numbers per Philox call.
 #include "device.h"
 
 namespace gpk::cuda {
@@ -24,8 +24,7 @@ __global__ void GPK_BOUNDS noise_kernel(const T* x, T* out, A sigma, const A* sc
 }
 
 Tensor instance_noise_cuda(Tensor x, double sigma, std::optional<Tensor> scale, Tensor key, bool gaussian) {
-  check_key(key);
-  STD_TORCH_CHECK(!scale.has_value() || scale->numel() == 1, "scale: expected one number");
+  check_instance_noise(scale, key);
   const MemoryFormat format = common_format({&x});
   const Tensor from = in_format(x, format), out = empty_like(x, format);
   if (x.numel() == 0) return out;

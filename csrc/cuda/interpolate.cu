@@ -37,9 +37,7 @@ __global__ void GPK_BOUNDS split_kernel(const T* cotangent, const A* eps, T* to_
 }
 
 Tensor interpolate_cuda(Tensor real, Tensor fake, Tensor eps) {
-  const Shape shape = rows_of("real", real);
-  check_same("fake", fake, real);
-  check_per_row("eps", eps, shape);
+  const Shape shape = check_interpolate(real, fake, eps);
   const MemoryFormat format = common_format({&real, &fake});
   const Tensor r = in_format(real, format), f = in_format(fake, format), out = empty_like(real, format);
   if (shape.cols == 0) return out;

@@ -1,4 +1,4 @@
-// mean_pool: means of h x w windows that tile each image, and the backward, which spreads a window's cotangent.
+// mean_pool: means of h x w windows that tile each image, and the backward, which broadcasts a window's cotangent.
 #include "../windows.h"
 #include "device.h"
 
@@ -28,12 +28,8 @@ __global__ void GPK_BOUNDS spread_kernel(const T* c, T* x, Windows v) {
 }
 
 Tensor mean_pool_cuda(Tensor x, int64_t h, int64_t w) {
-  const MemoryFormat format = format_of(x, h, w);
-  const Tensor from = in_format(x, format),
-               out = resized(x, format, h, w, [](int64_t& size, int64_t window) {
-                 STD_TORCH_CHECK(size % window == 0, "x: expected windows that tile the images");
-                 size /= window;
-               });
+  const MemoryFormat format = format_of("x", x, h, w);
+  const Tensor from = in_format(x, format), out = pooled(x, format, h, w);
   if (out.numel() == 0) return out;
   const Stream stream(x);
   dispatch(x, [&](auto zero) {
@@ -47,9 +43,9 @@ Tensor mean_pool_cuda(Tensor x, int64_t h, int64_t w) {
 }
 
 Tensor mean_pool_backward_cuda(Tensor cotangent, int64_t h, int64_t w) {
-  const MemoryFormat format = format_of(cotangent, h, w);
+  const MemoryFormat format = format_of("cotangent", cotangent, h, w);
   const Tensor from = in_format(cotangent, format);
-  const Tensor out = resized(cotangent, format, h, w, [](int64_t& size, int64_t window) { size *= window; });
+  const Tensor out = unpooled(cotangent, format, h, w);
   if (out.numel() == 0) return out;
   const Stream stream(cotangent);
   dispatch(from, [&](auto zero) {

@@ -1,5 +1,5 @@
-// How the derivative of a normalisation changes with its input, group by group: a block takes the moments of a group,
-// then writes it.
+// normalise_curvature: derivative of the JVP of a normalisation by its input. A block computes the moments of a group,
+// then its result.
 #include "device.h"
 
 namespace gpk::cuda {
@@ -32,11 +32,8 @@ __global__ void GPK_BOUNDS curvature_kernel(const T* normal, const A* inverse, c
 }
 
 Tensor normalise_curvature_cuda(Tensor normal, Tensor inverse, Tensor tangent, Tensor cotangent, bool centred) {
-  STD_TORCH_CHECK(normal.dim() == 3, "normal: expected (N, groups, M)");
-  check_same("tangent", tangent, normal);
-  check_same("cotangent", cotangent, normal);
+  check_normalise_curvature(normal, inverse, tangent, cotangent);
   const int64_t groups = normal.size(0) * normal.size(1), count = normal.size(2);
-  STD_TORCH_CHECK(inverse.numel() == groups, "inverse: expected one number per group");
   const MemoryFormat format = MemoryFormat::Contiguous;
   const Tensor n = in_format(normal, format), t = in_format(tangent, format), d = in_format(cotangent, format);
   const Tensor out = empty_like(normal, format);

@@ -1,4 +1,4 @@
-// What kernels are written with, so that one source compiles for a GPU and, for tests, for a host that emulates one.
+// Macros with which one source compiles for a GPU and, for tests, for a host that emulates one.
 #pragma once
 
 #ifdef GPK_HOST_EMULATION

@@ -1,6 +1,5 @@
-// Sums over rows of any length in one launch: a thread a row where rows are tiny, a warp a row where they are short,
-// one or several blocks a row where they are long. The last block to finish adds up what is left, in an order that
-// depends on the shape alone.
+// Sums over rows of any length in one launch: a thread per tiny row, a warp per short row, one or several blocks per
+// long row. The last block to finish adds the partial sums, in an order that depends on the shape alone.
 #pragma once
 
 #include "device.h"
@@ -8,9 +7,9 @@
 namespace gpk::cuda {
 
 struct RowPlan {
-  int lanes;  // threads a row, or 0 for blocks
+  int lanes;  // threads per row, or 0 for blocks
   dim3 grid;
-  int64_t partials;  // numbers of workspace that rows shared by blocks need, for each sum
+  int64_t partials;  // workspace elements for rows shared by blocks, per sum
 };
 
 constexpr int64_t kTinyRow = 4, kShortRow = 128, kTileOfRow = 16 * kThreads;  // accesses
@@ -24,8 +23,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t accesses) {
   return {0, dim3(unsigned(tiles), unsigned(std::min<int64_t>(rows, 65535))), rows * tiles};
 }
 
-// Row::sum(row, first, step, sums) adds one thread's share of a row; Row::finish(row, sums) writes what the row gives
-// and returns its value. out, if it is there, becomes the values' sum times share.
+// Row::sum(row, first, step, sums) adds one thread's share of a row; Row::finish(row, sums) stores the row's results
+// and returns its value. out, unless null, receives the sum of the values times share.
 template <int kLanes, typename Row, typename A>
 __global__ void GPK_BOUNDS reduce_short_rows(Row row_of, A* out, double share, double* totals, unsigned* ticket,
                                              int64_t rows) {
@@ -65,7 +64,7 @@ __global__ void GPK_BOUNDS reduce_long_rows(Row row_of, A* out, double share, A*
   if (out != nullptr && threadIdx.x == 0) *out = A(total * share);
 }
 
-// accesses: how many loads the longest row takes.
+// accesses: loads of the longest row.
 template <typename A, typename Row>
 void reduce_rows(const Tensor& like, const Row& row, A* out, double share, int64_t rows, int64_t accesses) {
   const RowPlan plan = plan_rows(rows, accesses);

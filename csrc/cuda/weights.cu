@@ -1,4 +1,4 @@
-// clip_weights_ and rmsprop_: hundreds of tensors in one launch, of any sizes.
+// clip_weights_ and rmsprop_: hundreds of tensors of any sizes in one launch.
 #include <limits>
 #include <map>
 
@@ -7,9 +7,9 @@
 namespace gpk::cuda {
 namespace {
 
-constexpr int64_t kChunk = 16 * kThreads;  // elements that one block does
+constexpr int64_t kChunk = 16 * kThreads;  // elements per block
 
-// Where tensors lie and which blocks do them, passed as a kernel's argument: kernels may have 32764 bytes of those.
+// Addresses of tensors and their first blocks, passed as a kernel argument, of which a kernel may have 32764 bytes.
 template <int kLists, int kTensors>
 struct Table {
   void* data[kLists][kTensors];
@@ -21,8 +21,8 @@ struct Table {
 template <int kLists>
 constexpr int kMost = 30000 / (8 * kLists + 8 + 4);
 
-// Calls f(width as a constant, tensor, i) for each access that this block makes: i counts accesses of that width. They
-// are of 16 bytes where all of a tensor's memory begins on such, but for the last few elements.
+// Calls f(width as a constant, tensor, i) for each access of this block, i counting accesses of that width. Accesses
+// are of 16 bytes where a tensor is aligned in every list, except for its last few elements.
 template <typename T, typename Table, typename F>
 __device__ __forceinline__ void for_elements(const Table& table, const F& f) {
   int low = 0, high = table.tensors - 1;
@@ -79,8 +79,8 @@ __global__ void GPK_BOUNDS rmsprop_kernel(const Table table, RmspropOptions<A> o
   });
 }
 
-// Tensors that kernels may write through flat pointers: themselves where all of a parameter's tensors are dense in one
-// order, otherwise copies that `store` brings back.
+// Tensors that kernels may write through flat pointers: the originals where all of a parameter's tensors are dense in
+// one order, otherwise copies that `store` writes back.
 class Flat {
  public:
   explicit Flat(std::vector<std::vector<Tensor>> lists) : own_(std::move(lists)), flat_(own_) {
@@ -93,11 +93,11 @@ class Flat {
   }
   void store() {
     for (size_t k = 0; k < own_.size(); ++k)
-      for (size_t i = 0; k != 1 && i < own_[k].size(); ++i)  // list 1 is the gradients, which are only read
+      for (size_t i = 0; k != 1 && i < own_[k].size(); ++i)  // list 1 has the gradients, which are read-only
         if (own_[k][i].const_data_ptr() != flat_[k][i].const_data_ptr()) torch::stable::copy_(own_[k][i], flat_[k][i]);
   }
 
-  // Calls launch(table, blocks) with all tensors of a dtype, as many at a time as a table holds.
+  // Calls launch(table, blocks) with all tensors of a dtype, split into full tables.
   template <int kLists, typename F>
   void for_tables(ScalarType dtype, const F& launch) const {
     Table<kLists, kMost<kLists>> table{};
@@ -112,7 +112,7 @@ class Flat {
       const Tensor& p = flat_[0][i];
       if (p.scalar_type() != dtype || p.numel() == 0) continue;
       const int64_t more = ceil_div(p.numel(), kChunk);
-      STD_TORCH_CHECK(more < 0x7FFFFFFF, "params: a tensor of more than 2^43 elements");
+      STD_TORCH_CHECK(more < 0x7FFFFFFF, "params: expected tensors of at most 2^43 elements, got shape ", text_of(p));
       if (table.tensors == kMost<kLists> || int64_t(blocks) + more > 0x7FFFFFFF) flush();
       for (int k = 0; k < kLists; ++k)
         table.data[k][table.tensors] = flat_[k].empty() ? nullptr : const_cast<void*>(flat_[k][i].const_data_ptr());
@@ -136,6 +136,7 @@ void for_dtypes(const std::vector<Tensor>& params, const F& f) {
 }
 
 void clip_weights_cuda(std::vector<Tensor> params, double c) {
+  check_writable("params", params);
   if (params.empty()) return;
   const Stream stream(params[0]);
   Flat flat({params});
@@ -154,10 +155,7 @@ void clip_weights_cuda(std::vector<Tensor> params, double c) {
 void rmsprop_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> square_avgs,
                   std::vector<Tensor> grad_avgs, std::vector<Tensor> momentum_buffers, double lr, double alpha,
                   double eps, double weight_decay, double momentum, bool maximize, std::optional<double> c) {
-  check_list("grads", grads, params, false);
-  check_list("square_avgs", square_avgs, params, false);
-  check_list("grad_avgs", grad_avgs, params, true);
-  check_list("momentum_buffers", momentum_buffers, params, true);
+  check_rmsprop(params, grads, square_avgs, grad_avgs, momentum_buffers);
   if (params.empty()) return;
   const bool centered = !grad_avgs.empty(), with_momentum = !momentum_buffers.empty(), decay = weight_decay != 0;
   const Stream stream(params[0]);

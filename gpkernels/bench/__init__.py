@@ -1,1 +1,1 @@
-"""`gpkernels bench`: ops, critic steps and whole training beside what others do, in one run on one machine."""
+"""`gpkernels bench`: times of ops, critic steps and training against eager PyTorch and other implementations."""

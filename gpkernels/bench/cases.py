@@ -1,4 +1,4 @@
-"""The critics that are measured, each with its batch."""
+"""Critics to measure, with their batch shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpkernels.zoo import ResidualCritic, SkipField, dcgan, mlp
 
 @dataclass(frozen=True)
 class Case:
-    """make: the critic. shape: its batch. field: an SDF, whose penalty is the eikonal loss and which has no scores."""
+    """make: constructs the critic. shape: of its batch. field: an SDF, trained by the eikonal loss, without scores."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -20,7 +20,7 @@ class Case:
 
 
 def in_scale(critic: nn.Sequential) -> nn.Sequential:
-    """He's initialisation: by PyTorch's own, gradients vanish to denormal numbers in 120 layers, slow for everybody."""
+    """Apply He's initialisation: with PyTorch's, gradients of 120 layers vanish to denormals, which are slow."""
     for layer in critic:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""`gpkernels bench`: what is measured, where it goes, and what has changed since."""
+"""Command line of `gpkernels bench`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from gpkernels.arguments import UserError, blamed, count, own_critic
+from gpkernels.arguments import UserError, count, critic_errors, own_critic
 from gpkernels.bench import machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
 
@@ -23,9 +23,9 @@ SECONDS, QUICK_SECONDS = 2.0, 0.2
 
 
 def main(argv: Sequence[str], others: Suites) -> int:
-    """Measure and tell; 0, 1 where a comparison finds a regression, 2 for a user's mistake.
+    """Measure and print; return 0, 1 where a comparison finds a regression, 2 for a usage error.
 
-    others: further suites, loaded when they are asked for.
+    others: further suites, imported on demand.
     """
     suites = {**SUITES, **others}
     options = _parser(suites).parse_args(argv)
@@ -39,25 +39,35 @@ def main(argv: Sequence[str], others: Suites) -> int:
 def _parser(suites: Suites) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Ops, critic steps and whole training iterations beside what others do, taken in turns in one run. "
-        "Times are the CPU time of the process, the least of many rounds; on a GPU they are between events there.",
+        description="Measure ops, critic steps and training iterations against eager PyTorch and others, in one run. "
+        "Times are the minimum CPU time of the process over many rounds; on a GPU, the time between events.",
     )
-    parser.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(suites)}; by default all")
-    parser.add_argument("--critic", metavar="module:Class", help="penalty and step of this critic alone")
-    parser.add_argument("--input", metavar="NxCxHxW", help="the shape of its batch, such as 64x3x32x32")
-    parser.add_argument("--peers", default=EAGER, metavar="NAMES", help=f"of {', '.join(PEERS)} (default: {EAGER})")
-    parser.add_argument("--case", action="append", default=[], metavar="PART", help="cases with this in their name")
-    parser.add_argument("--growth", action="store_true", help="curves over batch, width, depth and image size instead")
-    parser.add_argument("--quick", action="store_true", help="few and small cases, for seconds")
-    parser.add_argument("--seconds", type=_seconds, metavar="S", help=f"for a call of a case (default: {SECONDS:g})")
-    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of PyTorch (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and warnings there")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures there")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the pictures there, as SVG")
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(suites)} (default: all)")
+    parser.add_argument("--critic", metavar="module:Class", help="measure the penalty and step of this critic only")
+    parser.add_argument("--input", metavar="NxCxHxW", help="shape of its batch, such as 64x3x32x32")
     parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of results; 1 where NEW is worse"
+        "--peers", default=EAGER, metavar="NAMES", help=f"comma-separated, of {', '.join(PEERS)} (default: {EAGER})"
+    )
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="PART", help="measure cases with PART in their name"
+    )
+    parser.add_argument("--growth", action="store_true", help="measure over batch, width, depth and image size instead")
+    parser.add_argument("--quick", action="store_true", help="few, small cases")
+    parser.add_argument(
+        "--seconds", type=_seconds, metavar="S", help=f"seconds per call of a case (default: {SECONDS:g})"
+    )
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="threads of PyTorch (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (default: cpu)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and warnings to FILE")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots to FILE")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the plots to DIR, as SVG")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD", "NEW"),
+        help="compare two files of results; exit with 1 if NEW is worse",
     )
     return parser
 
@@ -74,7 +84,7 @@ def _seconds(text: str) -> float:
 
 def _bench(options: argparse.Namespace, suites: Suites) -> int:
     peers = _peers(options.peers)
-    chosen = _trials(options, suites)  # what is wrong with the options is said before anything is measured
+    chosen = _trials(options, suites)  # rejects bad options before anything is measured
     pages = _pages() if options.html or options.plots else None
     device = _device(options.device)
     torch.set_num_threads(options.threads)
@@ -94,7 +104,7 @@ def _bench(options: argparse.Namespace, suites: Suites) -> int:
                 print(f"{trial.case:<46} {peer:<10} {reason}")
             sys.stdout.flush()
     if not rows:
-        raise UserError(f"--case: none has {' or '.join(options.case)} in its name")
+        raise UserError(f"--case: expected part of a case's name, got {' or '.join(options.case)}")
     doubts = machine.warnings(about["load"], _stolen(rows, options))
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
@@ -103,12 +113,12 @@ def _bench(options: argparse.Namespace, suites: Suites) -> int:
 
 
 def _trials(options: argparse.Namespace, suites: Suites) -> Callable[[torch.device], Iterator[Trial]]:
-    """What was asked for, made a case at a time."""
+    """Validate the options and return a generator of the requested trials."""
     if (options.critic or options.input) and options.suites not in ([], ["steps"]):
         raise UserError(f"--critic: expected steps as the suite, got {' '.join(options.suites)}")
     if mine := own_critic(options):
         critic, shape = mine[0], tuple(mine[1])
-        with blamed(options):
+        with critic_errors(options):
             critic(torch.randn(shape))
         return lambda device: steps.own_trials(critic, shape, options.critic, device)
     for name in options.suites:
@@ -135,17 +145,17 @@ def _peers(text: str) -> list[str]:
     for name in names:
         if name not in PEERS:
             raise UserError(f"--peers: expected some of {', '.join(PEERS)}, got {name!r}")
-    return [EAGER, *(name for name in names if name != EAGER)]  # what the others are measured by
+    return [EAGER, *(name for name in names if name != EAGER)]  # the baseline
 
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no such device")
+        raise UserError("--device: expected an available device, got cuda")
     return torch.device(name)
 
 
 def _stolen(rows: Sequence[results.Row], options: argparse.Namespace) -> float:
-    """Wall time over CPU time of our own calls, half of the rounds being worse."""
+    """Median ratio of wall to CPU time of our own calls."""
     if options.device != "cpu" or options.threads != 1:
         return 1.0
     shares = [row.wall_median_us / row.cpu_median_us for row in rows if row.peer == OURS]

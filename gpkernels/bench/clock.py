@@ -1,4 +1,4 @@
-"""Times of calls taken in turns, so that all of them meet the same load."""
+"""Interleaved timing of several calls, so that all of them run under the same load."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
-LEAST_SAMPLE = 2e-4  # seconds: shorter calls are repeated within a sample, or the clock would be what is measured
+LEAST_SAMPLE = 2e-4  # seconds: shorter calls are repeated within a sample, for the clock's resolution
 LEAST_ROUNDS, MOST_ROUNDS = 5, 400
-L2_FLUSH = 256 << 20  # bytes: more than the L2 cache of any GPU we name
+L2_FLUSH = 256 << 20  # bytes: larger than the L2 cache of every GPU named here
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: the least and the median over the rounds.
+    """Microseconds per call: minimum and median over the rounds.
 
-    cpu: of the process, all its threads; on a GPU the time between two events there. wall: on the clock.
+    cpu: of the process, all its threads; on a GPU, the time between two events. wall: elapsed time.
     """
 
     cpu: float
@@ -31,12 +31,12 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """How far the median lies above the least, as a share of it."""
+        """Relative distance of the median from the minimum."""
         return self.cpu_median / self.cpu - 1
 
 
 def time_in_turns(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Each call's times. seconds: about what one call may take of all rounds together."""
+    """Time each call. seconds: approximate budget of one call over all rounds."""
     repeats = {name: _repeats(call) for name, call in calls.items()}
     sample = _sample_on_gpu if device.type == "cuda" else _sample
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
@@ -57,7 +57,7 @@ def time_in_turns(calls: Mapping[str, Call], device: torch.device, seconds: floa
 
 
 def _repeats(call: Call) -> int:
-    """How often a call fits into a sample; warms it up, too."""
+    """Return the number of repetitions per sample, warming the call up."""
     call()
     call()
     begun = time.perf_counter()
@@ -67,7 +67,7 @@ def _repeats(call: Call) -> int:
 
 
 def _sample(call: Call, repeats: int) -> tuple[float, float]:
-    """(CPU, wall) seconds a call."""
+    """Return (CPU, wall) seconds per call."""
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         call()
@@ -75,7 +75,7 @@ def _sample(call: Call, repeats: int) -> tuple[float, float]:
 
 
 def _sample_on_gpu(call: Call, repeats: int) -> tuple[float, float]:
-    """(seconds between events, wall seconds), the L2 cache flushed before."""
+    """Return (seconds between events, wall seconds), after flushing the L2 cache."""
     torch.empty(L2_FLUSH, dtype=torch.int8, device="cuda").zero_()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

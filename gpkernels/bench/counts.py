@@ -1,4 +1,4 @@
-"""What a call does, counted: FLOPs, operations dispatched, bytes that go in and out of them, and memory held."""
+"""Counts of a call: FLOPs, dispatched operations, bytes of their arguments and results, and peak memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ _NOTHING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, ate
 
 @dataclass(frozen=True)
 class Counts:
-    """flops: of products and convolutions. calls: operations that are no views. bytes: of their arguments and results,
-    each once. peak: bytes held at most, beyond what was there."""
+    """Counts of one call.
+
+    flops: of products and convolutions. calls: operations other than views. bytes: of their arguments and results, each
+    once. peak: maximum of bytes held beyond those before the call.
+    """
 
     flops: int
     calls: int
@@ -29,19 +32,19 @@ class Counts:
 
 
 def is_work(func: Any) -> bool:
-    """Whether an operation does more than look at memory in another way, or get some."""
+    """Whether an operation does more than create a view or allocate."""
     view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not view and func._overloadpacket not in _NOTHING
 
 
 def bytes_of(value: Any) -> int:
-    """Bytes of all tensors in a value, each once."""
+    """Sum the bytes of all tensors in a value, each once."""
     found = {id(x): x for x in tree_leaves(value) if isinstance(x, Tensor)}
     return sum(x.numel() * x.element_size() for x in found.values())
 
 
 class Watched(TorchDispatchMode):
-    """Counts, and keeps the products and convolutions to make them again without what is around them."""
+    """Dispatch mode that counts, and keeps products and convolutions to replay them alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,14 +71,14 @@ class Watched(TorchDispatchMode):
 
 
 def watched(call: Callable[[], Any]) -> Watched:
-    """What a call dispatches, from one run of it."""
+    """Run a call once and return what it dispatches."""
     with Watched() as mode:
         call()
     return mode
 
 
 def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
-    """The products and convolutions of a call, one after the other, without what is around them."""
+    """Return a function that runs the products and convolutions of a call alone."""
     found = watched(call).products
 
     def bare() -> None:
@@ -87,7 +90,7 @@ def bare_products(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def count(call: Callable[[], Any], device: torch.device) -> Counts:
-    """All of it, once the call has settled, as a critic's step does after two."""
+    """Count a call in its steady state, which a critic's step reaches after two calls."""
     for _ in range(3):
         call()
     found = watched(call)
@@ -95,13 +98,13 @@ def count(call: Callable[[], Any], device: torch.device) -> Counts:
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call holds at most, beyond what was there."""
+    """Return the peak of bytes that a call holds beyond those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints when it starts and stops
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     held = most = 0

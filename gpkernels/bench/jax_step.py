@@ -1,4 +1,4 @@
-"""JAX's jitted WGAN-GP step of an MLP critic, where JAX is installed."""
+"""WGAN-GP step of an MLP critic in JAX, jitted, where JAX is installed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gpkernels.bench.clock import Call
 
 
 def can_do(critic: nn.Module) -> bool:
-    """Linear layers with a ReLU between them."""
+    """Whether a critic is Linear layers with ReLU between them."""
     if not isinstance(critic, nn.Sequential) or not isinstance(critic[-1], nn.Linear):
         return False
     return all(isinstance(m, nn.ReLU if i % 2 else nn.Linear) for i, m in enumerate(critic))
 
 
 def step(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Call:
-    """The gradients of the critic's loss in its weights. Raises RuntimeError where JAX is not installed."""
+    """Return a function for the gradients of the critic's loss by its weights. Raises RuntimeError without JAX."""
     if importlib.util.find_spec("jax") is None:
         raise RuntimeError("JAX is not installed")
     with _as_many_cores_as_threads():
@@ -56,7 +56,7 @@ def step(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Call:
 
 @contextmanager
 def _as_many_cores_as_threads() -> Iterator[None]:
-    """XLA's pool, which has no option for it any more, has a thread for each core that it may use when it starts."""
+    """Restrict the cores of this process while XLA starts: its pool has one thread per allowed core."""
     if "jax" in sys.modules or not hasattr(os, "sched_setaffinity"):
         yield
         return

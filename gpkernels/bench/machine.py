@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and whether the machine was quiet enough for it."""
+"""Description of the machine, and of its load during a measurement."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 import gpkernels
 
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
 ASSUMED_CACHE = 32 << 20
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads and load."""
+    """Collect device, versions, threads and load."""
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "cores": os.cpu_count(),
@@ -33,7 +33,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's own name."""
+    """Return the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -43,26 +43,28 @@ def processor() -> str:
 
 
 def load() -> float:
-    """Processes that wanted to run, on average over the last minute."""
+    """Return the load average of the last minute."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def last_level_cache() -> int:
-    """Bytes of it, or a guess where the system does not say."""
+    """Return the bytes of the last-level cache, or a guess where the system has no entry."""
     sizes = [_bytes(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max(sizes, default=ASSUMED_CACHE)
 
 
 def _bytes(path: Path) -> int:
-    """Of a file such as "2048K"."""
+    """Parse a file such as "2048K"."""
     text = path.read_text(encoding="utf-8").strip()
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
     return int(text.rstrip("KMG")) * unit
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library hand freed memory out again, however large: an op that allocates its result would otherwise be
-    measured by the page faults of fresh memory. True where that could be asked for."""
+    """Keep freed memory in the C library, however large; return whether that is supported.
+
+    Otherwise page faults of newly mapped memory would dominate ops that allocate their result.
+    """
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -73,8 +75,10 @@ def keep_freed_memory() -> bool:
 
 
 def warnings(before: float, stolen: float) -> list[str]:
-    """Reasons to distrust the times. before: the load when the run began; stolen: the worst of wall time over CPU time
-    where one thread did the work."""
+    """Return reasons to distrust the times.
+
+    before: load at the start of the run; stolen: worst ratio of wall to CPU time with one thread.
+    """
     found = []
     if before > 0.5:
         found.append(f"the machine was busy when this began, with a load of {before:.1f}: times may be too long")

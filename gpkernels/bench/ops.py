@@ -1,4 +1,4 @@
-"""The ops beside PyTorch's operations and the machine's memory."""
+"""Suite of single ops, against PyTorch's operations and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from gpkernels.bench.trial import EAGER, OURS, Trial
 
 SUITE = "ops"
 SMALL, IMAGES = (64, 2), (64, 3, 32, 32)
-WEIGHTS = tuple(round(10 ** (1 + 5 * ((37 * i) % 100) / 99)) for i in range(100))  # 10 to a million elements, mixed
+WEIGHTS = tuple(round(10 ** (1 + 5 * ((37 * i) % 100) / 99)) for i in range(100))  # of 10 to a million elements
 
 
 @dataclass(frozen=True)
 class Batch:
-    """real, fake: (N, *). eps: (N,). cotangent: like real. leaves: the first two, to be differentiated. scores: (N, 1),
-    differentiable, two of them."""
+    """Arguments of ops.
+
+    real, fake: (N, *). eps: (N,). cotangent: like real. leaves: the first two, requiring grad. scores: (N, 1), two of
+    them, requiring grad.
+    """
 
     real: Tensor
     fake: Tensor
@@ -43,13 +46,13 @@ class Batch:
 
     @property
     def weight(self) -> Tensor:
-        """eps as it broadcasts."""
+        """eps, shaped for broadcasting."""
         return self.eps.view(-1, *[1] * (self.real.dim() - 1))
 
 
 @dataclass(frozen=True)
 class Op:
-    """ours, eager: calls on a batch. arrays: how many of the batch's size must be read or written, each once."""
+    """ours, eager: calls on a batch. arrays: how many arrays of the batch's size must be read or written, each once."""
 
     ours: Callable[[Batch], Call]
     eager: Callable[[Batch], Call]
@@ -74,7 +77,7 @@ def lipschitz(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def backward(value: Tensor, leaves: tuple[Tensor, ...], cotangent: Tensor | None = None) -> Call:
-    """The first derivative again and again, of a graph that is kept."""
+    """Return a call that computes the first derivative of a retained graph."""
     return partial(torch.autograd.grad, value, leaves, cotangent, retain_graph=True)
 
 
@@ -143,7 +146,7 @@ OPS: dict[str, Op] = {
 
 
 def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
-    """Every op on arrays beyond the caches, on images, and on an array so small that the call itself is what costs."""
+    """Yield every op on arrays larger than the caches, on images, and on arrays so small that overhead dominates."""
     places = {"small": SMALL} if quick else {"large": beyond_caches(device), "images": IMAGES, "small": SMALL}
     for place, shape in places.items():
         batch = Batch.draw(shape, device)
@@ -155,7 +158,7 @@ def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
 
 
 def growth(device: torch.device) -> Iterator[Trial]:
-    """Each op from a thousand elements to as many as do not fit into the caches."""
+    """Yield each op from a thousand elements up to arrays larger than the caches."""
     most = beyond_caches(device)[1]
     for cols in sorted({4, 64, 1024, 16384, most}):
         batch = Batch.draw((256, cols), device)
@@ -164,13 +167,13 @@ def growth(device: torch.device) -> Iterator[Trial]:
 
 
 def beyond_caches(device: torch.device) -> tuple[int, int]:
-    """A shape whose float32 array is half as large again as the last cache, and at least 64 MB."""
+    """Return a shape whose float32 array is 1.5 times the last-level cache, and at least 64 MB."""
     cache = last_level_cache() if device.type == "cpu" else 256 << 20
     return 256, max(64 << 20, cache * 3 // 2) // (4 * 256 * 64) * 64
 
 
 def copy(x: Tensor) -> Call:
-    """A stream-like copy of an array to memory that was touched before: what the memory can do at best."""
+    """Return a copy of an array to memory that was already touched: a bound by memory bandwidth."""
     to = torch.empty_like(x).copy_(x)
     if x.is_cuda:
         return lambda: to.copy_(x)
@@ -183,19 +186,19 @@ def _trial(case: str, op: Op, batch: Batch, **place: Any) -> Trial:
         return lambda: call()
 
     calls: dict[str, Callable[[], Call]] = {OURS: lambda: op.ours(batch), EAGER: lambda: op.eager(batch)}
-    if "backward" not in case:  # a kept graph has been made before a compiler sees it
+    if "backward" not in case:  # a retained graph exists before a compiler sees it
         calls["compile"] = compiled
     return Trial(SUITE, case, calls, lambda: copy(batch.real), limit_share=2 / op.arrays, **place)
 
 
 def _least_call(batch: Batch) -> Trial:
-    """One of PyTorch's own elementwise operations, beside which small arrays' ops may be held."""
+    """Return one of PyTorch's own elementwise operations, as a bound for small arrays."""
     call = {OURS: lambda: partial(torch.add, batch.real, batch.fake)}
     return Trial(SUITE, "torch.add, small", {**call, EAGER: call[OURS]}, lambda: copy(batch.real), limit_share=2 / 3)
 
 
 def _optimiser(device: torch.device) -> Trial:
-    """RMSprop with clipping over many tensors of mixed sizes, as WGAN steps."""
+    """Yield RMSprop with clipping over many tensors of mixed sizes, as in WGAN training."""
 
     def weights() -> list[torch.nn.Parameter]:
         made = [torch.nn.Parameter(torch.randn(n, device=device) * 0.01) for n in WEIGHTS]
@@ -220,5 +223,5 @@ def _optimiser(device: torch.device) -> Trial:
 
     total = torch.randn(sum(WEIGHTS), device=device)
     case = f"optim.RMSprop with clip, {len(WEIGHTS)} tensors (eager: foreach, then clamp_)"
-    # Reads weights, gradients and squares; writes weights and squares.
+    # Reads weights, gradients and square averages; writes weights and square averages.
     return Trial(SUITE, case, {OURS: ours, EAGER: foreach}, lambda: copy(total), limit_share=2 / 5)

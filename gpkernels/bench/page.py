@@ -1,4 +1,4 @@
-"""Results as pictures, and as one HTML page that needs no other file."""
+"""Results as plots and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ STYLE: Any = {
     "grid.color": "#e4e2da",
     "figure.facecolor": "white",
     "svg.fonttype": "none",
-    "svg.hashsalt": "gpkernels",  # the same rows give the same file
+    "svg.hashsalt": "gpkernels",  # reproducible output
 }
 
 
 @dataclass(frozen=True)
 class Picture:
-    """name: of its file. title: over it. svg: itself."""
+    """name: of its file. title: above the plot. svg: the plot."""
 
     name: str
     title: str
@@ -51,7 +51,7 @@ class Picture:
 
 
 def write(path: Path, about: dict[str, Any], rows: Sequence[Row], doubts: Sequence[str]) -> None:
-    """The page."""
+    """Write the page."""
     environment = Environment(loader=PackageLoader("gpkernels.bench", "."), autoescape=True)
     environment.filters["duration"] = duration
     shown = [(picture.title, Markup(_inline(picture))) for picture in pictures(rows)]
@@ -62,14 +62,14 @@ def write(path: Path, about: dict[str, Any], rows: Sequence[Row], doubts: Sequen
 
 
 def write_pictures(folder: Path, rows: Sequence[Row]) -> None:
-    """Each picture as an SVG file."""
+    """Write each plot as an SVG file."""
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures(rows):
         (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
 
 
 def pictures(rows: Sequence[Row]) -> list[Picture]:
-    """Bars for the cases of a suite, lines for its curves."""
+    """Plot bars for the cases of a suite and lines for its curves."""
     drawn = []
     for suite in dict.fromkeys(row.suite for row in rows):
         here = [row for row in rows if row.suite == suite]
@@ -137,6 +137,6 @@ def _lines(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def _inline(picture: Picture) -> str:
-    """Without what only a file of its own needs, and with a name for those who do not see it."""
+    """Prepare an SVG for embedding, with an accessible name."""
     svg = picture.svg[picture.svg.index("<svg") :]
     return svg.replace("<svg", f'<svg role="img" aria-label="{picture.title}"', 1)

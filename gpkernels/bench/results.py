@@ -1,4 +1,4 @@
-"""What was measured, as rows: kept as CSV or JSON, shown as a table, and compared with what was measured before."""
+"""Results as rows: CSV and JSON files, a table, and comparison of two files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = ("device", "threads", "gpkernels", "torch")
-LEAST_NOISE = 0.1  # two runs of the same code differ by as much on a quiet machine
+LEAST_NOISE = 0.1  # the variation between runs of the same code on a quiet machine
 
 
 class Unreadable(Exception):
-    """A file of results that is missing, cut off or something else."""
+    """A file of results that is missing, truncated or in another format."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer at one case. Times in microseconds of a call: CPU time of the process, or between events on a GPU, and
-    on the clock. speedup: eager's time over this one. limit_share: the machine's least time over this one.
-    flops, calls, bytes, peak_bytes: counted, where they can be. axis, size: the place on a curve.
+    """Result of one peer in one case.
+
+    Times are microseconds per call: CPU time of the process, or between events on a GPU, and elapsed. speedup: eager's
+    time over this one. limit_share: the machine's minimum over this time. flops, calls, bytes, peak_bytes: counted,
+    where that is possible. axis, size: point of a curve.
     """
 
     suite: str
@@ -44,12 +46,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is a measurement of."""
+        """Identity of the measurement."""
         return self.suite, self.case, self.peer
 
     @property
     def spread(self) -> float:
-        """The median over the least time, less 1."""
+        """Median over minimum time, minus 1."""
         spread = self.cpu_median_us / self.cpu_us - 1
         return spread if math.isfinite(spread) else 0.0
 
@@ -58,7 +60,7 @@ COUNTS = ("flops", "calls", "bytes", "peak_bytes")
 
 
 def write_csv(path: Path, machine: dict[str, Any], rows: Sequence[Row]) -> None:
-    """A line a row, with the device and the versions in front."""
+    """Write one line per row, starting with the device and the versions."""
     names = [f.name for f in fields(Row)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -69,14 +71,14 @@ def write_csv(path: Path, machine: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def write_json(path: Path, machine: dict[str, Any], rows: Sequence[Row], warnings: Sequence[str]) -> None:
-    """Everything; what is absent is null."""
+    """Write everything; missing values are null."""
     plain = [{name: None if _absent(v) else v for name, v in asdict(row).items()} for row in rows]
     whole = {"machine": machine, "warnings": list(warnings), "rows": plain}
     path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV or JSON file. Raises Unreadable with the reason."""
+    """Read the rows of a CSV or JSON file. Raises Unreadable with the reason."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,9 +87,9 @@ def read(path: Path) -> list[Row]:
         found = json.loads(text)["rows"] if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
         rows = [_parsed(values) for values in found]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Unreadable(f"{path}: expected results that gpkernels bench wrote") from None
+        raise Unreadable(f"{path}: expected a file of results by gpkernels bench") from None
     if not rows:
-        raise Unreadable(f"{path}: expected results, found none")
+        raise Unreadable(f"{path}: expected at least one result, got none")
     return rows
 
 
@@ -109,7 +111,7 @@ def _parsed(values: dict[str, Any]) -> Row:
 
 
 def heading() -> str:
-    """Of the table."""
+    """Format the heading of the table."""
     return (
         f"{'':<46} {'peer':<10} {'time':>11} {'spread':>7} {'eager/this':>10} {'of limit':>8} "
         f"{'ops':>6} {'GFLOP':>8} {'MB moved':>9} {'MB held':>8}"
@@ -117,7 +119,7 @@ def heading() -> str:
 
 
 def line(row: Row) -> str:
-    """Of the table."""
+    """Format a row of the table."""
     spread = "" if math.isnan(row.cpu_median_us) else f"{row.spread:.0%}"
     return (
         f"{row.case:<46} {row.peer:<10} {duration(row.cpu_us):>11} {spread:>7} {_number(row.speedup, '.2f'):>10} "
@@ -127,7 +129,7 @@ def line(row: Row) -> str:
 
 
 def duration(microseconds: float) -> str:
-    """With a unit that fits."""
+    """Format a time with a suitable unit."""
     if microseconds < 1e3:
         return f"{microseconds:.2f} us"
     return f"{microseconds / 1e3:.2f} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.2f} s"
@@ -148,10 +150,10 @@ class Change:
 
 
 def changes(old: Iterable[Row], new: Iterable[Row], ours: str, eager: str) -> list[Change]:
-    """What is different about our own rows.
+    """List the differences between our own rows of two files.
 
-    Times are compared as shares of eager's in the same run, which a slow day leaves alone, and beyond what both runs
-    scatter; counts to the last one, but for memory held, of which PyTorch's libraries take a little more or less.
+    Times are compared as ratios to eager's in the same run, which is robust to load, beyond the spread of both runs;
+    counts exactly, except for peak memory, in which PyTorch's libraries vary slightly.
     """
     before, after = ({row.key: row for row in rows} for rows in (old, new))
     found = []

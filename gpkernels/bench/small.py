@@ -1,4 +1,4 @@
-"""Small critics of many kinds, where calls cost more than arithmetic: what a GPU makes of nearly every critic."""
+"""Small critics of many kinds, in which overhead per call dominates arithmetic, as on GPUs at most sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _leaky() -> nn.Module:
 
 
 def between(make: Callable[[int], list[nn.Module]], width: int = 64, inputs: int = 2) -> nn.Sequential:
-    """Three hidden layers, with the given ones after each."""
+    """Build an MLP of three hidden layers, with the given modules after each."""
     layers: list[nn.Module] = []
     for before in (inputs, width, width):
         layers += [nn.Linear(before, width), *make(width)]
@@ -40,7 +40,7 @@ def between(make: Callable[[int], list[nn.Module]], width: int = 64, inputs: int
 
 
 def convolutional(norm: Callable[[int], list[nn.Module]], spectral: bool = False) -> nn.Sequential:
-    """A DCGAN critic of 8 channels for images of 16 px."""
+    """Build a DCGAN critic of 8 channels for images of 16 px."""
     layers: list[nn.Module] = []
     for before, after in ((3, 8), (8, 16), (16, 32)):
         convolution = nn.Conv2d(before, after, 4, 2, 1)
@@ -49,13 +49,13 @@ def convolutional(norm: Callable[[int], list[nn.Module]], spectral: bool = False
 
 
 def residual(norm: str) -> nn.Sequential:
-    """Two residual blocks of 8 channels for images of 16 px."""
+    """Build two residual blocks of 8 channels for images of 16 px."""
     blocks = ResidualBlock(3, 8, 16, norm, True, first=True), ResidualBlock(8, 8, 8, norm, False)
     return nn.Sequential(*blocks, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
 
 
 def spread(groups: int) -> Callable[[Tensor], Tensor]:
-    """StyleGAN2's minibatch standard deviation, over groups of samples, as one more channel."""
+    """Compute StyleGAN2's minibatch standard deviation over groups of samples, as one more channel."""
 
     def add(x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -68,7 +68,7 @@ def spread(groups: int) -> Callable[[Tensor], Tensor]:
 
 
 class StyleBlock(nn.Module):
-    """As in StyleGAN2: weights scaled in the call, biases by hand, a skip down."""
+    """Block of StyleGAN2's critic: weights scaled in the call, explicit biases, a downsampling skip."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class StyleBlock(nn.Module):
 
 
 class R3Block(nn.Module):
-    """As in R3GAN: a grouped convolution between two of 1 x 1, biases by hand."""
+    """Block of R3GAN: a grouped convolution between two of 1 x 1, explicit biases."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class R3Block(nn.Module):
 
 
 class R3Critic(nn.Module):
-    """Two blocks, a strided convolution for each, and the scores as products with a class's embedding."""
+    """Critic of R3GAN: two blocks, each with a strided convolution, and a projection onto a class embedding."""
 
     def __init__(self, channels: int = 8) -> None:
         super().__init__()
@@ -124,25 +124,25 @@ def attention(s: Any, x: Tensor) -> Tensor:
 
 
 def batch_spread(s: Any, x: Tensor) -> Tensor:
-    """An AMP discriminator that sees how much its samples differ."""
+    """Build an AMP discriminator that reads the spread of its batch."""
     h = F.relu(s.a(x))
     std = (h.var(0, unbiased=False) + 1e-8).sqrt().mean().expand(len(h), 1)
     return s.c(F.relu(s.b(torch.cat([h, std], 1))))
 
 
 def packed(s: Any, x: Tensor) -> Tensor:
-    """CTGAN's: packs of ten rows are one sample each; here the packs are the batch."""
+    """Build CTGAN's critic: each sample is a pack of ten rows; here the batch counts packs."""
     return s.net(x.view(-1, 10 * 12))
 
 
 def recurrent(s: Any, x: Tensor) -> Tensor:
-    """By the last state; without cuDNN, whose recurrent networks cannot be differentiated twice."""
+    """Build a critic on the last state of a recurrent network, without cuDNN, which has no double backward."""
     with torch.backends.cudnn.flags(enabled=False):
         return s.out(s.rnn(x)[0][:, -1])
 
 
 class Cubed(torch.autograd.Function):
-    """A custom function, which no rule knows."""
+    """Custom function, without a rule."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

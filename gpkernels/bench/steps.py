@@ -1,4 +1,4 @@
-"""Penalties and critic steps with their weight gradients, beside eager PyTorch, its compiler, JAX and bare products."""
+"""Suite of penalties and critic steps with weight gradients, against PyTorch eager and compiled, JAX, bare products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE_WIDTH, BASE_DEPTH, BASE_BATCH, BASE_SIZE = 128, 3, 256, 32
 
 @dataclass(frozen=True)
 class Step:
-    """A critic on a batch. real, fake: (N, *). eps: (N,)."""
+    """A critic with a batch. real, fake: (N, *). eps: (N,)."""
 
     critic: nn.Module
     real: Tensor
@@ -49,7 +49,7 @@ class Step:
         return lambda: torch.autograd.grad(loss(), weights, allow_unused=True)
 
     def ours(self, loss: Callable[[], Tensor]) -> dict[str, Callable[[], Call]]:
-        """A loss of ours as it is, compiled by Inductor, and by the backend of this library."""
+        """Return a loss of ours, eager and compiled by Inductor and by the backend of this library."""
         return {
             OURS: lambda: self.gradients(loss),
             BY_INDUCTOR: lambda: self.gradients(torch.compile(lambda: loss())),
@@ -57,7 +57,7 @@ class Step:
         }
 
     def compiled(self, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Call:
-        """torch.compile of torch.func.grad: a double backward itself is refused. loss: of the critic as a function."""
+        """Return torch.compile of torch.func.grad, as it rejects double backward. loss: of the critic as a function."""
         critic, weights = self.critic, {name: p.detach() for name, p in self.critic.named_parameters()}
 
         def of_weights(weights: dict[str, Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ class Step:
 
 
 def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
-    """Every critic, small ones first: its penalty and, but for a field, its WGAN-GP step; and R1 with its loss."""
+    """Yield every critic, small ones first: penalty, WGAN-GP step unless it is a field, and R1 with its loss."""
     for name, case in {**SMALL, **CASES}.items():
         if not quick or name in QUICK:
             yield from _of(name, Step.of(case, device), case.field)
@@ -78,12 +78,12 @@ def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
 
 
 def own_trials(critic: nn.Module, shape: tuple[int, ...], name: str, device: torch.device) -> Iterator[Trial]:
-    """The same for a user's critic."""
+    """Yield the same for a user's critic."""
     yield from _of(f"{name}, {'x'.join(map(str, shape))}", Step.of(Case(lambda: critic, shape), device), False)
 
 
 def growth(device: torch.device) -> Iterator[Trial]:
-    """A WGAN-GP step as batch, width, depth and image grow, to ten times what the zoo has."""
+    """Yield a WGAN-GP step over batch, width, depth and image size, up to ten times the zoo's."""
 
     def mlp_of(width: int, depth: int, batch: int) -> Case:
         return Case(lambda: in_scale(mlp(2, *[width] * depth, 1)), (batch, 2))
@@ -118,7 +118,7 @@ def _of(name: str, step: Step, field: bool) -> Iterator[Trial]:
 
 
 def penalty_trial(case: str, step: Step) -> Trial:
-    """``gradient_penalty`` and its weight gradients, from the points on."""
+    """``gradient_penalty`` with its weight gradients, from the points on."""
 
     def points() -> Tensor:
         return plain_points(step.real, step.fake, step.eps, "wgan-gp")
@@ -132,7 +132,7 @@ def penalty_trial(case: str, step: Step) -> Trial:
 
 
 def field_trial(case: str, step: Step) -> Trial:
-    """``eikonal_loss`` and its weight gradients."""
+    """``eikonal_loss`` with its weight gradients."""
     return _trial(
         case,
         step.ours(lambda: gpk.eikonal_loss(step.critic, step.real)),
@@ -142,7 +142,7 @@ def field_trial(case: str, step: Step) -> Trial:
 
 
 def step_trial(case: str, step: Step, **place: Any) -> Trial:
-    """A WGAN-GP critic step: ``CriticLoss`` and its weight gradients."""
+    """WGAN-GP critic step: ``CriticLoss`` with its weight gradients."""
     loss = gpk.CriticLoss(step.critic)
 
     def functional(critic: Callable[[Tensor], Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ def step_trial(case: str, step: Step, **place: Any) -> Trial:
 
 
 def r1_trial(case: str, step: Step) -> Trial:
-    """The logistic loss with R1 at the real data, of which the penalty shares the pass."""
+    """Logistic loss with R1 at the real data, which share a pass."""
     loss = gpk.CriticLoss(step.critic, objective="gan", penalty="r1")
 
     def functional(critic: Callable[[Tensor], Tensor]) -> Tensor:
@@ -179,7 +179,7 @@ def r1_trial(case: str, step: Step) -> Trial:
 
 
 def _penalty(critic: Callable[[Tensor], Tensor], points: Tensor, target: float = 1.0) -> Tensor:
-    """With torch.func, which a compiler can take apart."""
+    """Compute the penalty with torch.func, which a compiler can trace."""
     grad = torch.func.grad(lambda x: critic(x).sum())(points)
     squares = grad.flatten(1).square().sum(1)
     return squares.mean() if target == 0 else ((squares.sqrt() - target) ** 2).mean()

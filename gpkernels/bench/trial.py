@@ -1,4 +1,4 @@
-"""One case, measured: every way to do the same thing, and the least that the machine needs for it."""
+"""Measurement of one case: every implementation, and the machine's minimum for it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from gpkernels.bench.results import Row
 OURS, EAGER, LIMIT = "gpkernels", "eager", "limit"
 BY_INDUCTOR, AS_PROGRAM = f"{OURS}, Inductor", f"{OURS}, backend"
 PEERS = (EAGER, "compile", "jax")
-COMPILED = {"compile": (BY_INDUCTOR, AS_PROGRAM)}  # ours, measured with a peer
-COUNTED = (OURS, EAGER)  # the others do not go through PyTorch's dispatcher
+COMPILED = {"compile": (BY_INDUCTOR, AS_PROGRAM)}  # measured along with a peer
+COUNTED = (OURS, EAGER)  # peers that bypass PyTorch's dispatcher are not counted
 
 
 @dataclass(frozen=True)
 class Trial:
-    """calls: by peer, ready to be timed; made when it is measured. limit: a call that does nothing but what the
-    hardware must do, ``limit_share`` times as much as that. axis, size: where the case is a point of a curve.
+    """One case.
+
+    calls: by peer, constructed when measured. limit: a call of only what the hardware must do, ``limit_share`` times
+    its size. axis, size: point of a curve.
     """
 
     suite: str
@@ -36,28 +38,28 @@ class Trial:
 
 @dataclass
 class Measured:
-    """rows: one a peer. absent: why a peer has none."""
+    """rows: one per peer. absent: why a peer has none."""
 
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
 
 
 def measure(trial: Trial, peers: Collection[str], device: torch.device, seconds: float) -> Measured:
-    """Time all of a trial's calls in turns. seconds: about what one of them may take."""
+    """Time all calls of a trial, interleaved. seconds: approximate budget per call."""
     result = Measured()
     calls: dict[str, Call] = {}
     if "compile" in peers:
-        torch.compiler.reset()  # or functions that were compiled for other trials count against its limits
+        torch.compiler.reset()  # functions compiled for other trials count against Dynamo's limits
     for name in (OURS, *(name for peer in peers for name in (peer, *COMPILED.get(peer, ())))):
         if name in trial.calls:
             try:
                 calls[name] = _made(trial.calls[name])
-            except Exception as error:  # a peer that cannot do it must not end the run
+            except Exception as error:  # a failing peer must not end the run
                 if name == OURS:
                     raise
                 result.absent[name] = _reason(error)
     times = time_in_turns({**calls, LIMIT: trial.limit()}, device, seconds)
-    if "jax" in times:  # it works in a thread of its own, whose CPU time is known to the clock only later
+    if "jax" in times:  # its thread's CPU time is accounted only later
         times["jax"] = replace(times["jax"], cpu=times["jax"].wall, cpu_median=times["jax"].wall_median)
     least = times.pop(LIMIT)
     bound = least.cpu / trial.limit_share
@@ -72,9 +74,9 @@ def measure(trial: Trial, peers: Collection[str], device: torch.device, seconds:
 
 
 def _made(make: Callable[[], Call]) -> Call:
-    """The call, after a first run: what is compiled is compiled, and what fails has failed."""
+    """Construct a call and run it once, so that compilation and failures happen here."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # compilers' advice about what is measured here
+        warnings.simplefilter("ignore")  # compilers' warnings about the measured code
         call = make()
         call()
     return call

@@ -1,1 +1,1 @@
-"""The critic step without wasted work: rules for layers, and the passes that put them in order."""
+"""Penalties and losses of a critic without double backward: rules for calls, and the passes that apply them."""

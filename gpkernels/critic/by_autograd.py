@@ -1,7 +1,7 @@
-"""The same by autograd's own engine, on the graphs at hand.
+"""Losses and their gradients by autograd's own engine, on graphs that are already built.
 
-For critics with hooks, which it has to call on its way, and for small ones with calls that have no rule, where the
-engine is the fastest way.
+For critics with hooks, which the engine has to call, and for small critics with calls that have no rule, where the
+engine is the fastest implementation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.call import Pass, Plain
-from gpkernels.critic.parts import Task
+from gpkernels.critic.parts import Task, constant_scores
 from gpkernels.ops.consistency import consistency_term_reference
 from gpkernels.ops.relativistic_loss import relativistic_loss_reference
 from gpkernels.ops.score_loss import score_loss_reference
@@ -61,14 +61,14 @@ def losses(passes: Sequence[Pass | Plain], task: Task, weights: Sequence[Tensor 
 
 
 class _Plainly:
-    """The critics whose losses are left to autograd altogether, in training or out of it, for batches up to a size."""
+    """Registry of critics whose losses are left to autograd, by training mode, for batches up to a size."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, bool], tuple[ReferenceType[Any], int]] = {}
 
     def add(self, critic: Any, elements: int) -> None:
         key = id(critic), _training(critic)
-        with suppress(TypeError):  # there are callables that nothing can point to weakly
+        with suppress(TypeError):  # some callables cannot be referenced weakly
             self._known[key] = ref(critic, lambda _: self._known.pop(key, None)), elements
 
     def has(self, critic: Any, batch: Tensor) -> bool:
@@ -92,7 +92,7 @@ def _rows(one: Pass | Plain, output: int, name: str) -> Tensor:
 
 
 def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, Tensor | None]:
-    """The adversarial loss and the consistency term."""
+    """Compute the adversarial loss and the consistency term."""
     if task.adversarial is None:
         return None, None
     at = {name: one for one in passes for name, _ in one.groups}
@@ -128,7 +128,7 @@ def penalties_of(one: Pass | Plain, task: Task) -> list[tuple[str, Tensor]]:
         rows, one.x, torch.ones_like(rows), create_graph=task.gradients, retain_graph=True, allow_unused=True
     )
     if gradient is None:
-        raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+        raise constant_scores()
     found = []
     size = gradient.shape[0] // len(one.groups)
     for k, (name, so) in enumerate(one.groups):

@@ -1,4 +1,4 @@
-"""One call of the critic: what it is called with, and the graph that autograd keeps of it."""
+"""One call of the critic: its batch, its outputs and autograd's graph of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from gpkernels import backends
 from gpkernels.critic.graph import Graph, native
-from gpkernels.critic.parts import Between, points_of
+from gpkernels.critic.parts import Between, constant_scores, points_of
 from gpkernels.critic.together import Check, Watch
 from gpkernels.private import (
     compile_nothing,
@@ -34,7 +34,7 @@ def scores_of(output: Any, what: str = "critic") -> Tensor:
 
 
 def features_of(output: Any) -> Tensor | None:
-    """What a critic gives beside its scores."""
+    """Return the features that a critic outputs after its scores, or None."""
     found = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
     return found if isinstance(found, Tensor) else None
 
@@ -50,7 +50,7 @@ def check_scores(scores: Tensor, x: Tensor, pack: int) -> None:
 
 
 class Group(NamedTuple):
-    """Samples by what they are: "fake", "real", "again" (real once more) or "points"."""
+    """Samples and their role: "fake", "real", "again" (the real batch once more) or "points"."""
 
     name: str
     x: Tensor | Between
@@ -58,12 +58,12 @@ class Group(NamedTuple):
 
     @property
     def batch(self) -> Tensor:
-        """What tells their number, shape and dtype."""
+        """Tensor with the number, shape and dtype of the samples."""
         return self.x.real if isinstance(self.x, Between) else self.x
 
 
 class Pass:
-    """One call of the critic, on one group of samples or several, and the graph that autograd kept of it.
+    """One call of the critic on one or several groups of samples, and autograd's graph of it.
 
     x: the batch, a leaf where its gradient is wanted. start: the number of the first node that is the critic's own.
     wants: whether the gradient at the batch is asked for. pack: as in a ``Task``.
@@ -90,24 +90,24 @@ class Pass:
         check_scores(scores, x, pack)
         if dual_level() >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
             raise RuntimeError(
-                "the critic has a forward-mode tangent, which this penalty would not carry on; call it inside "
-                "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
+                "the critic has a forward-mode tangent, which this penalty does not propagate; call it inside "
+                "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"
             )
         if penalised and not scores.requires_grad:
-            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+            raise constant_scores()
 
     def read(self) -> None:
-        """Read the graph: nodes, saved tensors, leaves, which of these is the batch, and the key."""
+        """Read the graph: nodes, saved tensors, leaves, the batch among them, and the key."""
         roots = [u for u in self.outputs if u.requires_grad]
         self._read(roots)
-        self.told = True  # whether C++ reads the same
+        self.told = True  # whether the native reader finds the same graph
         if (
             self.x_leaf is None and self.start and self.x.requires_grad
-        ):  # made by another thread, which counts for itself?
+        ):  # made in another thread, with sequence numbers of its own
             self.start, self.told = 0, False
             self._read(roots)
         if self.x_leaf is None and any(penalised for _, penalised in self.groups):
-            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+            raise constant_scores()
         metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in self.outputs])
         self.key = self.graph_key, self.x_leaf, self.wants, self.groups, self.each, metas, self.pack
 
@@ -128,7 +128,7 @@ def call(
     pack: int = 1,
     looks_on: Watch | Check | None = None,
 ) -> Pass:
-    """Call the critic once, with all samples of some groups."""
+    """Call the critic once with all samples of the given groups."""
     x = _batch([points_of(g.x) for g in groups], wants or any(g.penalised for g in groups))
     start = 0 if backends.program is None else next_sequence_number()
     if isinstance(looks_on, Watch):
@@ -139,7 +139,7 @@ def call(
 
 
 class Plain(NamedTuple):
-    """A call whose graph nobody reads; named as in ``Pass``."""
+    """A call whose graph is not read; fields as in ``Pass``."""
 
     groups: tuple[tuple[str, bool], ...]
     each: int
@@ -155,9 +155,9 @@ def call_plainly(
     pack: int = 1,
     before: Sequence[Any] = (),
 ) -> list[Plain]:
-    """Call the critic with one group after the other, where all is left to autograd. Grad mode is on.
+    """Call the critic with one group after the other, for losses that are left to autograd. Grad mode is on.
 
-    before: what came of the first calls, if they were made, each (output, batch).
+    before: (output, batch) of the first calls, if they were already made.
     """
     found = []
     for i, group in enumerate(groups):
@@ -178,18 +178,18 @@ def call_plainly(
 
 
 class uncompiled:
-    """Context: compiled parts of a critic run as they were written, as PyTorch cannot differentiate them twice.
+    """Context manager in which compiled parts of a critic run eagerly: PyTorch cannot differentiate them twice.
 
-    The compiler's stance is the process's own, so the first thread that comes sets it and the last one puts it back.
-    Which frames the compiler looks at is the thread's own.
+    The compiler's stance is global, so the first thread to enter sets it and the last one to leave restores it. Frame
+    evaluation is per thread.
     """
 
     __slots__ = ("_callback",)
     _lock, _inside = Lock(), 0
-    _before: Any = None  # the stance, where the compiler is there at all
+    _before: Any = None  # the stance, if the compiler is imported
 
     def __enter__(self) -> None:
-        self._callback = look_at_no_frames()  # or no stance can be set
+        self._callback = look_at_no_frames()  # otherwise no stance can be set
         with uncompiled._lock:
             if not uncompiled._inside:
                 uncompiled._before = compile_nothing()
@@ -206,7 +206,7 @@ class uncompiled:
 
 
 def _batch(groups: list[Tensor], moves: bool) -> Tensor:
-    """What the critic is called with; ``moves``: a leaf of its own, whose gradient can be had."""
+    """Concatenate groups to the batch that the critic is called with; ``moves``: make it a leaf that requires grad."""
     if len(groups) > 1:
         return torch.cat([g.detach() for g in groups]).requires_grad_(moves)
     (x,) = groups

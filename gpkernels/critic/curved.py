@@ -1,7 +1,7 @@
-"""The passes over a graph that bends, for plain and penalised rows in one batch.
+"""Passes over a graph with curvature, for plain and penalised rows in one batch.
 
-The gradient at the penalised rows comes first, alone. What bends there is then pulled down together with the plain
-rows' cotangents, so that every call and every weight's product is made once for all rows.
+The gradient at the penalised rows is computed first, alone. Their second-order terms are then pulled back together
+with the cotangents of the plain rows, so that every call and every weight gradient is computed once for all rows.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Place, Plan
 
 
 class CurvedPasses(Passes):
-    """The passes where ``fits`` says so. Seeds of ``pull`` are those of the penalised rows alone."""
+    """Passes for plans that ``fits`` accepts. Seeds of ``pull`` are those of the penalised rows alone."""
 
-    plain_seeds: Mapping[Place, Tensor]  # the plain rows'
+    plain_seeds: Mapping[Place, Tensor]  # cotangents of the plain rows
 
     @staticmethod
     def fits(plan: Plan, wants: bool) -> bool:
-        """wants: whether the gradients at plain rows are asked for."""
+        """Whether these passes support a plan. wants: whether the gradients at plain rows are requested."""
         return plan.curved and 0 < plan.plain < plan.rows and plan.layouts is not None and not wants
 
     def pull(self, seeds: Mapping[Place, Tensor]) -> Cotangents:
@@ -58,7 +58,7 @@ class CurvedPasses(Passes):
         return {}  # nobody wants the inputs' gradients here
 
     def _penalised_of(self, cotangents: Cotangents) -> Cotangents:
-        """The penalised rows of cotangents of all rows."""
+        """Select the penalised rows of cotangents of all rows."""
         found: Cotangents = {}
         for p, u in cotangents.items():
             (rows,) = self._rows(p[0], [u], PENALISED)
@@ -67,7 +67,7 @@ class CurvedPasses(Passes):
         return found
 
     def _given(self, i: int, adjoints: dict[str, Cotangents]) -> dict[str, list[Tensor | None]]:
-        """A call's cotangents by the rows that have them; those of all rows become one."""
+        """Merge a call's cotangents by the rows that have them."""
         found = {which: c for which, some in adjoints.items() if (c := self._taken(some, i)) is not None}
         layout = self.plan.layouts[i]  # type: ignore[index]
         if len(found) < 2 or layout is None or len({tuple([u is None for u in c]) for c in found.values()}) > 1:

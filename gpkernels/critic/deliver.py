@@ -1,4 +1,4 @@
-"""Gradients that were computed in the forward call, scaled in backward."""
+"""Gradients that are computed in forward and scaled by the cotangent in backward."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from gpkernels.private import foreach_mul, foreach_mul_, graph_is_kept, is_batch
 
 
 class _Deliver(Function):
-    """A value whose gradients are known: backward multiplies them by the cotangent, in place if they are done with.
+    """A value with precomputed gradients, which backward multiplies by the cotangent, in place unless retained.
 
-    csrc/deliver.cpp is the same as a node in C++, for plain tensors that nothing watches.
+    csrc/deliver.cpp is the same as a C++ node, for plain tensors without modes or subclasses.
     """
 
     @staticmethod
     def forward(ctx: Any, value: list[Tensor], gradients: list[Tensor], *tensors: Tensor) -> Any:
         ctx.gradients = gradients
-        return value[0]  # in a list: a tensor would be an argument, and be given back as a view of itself
+        return value[0]  # passed in a list: a tensor argument would be returned as a view of itself
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "this penalty holds its weight gradients and cannot be differentiated twice; call it inside "
-                "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
+                "this penalty has precomputed weight gradients and cannot be differentiated twice; call it inside "
+                "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"
             )
         gradients = ctx.gradients
         if gradients is None:
-            raise RuntimeError("backward through this penalty a second time: the first needs retain_graph=True")
+            raise RuntimeError("backward through this penalty a second time: expected retain_graph=True in the first")
         kept = graph_is_kept() or not isinstance(
             ctx, BackwardCFunction
-        )  # compiled autograd's stand-in: the node keeps them
+        )  # compiled autograd's proxy: the node keeps them
         if not kept:
             ctx.gradients = None
-        if is_batched(cotangent) or is_legacy_batched(cotangent):  # lists have no rule for it
+        if is_batched(cotangent) or is_legacy_batched(cotangent):  # foreach has no batching rule
             return None, None, *(g * cotangent for g in gradients)
         if kept:
             return None, None, *foreach_mul(gradients, cotangent)
@@ -51,12 +51,12 @@ class _Deliver(Function):
 
 
 def _is_one(cotangent: Tensor) -> bool:
-    """Whether there is nothing to scale, where looking costs nothing."""
+    """Whether the cotangent is 1, if reading it does not synchronise."""
     return type(cotangent) is Tensor and cotangent.device.type == "cpu" and cotangent.item() == 1.0
 
 
 def deliver(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The value, with a known gradient for each given tensor."""
+    """Attach a precomputed gradient for each given tensor to the value."""
     if not gradients:
         return value
     known, tensors = [g for _, g in gradients], [x for x, _ in gradients]

@@ -1,8 +1,8 @@
-"""Layers that do not send zeros through the network when a gradient is differentiated: the drop-in way.
+"""Piecewise-linear layers whose double backward skips exact zeros: a drop-in for hand-written penalties.
 
-PyTorch's double backward of a threshold, a leaky ReLU, a hardtanh or a pooling gives exact zeros for the layer's input,
-and so the whole forward graph is run backwards once more on zeros. Inside ``fast_double_backward()`` these layers give
-nothing instead. Everything else is PyTorch's own.
+PyTorch's double backward of a threshold, a leaky ReLU, a hardtanh or a pooling returns exact zeros for the layer's
+input, so the whole forward graph is differentiated once more on zeros. Inside ``fast_double_backward()`` these layers
+return no gradient instead. Everything else is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpkernels.private import dual_level, function_mode_count, function_modes, t
 
 
 class _Forward(Function):
-    """A layer that is linear but for what it saves: its rule goes back, forth, back and so on, to any order."""
+    """A layer that is linear given its saved tensors: its rule alternates VJP and JVP, to any order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
@@ -33,7 +33,7 @@ class _Forward(Function):
             y = function(x.detach().requires_grad_())
         node = y.grad_fn
         if node is None or node.name() not in RULES or any(p.name() != LEAF for p, _ in node.next_functions if p):
-            raise Unfit("it is not one node with a rule")
+            raise Unfit("expected one node with a rule")
         ctx.rule, saved = rule_of(node)
         ctx.save_for_backward(*saved)
         return y.detach()
@@ -44,7 +44,7 @@ class _Forward(Function):
 
 
 class _InPlace(Function):
-    """The same for a layer that overwrites its input, and whose rule reads the output alone."""
+    """The same for a layer that overwrites its input and whose rule reads the output alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], rule: type[Rule], constants: Any) -> Any:
@@ -85,14 +85,14 @@ class _Push(Function):
 
 
 def _nothing(ctx: Any) -> Sequence[None]:
-    """For the rule and the saved tensors: the layer is constant in them almost everywhere."""
+    """Return no gradient for the rule and the saved tensors, in which the layer is constant almost everywhere."""
     return (None,) * (1 + len(ctx.saved_tensors))
 
 
 def _called(x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
     try:
         return _Forward.apply(x, function)
-    except Unfit:  # an image of channels-last order that is pooled to one pixel, say
+    except Unfit:  # such as a channels-last image pooled to one pixel
         return function(x)
 
 
@@ -106,7 +106,7 @@ def _layer(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unwritable(x: Tensor) -> bool:
-    """What a call in place is left to PyTorch for: its error comes before the write."""
+    """Whether PyTorch rejects a write to ``x``; its own function then raises before the write."""
     return x.is_leaf or x._base is not None
 
 
@@ -119,7 +119,7 @@ def _relu(x: Tensor, inplace: bool = False) -> Any:
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not inplace:
         return _called(x, lambda x: F.leaky_relu(x, negative_slope))
-    if _unwritable(x) or negative_slope <= 0:  # the output does not tell the sign of the input
+    if _unwritable(x) or negative_slope <= 0:  # the sign of the input cannot be read from the output
         return F.leaky_relu(x, negative_slope, True)
     return _InPlace.apply(x, lambda x: F.leaky_relu_(x, negative_slope), LeakyReLUInPlace, (negative_slope,))
 
@@ -148,20 +148,26 @@ LAYERS: dict[Any, Callable[..., Any]] = {
 
 
 class fast_double_backward(TorchFunctionMode):
-    """Context: layers called inside it have the efficient double backward.
+    """Context manager in which piecewise-linear layers have a double backward that skips zero gradients.
 
-    Values and gradients are PyTorch's, for derivatives of any order; the weight gradients of an MLP's penalty are the
-    same to the last bit. Where PyTorch's are zeros because nothing depends on a weight, there may be None. Layers:
-    ReLU, LeakyReLU, Hardtanh, ReLU6, also in place; max, average and adaptive pooling of images. Every other layer runs
-    as it is, and so does everything in ``torch.compile`` and in transforms of ``torch.func``. The penalties of this
-    library can be differentiated to any order where they are called inside it.
+    PyTorch's double backward of a ReLU or a pooling returns exact zeros for the layer's input, so that the whole
+    forward graph is differentiated once more on zeros. Layers called inside this context return no gradient instead.
+    Values and gradients are PyTorch's, for derivatives of any order; where PyTorch's gradient is zero because nothing
+    depends on a weight, it may be None.
+
+    Layers: ReLU, LeakyReLU, Hardtanh and ReLU6, also in place; max, average and adaptive pooling of images. Every other
+    operation is unchanged, and so is everything inside ``torch.compile`` and transforms of ``torch.func``. Penalties of
+    this library that are called inside are differentiable to any order.
 
     Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+        >>> x = torch.randn(8, 2, requires_grad=True)
         >>> with gpkernels.fast_double_backward():
         ...     (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        >>> gpkernels.gradient_norm_penalty(grad).backward()
     """
 
-    # Enter and exit are the base's: a graph break inside a mode that has its own is more than torch.compile can do.
+    # Enter and exit are inherited: torch.compile does not support a graph break inside a mode that overrides them.
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -189,7 +195,7 @@ def transformed() -> bool:
 
 
 def depth() -> int:
-    """How many ``fast_double_backward()`` contexts this thread is in."""
+    """Count the active ``fast_double_backward()`` contexts of this thread."""
     if not function_mode_count():
         return 0
     return sum(isinstance(mode, fast_double_backward) for mode in function_modes())

@@ -1,7 +1,7 @@
-"""Which way each call of a critic takes in a penalty, and why: `gpkernels explain`.
+"""Report of how each call of a critic is differentiated in a penalty: `gpkernels explain`.
 
-What is told is what the engine reads, autograd's graph of one call of the critic. That call is made once more with
-hooks on the modules and a mode that sees each function, to learn which layer and function the graph's nodes came from.
+The report is read from autograd's graph of one call of the critic, as the passes read it. The critic is called once
+more with module hooks and a function mode, to attribute the graph's nodes to layers and functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.generic import Edge, Outsider
 from gpkernels.critic.graph import LEAF, Graph
-from gpkernels.critic.parts import Norm, Task
+from gpkernels.critic.parts import Norm, Task, constant_scores
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Unfit
@@ -34,43 +34,42 @@ from gpkernels.critic.together import Watch, keeps_apart, settled
 from gpkernels.ops.checks import check_batch
 from gpkernels.private import TorchDispatchMode, tree_leaves, without_function_modes
 
-_NO_INPUT = "critic: expected scores that depend on the input, got scores that do not"
 _KINDS = {
     "CompiledFunctionBackward": "it is compiled",
     "DifferentiableGraphBackward": "it is scripted",
-    "CopySlices": "it writes into a part of a tensor",
+    "CopySlices": "it writes into a slice of a tensor",
 }
 _FUSED_ATTENTION = "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) chooses attention that can"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the critic that the input goes through.
+    """One call of the critic that depends on the input.
 
-    layer: the module that made it, by its name in the critic; "" for the critic itself. function: what was called, or
-    autograd's name where no function of PyTorch was seen. way: "rule", "rule, curved" where activations have adjoints
-    to be pulled down once more, or "generic: ..." with the reason why the call is left to autograd. flops: of the
-    products and convolutions in it; None where they could not be told apart from other calls'.
+    layer: name of the module that made it; "" for the critic itself. function: the function called, or autograd's name
+    where no PyTorch function was seen. method: "rule", "rule, curved" for a call with second-order terms, or "generic:
+    ..." with the reason why the call is left to autograd. flops: of its products and convolutions; None where they
+    could not be attributed.
     """
 
     layer: str
     function: str
-    way: str
+    method: str
     flops: int | None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` says; ``str`` of it is a table.
+    """Result of `explain`; ``str`` formats it as a table.
 
-    calls: in order. way: of the whole critic. samples: whether these keep to themselves, and what follows for groups
-    of them. forward_flops: of one call of the critic. eager_flops, flops: of a gradient penalty with its weight
-    gradients in eager PyTorch and here; None where that is not possible, for the reason in eager_refusal or refusal.
-    uncounted: an operation of which PyTorch counts no FLOPs though it has products; "" if there is none.
+    calls: in order. method: summary for the whole critic. samples: whether they are independent, and the consequence
+    for groups of them. forward_flops: of one call of the critic. eager_flops, flops: of a gradient penalty with its
+    weight gradients in eager PyTorch and here; None where that is not possible, for the reason in eager_refusal or
+    refusal. uncounted: an operation with products of which PyTorch counts no FLOPs; "" if there is none.
     """
 
     calls: list[Call]
-    way: str
+    method: str
     samples: str
     forward_flops: int
     eager_flops: int | None
@@ -80,16 +79,16 @@ class Explanation:
     uncounted: str = ""
 
     def __str__(self) -> str:
-        rows = [("layer", "call", "MFLOP", "way")]
-        rows += [(c.layer or "(critic)", c.function, _mega(c.flops), c.way) for c in self.calls]
+        rows = [("layer", "call", "MFLOP", "method")]
+        rows += [(c.layer or "(critic)", c.function, _mega(c.flops), c.method) for c in self.calls]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = []
-        for layer, function, count, way in rows:
-            lines.append(f"{layer:{widths[0]}}  {function:{widths[1]}}  {count:>{widths[2]}}  {way}")
+        for layer, function, count, method in rows:
+            lines.append(f"{layer:{widths[0]}}  {function:{widths[1]}}  {count:>{widths[2]}}  {method}")
         unit = self.forward_flops
         eager = self._passes(self.eager_flops, self.eager_refusal)
         ours = self._passes(self.flops, self.refusal)
-        lines += ["", f"the critic: {self.way}", f"samples: {self.samples}", "penalty with weight gradients:"]
+        lines += ["", f"the critic: {self.method}", f"samples: {self.samples}", "penalty with weight gradients:"]
         lines += [f"  in eager PyTorch: {eager}", f"  here: {ours}"]
         if self.uncounted:
             lines.append(f"  without the products of {self.uncounted}, of which PyTorch counts no FLOPs")
@@ -110,27 +109,32 @@ def _mega(count: int | None) -> str:
 
 
 def explain(critic: Callable[..., Any], example: Tensor) -> Explanation:
-    """Call the critic on an example batch and say which way each of its calls takes in a penalty, and why.
+    """Report how each call of a critic is differentiated in a penalty, and what the penalty costs.
 
-    The critic's buffers and the random numbers that it draws are given back.
+    The critic is called on the example; its buffers and the state of the random number generators are restored.
 
     Args:
-        critic: A module or any other callable that maps a batch to scores, or to a tuple with scores first.
-        example: A batch as the critic is called with in training. Its values do not matter.
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with scores first.
+        example (Tensor): a batch as the critic is called with in training. Its values do not matter.
 
     Shape:
-        example: (N, *), scores: any; fewer than N where a score belongs to several samples.
+        - example: :math:`(N, *)`
+        - scores: any shape, of fewer than :math:`N` elements where a score belongs to several samples
 
     Returns:
-        The calls in order, whether samples keep to themselves, and FLOPs of a penalty here and in eager PyTorch.
+        Explanation: the calls in order, whether samples are independent of each other, and the FLOPs of a penalty here
+        and in eager PyTorch. ``print`` shows it as a table.
 
     Raises:
-        TypeError: The critic cannot be called or gives no tensor, or the example is no tensor of floating point.
-        ValueError: The example is no batch, or the scores do not depend on it.
+        TypeError: the critic cannot be called or returns no tensor, or the example is not a dense floating-point
+            tensor.
+        ValueError: the example is not a batch, or the scores do not depend on it.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
-        >>> print(gpkernels.explain(critic, torch.randn(8, 2)))  # doctest: +SKIP
+        >>> explanation = gpkernels.explain(critic, torch.randn(8, 2))
+        >>> [call.function for call in explanation.calls]
+        ['linear', 'tanh', 'linear']
     """
     check_batch("example", example)
     if not callable(critic):
@@ -140,42 +144,42 @@ def explain(critic: Callable[..., Any], example: Tensor) -> Explanation:
 
 
 class _Explainer:
-    """Calls the critic again and again, each time as it was before."""
+    """Calls the critic repeatedly, restoring its buffers and the random number generators each time."""
 
     def __init__(self, critic: Callable[..., Any], example: Tensor) -> None:
         self.critic, self.example = critic, example
         self.modules = dict(_modules_of(critic))
-        with self._as_it_was():
-            self._scores()  # scripted parts have their final graph from the second call on
-        with self._as_it_was():
+        with self._restored():
+            self._scores()  # scripted parts are optimised after their first call
+        with self._restored():
             x, scores = self._scores()
             self.pooled = scores.numel() < len(x)
             graph = _graph_of(scores)
             self.names = [node.name() for node, _ in graph.nodes]
             self.plan = _planned(graph, x)
-            # Asked while the buffers that nodes may have saved are as the call left them.
+            # Done before buffers that nodes may have saved are restored.
             generic = (i for i, c in enumerate(self.plan.calls) if c.moves and c.rule is None and not c.leaf)
             self.generic = {i: self._why_generic(i, graph.nodes) for i in generic}
 
     def explanation(self) -> Explanation:
-        with self._as_it_was(), uncompiled(), _Flops() as forward:
+        with self._restored(), uncompiled(), _Flops() as forward:
             self._scores()
         calls, rows = self._calls()
         eager, eager_refusal = self._counted(self._eager_penalty)
         ours, refusal = self._counted(self._penalty)
         samples = self._samples(calls, rows)
         return Explanation(
-            calls, _way(calls), samples, forward.total, eager, ours, eager_refusal, refusal, forward.uncounted
+            calls, _summary(calls), samples, forward.total, eager, ours, eager_refusal, refusal, forward.uncounted
         )
 
     def _scores(self) -> tuple[Tensor, Tensor]:
-        """A batch of its own and the critic's scores of it."""
+        """Call the critic on a fresh copy of the example; return the copy and the scores."""
         x = self.example.detach().requires_grad_()
         return x, scores_of(self.critic(x))
 
     @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Give back random numbers and buffers, such as running statistics, whatever happens."""
+    def _restored(self) -> Iterator[None]:
+        """Context manager that restores random number generators and buffers, such as running statistics."""
         found = {id(m): m for module in self.modules.values() for m in module.modules()}
         kept = [
             (module._buffers, name, buffer, buffer.detach().clone())
@@ -198,13 +202,13 @@ class _Explainer:
     # --- calls --------------------------------------------------------------------------------------------------------
 
     def _calls(self) -> tuple[list[Call], dict[int, int]]:
-        """The calls, and in which of them each node of the graph is."""
-        claims, told = self._claims()
+        """Return the calls, and the call of each node of the graph."""
+        claims, attributed = self._claims()
         members: dict[Any, list[int]] = {}
         for i, call in enumerate(self.plan.calls):
             if call.moves and not call.leaf:
                 claim = claims[i]
-                # A node that no function claimed has a line of its own.
+                # A node without a function has a line of its own.
                 key = (claim, -1) if claim is not None and claim.function else (claim, i)
                 members.setdefault(key, []).append(i)
         order = sorted(members, key=lambda key: (-1 if key[0] is None else key[0].number, key[1]))
@@ -218,30 +222,30 @@ class _Explainer:
             counted.add(id(claim))
             rows.update(dict.fromkeys(places, len(calls)))
             layer = "" if claim is None else claim.layer
-            calls.append(Call(layer, name, self._way_of(places), flops if told else None))
+            calls.append(Call(layer, name, self._method_of(places), flops if attributed else None))
         return calls, rows
 
     def _claims(self) -> tuple[list[_Claim | None], bool]:
-        """Where each node came from, and whether FLOPs were told apart.
+        """Return the origin of each node, and whether FLOPs were attributed.
 
-        Compiled parts do not run as such while modes look on: then hooks alone tell the layers.
+        Compiled parts do not run compiled under a mode; hooks alone then identify the layers.
         """
         wanted = [_alike(name) for name in self.names]
         for functions, flops in ((True, True), (True, False), (False, False)):
             follow = _Follow(_names(self.modules))
             try:
-                with self._as_it_was(), follow.modes(functions, flops), follow.hooks():
+                with self._restored(), follow.modes(functions, flops), follow.hooks():
                     _, scores = self._scores()
                     follow.claim(scores)
                     nodes = [node for node, _ in _graph_of(scores).nodes]
-            except Exception:  # the critic itself has run without being followed
+            except Exception:  # the mode's fault: the critic has run without it
                 continue
             if [_alike(node.name()) for node in nodes] == wanted:
                 return [follow.claims.get(node) for node in nodes], flops
         return [None] * len(wanted), False
 
-    def _way_of(self, places: Sequence[int]) -> str:
-        """The way of a call that has made some nodes."""
+    def _method_of(self, places: Sequence[int]) -> str:
+        """Describe how a call that made some nodes is differentiated."""
         calls = [self.plan.calls[i] for i in places]
         reasons = dict.fromkeys(self.generic[i] for i in places if i in self.generic)
         if reasons:
@@ -268,7 +272,7 @@ class _Explainer:
         return f"{why}, and PyTorch cannot differentiate it twice: {refusal}{cure}"
 
     def _refusal(self, i: int, nodes: Sequence[Edge]) -> str:
-        """What PyTorch says where a node has no second derivative, otherwise nothing."""
+        """Return PyTorch's error for a node without a second derivative, otherwise an empty string."""
         call, outsider = self.plan.calls[i], Outsider(nodes)
         try:
             with torch.no_grad():
@@ -279,15 +283,15 @@ class _Explainer:
                     torch.ones_like(u) if m and u is not None else None for u, m in zip(found, moving, strict=True)
                 ]
                 outsider(("push", i), tangents)
-        except Exception as error:  # whatever a function of the user's raises
+        except Exception as error:  # whatever a custom function raises
             return _first_line(error)
         return ""
 
     # --- samples ------------------------------------------------------------------------------------------------------
 
     def _samples(self, calls: Sequence[Call], rows: Mapping[int, int]) -> str:
-        """Whether samples keep to themselves, and what follows."""
-        apart = "real, fake and penalised samples go through one after the other"
+        """Describe whether samples are independent, and the consequence."""
+        apart = "real, fake and penalised samples are processed one group after the other"
         if self.pooled:
             return f"a score belongs to several samples: {apart}"
         (place, _) = self.plan.outputs[0]
@@ -299,29 +303,29 @@ class _Explainer:
             call = calls[rows[meet]]
             where = f"{call.function} of {_layer(call.layer)}"
             if self.plan.calls[meet].rule is None:
-                return f"{where} is left to autograd, which does not tell whether samples meet in it: {apart}"
-            return f"they meet in {where}, or it cannot be told that they do not: {apart}"
+                return f"{where} is left to autograd, which does not show whether samples interact in it: {apart}"
+            return f"samples interact in {where}, or their independence cannot be proved: {apart}"
         known = self._watched(place)
         if known:
-            return f"none reads another in autograd's graph, but {known}: {apart}"
-        return "each keeps to itself: real, fake and penalised ones can go through as one batch"
+            return f"samples are independent in autograd's graph, but {known}: {apart}"
+        return "samples are independent: real, fake and penalised ones can be processed as one batch"
 
     def _watched(self, place: int) -> str:
-        """What speaks against one batch that a graph does not show."""
+        """Return a reason against one batch that the graph does not show."""
         watch = Watch()
         x = self.example.detach().requires_grad_()
         try:
-            with self._as_it_was():
+            with self._restored():
                 watch.follow(x)
                 with uncompiled(), watch:
                     scores = scores_of(self.critic(x))
                 graph = _graph_of(scores)
                 known = settled(watch, _planned(graph, x), graph.nodes)
-        except Exception as error:  # the critic itself has run without being watched
-            return f"the critic cannot be watched ({_first_line(error)})"
+        except Exception as error:  # the mode's fault: the critic has run without it
+            return f"the critic cannot run under a function mode ({_first_line(error)})"
         if known is not None:
             return ""
-        return watch.reason or "where their values lie could not be told"
+        return watch.reason or "the axis of the samples could not be determined"
 
     # --- FLOPs --------------------------------------------------------------------------------------------------------
 
@@ -338,26 +342,26 @@ class _Explainer:
         penalty_on_gradient(self.critic, self.example.detach(), task)
 
     def _counted(self, penalty: Callable[[], None]) -> tuple[int | None, str]:
-        """FLOPs of a penalty with its weight gradients, or why it is not possible."""
+        """Count the FLOPs of a penalty with its weight gradients; return the error where it is not possible."""
         try:
-            with self._as_it_was():  # with what is compiled
+            with self._restored():  # compiled parts included
                 penalty()
-            with self._as_it_was(), uncompiled(), _Flops() as flops:
+            with self._restored(), uncompiled(), _Flops() as flops:
                 penalty()
         except RuntimeError as error:
             return None, _first_line(error)
         return flops.total, ""
 
 
-def _way(calls: Sequence[Call]) -> str:
-    generic = sum(call.way.startswith("generic") for call in calls)
+def _summary(calls: Sequence[Call]) -> str:
+    generic = sum(call.method.startswith("generic") for call in calls)
     if generic:
         count = f"{generic} of {len(calls)} calls " + ("is" if generic == 1 else "are")
         return (
             f"{count} left to autograd; the others have rules" if generic < len(calls) else f"{count} left to autograd"
         )
-    if any(call.way != "rule" for call in calls):
-        return "every call has a rule; curved ones take one more pass over activations"
+    if any(call.method != "rule" for call in calls):
+        return "every call has a rule; curved ones need one more pass over activations"
     return "every call has a rule"
 
 
@@ -370,25 +374,25 @@ def _first_line(error: BaseException) -> str:
 
 
 def _short(name: str) -> str:
-    """Autograd's name of a node without its ending."""
+    """Strip the suffix of autograd's name of a node."""
     return re.sub(r"Backward\d*$", "", name.rpartition("::")[2]) or name
 
 
 def _graph_of(scores: Tensor) -> Graph:
     if not scores.requires_grad:
-        raise ValueError(_NO_INPUT)
+        raise constant_scores()
     return Graph([scores])
 
 
 def _planned(graph: Graph, x: Tensor) -> Plan:
     at = next((i for i, leaf in enumerate(graph.leaves) if leaf is x), None)
     if at is None:
-        raise ValueError(_NO_INPUT)
+        raise constant_scores()
     return Plan(graph.key, {at: False}, len(x), 0)
 
 
 def _alike(name: str) -> str:
-    """A node's name; a reshape's, too, which is another one's while a mode looks on."""
+    """Normalise a node's name: a reshape's differs under a mode."""
     return "ViewBackward0" if name == "ReshapeAliasBackward0" else name
 
 
@@ -396,12 +400,12 @@ def _alike(name: str) -> str:
 
 
 def _modules_of(critic: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a critic consists of or holds, by name; that of the critic itself is ""."""
+    """Yield the modules that a critic consists of or refers to, with names; that of the critic itself is ""."""
     if isinstance(critic, nn.Module):
         yield "", critic
         return
     owner = getattr(critic, "__self__", None)
-    if isinstance(owner, nn.Module):  # a method
+    if isinstance(owner, nn.Module):  # a bound method
         yield "", owner
         return
     held: dict[str, Any] = {}
@@ -417,7 +421,7 @@ def _modules_of(critic: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
-    """The name of each module and of those in it, but for what is compiled: hooks there would be, too."""
+    """Map each module and submodule to its name, except compiled ones: hooks there would be compiled too."""
     found: dict[nn.Module, str] = {}
     for prefix, module in modules.items():
         for name, inner in module.named_modules(prefix=prefix):
@@ -427,10 +431,10 @@ def _names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
 
 
 class _Flops(TorchDispatchMode):
-    """FLOPs of products and convolutions, by PyTorch's own registry."""
+    """Counter of the FLOPs of products and convolutions, by PyTorch's registry."""
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # it imports Triton, which importing this must not
+        from torch.utils.flop_counter import flop_registry  # imports Triton, so not at import time
 
         super().__init__()
         self.total, self.uncounted, self.registry = 0, "", flop_registry
@@ -446,14 +450,14 @@ class _Flops(TorchDispatchMode):
 
 
 class _Claim:
-    """Nodes that one function made in one layer; function: "" where none was seen."""
+    """Nodes that one function created in one layer; function: "" where none was seen."""
 
     def __init__(self, number: int, layer: str, function: str, flops: int) -> None:
         self.number, self.layer, self.function, self.flops = number, layer, function, flops
 
 
 class _Follow(TorchFunctionMode):
-    """Ties nodes of autograd's graph to the layer at work and the function that was called when they first appeared."""
+    """Attributes autograd's nodes to the layer and function during which they first appeared."""
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
         super().__init__()
@@ -473,7 +477,7 @@ class _Follow(TorchFunctionMode):
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Hooks that keep the name of the module at work on top of the stack."""
+        """Context manager whose hooks keep the current module's name on top of the stack."""
 
         def enter(module: nn.Module, args: Any) -> None:
             self.claim(args)
@@ -490,7 +494,7 @@ class _Follow(TorchFunctionMode):
                 hook(module, *args)
 
         with ExitStack() as hooks:
-            if scripted:  # they take no hooks of their own
+            if scripted:  # these accept no hooks
                 hooks.callback(register_module_forward_pre_hook(partial(if_scripted, enter)).remove)
                 hooks.callback(register_module_forward_hook(partial(if_scripted, leave), always_call=True).remove)
             for module in self.names:
@@ -501,13 +505,13 @@ class _Follow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.claim((args, kwargs))  # what custom functions made, which no mode sees
+        self.claim((args, kwargs))  # nodes of custom functions, which no mode sees
         out = func(*args, **kwargs)
-        self.claim((args, kwargs, out), _name_of(func))  # a call in place, or into a part, gives an argument a new node
+        self.claim((args, kwargs, out), _name_of(func))  # an in-place call gives an argument a new node
         return out
 
     def claim(self, values: Any, function: str = "") -> None:
-        """Give the nodes that lead to some tensors, and that nobody has, to the layer at work."""
+        """Attribute the new nodes that lead to some tensors to the current layer."""
         fresh: list[Any] = []
         with without_function_modes():
             for x in tree_leaves(values):
@@ -531,7 +535,7 @@ class _Follow(TorchFunctionMode):
 
 
 def _name_of(func: Any) -> str:
-    """A function's name as users write it."""
+    """Return a function's name as users write it."""
     name: str = resolve_name(func) or getattr(func, "__name__", type(func).__name__)
     name = name.removesuffix(".__get__").rpartition(".")[2]
     return name.strip("_") or name

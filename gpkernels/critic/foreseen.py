@@ -1,9 +1,8 @@
-"""Whether several groups of samples may go as one batch inside ``torch.compile``: learnt while the compiler traces.
+"""Batching of several groups of samples inside ``torch.compile``, decided while Dynamo traces.
 
-What the compiler has traced of the critic's call is made once more on tensors without values, watched as a call outside
-is. If nothing speaks against one batch, the trace begins anew with all samples in one, and its calls are held against
-those that were watched. A trace has no effects, so the critic is called as often as its graph says, and each
-compilation learns for itself: what changed in the critic changes what is traced.
+The traced calls of the critic are run once more on fake tensors under ``together.Watch``. If nothing rules out one
+batch, the trace restarts with all samples in one, and its calls are compared with the recorded ones. A trace has no
+effects, so the critic is called as often as its graph says, and each compilation decides anew.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from gpkernels.private import HigherOrderOperator, restart_of_trace
 
 
 class Foreseen:
-    """What a trace has learnt. log: the watched calls, None where the groups go apart; rows: of a group."""
+    """Result of a trace. log: the recorded calls, None where groups stay separate; rows: samples per group."""
 
     def __init__(self, log: Log | None, rows: int) -> None:
         self.log, self.rows = log, rows
-        self.held = False  # whether a trace as one batch has been held against it
+        self.held = False  # whether a batched trace has matched it
 
 
 class _Now(local):
-    """The trace at work in this thread."""
+    """State of the current trace, per thread."""
 
     seen: Seen | None
-    last: Any = None  # the graph's last node before the critic was called
+    last: Any = None  # the graph's last node before the critic's call
 
 
 _now = _Now()
@@ -44,18 +43,19 @@ _now = _Now()
 @assume_constant_result
 def as_one(seen: Seen) -> bool:
     """Whether to trace all groups as one batch."""
-    # What is made by the traced function itself is made anew in each trace, and is no more than its class in this one.
+    # An object that the traced function itself creates is created anew in each trace, and is only its class in this
+    # one.
     _now.seen = seen if hasattr(seen, "outlives_traces") else None
     return seen.traced is not None and seen.traced.log is not None
 
 
 def begins(ctx: Any) -> None:
-    """Mark where the critic's call begins in the graph."""
+    """Mark the start of the critic's call in the graph."""
     _now.last = next(reversed(ctx.graph().nodes))
 
 
 def learns(ctx: Any) -> None:
-    """Look at a call with one group alone, whose locals are ``x`` and ``scores``; begin anew where one batch may do."""
+    """Inspect a call with one group, with locals ``x`` and ``scores``; restart the trace if one batch is possible."""
     seen, x = _now.seen, ctx.get_local("x").as_fake()
     if seen is not None and seen.traced is None:
         log = _watched(ctx, x)
@@ -65,7 +65,7 @@ def learns(ctx: Any) -> None:
 
 
 def holds(ctx: Any) -> None:
-    """Hold a call with all groups against what was watched; begin anew, apart, where they differ."""
+    """Compare a batched call with the recorded calls; restart the trace with separate groups if they differ."""
     seen, x = _now.seen, ctx.get_local("x").as_fake()
     assert seen is not None
     known = seen.traced
@@ -77,15 +77,15 @@ def holds(ctx: Any) -> None:
             raise Differs
         check.finish()
     except Differs:
-        # What was learnt for an earlier compilation is learnt anew, but for this one.
+        # A result of an earlier compilation is discarded; one of this compilation settles that groups stay separate.
         seen.traced = None if known.held else Foreseen(None, 0)
         raise restart_of_trace() from None
     known.held = True
 
 
 def _watched(ctx: Any, x: Tensor) -> Log | None:
-    """The calls of the critic, where no sample meets another."""
-    if type(x.shape[0]) is not int:  # sizes that are not known could be anywhere
+    """Record the critic's calls, if samples are independent of each other."""
+    if type(x.shape[0]) is not int:  # symbolic sizes could occur anywhere
         return None
     watch = Watch()
     watch.follow(x)
@@ -95,12 +95,12 @@ def _watched(ctx: Any, x: Tensor) -> Log | None:
         return None
     plan, graph = found
     if sum(u.nbytes for u in graph.saved if u is not None) > LARGE[x.device.type == "cpu"]:
-        return None  # one batch gains nothing
+        return None  # batching does not pay
     return settled(watch, plan, graph.nodes)
 
 
 def _laid_out(scores: Tensor, x: Tensor) -> tuple[Plan, Graph] | None:
-    """The plan of a graph in which no sample meets another, and the graph."""
+    """Return the plan and the graph of scores whose samples are independent, else None."""
     if not scores.requires_grad:
         return None
     graph = Graph([scores])
@@ -112,7 +112,7 @@ def _laid_out(scores: Tensor, x: Tensor) -> tuple[Plan, Graph] | None:
 
 
 def _made(ctx: Any, mode: Any) -> Tensor | None:
-    """The scores, from the critic's calls made once more in a mode; None where they cannot be made a second time."""
+    """Replay the critic's traced calls under a mode and return the scores; None where they cannot be replayed."""
     found: dict[Any, Any] = {}
 
     def value(node: Any) -> Any:
@@ -132,5 +132,5 @@ def _made(ctx: Any, mode: Any) -> Tensor | None:
                 elif node.op == "call_method":
                     found[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
         return value(scores)
-    except Exception:  # the critic's own were raised when its calls were traced
+    except Exception:  # errors of the critic itself were raised when it was traced
         return None

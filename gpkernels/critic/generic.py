@@ -1,8 +1,8 @@
-"""The rule of every call that has none: that call alone is left to autograd.
+"""Fallback for calls without a rule: each such call alone is differentiated by autograd.
 
-Its pullback is the node of autograd's graph, called by itself; the derivatives of the pullback, which is linear in the
-cotangents, are its tangent (by the cotangents) and its curvature (by whatever it saved). So a custom function, a
-scripted part or an operation that nobody wrote a rule for costs what it costs in PyTorch, and no other call does.
+Its VJP is the node of autograd's graph, called by itself; the derivatives of the VJP, which is linear in the
+cotangents, are the JVP (by the cotangents) and the curvature (by the saved tensors). A custom function, a scripted part
+or an operation without a rule costs what it costs in PyTorch; no other call does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Edge = tuple[Any, int]
 
 
 def fitted(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As autograd's engine makes it: summed over axes that were broadcast, in the right dtype."""
+    """Reduce a gradient as autograd's engine does: summed over broadcast axes, cast to the right dtype."""
     shape = tuple(shape)
     if x.dim() != len(shape) or tuple(x.shape) != shape:
         extra = x.dim() - len(shape)
@@ -32,9 +32,9 @@ def fitted(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def pull(node: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """A node's pullback: what it gives to each of its parents."""
+    """Compute a node's VJP: the cotangents of each of its parents."""
     parents = node.next_functions
-    if isinstance(node, BackwardCFunction):  # written in Python
+    if isinstance(node, BackwardCFunction):  # a custom function
         metas: Any = node._input_metadata  # type: ignore[attr-defined]
         given = [_or_zeros(c, meta) for c, meta in zip(cotangents, metas, strict=True)]
         results = _tuple(_apply(node, given))
@@ -51,8 +51,8 @@ def pull(node: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _apply(node: Any, cotangents: Sequence[Tensor]) -> Any:
     """Call the backward of a custom function.
 
-    ``torch.compile`` makes two graphs of a custom function. That of its backward has grad mode switched off, which is
-    right for what the compiler differentiates, once, and would be silently wrong here.
+    ``torch.compile`` traces two graphs of a custom function. Its backward graph switches grad mode off, which is right
+    for what the compiler differentiates once, and would be silently wrong here.
     """
     cls = forward_class(node)
     if cls.__name__ != "ApplyTemplate":
@@ -67,7 +67,7 @@ def _apply(node: Any, cotangents: Sequence[Tensor]) -> Any:
 
 
 class _Differentiably(torch.fx.Interpreter):
-    """Runs a graph in the grad mode that is on."""
+    """Interpreter of a graph that keeps the current grad mode."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return None if target is set_grad_mode else super().call_function(target, args, kwargs)
@@ -82,7 +82,7 @@ def _or_zeros(c: Tensor | None, meta: Any) -> Tensor:
 
 
 class Pullback:
-    """A node's pullback at some cotangents, kept with its graph for one more derivative."""
+    """A node's VJP at given cotangents, kept with its graph for one more derivative."""
 
     def __init__(self, node: Any, cotangents: Sequence[Tensor | None]) -> None:
         self.name = node.name()
@@ -96,7 +96,7 @@ class Pullback:
     def push(
         self, tangents: Sequence[Tensor | None], ends: Sequence[Edge], wanted: Sequence[Edge]
     ) -> list[Tensor | None]:
-        """Tangents of the parents -> tangents of the outputs, then the curvature at the wanted edges of the graph."""
+        """Map tangents of the parents to tangents of the outputs, then to the curvature at the requested edges."""
         pairs = [(r, t) for r, t in zip(self.results, tangents, strict=True) if r is not None and t is not None]
         pairs = [(r, t) for r, t in pairs if r.requires_grad]
         found: dict[Edge, Tensor] = {}
@@ -105,7 +105,7 @@ class Pullback:
         out = [None if c is None else found.pop((get_gradient_edge(c).node, 0), None) for c in self.cotangents]
         bent = [found.pop(edge, None) for edge in wanted]
         if found:
-            raise RuntimeError(f"{self.name} depends on a tensor of the critic that it was not given as an argument")
+            raise RuntimeError(f"{self.name} depends on a tensor of the critic that is not among its arguments")
         return [*out, *bent]
 
 
@@ -127,16 +127,16 @@ class Outsider:
         if kind == "first":
             pullback = self._pullbacks[i] = Pullback(node, given)
             return pullback.values()
-        # A leaf is known by the one output that the graph reaches.
+        # A leaf has the one output that the graph reaches.
         edges = [self.nodes[j] if j in self._leaves else (self.nodes[j][0], number) for j, number in places]
         pullback = self._pullbacks[i] if self._again else self._pullbacks.pop(i)
         return pullback.push(given, self.nodes, edges)
 
 
 def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], ends: set[Any]) -> list[tuple[Edge, Tensor]]:
-    """Go back through a small graph by hand, as far as the nodes in ``ends`` and leaves.
+    """Differentiate a small graph by hand, as far as the nodes in ``ends`` and leaves.
 
-    autograd.grad would go on through the critic's own graph, from one recorded value to another.
+    ``autograd.grad`` would continue through the critic's own graph, from one recorded value to another.
     """
     ready: dict[Any, dict[int, Tensor]] = {}
     found: list[tuple[Edge, Tensor]] = []
@@ -165,7 +165,7 @@ def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], ends: set
 
 
 def _order(roots: Sequence[Any], ends: set[Any]) -> list[Any]:
-    """The nodes of a small graph, those that are called later first."""
+    """Sort the nodes of a small graph topologically, outputs first."""
     done: dict[Any, None] = {}
     stack = [(node, False) for node in roots]
     while stack:

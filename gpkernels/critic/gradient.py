@@ -20,6 +20,7 @@ from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.double_backward import depth
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import Graph, native
+from gpkernels.critic.parts import constant_scores
 from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import Cache
@@ -36,7 +37,6 @@ from gpkernels.private import (
 )
 
 Given = Sequence[Tensor | None]
-NO_INPUT = "expected scores that depend on the input, got scores that do not"
 AGAIN = (
     "this gradient holds its derivative and cannot be differentiated twice more; call it inside "
     "gpkernels.fast_double_backward(), where it is made of PyTorch's own operations"
@@ -164,7 +164,7 @@ class Made(NamedTuple):
         at = [i for i, u in enumerate(flat) if isinstance(u, Tensor) and u.requires_grad]
         score = next((k for k, i in enumerate(at) if flat[i] is scores), None)
         if score is None:
-            raise ValueError(f"{name}: {NO_INPUT}")
+            raise constant_scores(name)
         return Made(flat, spec, at, score, inputs)
 
     @property
@@ -215,7 +215,7 @@ def _by_autograd(made: Made, graph: bool, name: str) -> tuple[Sequence[Tensor], 
     scores = outputs[made.score]
     gradients = torch.autograd.grad(scores, made.inputs, torch.ones_like(scores), create_graph=graph, allow_unused=True)
     if all(g is None for g in gradients):
-        raise ValueError(f"{name}: {NO_INPUT}")
+        raise constant_scores(name)
     return outputs if graph else [u.detach() for u in outputs], gradients
 
 

@@ -1,9 +1,9 @@
-"""What ran: the autograd graph of one forward pass of a critic, read once.
+"""Autograd's graph of one forward pass of a critic, read once.
 
-The critic is called as its author wrote it, and PyTorch's autograd, which sees every call that matters to a gradient,
-keeps the graph: of what ran in Python, in C++ and in scripted parts alike. ``Graph`` holds its nodes in order with the
-tensors that they saved. Its ``key`` is all that the passes depend on besides the values of those tensors: the
-kinds of nodes, how they hang together, shapes, strides, dtypes, constants, and which leaves are trained.
+Autograd records every call that matters to a gradient, whether it ran in Python, in C++ or in scripted parts. ``Graph``
+holds the nodes in topological order with their saved tensors. Its ``key`` is everything that the passes depend on
+besides the values of those tensors: kinds of nodes, edges, shapes, strides, dtypes, constants, and the leaves that are
+trained.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gpkernels.critic.rules.base import Meta, Rule
 
 DROPOUT = "NativeDropoutBackward0"
 LEAF = "torch::autograd::AccumulateGrad"
-GIVEN = "torch::autograd::Error"  # what AOTAutograd has behind the inputs of a graph that it traces
+GIVEN = "torch::autograd::Error"  # node of a graph input while AOTAutograd traces
 _WRAP = 1 << 64
-Edge = tuple[Any, int]  # a node of autograd's graph and which of its outputs
+Edge = tuple[Any, int]  # (node, output number)
 
 
 class _Reader:
-    """Reads what a rule wants of a node. ``attrgetter`` gives a tuple of two names and more."""
+    """Reads the saved tensors and constants that a rule declares."""
 
     def __init__(self, rule: type[Rule]) -> None:
         self.rule = rule
@@ -49,17 +49,17 @@ _READERS = {name: _Reader(rule) for name, rule in RULES.items()}
 
 
 class Graph:
-    """The nodes of autograd that outputs come from, parents before children.
+    """Autograd's nodes that the outputs depend on, parents before children.
 
-    nodes: each with the output by which it was reached first. saved: the tensors that their rules read, one after the
-    other. leaves: the tensors at which the graph ends; None for an output of an older node.
-    key: (facts of each node, the place of each output's node and which of its outputs it is).
+    nodes: each with the output by which it was first reached. saved: the tensors that rules read, concatenated. leaves:
+    the tensors at which the graph ends; None for an output of an older node. key: (facts of each node, (index of each
+    output's node, output number)).
     """
 
     __slots__ = ("key", "leaves", "nodes", "saved")
 
     def __init__(self, outputs: Sequence[Tensor], start: int = 0) -> None:
-        """start: the number of the first node that is the critic's own; older ones are where the graph ends."""
+        """Read the graph; nodes with a sequence number below ``start`` end it, as leaves."""
         self.saved: list[Tensor | None] = []
         self.leaves: list[Tensor | None] = []
         edges = [(edge.node, edge.output_nr) for edge in map(get_gradient_edge, outputs)]
@@ -69,7 +69,7 @@ class Graph:
         self.key = facts, tuple([(places[_name(edge, start)], edge[1]) for edge in edges])
 
     def _read(self, edge: Edge, start: int, places: Mapping[Edge, int]) -> tuple[Any, ...]:
-        """The node's part of the key; its tensors are kept. An older node's output is a leaf without a tensor."""
+        """Return the node's part of the key and keep its tensors. An older node's output is a leaf without a tensor."""
         node, number = edge
         if _is_older(node, start):
             self.leaves.append(None)
@@ -93,14 +93,14 @@ class Graph:
         flat: list[Tensor | None] = []
         for x in tensors:
             flat.extend(x) if isinstance(x, (tuple, list)) else flat.append(x)
-        # A Python number beside a tensor is saved as a tensor that PyTorch turns back into a number, a constant, where
-        # calls are traced. A copy is none.
+        # A Python number among the operands is saved as a wrapped number, which tracing would turn into a constant; a
+        # copy is an ordinary tensor.
         self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
         return name, outputs, parents, _hashable(reader.constants(node)), tuple([_meta(x) for x in flat])
 
 
 def _trains(node: Any) -> bool:
-    """Whether a dropout scales what it keeps, which only C++ can see."""
+    """Whether a dropout is in training mode, which only C++ can read from its node."""
     return backends.program is not None and native().trains(node)
 
 
@@ -109,12 +109,12 @@ def _is_older(node: Any, start: int) -> bool:
 
 
 def _name(edge: Edge, start: int) -> Edge:
-    """A node, or one output of an older node."""
+    """Identity of a node, or of one output of an older node."""
     return edge if _is_older(edge[0], start) else (edge[0], 0)
 
 
 def _in_order(roots: Sequence[Edge], start: int, places: dict[Edge, int]) -> list[Edge]:
-    """All nodes that roots lead to, parents first; ``places`` gets where each is."""
+    """Sort all nodes that roots depend on, parents first; ``places`` receives the index of each."""
     order: list[Edge] = []
     stack = list(roots)
     while stack:
@@ -139,14 +139,14 @@ def _meta(x: Tensor | None) -> Any:
 
 
 def _hashable(value: Any) -> Any:
-    """A constant of a node; autograd gives negative numbers as large ones."""
+    """Make a constant of a node hashable; autograd returns negative integers as unsigned."""
     if isinstance(value, (tuple, list)):
         return tuple([_hashable(x) for x in value])
     return value - _WRAP if type(value) is int and value >= _WRAP // 2 else value
 
 
 def rule_of(node: Any) -> tuple[Rule, tuple[Tensor, ...]]:
-    """The rule of one node, and the tensors that it reads."""
+    """Return the rule of one node, and the saved tensors that it reads."""
     reader = _READERS[node.name()]
     inputs = [None if p is None else _full_meta(p._input_metadata[nr]) for p, nr in node.next_functions]
     constants = _hashable(reader.constants(node))
@@ -158,7 +158,7 @@ def _full_meta(meta: Any) -> Meta:
 
 
 def attributes() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """What is read of each kind of node: its tensors and its constants, by the names of attributes."""
+    """Return the attributes that are read of each kind of node: (saved tensors, constants)."""
     return {
         name: (tuple([f"_saved_{n}" for n in rule.saved]), tuple([f"_saved_{n}" for n in rule.constants]))
         for name, rule in RULES.items()
@@ -169,7 +169,7 @@ _native: Any = None
 
 
 def native() -> Any:
-    """What reads graphs and finds programs in C++; ``backends.program`` tells whether that was built."""
+    """Return the native graph reader and program cache; only where ``backends.program`` is loaded."""
     global _native
     if _native is None:
         _native = backends.program.Shelf(attributes(), CAPACITY)

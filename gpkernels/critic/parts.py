@@ -1,4 +1,4 @@
-"""The parts of a critic's loss: what is asked for, and what is given."""
+"""Data types of a critic's loss: the task, its terms and the result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Adversarial(NamedTuple):
 
 
 class Consistency(NamedTuple):
-    """CT-GAN's term between two passes over the real batch."""
+    """Constants of CT-GAN's term between two passes over the real batch."""
 
     weight: float
     margin: float
@@ -41,7 +41,7 @@ class Consistency(NamedTuple):
 
 
 class Between(NamedTuple):
-    """Points between real and fake samples, not computed yet."""
+    """Interpolates of real and fake samples, not yet computed."""
 
     real: Tensor
     fake: Tensor
@@ -54,12 +54,34 @@ class Between(NamedTuple):
 
 
 def points_of(points: Tensor | Between) -> Tensor:
-    """Points as a tensor, computed now if they were not."""
+    """Return points as a tensor, computing interpolates."""
     return points.points() if isinstance(points, Between) else points
 
 
+def constant_scores(name: str = "critic") -> ValueError:
+    """Return the error for scores that do not depend on the input; name: of the argument that gives them."""
+    return ValueError(f"{name}: expected scores that depend on the input, got scores that do not")
+
+
 class CriticLossParts(NamedTuple):
-    """Critic loss and its parts before they are weighted; penalty: a dict by name where several were asked for."""
+    """Loss of a critic and its unweighted parts, as :class:`CriticLoss` returns them.
+
+    Args:
+        loss (Tensor): the weighted sum, which has the graph.
+        adversarial (Tensor): adversarial loss, detached.
+        penalty (Tensor or dict): gradient penalty before it is weighted, detached; 0 without a penalty; a dict of
+            penalties by name where :class:`CriticLoss` was given one.
+        consistency (Tensor): consistency term before it is weighted, detached; 0 without one.
+
+    Shape:
+        - Every part is a scalar.
+
+    Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+        >>> parts = gpkernels.CriticLoss(critic)(torch.randn(8, 2), torch.randn(8, 2))
+        >>> parts.loss.requires_grad, parts.penalty.requires_grad
+        (True, False)
+    """
 
     loss: Tensor
     adversarial: Tensor

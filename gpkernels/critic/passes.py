@@ -1,12 +1,12 @@
-"""The passes over a graph, in the order that wastes nothing, as the rules tell.
+"""Passes over a graph, by the rules of its calls.
 
-Rows of a batch come in two kinds: plain rows, whose scores have cotangents, come first; penalised rows, at which the
-gradient of the score itself is penalised, come last. With a the activations and J their Jacobians:
+Rows of a batch are of two kinds: plain rows, whose scores have cotangents, come first; penalised rows, at which the
+norm of the input gradient is penalised, come last. With activations a and Jacobians J:
 
-- pull the scores' cotangents down: weight gradients at plain rows, delta = J^T 1 at penalised ones
-- push v, the penalty's derivative by the gradient at the input, up through the penalised rows: t = J v
-- bend: each call's derivative of <delta, J t> by its arguments, weights among them; where an activation has one, it is
-  pulled down once more, together with the cotangents of a loss that has those rows' scores in it
+- pull the cotangents of the scores back: weight gradients at plain rows, delta = J^T 1 at penalised ones
+- push v, the derivative of the penalty by the input gradient, forward through the penalised rows: t = J v
+- bend: add each call's derivative of <delta, J t> by its arguments, weights among them; that of an activation is pulled
+  back once more, together with the cotangents of a loss on the scores of those rows
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Cotangents = dict[Place, Tensor]
 
 
 class Passes:
-    """The passes over one graph. outsider: makes the calls without a rule, by what is wanted of which call."""
+    """Passes over one graph. outsider: differentiates a call without a rule, given a name of the request."""
 
     def __init__(self, plan: Plan, saved: Sequence[Tensor | None], outsider: Outsider) -> None:
         self.plan, self.saved, self.outsider = plan, saved, outsider
@@ -70,7 +70,7 @@ class Passes:
         return cotangents
 
     def _keep_weights(self, cotangents: Cotangents) -> None:
-        """Take out the cotangents of values that do not move: weights, or what is made of them."""
+        """Move cotangents of values that do not depend on the input to ``to_weights``."""
         for place in list(cotangents):
             if not self.plan.calls[place[0]].moves:
                 self.to_weights.setdefault(place, []).append(cotangents.pop(place))
@@ -81,7 +81,7 @@ class Passes:
                 self.to_weights.setdefault((i, nr), []).append(u)
 
     def _pull_penalised(self, i: int, call: Call, c: list[Tensor | None], cotangents: Cotangents) -> None:
-        """At a call that plain and penalised rows may both go through; the latter's cotangents are kept."""
+        """Pull through a call that plain and penalised rows may share; keep the penalised rows' cotangents."""
         plan = self.plan
         both = plan.plain > 0 and call.trains
         lower = self._rows(i, c, PENALISED) if both else c
@@ -94,7 +94,7 @@ class Passes:
         if both:
             weights = self._wanted(call, False, True)
             place = self._joint_product(i, call, weights)
-            if place is not None:  # with the penalised rows' share, when their tangents are known
+            if place is not None:  # deferred until the penalised rows' tangents are known
                 self._joint[i] = c
                 weights[place + 1] = False
             if any(weights):
@@ -109,7 +109,7 @@ class Passes:
         self._hand(call, self._call_pull(i, which, c, self._wanted(call, True, False, frozen=True)), which, cotangents)
 
     def _joint_product(self, i: int, call: Call, weights: Sequence[bool]) -> int | None:
-        """The argument whose product with the cotangents is a weight's gradient, if one product can be for all rows."""
+        """Return the operand of a weight gradient that one product can compute for all rows, or None."""
         rule = call.rule
         place = None if rule is None else rule.shared_operand
         if place is None or not weights[place + 1] or self.saved[call.saved.start] is None:
@@ -119,7 +119,7 @@ class Passes:
         return place if p is not None and layouts is not None and layouts[p[0]] == layouts[i] == (0, 1) else None
 
     def _wanted(self, call: Call, moving: bool, weights: bool, frozen: bool = False) -> list[bool]:
-        """Which parents to give cotangents: moving ones (also those that lead to no trained weight), weights."""
+        """Select the parents to compute cotangents for: those that depend on the input, or weights."""
         found = []
         for p in call.parents:
             parent = None if p is None else self.plan.calls[p[0]]
@@ -170,7 +170,7 @@ class Passes:
                     tangents.pop(p, None)
 
     def _widened(self, t: Tensor, place: Place, which: str) -> Tensor:
-        """A tangent in the shape and dtype of its value."""
+        """Expand and cast a tangent to the shape and dtype of its value."""
         meta = self.plan.cut_meta(place, self.plan.window(which))
         t = t if tuple(t.shape) == meta.shape else t.expand(meta.shape)
         return t if t.dtype == meta.dtype else t.to(meta.dtype)
@@ -191,8 +191,8 @@ class Passes:
     def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> Cotangents:
         """Add what the penalised rows give to the weights; what they give to the inputs whose gradient is wanted.
 
-        seeds: cotangents of a loss of those rows' own scores. scale: in place of these, for scores whose cotangents are
-        multiples, one a row, of the ones that were pulled: then both share a product, delta x (t + scale a).
+        seeds: cotangents of a loss on those rows' scores. scale: used instead if these are the pulled ones times one
+        factor per row; both then share one product, delta x (t + scale a).
         """
         plan = self.plan
         which = PENALISED if plan.plain else ALL
@@ -228,9 +228,9 @@ class Passes:
         which: str,
         cotangents: Cotangents,
     ) -> Cotangents:
-        """Give a call's pull to its parents. Returns those of their cotangents that may be written to.
+        """Add a call's VJP to its parents' cotangents; return those that may be written to.
 
-        They are no tensor that was there before, and none whose elements share a place.
+        These are new tensors whose elements do not overlap in memory.
         """
         pulled = self._call_pull(i, which, c, wanted)
         self._hand(call, pulled, which, cotangents)
@@ -251,7 +251,7 @@ class Passes:
         made: Cotangents,
         adjoints: Cotangents,
     ) -> None:
-        """Give what a call's bend gives: added to what its pull has ``made``, the rest to ``adjoints``."""
+        """Add a call's second-order terms: to the cotangents that its VJP has ``made``, the others to ``adjoints``."""
         rule, saved = self.plan.variant(i, which)[0], self._saved(i, which)
         if isinstance(rule, Unary) and call.parents[0] in made:
             rule.add_bent(made[call.parents[0]], saved, t, d)
@@ -306,7 +306,7 @@ class Passes:
         wanted: Sequence[bool],
         adjoints: Cotangents,
     ) -> list[bool]:
-        """One product for plain and penalised rows: cotangents x [a; t]. What is still wanted."""
+        """Compute one product for plain and penalised rows, cotangents x [a; t]; return what is still wanted."""
         plan, rule = self.plan, call.rule
         assert rule is not None
         assert rule.shared_operand is not None
@@ -331,7 +331,7 @@ class Passes:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def leaves(self) -> dict[int, Any]:
-        """The gradient of each leaf that has one, through the calls that make weights of them."""
+        """Return the gradient of each leaf that has one, through the calls that compute weights from them."""
         plan = self.plan
         for i in range(len(plan.calls) - 1, -1, -1):
             call = plan.calls[i]
@@ -360,7 +360,7 @@ class Passes:
         return None if all(u is None for u in found) else found
 
     def _hand(self, call: Call, contributions: Sequence[Any], which: str, cotangents: Cotangents) -> None:
-        """Give a call's contributions to its parents."""
+        """Add a call's contributions to its parents' cotangents."""
         for place, u in zip(call.parents, contributions, strict=False):
             if place is not None and u is not None:
                 self._give(place, u, which, cotangents)
@@ -379,7 +379,7 @@ class Passes:
         cotangents[place] = cotangents[place] + u if place in cotangents else u
 
     def _whole(self, u: Tensor, shape: Sequence[int], which: str) -> Tensor:
-        """What some rows give to a weight that has all rows: zeros at the others."""
+        """Pad the gradient of a per-sample constant from some rows to all rows with zeros."""
         if which == ALL or u.dim() != len(shape):
             return u
         start, stop = self.plan.window(which)
@@ -398,7 +398,7 @@ class Passes:
         return [None if u is None else u.narrow(layout.axis, start, size) for u in c]
 
     def _saved(self, i: int, which: str) -> Saved:
-        """A call's saved tensors, cut to some rows."""
+        """Return a call's saved tensors, cut to some rows."""
         if which != ALL and not self.plan.plain:
             which = ALL
         known = self._cut.get((i, which))
@@ -412,12 +412,12 @@ class Passes:
         tensors = self.saved[call.saved]
         found = Saved([x if x is None or cut is None else x.narrow(*cut) for x, cut in zip(tensors, cuts, strict=True)])
         if call.curved and which == (PENALISED if self.plan.plain else ALL) and isinstance(rule, Unary):
-            rule.prepared(found)  # these rows go back, forth and back again
+            rule.prepared(found)  # used by pull, push and bend of these rows
         return found
 
 
 def by_row(x: Tensor, scale: Tensor, layout: Layout | None) -> Tensor:
-    """x times one number for each of its samples."""
+    """Multiply each sample of ``x`` by its own factor."""
     if layout is None:
         return x * scale
     scale = scale.to(x.dtype)
@@ -427,12 +427,12 @@ def by_row(x: Tensor, scale: Tensor, layout: Layout | None) -> Tensor:
 
 
 def total(parts: Sequence[Any]) -> Tensor:
-    """The sum of gradients, products of matrices among them."""
+    """Sum gradients, deferred matrix products among them."""
     return totals([parts])[0]
 
 
 def totals(all_parts: Sequence[Sequence[Any]]) -> list[Tensor]:
-    """The sums of several lists of gradients; one call adds for all of them."""
+    """Sum several lists of gradients, with one foreach call per position."""
     dense = [[p for p in parts if not isinstance(p, Lazy)] for parts in all_parts]
     sums: list[Any] = [parts[0] if parts else None for parts in dense]
     for k in range(1, max(map(len, dense), default=0)):

@@ -1,4 +1,4 @@
-"""What a graph's key tells: the rule of every call, what moves with the input, what is trained."""
+"""Facts that follow from a graph's key: the rule of every call, and which values depend on the input or on weights."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Elementwise, Layout, Meta, Mixed, Rule, Unfit
 from gpkernels.critic.rules.shapes import Cat, Expand
 
-Place = tuple[int, int]  # a call, and which of its outputs
+Place = tuple[int, int]  # (index of a call, output number)
 Cut = tuple[int, int, int]  # axis, start, length
 ALL, PLAIN, PENALISED = "all", "plain", "penalised"
 
 
-# FLOPs of products in a forward pass, on a CPU or not, that make up for one call without a rule.
+# FLOPs of products per forward pass, on CPU or not, that outweigh the overhead of one call without a rule.
 PRODUCTS = {True: 1 << 28, False: 1 << 34}
 
 
 class Window(NamedTuple):
-    """Rows of a batch."""
+    """Range of rows of a batch."""
 
     start: int
     stop: int
 
 
 class Call:
-    """A node of the graph. Parents are places, None where nothing wants a gradient."""
+    """A node of the graph. Parents are places, None where no gradient is needed."""
 
     def __init__(self, entry: tuple[Any, ...], saved: int) -> None:
         self.name, outputs = entry[0], entry[1]
@@ -36,13 +36,13 @@ class Call:
             outputs = [(shape, dtype, device) for shape, _, dtype, device in outputs]
         self.outputs = [Meta(tuple(shape), dtype, device) for shape, dtype, device in outputs]
         self.parents: tuple[Place | None, ...] = () if self.leaf else entry[2]
-        self.is_read = len(entry) > 3  # or nothing is known of it
+        self.is_read = len(entry) > 3  # otherwise only shapes are known
         self.constants: tuple[Any, ...] = entry[3] if self.is_read else ()
         self.shapes = [None if m is None else tuple(m[0]) for m in entry[4]] if len(entry) > 4 else []
         self.saved = slice(saved, saved + len(self.shapes))
-        self.rule: Rule | None = None  # None: autograd's
+        self.rule: Rule | None = None  # None: left to autograd
         self.moves = self.trains = self.tangible = self.sent = self.pushed = self.uses_tangents = self.curved = False
-        self.number = -1  # among the leaves
+        self.number = -1  # index among the leaves
 
 
 class Plan:
@@ -81,11 +81,11 @@ class Plan:
         self._variants: dict[tuple[int, str], tuple[Rule, list[Cut | None]]] = {}
 
     def _place(self, p: Place | None) -> Place | None:
-        """A leaf has one output, whichever of an older node it is."""
+        """Normalise a place: a leaf has one output, even if it is an output of an older node."""
         return (p[0], 0) if p is not None and self.calls[p[0]].leaf else p
 
     def _tie(self, call: Call) -> None:
-        """What follows from the parents."""
+        """Derive what depends on the parents, and look up the rule."""
         parents = [self.calls[p[0]] for p in call.parents if p is not None]
         call.moves |= any(p.moves for p in parents)
         call.trains |= any(p.trains for p in parents)
@@ -101,7 +101,7 @@ class Plan:
         call.tangible &= not call.rule.flat
 
     def around(self, i: int) -> list[Place]:
-        """Where the derivatives of a call's pullback may lead: its outputs, its arguments, and views of its outputs."""
+        """Places that derivatives of a call's VJP may reach: its outputs, its arguments, and views of its outputs."""
         call = self.calls[i]
         views = [(j, nr) for j, c in enumerate(self.calls) for nr in range(len(c.outputs)) if self._is_child(c, i)]
         return [*((i, nr) for nr in range(len(call.outputs))), *(p for p in call.parents if p is not None), *views]
@@ -111,11 +111,11 @@ class Plan:
         return any(p is not None and p[0] == i for p in call.parents)
 
     def metas(self, call: Call) -> list[Meta | None]:
-        """Of the arguments."""
+        """Shapes, dtypes and devices of a call's arguments."""
         return [None if p is None else self.calls[p[0]].outputs[p[1]] for p in call.parents]
 
     def _look_back(self) -> None:
-        """What depends on the calls that come later."""
+        """Derive what depends on the calls that come later."""
         for call in reversed(self.calls):
             parents = [None if p is None else self.calls[p[0]] for p in call.parents]
             moving = [p is not None and p.moves for p in parents]
@@ -137,12 +137,12 @@ class Plan:
 
     @property
     def x_meta(self) -> Meta:
-        """Of the batch, cut to the penalised rows."""
+        """Shape, dtype and device of the batch, cut to the penalised rows."""
         assert self.x is not None
         return self.cut_meta(self.x, Window(self.plain, self.rows))
 
     def reached(self) -> Iterator[tuple[int, Meta]]:
-        """The leaves that have a gradient in PyTorch, perhaps of zeros."""
+        """Yield the leaves that have a gradient in PyTorch, possibly zero."""
         for call in self.calls:
             if call.leaf and (call.sent or self.plain):
                 yield call.number, call.outputs[0]
@@ -150,7 +150,7 @@ class Plan:
     # --- samples ------------------------------------------------------------------------------------------------------
 
     def leaves_too_much(self) -> bool:
-        """Whether calls without a rule cost more than is saved on products: then all is left to autograd."""
+        """Whether calls without a rule cost more than the passes save on products, so that autograd is faster."""
         made = [call for call in self.calls if not call.leaf]
         others = sum(call.rule is None for call in made)
         flops = sum(call.rule.flops(call.shapes) for call in made if call.rule is not None)
@@ -158,11 +158,11 @@ class Plan:
 
     @property
     def mixes(self) -> str | None:
-        """The name of the call in which samples meet, if they do."""
+        """Name of the call in which samples interact, or None."""
         return None if self.meet is None else self.calls[self.meet].name
 
     def _lay_out(self) -> tuple[list[Layout | None] | None, int | None]:
-        """Where every call's outputs have their samples, or the place of the call in which these meet."""
+        """Find the sample axis of every call's output, or the call in which samples interact."""
         found: list[Layout | None] = []
         for i, call in enumerate(self.calls):
             if call.leaf and call.moves:
@@ -181,7 +181,7 @@ class Plan:
         return found, None
 
     def _look_for_rows(self, call: Call, out: Layout | None) -> None:
-        """Mixed where a weight has a row for each sample, but for one that is the same in all."""
+        """Raise Mixed where a weight has a row for each sample, unless its rows are one expanded row."""
         if out is None or self.rows == 1 or not isinstance(call.rule, (Elementwise, Cat)):
             return
         for p in call.parents:
@@ -198,7 +198,7 @@ class Plan:
                 raise Mixed
 
     def variant(self, i: int, which: str) -> tuple[Rule, list[Cut | None]]:
-        """A call's rule for some rows of the batch, and how to cut its saved tensors to them."""
+        """Return a call's rule for some rows of the batch, and the cuts of its saved tensors."""
         known = self._variants.get((i, which))
         if known is None:
             known = self._variants[i, which] = self._cut_down(self.calls[i], i, self.window(which))
@@ -222,13 +222,13 @@ class Plan:
         return type(call.rule)(call.constants, inputs, outputs), cuts
 
     def _cut(self, layout: Layout | None, shape: tuple[int, ...] | None, window: Window) -> Cut | None:
-        """How to cut a saved tensor; None where it is the same for all rows."""
+        """Return the cut of a saved tensor; None where it is shared by all rows."""
         if layout is None or shape is None or layout.axis < 0 or shape[layout.axis] != self.rows * layout.block:
             return None
         return layout.axis, window.start * layout.block, (window.stop - window.start) * layout.block
 
     def cut_meta(self, place: Place, window: Window) -> Meta:
-        """A value's shape for some rows."""
+        """Return the shape, dtype and device of a value for some rows."""
         meta = self.calls[place[0]].outputs[place[1]]
         layout = None if self.layouts is None else self.layouts[place[0]]
         if layout is None or window == (0, self.rows):

@@ -1,9 +1,9 @@
-"""Programs: what the passes of a signature call, as a flat list.
+"""Programs: the calls that the passes of one signature make, as a flat list.
 
-What the passes do depends on the signature alone. The second time that one is met they are traced, while they run, into
-a list of ATen and gpkernels calls with numbered slots for the tensors; from then on the list is run, by a loop in C++
-where that was built, otherwise from Python: no rule, no autograd per call. A call that cannot be in such a list,
-because it is a node of autograd's graph of this very pass, parts the list in two. Programs hold no tensors.
+The passes depend on the signature alone. When it occurs for the second time they are traced, while they run, into a
+list of ATen and gpkernels calls with numbered slots for tensors; from then on the list is run by a C++ loop, or from
+Python without the extension: no rule and no autograd per call. A call that cannot be recorded, because it is a node of
+autograd's graph of this very pass, splits the list. Programs hold no tensors.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ CAPACITY = 256
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 Tensors = Sequence[Tensor | None]
-Outsider = Callable[[Hashable, Tensors], Tensors]  # makes a call that is told by its name
+Outsider = Callable[[Hashable, Tensors], Tensors]  # makes an unrecorded call, by its name
 Work = Callable[[Tensors, Outsider], Tensors]  # (inputs, outsider) -> results
 
 
 class Slot(int):
-    """A number that stands for a tensor."""
+    """Number that stands for a tensor."""
 
 
 class Alias(NamedTuple):
-    """Where a view lies in a tensor of a known layout: how a loop can make it without asking what is called."""
+    """Geometry of a view within a tensor of known layout, from which a loop can create it without dispatch."""
 
     base_sizes: tuple[int, ...]
     base_strides: tuple[int, ...]
@@ -52,27 +52,27 @@ def _is_view(func: Any) -> bool:
 
 
 class Outside:
-    """A call that is made anew, by its name, in each run."""
+    """A call that is not recorded and made anew in each run, by its name."""
 
     def __init__(self, name: Hashable, inputs: list[Slot | None], outputs: list[Slot | None]) -> None:
         self.name, self.inputs, self.outputs = name, inputs, outputs
 
 
 class Changed(Exception):
-    """A call outside gave something else than when the program was traced."""
+    """Raised where an unrecorded call returned None for other results than when the program was traced."""
 
 
 class Untraceable(Exception):
-    """The passes use a tensor that no input and no call gave."""
+    """Raised where the passes use a tensor that is neither an input nor a result."""
 
 
 class Recorder(TorchDispatchMode):
-    """Runs calls and writes them down."""
+    """Dispatch mode that runs and records calls."""
 
     def __init__(self, inputs: Tensors) -> None:
         super().__init__()
         self.known: dict[int, Slot] = {}
-        self.alive: list[Any] = []  # so that ids stay theirs
+        self.alive: list[Any] = []  # keeps ids unique
         self.calls: list[Any] = []
         self.views: dict[Any, Slot | None] = {}
         self.aliases: dict[Slot, Alias] = {}
@@ -90,11 +90,11 @@ class Recorder(TorchDispatchMode):
         self.alive.append(x)
 
     def slot(self, x: Any) -> Any:
-        """An argument with slots in place of tensors."""
+        """Replace the tensors of an argument by slots."""
         if isinstance(x, Tensor):
             known = self.known.get(id(x))
             if known is None:
-                raise Untraceable(f"a tensor of shape {tuple(x.shape)} that nothing gave")
+                raise Untraceable(f"a tensor of shape {tuple(x.shape)} that is neither an input nor a result")
             return known
         if isinstance(x, (list, tuple)):
             return [self.slot(y) for y in x]
@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         given = self.slot(args), {name: self.slot(x) for name, x in kwargs.items()}
         out = func(*args, **kwargs)
-        if func is _DETACH:  # there is no graph to leave
+        if func is _DETACH:  # no autograd here
             self._same(out, given[0][0])
             return out
         if _is_view(func) and isinstance(out, Tensor) and isinstance(given[0][0], Slot):
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def outside(self, outsider: Outsider, name: Hashable, given: Tensors) -> Tensors:
-        """Make a call that is not traced."""
+        """Make a call that is not recorded."""
         with without_dispatch_modes():
             out = outsider(name, given)
         inputs = [None if x is None else self.slot(x) for x in given]
@@ -137,7 +137,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Program:
-    """A list of calls, for tensors that are laid out as those that it was traced with."""
+    """A list of calls, for tensors of the layouts that it was traced with."""
 
     def __init__(
         self, calls: list[Any], inputs: list[Slot | None], results: list[Slot | None], aliases: dict[Slot, Alias]
@@ -147,12 +147,12 @@ class Program:
 
     @staticmethod
     def of(recorder: Recorder, results: Tensors) -> Program:
-        """All that was recorded, for some tensors."""
+        """Build a program of everything that was recorded, with some tensors as results."""
         slots = [None if x is None else recorder.slot(x) for x in results]
         return Program(recorder.calls, recorder.inputs, slots, recorder.aliases)
 
     def _needed(self, calls: list[Any]) -> list[Any]:
-        """Without the calls whose results nobody reads."""
+        """Drop calls whose results are unused."""
         read = {s for s in self.results if s is not None}
         kept = []
         for call in reversed(calls):
@@ -168,7 +168,7 @@ class Program:
         return kept[::-1]
 
     def _parted(self, calls: list[Any]) -> list[Any]:
-        """Stretches of calls with what they take and give, and the calls outside between them."""
+        """Split the calls into stretches with inputs and outputs, and the unrecorded calls between them."""
         stretches: list[list[Any]] = [[]]
         between: list[Outside] = []
         for call in calls:
@@ -190,7 +190,7 @@ class Program:
         return parts[::-1]
 
     def run(self, inputs: list[Tensor | None], outsider: Outsider) -> list[Tensor | None]:
-        """The results; the list of inputs is emptied, so that tensors can be freed as soon as nobody reads them."""
+        """Run the program. The list of inputs is emptied, so that tensors can be freed after their last use."""
         if len(self.parts) == 1:
             (stretch,) = self.parts
             return stretch.run(inputs, self.inputs, self.results)
@@ -211,7 +211,7 @@ class Program:
 
 
 class Stretch:
-    """Calls that run without a stop."""
+    """Recorded calls that run without interruption."""
 
     def __init__(self, calls: list[Any], later: set[Any], aliases: dict[Slot, Alias]) -> None:
         self.aliases = aliases
@@ -229,7 +229,7 @@ class Stretch:
         self.native: Any = None
 
     def _last_uses(self, kept: set[Any]) -> list[list[Any]]:
-        """For each call, the slots that nobody reads after it."""
+        """For each call, the slots whose last use it is."""
         frees: list[list[Any]] = []
         seen = set(kept)
         for _, args, kwargs, out in reversed(self.calls):
@@ -239,7 +239,7 @@ class Stretch:
         return frees[::-1]
 
     def run(self, given: list[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        """Outputs from what is given for the inputs; None for None. The list is emptied."""
+        """Return the outputs for the given inputs; None stays None. The list of inputs is emptied."""
         if backends.program is None:
             return self._run_here(given, inputs, outputs)
         if self.native is None:
@@ -247,7 +247,7 @@ class Stretch:
         return self.native(given)
 
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        """The same list for the loop in C++."""
+        """Translate the list for the C++ loop."""
         calls = []
         for func, args, kwargs, out in self.calls:
             name = func._schema.name, func._schema.overload_name
@@ -291,14 +291,14 @@ def _store(memory: dict[Any, Any], slots: Any, values: Any) -> None:
 
 
 class Signature:
-    """What is known of a signature: what its user made of it, and its program once it has been met twice."""
+    """State of a signature: facts derived from it, and its program from the second occurrence on."""
 
     def __init__(self, known: Any) -> None:
         self.known, self.met = known, False
         self.program: Program | None = None
 
     def run(self, inputs: list[Tensor | None], work: Work, outsider: Outsider) -> Tensors:
-        """What ``work`` gives of the inputs, by the program where there is one. The list of inputs is emptied."""
+        """Run ``work``, by the program if there is one. The list of inputs is emptied."""
         if not _traceable(inputs):
             return work(inputs, outsider)
         if self.program is not None:
@@ -319,13 +319,13 @@ class Signature:
 
 
 class Cache:
-    """Signatures by key, the latest ``capacity``."""
+    """LRU cache of signatures."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity, self._entries, self._lock = capacity, OrderedDict[Hashable, Signature](), Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Signature:
-        """The key's signature; ``make`` gives what is to be known of a new one."""
+        """Return the key's signature; ``make`` derives the facts of a new one."""
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
@@ -350,12 +350,12 @@ signatures = Cache()
 
 
 def _traceable(inputs: Tensors) -> bool:
-    """Whether nothing looks on, all tensors are PyTorch's own, and ops are chosen by the dispatcher alone."""
+    """Whether no mode is active, all tensors are plain, and no backend is forced."""
     if backends.forced() is not None or torch.compiler.is_compiling() or watched():
         return False
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in inputs)
 
 
 def watched() -> bool:
-    """Whether a mode or a transform looks on, which has to see every call."""
+    """Whether a dispatch mode or a functorch transform is active, which has to see every call."""
     return dispatch_mode() is not None or transforms_active()

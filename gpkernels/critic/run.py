@@ -1,4 +1,4 @@
-"""Calls of the critic gone through: by a program that C++ finds, by one that Python knows, or for the first time."""
+"""Execution of the passes over calls of the critic: by a cached program, found in C++ or Python, or traced anew."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]
 
 
 class Signed:
-    """Calls of the critic with their signature. ``run`` uses them up."""
+    """Calls of the critic with their signature. ``run`` consumes them."""
 
     def __init__(self, passes: list[Pass], task: Task) -> None:
         self.passes, self.task = passes, task
@@ -62,7 +62,7 @@ class Signed:
         ]
         inputs: list[Tensor | None] = [*numbers]
         names = []
-        while self.passes:  # their tensors are let go of as soon as they have been read
+        while self.passes:  # frees their tensors as soon as they have been read
             one = self.passes.pop(0)
             inputs += [u.detach() for u in one.outputs]
             inputs += one.saved
@@ -85,7 +85,7 @@ def _sorted(results: list[Any], values: int, leaves: Sequence[Tensor], names: Se
 
 
 class _Shelf:
-    """Programs that C++ finds by itself, from the outputs of the critic's calls; where that was built."""
+    """Native cache of programs, keyed by the graphs of the critic's outputs."""
 
     def __init__(self) -> None:
         self._tags: dict[Any, int] = {}
@@ -113,7 +113,11 @@ class _Shelf:
         """The values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
         call, and the key to ``keep`` a program under; None where C++ has no say and nothing was called.
 
-        tensors: fake, real, and where the gradient is penalised; as tuple of a ``Between``.
+        Returns the four values, of which the first, or that of a penalty alone, has its gradients; or the critic's
+        outputs of each call and the key to ``keep`` a program under, if there is no program yet; or None before any
+        call, where the native path does not apply.
+
+        tensors: fake, real, and the points of the penalty; a ``Between`` as a tuple.
         """
         if _others_look_on() or dual_level() >= 0:
             return None
@@ -134,8 +138,11 @@ class _Shelf:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
     ) -> Any:
-        """What ``step`` gives, of a critic that is left to autograd; or [(output, batch)] of the calls that were made;
-        None where C++ has no say."""
+        """Run a whole step in C++ for a critic that is left to autograd.
+
+        Returns what ``step`` returns; or [(output, batch)] of the calls made so far; or None, where the native path
+        does not apply.
+        """
         task = how.task
         own = task.adversarial
         if _others_look_on() or dual_level() >= 0 or task.consistency is not None or len(task.penalties) > 1:
@@ -163,7 +170,7 @@ class _Shelf:
         return _sorted(results, len(VALUES) + len(task.penalties), leaves, names)
 
     def keep(self, key: bytes | None, signed: Signed) -> None:
-        """Let C++ find the signature's program, if there is one and nobody has to look at it."""
+        """Add the signature's program to the native cache, if it runs without Python."""
         known = signed.signature.program
         if key is None or known is None or not signed.told or signed.hooked or not all(map(_is_plain, signed.leaves)):
             return
@@ -177,14 +184,14 @@ shelf = _Shelf()
 
 
 def forget() -> None:
-    """Let go of all signatures and their programs."""
+    """Clear all signatures and their programs."""
     program.signatures.clear()
     if backends.program is not None:
         native().clear()
 
 
 class How(NamedTuple):
-    """What is done with the critic: its calls, each with groups of samples by name and whether they are penalised."""
+    """Calls of the critic in a step, each with groups of samples by name and whether they are penalised."""
 
     task: Task
     calls: tuple[tuple[tuple[str, bool], ...], ...]
@@ -213,8 +220,11 @@ def made(
     kwargs: Mapping[str, Any] | None = None,
     before: Sequence[Any] = (),
 ) -> list[Pass]:
-    """Call the critic with each batch. wants: whether gradients at samples that are scored are asked for. log: what
-    calls are held against. before: what came of the first calls, if they were made."""
+    """Call the critic with each batch.
+
+    wants: whether gradients at scored samples are requested. log: calls to compare with. before: outputs of the first
+    calls, if they were already made.
+    """
     passes = [
         Pass(critic, groups, False, x, start, u, task.pack)
         for groups, (u, x, start) in zip(batches, before, strict=False)
@@ -258,7 +268,7 @@ def run(
 
 
 def _others_look_on() -> bool:
-    """Whether C++ is not there, or not to be asked."""
+    """Whether the native path is unavailable or must not be used."""
     return backends.program is None or backends.forced() is not None or is_compiling()
 
 
@@ -267,7 +277,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def own_dtypes(device: torch.device) -> Any:
-    """The passes choose their own dtypes."""
+    """Context manager that disables autocast: the passes choose their own dtypes."""
     return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 

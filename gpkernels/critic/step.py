@@ -1,7 +1,7 @@
-"""A critic's penalty or whole loss with its weight gradients, computed together in the forward call.
+"""A critic's penalty or whole loss with its weight gradients, computed in the forward call.
 
-The critic is called as it is; what autograd then knows of the call is gone through once, in the order that wastes
-nothing, and nothing is ever differentiated twice.
+The critic is called as it is; the passes go over autograd's graph of that call once, and nothing is differentiated
+twice.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _how_of_a_penalty(task: Task) -> How:
 
 
 class Begun(NamedTuple):
-    """A step that C++ could not finish. before, key: what came of the critic's calls, apart or as one batch."""
+    """A step that C++ did not finish. before, key: the critic's outputs so far, in one batch or not, and their key."""
 
     as_one: bool
     before: Sequence[Any]
@@ -108,7 +108,7 @@ def step_at_once(
     except (Differs, Exception):
         if mode is None or not as_one:
             raise
-        seen.set(mode, None)  # it may be the larger batch that it cannot take; if not, it raises again
+        seen.set(mode, None)  # perhaps the larger batch is at fault; if not, it raises again
         return None
     if found is None or len(found) != 2:
         return None if found is None else _parts(found, task)
@@ -124,7 +124,7 @@ def critic_step(
     seen: Seen,
     begun: Begun | None = None,
 ) -> CriticLossParts:
-    """All parts of a critic's loss.
+    """Compute all parts of a critic's loss.
 
     together: whether all samples go through the critic as one batch; None: if that was ``seen`` to be the same.
     begun: what there is of it.
@@ -222,7 +222,10 @@ def _as_one(
     seen: Seen | None,
     begun: Begun | None,
 ) -> Results | None:
-    """All groups as one batch, by force or, with ``seen``, where nothing is known against it; None where there is."""
+    """Process all groups as one batch; None where that is not equivalent.
+
+    Without ``seen`` the batch is forced.
+    """
     mode = None if seen is None else seen.mode(critic, groups[0].batch)
     log = None if seen is None else seen.get(mode)
     if seen is not None and not isinstance(log, Log):
@@ -233,7 +236,7 @@ def _as_one(
         why = _why_apart(signed)
         if why is not None and seen is None:
             raise ValueError(
-                f"together: expected a critic in which samples do not meet, got one in which they do: {why}"
+                f"together: expected a critic whose samples are independent, got one in which they interact: {why}"
             )
         if why is not None:
             raise Differs
@@ -244,7 +247,7 @@ def _as_one(
     except (Differs, Exception):
         if seen is None:
             raise
-        passes = []  # it may be the larger batch that it cannot take; if not, it raises again
+        passes = []  # perhaps the larger batch is at fault; if not, it raises again
     if passes:
         with suppress(Differs):
             return run(passes, task, numbers, key, look)
@@ -254,9 +257,9 @@ def _as_one(
 
 
 def _why_apart(signed: Signed) -> str | None:
-    """Why samples that went as one batch must not."""
+    """Return why samples of one batch interact, or None."""
     if signed.passes[0].x_leaf is None:
-        return "nothing in the graph tells its samples"
+        return "the scores do not depend on the batch"
     plan = signed.known.plans[0]
     return keeps_apart(plan, plan.outputs[0][0])
 
@@ -271,7 +274,7 @@ def _one_by_one(
     begun: Begun | None,
     given: Batches,
 ) -> Results:
-    """Each group as a batch of its own, in the order fake, real, points."""
+    """Process each group as a batch of its own, in the order fake, real, points."""
     at_once = _go_at_once(groups[0].batch, task)
     mode, watch = _to_see(critic, groups, seen)
     if begun is not None:
@@ -304,7 +307,7 @@ def _one_by_one(
 
 
 def _to_see(critic: Any, groups: list[Group], seen: Seen | None) -> tuple[Any, Watch | None]:
-    """The mode that something is to be learnt of, and who looks on."""
+    """Return the mode to learn about, and the ``Watch`` for the penalised call."""
     if seen is None or not any(group.penalised for group in groups):
         return None, None
     mode = seen.mode(critic, groups[0].batch)
@@ -313,7 +316,7 @@ def _to_see(critic: Any, groups: list[Group], seen: Seen | None) -> tuple[Any, W
 
 
 def _note(seen: Seen | None, mode: Any, watch: Watch | None, signed: Signed) -> None:
-    """Remember what was seen of the penalised samples' pass."""
+    """Store what the penalised samples' pass showed."""
     assert seen is not None
     at = next(i for i, one in enumerate(signed.passes) if any(penalised for _, penalised in one.groups))
     one, plan = signed.passes[at], signed.known.plans[at]
@@ -324,15 +327,15 @@ def _note(seen: Seen | None, mode: Any, watch: Watch | None, signed: Signed) -> 
         seen.set(mode, "looked" if watch is None else settled(watch, plan, one.nodes))
 
 
-SMALL = 1 << 16  # bytes of a batch: the passes over smaller ones are gone through at once
+SMALL = 1 << 16  # bytes of a batch, below which all graphs are kept until the last call
 LARGE = {
     True: 1 << 22,
     False: 1 << 28,
-}  # bytes of activations of one group: above, on the CPU or not, one batch gains nothing
+}  # bytes of activations per group, on CPU or not, above which one batch does not pay
 
 
 def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The gradients at the real batch, from one or two passes, and at the fake one, where they are wanted."""
+    """Sum the gradients at the real batch, from one or two passes, and at the fake batch, where wanted."""
     found = []
     for x, names in ((real, ("real", "again")), (fake, ("fake",))):
         own = [g for name, g in inputs if name in names]
@@ -342,5 +345,5 @@ def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) ->
 
 
 def _changes_in_passes(critic: Any) -> bool:
-    """Whether a pass may leave the critic changed, as spectral norm's does: it has buffers and trains."""
+    """Whether a pass may change the critic, as spectral norm does: it is in training and has buffers."""
     return isinstance(critic, nn.Module) and critic.training and any(True for _ in critic.buffers())

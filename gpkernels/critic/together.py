@@ -1,10 +1,10 @@
-"""Whether several groups of samples may go through the critic as one batch: told by what was seen to run.
+"""Detection of whether several groups of samples can be processed as one batch, by observing calls of the critic.
 
-Nothing is read from the critic's modules. Of two calls with the groups apart, the first has the graph tell whether each
-sample keeps to itself there, the second is watched for what a graph does not show: values that leave it, constants with
-a row for each sample, numbers that depend on the size of the batch. If all is well, the calls that follow take one
-batch, and each function that the critic calls is held against those that were watched before it runs; at the first that
-differs the batch is given up, and the groups go apart from then on.
+The critic's modules are not inspected. Of two calls with separate groups, the graph of the first shows whether samples
+are independent; the second runs under a function mode, for what a graph does not show: values that leave it, constants
+with a row per sample, numbers that depend on the batch size. If nothing is found, later calls use one batch, and each
+function that the critic calls is compared with the recorded ones before it runs; at the first difference the batch is
+abandoned, and groups stay separate from then on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules.base import Layout
 
 _T = torch.Tensor
-# Calls that read a tensor's description, not its values.
+# Calls that read a tensor's metadata, not its values.
 _DESCRIBE: set[Any] = {
     *(_T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.stride, _T.__len__, _T.is_floating_point),
     *(torch.is_floating_point, _T.is_contiguous, _T.get_device, torch.is_tensor, _T.data_ptr, _T.element_size),
@@ -34,7 +34,7 @@ _DESCRIBE: set[Any] = {
         )
     ),
 }
-# Calls that make a tensor without looking at values, alike for every row or drawn anew.
+# Calls that create a tensor without reading values, equal in every row or random.
 _FRESH: set[Any] = {
     *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like),
     *(_T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, torch.zeros, torch.ones, torch.full, torch.empty),
@@ -44,7 +44,7 @@ _COMPARE: set[Any] = {
     *(_T.__gt__, _T.__lt__, _T.__ge__, _T.__le__, _T.gt, _T.lt, _T.ge, _T.le, torch.gt, torch.lt, torch.ge, torch.le),
 }
 _SELECT: set[Any] = {torch.where, _T.where, torch.masked_fill, _T.masked_fill}
-# Calls whose whole numbers are sizes or axes, which go with the batch; any other's are values.
+# Calls whose integers are sizes or axes, which may scale with the batch; those of other calls are values.
 _SHAPES: set[Any] = {
     *(_T.view, _T.reshape, torch.reshape, _T.expand, torch.broadcast_to, _T.broadcast_to, _T.repeat, torch.tile),
     *(_T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, torch.zeros, torch.ones, torch.full, torch.empty),
@@ -60,11 +60,11 @@ def _tensors(args: Any) -> Iterator[Tensor]:
             yield from (x for x in arg if isinstance(x, Tensor))
 
 
-Call = tuple[Any, tuple[Any, ...], tuple[int, ...] | None]  # the function, numbers that are values, sizes
+Call = tuple[Any, tuple[Any, ...], tuple[int, ...] | None]  # (function, values, sizes)
 
 
 def _described(func: Any, args: Any, kwargs: Any) -> Call:
-    """What a call is given besides tensors: values, which must not depend on the batch, and sizes, which may."""
+    """Describe a call's non-tensor arguments: values, which must not depend on the batch, and sizes, which may."""
     values = [a for a in args if type(a) in (float, bool, str)]
     if kwargs:
         values += [(k, a) for k, a in kwargs.items() if type(a) in (float, bool, str, int)]
@@ -78,9 +78,9 @@ def _described(func: Any, args: Any, kwargs: Any) -> Call:
 
 
 class Watch(TorchFunctionMode):
-    """Looks on while the critic is called with samples that do not mix in its graph, for what a graph does not show.
+    """Function mode that observes a critic for dependences between samples that its graph does not show.
 
-    reason: why the groups have to stay apart, if they do. log: the calls.
+    reason: why the groups have to stay separate, or None. log: the calls.
     """
 
     def __init__(self) -> None:
@@ -88,15 +88,15 @@ class Watch(TorchFunctionMode):
         self.rows = 0
         self.reason: str | None = None
         self.log: list[Call] = []
-        self.reshaped: dict[int, Any] = {}  # by place in the log, the node of what a reshape gave
-        self._kinds: dict[int, str] = {}  # of tensors that depend on the batch: "graph" or "mask"
-        self._masks: dict[int, Any] = {}  # the node of what a mask was computed from
-        self.pairs: list[tuple[Any, Any]] = []  # nodes that must have their samples in the same place
+        self.reshaped: dict[int, Any] = {}  # node of a reshape's result, by index in the log
+        self._kinds: dict[int, str] = {}  # of tensors that depend on the batch, by id: "graph" or "mask"
+        self._masks: dict[int, Any] = {}  # node that a mask was computed from, by id
+        self.pairs: list[tuple[Any, Any]] = []  # nodes that must agree on the sample axis
         self._alive: list[Any] = []
         self._fresh: set[int] = set()
 
     def follow(self, x: Tensor) -> None:
-        """The batch that the critic is about to be called with."""
+        """Register the batch that the critic is about to be called with."""
         self.rows = x.shape[0]
         self.log.clear()
         self._alive.append(x)
@@ -121,7 +121,7 @@ class Watch(TorchFunctionMode):
             return out
         name = getattr(func, "__name__", str(func))
         if any(x._version != v and not x.requires_grad for x, v in zip(given, versions, strict=True)):
-            self._stop(f"{name} changes a tensor in place that is no activation")
+            self._stop(f"{name} changes a tensor in place that is not an activation")
         if not tracked:
             return out
         self._look(name, func, given, tracked, out)
@@ -137,10 +137,10 @@ class Watch(TorchFunctionMode):
                 and self.rows in (x.shape[0], x.shape[-1])
                 and not _is_product(name)
             ):
-                self._stop(f"{name} takes a constant with a row for each sample")
+                self._stop(f"{name} reads a constant with a row for each sample")
         results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
         if not results:
-            self._stop(f"{name} takes a value out of the graph")
+            self._stop(f"{name} reads a value out of the graph")
         masks = [x for x in tracked if self._kinds[id(x)] == "mask"]
         for y in results:
             if y.grad_fn is not None or y is self._alive[0]:
@@ -149,46 +149,46 @@ class Watch(TorchFunctionMode):
                 if func in _SHAPES:
                     self.reshaped[len(self.log) - 1] = self._masks[id(y)]
                 if masks and func not in _SELECT:
-                    self._stop(f"{name} takes a value that is not in the graph")
+                    self._stop(f"{name} reads a value that is not in the graph")
                 for m in masks:
                     if m.shape != y.shape:
-                        self._stop(f"{name} spreads a mask")
+                        self._stop(f"{name} broadcasts a mask")
                     self.pairs.append((self._masks[id(m)], self._masks[id(y)]))
             elif func in _COMPARE and len(tracked) == 1 and all(x.numel() == 1 for x in given if x is not tracked[0]):
                 self._kinds[id(y)] = "mask"
                 self._masks[id(y)] = self._masks[id(tracked[0])]
             elif y.is_floating_point() or len(results) == 1:
-                self._stop(f"{name} computes something of the samples that is not in the graph")
-            else:  # places of the largest, say: who uses them is seen
+                self._stop(f"{name} computes a function of the samples that is not in the graph")
+            else:  # such as argmax: its uses are observed
                 self._kinds[id(y)] = "mask"
                 self._masks[id(y)] = None
 
 
 def _is_product(name: str) -> bool:
-    """Whether a function's constants may have any sizes: the graph tells what it does to samples."""
+    """Whether a function's constants may have any sizes: the graph shows its effect on samples."""
     return name in ("linear", "matmul", "mm", "bmm", "addmm", "einsum", "bilinear") or "conv" in name or "norm" in name
 
 
 class Differs(BaseException):
-    """The critic does not call what it called when it was watched. Not an Exception, which a critic might catch."""
+    """Raised where the critic's calls differ from the recorded ones. Not an Exception, which a critic might catch."""
 
 
 class Log:
-    """The calls that were watched, and which of a call's sizes is that of the batch, if that is known."""
+    """Recorded calls, each with the index of the size that is the batch's, if known."""
 
     def __init__(self, calls: list[tuple[Call, int | None]]) -> None:
         self.calls = calls
         self._native: Any = None
 
     def native(self) -> Any:
-        """The same for C++."""
+        """Return the native copy."""
         if self._native is None:
             self._native = backends.program.Log(self.calls, Differs)
         return self._native
 
 
 class Check(TorchFunctionMode):
-    """Holds each call against those that were watched, before it is made. rows: of the batch then and now."""
+    """Function mode that compares each call with the recorded one before it runs. then, now: rows of the batch."""
 
     def __init__(self, log: Log, then: int, now: int) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class Check(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _fits(self, sizes: Any, known: tuple[int, ...], place: int | None) -> bool:
-        """Whether sizes go with the batch where they have to, and nowhere else."""
+        """Whether sizes scale with the batch exactly where they have to."""
         if len(sizes) != len(known):
             return False
         for i, (a, b) in enumerate(zip(sizes, known, strict=True)):
@@ -218,7 +218,7 @@ class Check(TorchFunctionMode):
         return True
 
     def finish(self) -> None:
-        """Raise unless everything was called that was watched."""
+        """Raise unless every recorded call was made."""
         if self._at != len(self._log):
             raise Differs
 
@@ -228,22 +228,22 @@ def autocasts(device_type: str) -> bool:
 
 
 class Seen:
-    """What was seen of a critic, kept by whoever calls it. traced: what the compiler's last trace has learnt."""
+    """Observations of a critic, kept by its caller. traced: result of the compiler's last trace."""
 
     traced: Any = None
 
     def __init__(self) -> None:
-        self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: apart
+        self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: separate
         self.outlives_traces = True
 
     @staticmethod
     def mode(critic: Any, x: Tensor) -> Any:
-        """What has to be as it was for anything seen to be of use."""
+        """Return the conditions under which an observation is valid."""
         device = x.device.type
         return getattr(critic, "training", None), x.dtype, device, autocasts(device)
 
     def get(self, mode: Any) -> Any:
-        """ "new", "looked", a log to check against, or None where the groups go apart."""
+        """Return "new", "looked", a log to compare with, or None where the groups stay separate."""
         return self._of.get(mode, "new")
 
     def set(self, mode: Any, what: Any) -> None:
@@ -253,14 +253,14 @@ class Seen:
 
 
 def keeps_apart(plan: Plan, place: int) -> str | None:
-    """Why samples mix in a graph, or None; ``place`` is that of the scores."""
+    """Return why samples interact in a graph, or None; ``place`` is that of the scores."""
     if plan.layouts is None:
         return plan.mixes
-    return None if plan.layouts[place] == Layout(0, 1) else "the scores' first axis is not the samples'"
+    return None if plan.layouts[place] == Layout(0, 1) else "the first axis of the scores is not the samples'"
 
 
 def settled(watch: Watch, plan: Plan, nodes: Sequence[Any]) -> Log | None:
-    """What to check later calls against; None where samples have to stay apart."""
+    """Return the log to compare later calls with; None where samples interact."""
     places = {node: i for i, (node, _) in enumerate(nodes)}
     layouts = plan.layouts
     if watch.reason is not None or layouts is None:

@@ -1,8 +1,8 @@
 """Penalties and losses inside ``torch.compile``.
 
-The compiler traces the critic's calls as it traces everything, with its guards on all that they read. What autograd
-then knows of these calls is gone through by the same rules as outside, once for each trace, and what the rules call is
-in the compiler's graph: no zeros, no double backward. Importing this imports the compiler, which takes seconds.
+The compiler traces the critic's calls with its guards on all that they read. The passes go over autograd's graph of
+these calls by the same rules as in eager mode, once per trace, and their calls become part of the compiler's graph: no
+zeros, no double backward. Importing this module imports the compiler, which takes seconds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gpkernels.critic.by_autograd import losses
 from gpkernels.critic.call import Group, Plain, check_scores, features_of, scores_of
 from gpkernels.critic.foreseen import as_one, begins, holds, learns
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.gradient import NO_INPUT, Gradient, Halves, Inputs, Made, by_itself, rows_of
+from gpkernels.critic.gradient import Gradient, Halves, Inputs, Made, by_itself, rows_of
 from gpkernels.critic.graph import LEAF, Graph
-from gpkernels.critic.parts import Between, Task, points_of
+from gpkernels.critic.parts import Between, Task, constant_scores, points_of
 from gpkernels.critic.program import watched
 from gpkernels.critic.run import VALUES
 from gpkernels.critic.together import Seen, keeps_apart
@@ -46,9 +46,9 @@ def step_in_graph(
 ) -> Any:
     """Loss, adversarial, consistency and penalties of some calls of the critic, each with the samples of some groups.
 
-    otherwise: gives the same outside the compiler, for a critic that it cannot trace: where a graph breaks in a loop,
-    the function with the loop is left to Python. wants: whether the samples that are scored have gradients, too. seen:
-    where all may go as one batch.
+    otherwise: computes the same outside the compiler, for a critic that cannot be traced: at a graph break in a loop,
+    Dynamo runs the function with the loop in Python. wants: whether scored samples require gradients. seen:
+    observations that decide on one batch.
     """
     if not is_compiling():
         return disable(otherwise)()
@@ -76,7 +76,7 @@ def step_in_graph(
 
 @allow_in_graph
 def _batch(groups: Sequence[Any], moves: bool) -> Tensor:
-    """What the critic is called with; ``moves``: a leaf, whose gradient can be had."""
+    """Concatenate groups to the batch that the critic is called with; ``moves``: make it a leaf that requires grad."""
     with torch.no_grad(), _plain():
         points = [x.detach() if isinstance(x, Tensor) else points_of(Between(*x)) for x in groups]
         x = torch.cat(points) if len(points) > 1 else points[0]
@@ -99,7 +99,7 @@ def _passes(
         like = outputs[0][0]
         unit = torch.ones((), dtype=accumulation_dtype(like.dtype), device=like.device)
         zero = lambda: torch.zeros_like(unit)  # noqa: E731
-        # Nothing can join the gradients to the weights, or nobody writes down what is called here.
+        # The gradients cannot be attached to the weights, or the calls made here are not recorded.
         if backends.program is None or not (is_compiling() or watched()):
             plain = [Plain(one.groups, one.each, one.x, list(one.outputs)) for one in passes]
             loss, *others = losses(plain, task, weights)
@@ -147,7 +147,7 @@ def _gradient(
     wanted = [x.requires_grad and differentiable for x in sources]
     places = [next((i for i, leaf in enumerate(graph.leaves) if leaf is x), -1) for x in inputs]
     if all(place < 0 for place in places):
-        raise ValueError(f"{name}: {NO_INPUT}")
+        raise constant_scores(name)
     known = Halves(graph.key, score, places, wanted, rows_of(inputs))
     ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]
     outsider = Outsider(graph.nodes, frozenset(ends), again=True) if known.generic else None
@@ -194,7 +194,7 @@ class _Gradient(Gradient):
 
 
 class _Traced:
-    """One call of the critic that is traced, and its graph. x: the batch; groups: as in ``Pass``."""
+    """One traced call of the critic, and its graph. x: the batch; groups: as in ``Pass``."""
 
     def __init__(
         self, outputs: Sequence[Tensor], x: Tensor, groups: Sequence[tuple[str, bool]], wants: bool, pack: int
@@ -204,10 +204,10 @@ class _Traced:
         check_scores(outputs[0], x, pack)
         graph = Graph([u for u in outputs if u.requires_grad])
         self.nodes, self.saved, self.leaves = graph.nodes, graph.saved, graph.leaves
-        self.ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]  # the leaves among the nodes
+        self.ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]  # indices of the leaves
         self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is x), None)
         if self.x_leaf is None and any(penalised for _, penalised in groups):
-            raise ValueError("critic: expected scores that depend on the input, got scores that do not")
+            raise constant_scores()
         metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in outputs])
         self.key = graph.key, self.x_leaf, wants, self.groups, self.each, metas, pack
 
@@ -231,7 +231,7 @@ def _gone_through(passes: Sequence[_Traced], task: Task, numbers: Sequence[Tenso
         why = keeps_apart(plan, plan.outputs[0][0]) if len(one.groups) > 1 else None
         if why is not None:
             raise ValueError(
-                f"together: expected a critic in which samples do not meet, got one in which they do: {why}"
+                f"together: expected a critic whose samples are independent, got one in which they interact: {why}"
             )
     outsiders = [Outsider(one.nodes, frozenset(one.ends)) for one in passes]
 
@@ -245,12 +245,12 @@ def _gone_through(passes: Sequence[_Traced], task: Task, numbers: Sequence[Tenso
 
 
 def _plain() -> Any:
-    """Context: a compiler is given PyTorch's own calls, which it can fuse."""
+    """Context manager that selects PyTorch's own operations under a compiler, which can fuse them."""
     return backends.backend("reference") if is_compiling() else nullcontext()
 
 
 class _Deliver(Function):
-    """A value with known gradients of some tensors: ``count`` gradients, then the tensors."""
+    """A value with precomputed gradients of some tensors: ``count`` gradients, then the tensors."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ class _Deliver(Function):
 
 
 def delivered_by(x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-    """Tensors with their gradients where ``x`` is a value whose gradients are known, and nothing more; else None."""
+    """Return the tensors and gradients attached to ``x``, if that is all that it depends on; else None."""
     node = x.grad_fn
     if forward_class(node) is not _Deliver:
         return None

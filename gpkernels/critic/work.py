@@ -1,4 +1,4 @@
-"""The passes over some calls of the critic, with the losses at their ends: all that a program is traced from."""
+"""The passes over calls of the critic with the losses at both ends: the function that programs are traced from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpkernels.ops.tensors import accumulation_dtype
 
 
 class Known:
-    """What a signature says, once for all its runs."""
+    """Facts that follow from a signature, shared by all its runs."""
 
     def __init__(self, keys: Sequence[Any], leaves: list[tuple[int, ...]]) -> None:
         self.keys, self.leaves = keys, leaves
@@ -33,14 +33,14 @@ class Known:
             moving = {} if x_leaf is None else {x_leaf: wants}
             self.plans.append(Plan(graph, moving, each * len(groups), each * plain, pack or 1))
         self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
-        # Cotangents of float16 go as numbers that are this much larger: a loss scale comes too late for them.
+        # Cotangents in float16 are scaled up by this factor: the user's loss scale is applied too late for them.
         half = any(m.dtype == torch.float16 for plan in self.plans for call in plan.calls for m in call.outputs)
         self.scale = 1024.0 if half else 1.0
         self.generic = [any(c.rule is None and not c.leaf for c in plan.calls) for plan in self.plans]
 
 
 class _One:
-    """A pass in the traced work."""
+    """One pass in the traced work."""
 
     def __init__(self, key: Any, plan: Plan, tensors: list[Tensor | None], passes: Passes) -> None:
         _, _, self.wants, self.groups, _, metas, _ = key
@@ -129,7 +129,7 @@ def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tup
 
 
 def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, seeds: Seeds) -> Tensor:
-    """CT-GAN's term; its cotangents are added."""
+    """Compute CT-GAN's term, and add its cotangents to ``seeds``."""
     options = task.consistency
     assert options is not None
     at = {name: one for one in ones for name, _ in one.groups}
@@ -252,7 +252,7 @@ def _penalised(gradient: Tensor, task: Task, which: int, weight: Tensor | None) 
 
 
 def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -> Tensor | None:
-    """Of penalised rows that are scored: one factor a row, where the scores' cotangents are multiples of ones."""
+    """Return one factor per penalised row whose scores' cotangents are multiples of ones, else None."""
     if list(own) != [top] or top is None or one.plan.layouts is None or one.plan.curved:
         return None
     seed, rows = own[top], one.plan.rows - one.plan.plain
@@ -263,7 +263,7 @@ def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -
 
 
 def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
-    """Of every leaf; zeros where PyTorch has zeros, None where it has None."""
+    """Return the gradient of every leaf; zeros where PyTorch has zeros, None where it has None."""
     parts: list[list[Any]] = [[] for _ in range(known.count)]
     blank: dict[int, Meta] = {}
     for one, numbers in zip(ones, known.leaves, strict=True):
@@ -286,7 +286,7 @@ def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
 
 
 def _lowered(gradient: Tensor, scale: float) -> Tensor:
-    """A gradient as it is, in a dtype that holds it."""
+    """Undo the scale of a gradient, in a dtype that holds the result."""
     if scale == 1:
         return gradient
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale

@@ -1,21 +1,20 @@
-"""The ops, one in each file: the reference in plain PyTorch, its backward, schema, checks, autograd, public function.
+"""Ops, one per file: reference in plain PyTorch, backward, schema, checks, autograd, public function.
 
-References are the specification that kernels, tests and benchmarks are held to: differentiable to any order and free of
-NaN at zero norms. Those named ``*_backward_reference`` give the first derivative in closed form; they are what a
-backend implements, and the derivative of the other one is their test. Reductions and random numbers use at least
-float32, so penalties of float16 and bfloat16 tensors are float32. Rows are samples: the first axis is the batch, all
-others are flattened.
+References are the specification of kernels, tests and benchmarks: differentiable to any order and free of NaN at zero
+norms. A ``*_backward_reference`` is the first derivative in closed form, which backends implement; tests compare it
+with the derivative of the forward reference. Reductions and random numbers use at least float32, so penalties of
+float16 and bfloat16 tensors are float32. The first axis is the batch; all others are flattened.
 
-Public functions take float64, float32, float16 or bfloat16 tensors on one device, in any memory layout; mixed dtypes
-promote as in PyTorch. Errors: TypeError for what is not a floating-point tensor or a number, ValueError for shapes,
+Public functions accept float64, float32, float16 or bfloat16 tensors on one device, in any memory layout; mixed dtypes
+promote as in PyTorch. TypeError is raised for anything but a floating-point tensor or a number, ValueError for shapes,
 devices, empty batches and constants out of range; both name the argument, before anything is changed.
 
-``ALL`` has every raw op by its name.
+``ALL`` maps names to raw ops.
 """
 
 from __future__ import annotations
 
-from gpkernels.ops import (  # each defines its ops as it is imported
+from gpkernels.ops import (  # importing a module defines its ops
     affine_gradients,
     consistency,
     gradient_norm_penalty,

@@ -9,7 +9,10 @@ from gpkernels.ops.tensors import accumulation_dtype, new_wide
 
 
 def affine_gradients_reference(cotangent: Tensor, operand: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of w and b in y = x w + b: sums over R and I of cotangent * operand and of cotangent, (R, K, I)."""
+    """Compute the gradients of w and b in y = x w + b.
+
+    Sums over R and I of cotangent * operand and of cotangent, both (R, K, I).
+    """
     wide = accumulation_dtype(cotangent.dtype)
     c = cotangent.to(wide)
     return (c * operand.to(wide)).sum((0, 2)), c.sum((0, 2))

@@ -1,4 +1,4 @@
-"""Checks of arguments: TypeError or ValueError naming the argument, what it got and what was expected."""
+"""Argument checks: TypeError or ValueError with the argument's name, what was expected and what it got."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_floating(name: str, x: object) -> None:
-    """TypeError unless ``x`` is a dense floating-point tensor."""
+    """Raise TypeError unless ``x`` is a dense floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATING or x.layout != torch.strided:
@@ -22,7 +22,7 @@ def check_floating(name: str, x: object) -> None:
 
 
 def check_batch(name: str, x: object) -> None:
-    """``check_floating``, and ValueError unless the first axis, the batch, has at least one sample."""
+    """Raise TypeError or ValueError unless ``x`` is a floating-point batch of at least one sample."""
     check_floating(name, x)
     assert isinstance(x, Tensor)
     if x.dim() == 0 or x.shape[0] == 0:
@@ -38,7 +38,7 @@ def check_scores(name: str, x: object) -> None:
 
 
 def check_writable(name: str, x: Tensor) -> None:
-    """RuntimeError, as PyTorch's own, where elements share a place: what is written there last would stay."""
+    """Raise RuntimeError, as PyTorch does, where elements overlap in memory."""
     if overlaps(x):
         raise RuntimeError(
             f"{name}: expected a tensor that does not overlap itself, got shape {tuple(x.shape)}, strides {x.stride()}"
@@ -46,7 +46,7 @@ def check_writable(name: str, x: Tensor) -> None:
 
 
 def check_pair(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
-    """Two batches of one shape on one device."""
+    """Raise TypeError or ValueError unless both are batches of one shape on one device."""
     check_batch(name1, x1)
     check_batch(name2, x2)
     if x1.shape != x2.shape:
@@ -55,6 +55,7 @@ def check_pair(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
 
 
 def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    """Raise ValueError unless both tensors are on one device."""
     if x1.device != x2.device:
         raise ValueError(f"{name2}: expected the device of {name1}, {x1.device}, got {x2.device}")
 
@@ -67,7 +68,7 @@ def check_whole(name: str, value: object) -> int:
 
 
 def check_number(name: str, value: object) -> float:
-    """The value as a float; TypeError unless it is a real number, which may be numpy's."""
+    """Return the value as a float; raise TypeError unless it is a real number, NumPy's included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     return float(value)
@@ -82,15 +83,15 @@ def check_finite(name: str, value: object) -> float:
 
 
 def check_nonnegative(name: str, value: object) -> float:
-    """The value as a float; TypeError or ValueError unless it is a finite number of at least 0."""
+    """Return the value as a float; raise TypeError or ValueError unless it is finite and at least 0."""
     value = check_number(name, value)
-    if not 0 <= value < math.inf:  # nor NaN
+    if not 0 <= value < math.inf:  # rejects NaN
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     return value
 
 
 def check_eps(eps: Tensor, like: Tensor) -> None:
-    """One eps per sample: shape (N,) or (N, 1, ..., 1)."""
+    """Raise TypeError or ValueError unless there is one eps per sample: shape (N,) or (N, 1, ..., 1)."""
     check_floating("eps", eps)
     n = like.shape[0]
     if eps.shape != (n,) and eps.shape != (n, *[1] * (like.dim() - 1)):
@@ -99,7 +100,7 @@ def check_eps(eps: Tensor, like: Tensor) -> None:
 
 
 def check_generator(generator: object, device: torch.device) -> None:
-    """A generator that draws on such a device."""
+    """Raise TypeError or ValueError unless ``generator`` is a generator for such a device."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if generator.device.type != device.type:

@@ -1,4 +1,4 @@
-"""consistency_term and lipschitz_consistency: CT-GAN's terms between pairs of rows (Wei et al. 2018)."""
+"""consistency_term and lipschitz_consistency: CT-GAN's terms on pairs of rows (Wei et al. 2018)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
 def consistency_term_reference(
     score1: Tensor, score2: Tensor, features1: Tensor, features2: Tensor, margin: float, feature_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean max(0, |s1 - s2|^2 + feature_weight * mean_j (f1_j - f2_j)^2 - margin), as CT-GAN trains (Wei et al. 2018).
+    """Compute mean max(0, |s1 - s2|^2 + feature_weight * mean_j (f1_j - f2_j)^2 - margin) (Wei et al. 2018).
 
-    Also the per-row coefficients of s1 - s2 and f1 - f2 in the derivative.
+    Also returns the per-row coefficients of s1 - s2 and f1 - f2 in the derivative.
     """
     share = feature_weight / max(1, features1[0].numel())
     excess = _squared_distance(score1, score2) + share * _squared_distance(features1, features2) - margin
@@ -35,9 +35,9 @@ def consistency_term_reference(
 def lipschitz_consistency_reference(
     score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean max(0, |s1 - s2| / |x1 - x2| - margin) (Wei et al. 2018, eq. 4); a pair with x1 = x2 contributes 0.
+    """Compute mean max(0, |s1 - s2| / |x1 - x2| - margin) (Wei et al. 2018, eq. 4); 0 where x1 = x2.
 
-    Also the per-row coefficients of s1 - s2 and x1 - x2 in the derivative.
+    Also returns the per-row coefficients of s1 - s2 and x1 - x2 in the derivative.
     """
     scores, inputs = _squared_distance(score1, score2), _squared_distance(x1, x2)
     idle = (scores == 0) | (inputs == 0)
@@ -60,7 +60,7 @@ def consistency_backward_reference(
     b_coefficient: Tensor,
     to_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ga, -ga, gb, -gb) with ga = cotangent * a_coefficient_n * (a1 - a2), and gb likewise, empty if not wanted."""
+    """Compute (ga, -ga, gb, -gb), ga = cotangent * a_coefficient_n * (a1 - a2), gb likewise or empty."""
 
     def one(x1: Tensor, x2: Tensor, coefficient: Tensor) -> Tensor:
         wide = x1.to(coefficient.dtype) - x2.to(coefficient.dtype)
@@ -84,7 +84,7 @@ def _consistency_backward(
     a_layout, b_layout = memory_format(a1, a2), memory_format(b1, b2)
     (a1, a2), (b1, b2) = laid_out(a1, a2), laid_out(b1, b2)
     grads = consistency_backward_reference(cotangent, a1, a2, b1, b2, a_coefficient, b_coefficient, to_b)
-    if not to_b:  # the empty pair must not share memory
+    if not to_b:  # the empty tensors must not share memory
         grads = *grads[:3], b1.new_empty(0)
     layouts = (a_layout, a_layout, b_layout, b_layout)
     return tuple(
@@ -201,11 +201,43 @@ def consistency_term(
     margin: float = 0.0,
     feature_weight: float = 0.1,
 ) -> Tensor:
-    """mean max(0, (s1 - s2)^2 + feature_weight * mean_j (f1_j - f2_j)^2 - margin), as CT-GAN trains (Wei et al. 2018).
+    r"""Compute CT-GAN's consistency term between two dropout passes over one batch.
 
-    score1, score2: scores of two dropout passes over one batch, (N,), (N, 1) or (N, *), squares summed over a row.
-    features1, features2: the last feature layer of each pass, (N, *), both or neither. Differentiable to any order in
-    every tensor. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n \max\Bigl(0,\; \lVert s_{1,n} - s_{2,n} \rVert^2
+        + \frac{w}{J} \sum_{j=1}^{J} (f_{1,nj} - f_{2,nj})^2 - \text{margin}\Bigr)
+
+    This is the term as its authors train with it. At the kink its subgradient is 0. Differentiable to any order in
+    every tensor; results and sums are in at least float32.
+
+    Args:
+        score1 (Tensor): scores of the first pass.
+        score2 (Tensor): scores of the second pass.
+        features1 (Tensor, optional): last feature layer of the first pass. Default: no features.
+        features2 (Tensor, optional): last feature layer of the second pass; both or neither are given.
+        margin (float): distance that is not penalised. Default: 0.
+        feature_weight (float): :math:`w`, the weight of the features. Default: 0.1.
+
+    Shape:
+        - score1, score2: :math:`(N)`, :math:`(N, 1)` or :math:`(N, *)`
+        - features1, features2: :math:`(N, *)`, each row of :math:`J` elements
+        - Output: scalar
+
+    Returns:
+        Tensor: the term, in at least float32.
+
+    Raises:
+        TypeError: a tensor is not a dense floating-point tensor, or a constant not a number.
+        ValueError: shapes, batches or devices differ, one of ``features1`` and ``features2`` is None, or a constant is
+            negative or not finite.
+
+    Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Dropout(), torch.nn.Linear(64, 1))
+        >>> real = torch.randn(64, 2)
+        >>> gpkernels.consistency_term(critic(real), critic(real)).backward()
+
+    References:
+        Wei et al., "Improving the Improved Training of Wasserstein GANs", 2018. https://arxiv.org/abs/1803.01541
     """
     constants = check_nonnegative("margin", margin), check_nonnegative("feature_weight", feature_weight)
     plain = (
@@ -218,7 +250,7 @@ def consistency_term(
     check_pair("score1", score1, "score2", score2)
     if (features1 is None) != (features2 is None):
         missing = "features1" if features1 is None else "features2"
-        raise ValueError(f"{missing}: expected a tensor, as for the other pass, got None")
+        raise ValueError(f"{missing}: expected a tensor like the other features, got None")
     if features1 is None or features2 is None:
         features1, features2 = (score1.new_empty((score1.shape[0], 0)) for _ in range(2))
     _check_second_pair("features", features1, features2, score1)
@@ -227,10 +259,41 @@ def consistency_term(
 
 
 def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor, *, margin: float = 0.0) -> Tensor:
-    """mean max(0, |s1 - s2| / |x1 - x2| - margin) (Wei et al. 2018, eq. 4).
+    r"""Compute the mean excess of a critic's difference quotients over a margin.
 
-    score1, score2: (N,), (N, 1) or (N, *); x1, x2: (N, *), the inputs they belong to. A pair with x1 = x2 contributes
-    0. Differentiable to any order in every tensor. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n \max\Bigl(0,\;
+        \frac{\lVert s_{1,n} - s_{2,n} \rVert}{\lVert x_{1,n} - x_{2,n} \rVert} - \text{margin}\Bigr)
+
+    A pair with :math:`x_1 = x_2` contributes 0. Differentiable to any order in every tensor; results and sums are in at
+    least float32.
+
+    Args:
+        score1 (Tensor): scores of ``x1``.
+        score2 (Tensor): scores of ``x2``.
+        x1 (Tensor): first sample of each pair.
+        x2 (Tensor): second sample of each pair.
+        margin (float): quotient that is not penalised, the Lipschitz constant wanted. Default: 0.
+
+    Shape:
+        - score1, score2: :math:`(N)`, :math:`(N, 1)` or :math:`(N, *)`
+        - x1, x2: :math:`(N, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the term, in at least float32.
+
+    Raises:
+        TypeError: a tensor is not a dense floating-point tensor, or ``margin`` not a number.
+        ValueError: shapes, batches or devices differ, or ``margin`` is negative or not finite.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> x1, x2 = torch.randn(64, 2), torch.randn(64, 2)
+        >>> gpkernels.lipschitz_consistency(critic(x1), critic(x2), x1, x2, margin=1.0).backward()
+
+    References:
+        Wei et al., "Improving the Improved Training of Wasserstein GANs", 2018, eq. 4. https://arxiv.org/abs/1803.01541
     """
     margin = check_nonnegative("margin", margin)
     plain = NotImplemented if is_compiling() else lipschitz_consistency_op.direct(score1, score2, x1, x2, margin)

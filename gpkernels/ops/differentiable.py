@@ -1,7 +1,7 @@
-"""Autograd over raw ops: how a pair of Functions is called, and derivatives beyond the first.
+"""Autograd of raw ops: calling a pair of Functions, and derivatives beyond the first.
 
-The first derivative is a kernel. Derivatives beyond it are taken of the reference, through ``torch.func.vjp``, so every
-order exists and is exact. Under ``torch.func`` and in forward mode the reference takes the place of the pairs.
+The first derivative is a kernel. Higher derivatives are those of the reference, by ``torch.func.vjp``, so every order
+exists and is exact. Under ``torch.func`` and in forward mode the reference replaces the Functions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from gpkernels.private import any_requires_grad, dual_level, transforms_active
 
 
 class Differentiable(Function):
+    """Base class of the Functions, with a generated vmap rule."""
+
     generate_vmap_rule = True
 
 
 def apply(function: type[Differentiable], *args: Any) -> Any:
-    """``function.apply`` without what costs more than a small op: a graph that nobody wants, and binding arguments."""
-    if transforms_active() or dual_level() >= 0:  # PyTorch's own operations have every mode and order
+    """Call ``function.apply``, skipping costs larger than a small op: an unused graph, and binding of arguments."""
+    if transforms_active() or dual_level() >= 0:  # PyTorch's own operations support every mode and order
         with backends.backend("reference"):
             return function.forward(*args)
     if is_compiling():
@@ -37,7 +39,7 @@ def apply(function: type[Differentiable], *args: Any) -> Any:
 def second_order(
     value: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor, tangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Derivative of (cotangent, *primals) -> vjp of ``value``, applied to ``tangents``, in that order."""
+    """Compute the derivative of (cotangent, *primals) -> vjp of ``value``, applied to ``tangents``, in that order."""
 
     def first_order(cotangent: Tensor, *primals: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.func.vjp(value, *primals)[1](cotangent))

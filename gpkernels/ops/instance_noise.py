@@ -1,4 +1,4 @@
-"""instance_noise: x + sigma * scale * noise, drawn per element (Sønderby et al. 2017; DRAGAN's, Kodali et al. 2017)."""
+"""instance_noise: x + sigma * scale * noise (Sønderby et al. 2017; DRAGAN's, Kodali et al. 2017)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpkernels.ops.tensors import laid_out, new_like
 
 
 def instance_noise_reference(x: Tensor, sigma: float, scale: Tensor | None, key: Tensor, gaussian: bool) -> Tensor:
-    """x + sigma * scale * xi, xi from N(0, 1) or U[0, 1) per element, scale one number (1 if None)."""
+    """Compute x + sigma * scale * xi, xi from N(0, 1) or U[0, 1) per element, scale one number (1 if None)."""
     noise = random_elements(key, x, gaussian) * sigma
     if scale is not None:
         noise = noise * scale.to(noise.dtype)
@@ -48,10 +48,38 @@ class _InstanceNoise(Differentiable):
 
 
 def add_instance_noise(x: Tensor, sigma: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """x + sigma * N(0, 1), drawn per element (Sønderby et al. 2017).
+    r"""Add Gaussian noise to every element of a batch.
 
-    x: (N, *); sigma >= 0. Returns x's shape and dtype; a seed gives the same noise on every backend up to rounding.
-    Differentiable to any order in x. Raises TypeError or ValueError for bad input.
+    .. math::
+        y = x + \sigma \, \xi, \qquad \xi \sim \mathcal{N}(0, 1)
+
+    The noise comes from a Philox counter-based generator, keyed by one number that PyTorch's generator draws: a seed
+    gives the same noise on every backend and for any number of threads. Differentiable to any order in ``x``.
+
+    Args:
+        x (Tensor): the batch.
+        sigma (float): standard deviation of the noise, finite and at least 0.
+        generator (torch.Generator, optional): generator of the key. Default: PyTorch's global generator of the device.
+
+    Shape:
+        - x: :math:`(N, *)`
+        - Output: :math:`(N, *)`
+
+    Returns:
+        Tensor: the noisy batch, in the dtype of ``x``.
+
+    Raises:
+        TypeError: ``x`` is not a dense floating-point tensor, ``sigma`` not a number or ``generator`` not a
+            ``torch.Generator``.
+        ValueError: the batch is empty, or ``sigma`` is negative or not finite.
+
+    Example:
+        >>> x = torch.randn(64, 3, 32, 32)
+        >>> gpkernels.add_instance_noise(x, 0.1).shape
+        torch.Size([64, 3, 32, 32])
+
+    References:
+        Sønderby et al., "Amortised MAP Inference for Image Super-resolution", 2017. https://arxiv.org/abs/1610.04490
     """
     check_batch("x", x)
     sigma = check_nonnegative("sigma", sigma)

@@ -15,7 +15,7 @@ from gpkernels.ops.tensors import accumulation_dtype, laid_out, memory_format, n
 
 
 def interpolate_reference(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
-    """eps * real + (1 - eps) * fake, eps one per sample (Gulrajani et al. 2017, Algorithm 1)."""
+    """Compute eps * real + (1 - eps) * fake, one eps per sample (Gulrajani et al. 2017, Algorithm 1)."""
     weight = per_row(eps, real).to(accumulation_dtype(real.dtype))
     return (weight * real + (1 - weight) * fake).to(real.dtype)
 
@@ -23,7 +23,7 @@ def interpolate_reference(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
 def interpolate_backward_reference(
     cotangent: Tensor, eps: Tensor, to_real: bool, to_fake: bool
 ) -> tuple[Tensor, Tensor]:
-    """(eps * cotangent, (1 - eps) * cotangent); an empty tensor for a side that is not wanted."""
+    """Compute (eps * cotangent, (1 - eps) * cotangent); empty for a side that is not requested."""
     weight = per_row(eps, cotangent).to(accumulation_dtype(cotangent.dtype))
     nothing = cotangent.new_empty(0)
     return (
@@ -98,13 +98,13 @@ class _InterpolateBackward(Differentiable):
 
 
 def draw_eps(real: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One eps per sample from U[0, 1), as ``torch.rand(N, 1, ..., 1)`` draws it in the dtype of real.
+    """Draw one eps per sample from U[0, 1), as ``torch.rand(N, 1, ..., 1)`` does in the dtype of real.
 
-    For float16 and bfloat16 in float32, in which hand-written code draws it too unless it is told otherwise.
+    float32 for float16 and bfloat16, as in hand-written code that gives no dtype.
     """
     shape = (*real.shape[:1], *[1] * (real.dim() - 1))
     dtype = accumulation_dtype(real.dtype)
-    if generator is None:  # an overload of its own: the other one takes no size that the compiler leaves open
+    if generator is None:  # a separate overload: the other one does not accept symbolic sizes
         return torch.rand(shape, dtype=dtype, device=real.device)
     check_generator(generator, real.device)
     return torch.rand(shape, dtype=dtype, device=real.device, generator=generator)
@@ -113,11 +113,40 @@ def draw_eps(real: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def interpolate(
     real: Tensor, fake: Tensor, eps: Tensor | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """eps * real + (1 - eps) * fake, the points where WGAN-GP penalises (Gulrajani et al. 2017, Algorithm 1).
+    r"""Interpolate between real and fake samples, at random points of the lines that join them.
 
-    real, fake: (N, *), one shape. eps: (N,) or (N, 1, ..., 1), one per sample; if None it is drawn as
-    ``torch.rand(N, 1, ..., 1)`` draws it, by ``generator`` if given. Returns (N, *) in the promoted dtype of real and
-    fake. Differentiable to any order in every tensor. Raises TypeError or ValueError for bad input.
+    .. math::
+        \hat{x}_n = \epsilon_n \, \text{real}_n + (1 - \epsilon_n) \, \text{fake}_n
+
+    The points at which WGAN-GP penalises the gradient. Differentiable to any order in every tensor, in reverse
+    and forward mode.
+
+    Args:
+        real (Tensor): real samples.
+        fake (Tensor): generated samples, of the same shape and on the same device.
+        eps (Tensor, optional): one weight per sample. Default: drawn from U[0, 1) as ``torch.rand(N, 1, ..., 1)`` draws
+            it, so that a seed gives the same points as hand-written code.
+        generator (torch.Generator, optional): generator of ``eps``. Default: PyTorch's global generator of the device.
+
+    Shape:
+        - real, fake: :math:`(N, *)`
+        - eps: :math:`(N)` or :math:`(N, 1, \ldots, 1)`
+        - Output: :math:`(N, *)`
+
+    Returns:
+        Tensor: the points, in the promoted dtype of ``real`` and ``fake``.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor, or ``generator`` is not a ``torch.Generator``.
+        ValueError: shapes or devices differ, the batch is empty, or ``eps`` is not one number per sample.
+
+    Example:
+        >>> real, fake = torch.randn(64, 3, 32, 32), torch.randn(64, 3, 32, 32)
+        >>> gpkernels.interpolate(real, fake).shape
+        torch.Size([64, 3, 32, 32])
+
+    References:
+        Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, Algorithm 1. https://arxiv.org/abs/1704.00028
     """
     if eps is not None and not is_compiling():
         mixed = interpolate_op.direct(real, fake, eps)
@@ -129,7 +158,7 @@ def interpolate(
     else:
         check_eps(eps, real)
     real, fake = promote(real, fake)
-    if torch.is_grad_enabled() and eps.requires_grad:  # rare enough to leave to PyTorch
+    if torch.is_grad_enabled() and eps.requires_grad:  # rare, so left to PyTorch
         return interpolate_reference(real, fake, eps)
     mixed = apply(_Interpolate, real, fake, eps)
     return mixed

@@ -1,4 +1,4 @@
-"""mean_pool: means over windows that tile the last two axes, and its backward."""
+"""mean_pool: mean over windows that tile the last two axes, and its backward."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gpkernels.ops.tensors import memory_format
 
 
 def mean_pool_reference(x: Tensor, h: int, w: int) -> Tensor:
-    """Means over h x w windows that tile the last two axes."""
+    """Compute the means of h x w windows that tile the last two axes."""
     planes = x.reshape(-1, 1, *x.shape[-2:])
     return avg_pool2d(planes, (h, w)).reshape(*x.shape[:-2], x.shape[-2] // h, x.shape[-1] // w)
 
 
 def mean_pool_backward_reference(cotangent: Tensor, h: int, w: int) -> Tensor:
-    """Each window's cotangent, divided by h w, at all of its places."""
+    """Compute each window's cotangent, divided by h w, at all of its elements."""
     return (cotangent / (h * w)).repeat_interleave(h, -2).repeat_interleave(w, -1)
 
 

@@ -1,4 +1,4 @@
-"""normalise_curvature: how the derivative of a normalisation changes with its input."""
+"""normalise_curvature: derivative of the JVP of a normalisation by its input."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gpkernels.ops.tensors import accumulation_dtype
 def normalise_curvature_reference(
     normal: Tensor, inverse: Tensor, tangent: Tensor, cotangent: Tensor, centred: bool
 ) -> Tensor:
-    """The derivative of <cotangent, J tangent> with respect to x, J being the derivative of a normalisation at x.
+    """Compute the derivative of <cotangent, J tangent> by x, J being the Jacobian of a normalisation at x.
 
     n = (x - mean) r over each group of M elements, r = 1 / sqrt(variance + eps); r is (N, groups, 1), all others are
     (N, groups, M). With c_u = mean(n u), J t = r (t - mean(t) - n c_t) is symmetric, and <d, J t> = r M (a - c_t c_d)
     where a = mean(d t) - mean(d) mean(t); so its derivative is
-    r^2 ((3 c_t c_d - a) n - c_d (t - mean(t)) - c_t (d - mean(d))). Not centred, as in RMSNorm, the means drop out.
+    r^2 ((3 c_t c_d - a) n - c_d (t - mean(t)) - c_t (d - mean(d))). Without centring, as in RMSNorm, the means vanish.
     """
     wide = accumulation_dtype(normal.dtype)
     n, r, t, d = (x.to(wide) for x in (normal, inverse, tangent, cotangent))

@@ -1,7 +1,7 @@
-"""A raw op: a schema, its fake kernel and the reference as its last resort, called by name or through the dispatcher.
+"""Raw op: a schema, its fake kernel and the reference as fallback, called by name or through the dispatcher.
 
-The schemas are in Python, so the library works with no binary: the reference registers as the default implementation
-of each op, and the extension adds faster ones for its device types. Raw ops carry no autograd.
+The schemas are defined in Python, so that the library works without a binary: the reference is registered as the
+default implementation of each op, and the extension adds faster ones per device type. Raw ops have no autograd.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from gpkernels import backends
 from gpkernels.private import OpOverload, tree_flatten, tree_map, tree_unflatten
 
 LIBRARY = torch.library.Library("gpkernels", "DEF")
-ALL: dict[str, Op] = {}  # by name, each as it is defined
+ALL: dict[str, Op] = {}  # by name, in order of definition
 
 
 class Op:
-    """One schema: callable, and the place where the implementation that runs is chosen.
+    """One raw op; calling it runs the implementation that the backend selects.
 
-    direct: gives what the op gives for dense CPU tensors that nothing watches, checked by the kernel alone, and
-    NotImplemented where the op has to be called in another way. ``torch.compile`` cannot trace it.
-    check: raises for codes that name nothing, which kernels would take for one that they know; it is asked before any
-    backend, but not before ``direct``.
+    direct: fast path for dense tensors without modes or subclasses, whose arguments only the kernel checks; returns
+    NotImplemented where it does not apply. ``torch.compile`` cannot trace it.
+    check: raises for invalid enumeration codes, which kernels would misread; called before every backend, but not
+    before ``direct``.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Op:
     ) -> None:
         self.name = schema.partition("(")[0]
         self.check = check
-        if check is not None:  # torch.ops leads to these past __call__
+        if check is not None:  # torch.ops calls these without __call__
             implementation, fake = _after(check, implementation), _after(check, fake)
         self.schema, self.implementation, self.fake = schema, implementation, fake
         self.direct = backends.declined
@@ -46,7 +46,7 @@ class Op:
         ALL[self.name] = self
 
     def define_in(self, library: torch.library.Library) -> OpOverload:
-        """Give a library this schema, with what tracing and vmap need; kernels are left to others."""
+        """Define this schema in a library, with its fake kernel and vmap rule, without kernels."""
         qualified = f"{library.ns}::{self.name}"
         library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, self.fake, lib=library)
@@ -67,7 +67,7 @@ class Op:
         return backends.implementation(self, args)(*args)
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """One call of the op for each entry of the batch axis."""
+        """Call the op once for each entry of the batch axis."""
         flat_args, spec = tree_flatten(args)
         flat_dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
 

@@ -1,4 +1,4 @@
-"""Philox random numbers: the same from one key on every backend and for any number of threads."""
+"""Philox random numbers: one key gives the same numbers on every backend and for any number of threads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox(key: Tensor, counter: Tensor) -> list[Tensor]:
-    """Philox-4x32-10 (Salmon et al. 2011): four 32-bit words, held in int64, for each counter.
+    """Compute Philox-4x32-10 (Salmon et al. 2011): four 32-bit words, held in int64, per counter.
 
     ``key`` is one int64, split into two words; ``counter`` (n,) fills the two low words of the 128-bit counter.
     """
     words = [counter & _MASK32, (counter >> 32) & _MASK32, torch.zeros_like(counter), torch.zeros_like(counter)]
     round_key = [key & _MASK32, (key >> 32) & _MASK32]
     for _ in range(10):
-        # 64-bit products wrap, but their bits are those of the unsigned product.
+        # Signed 64-bit products wrap to the bits of the unsigned product.
         first, second = words[0] * _PHILOX_MULTIPLIERS[0], words[2] * _PHILOX_MULTIPLIERS[1]
         words = [
             ((second >> 32) & _MASK32) ^ words[1] ^ round_key[0],
@@ -34,12 +34,12 @@ def philox(key: Tensor, counter: Tensor) -> list[Tensor]:
 
 
 def unit_interval(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """24 random bits as a number in [0, 1)."""
+    """Convert 24 random bits to a number in [0, 1)."""
     return (word >> 8).to(dtype) * 2.0**-24
 
 
 def random_elements(key: Tensor, x: Tensor, gaussian: bool) -> Tensor:
-    """One random number per element, laid along memory, four to a Philox call."""
+    """Generate one random number per element, in memory order, four per Philox call."""
     dtype = accumulation_dtype(x.dtype)
     words = philox(key, torch.arange((x.numel() + 3) // 4, dtype=torch.int64, device=x.device))
     if gaussian:  # Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite
@@ -55,7 +55,7 @@ def random_elements(key: Tensor, x: Tensor, gaussian: bool) -> Tensor:
 
 
 def draw_key(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A Philox key: one int64 on ``device``, from torch's own generator there."""
+    """Draw a Philox key: one int64 on ``device``, from PyTorch's generator there."""
     if generator is not None:
         check_generator(generator, device)
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)

@@ -1,4 +1,4 @@
-"""What ops share of dtypes, rows and memory layouts."""
+"""Dtypes, rows and memory layouts, as the ops share them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, otherwise float32."""
+    """Return float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def promote(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that PyTorch would compute them in."""
+    """Cast the tensors to their promoted dtype."""
     for tensor in tensors:
         if tensor.dtype != tensors[0].dtype:
             break
@@ -27,17 +27,17 @@ def promote(*tensors: Tensor) -> list[Tensor]:
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """One number per row, to be broadcast over a batch."""
+    """Reshape one number per row for broadcasting over a batch."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """A batch as a matrix, in the dtype that its sums are taken in."""
+    """Reshape a batch to a matrix, in the accumulation dtype."""
     return x.to(accumulation_dtype(x.dtype)).reshape(x.shape[0], -1)
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """channels_last where every tensor is so, otherwise contiguous: the layout that kernels read and write."""
+    """Return channels_last if every tensor has that format, otherwise contiguous: the format of kernels."""
     if all(t.is_contiguous() for t in tensors):
         return torch.contiguous_format
     layout = _LAYOUTS.get(tensors[0].dim(), torch.contiguous_format)
@@ -46,21 +46,21 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
 
 
 def laid_out(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the layout that they have in common."""
+    """Make the tensors dense in their common memory format."""
     layout = memory_format(*tensors)
     return [t.contiguous(memory_format=layout) for t in tensors]
 
 
 def new_like(x: Tensor, *others: Tensor) -> Tensor:
-    """An output for ``x`` in the layout that it has in common with ``others``."""
+    """Allocate an output for ``x`` in the memory format that it has in common with ``others``."""
     return torch.empty_like(x, memory_format=memory_format(x, *others))
 
 
 def new_wide(x: Tensor, *shape: int) -> Tensor:
-    """An output on the device of ``x``, in the dtype that its sums are taken in."""
+    """Allocate an output on the device of ``x``, in the accumulation dtype."""
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
 
 def overlaps(x: Tensor) -> bool:
-    """Whether elements share a place, as in what was expanded."""
+    """Whether elements share memory, as in an expanded tensor."""
     return x.numel() > 0 and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""clip_weights_ and rmsprop_: updates of all weights in place, in one call."""
+"""clip_weights_ and rmsprop_: in-place updates of all weights in one call."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def rmsprop_reference(
     maximize: bool,
     clip: float | None,
 ) -> None:
-    """torch.optim.RMSprop's update, then a clamp to [-clip, clip]; state is rounded once, when it is stored.
+    """Apply the update of torch.optim.RMSprop, then a clamp to [-clip, clip]; state is rounded once, when stored.
 
-    Centred where ``grad_avgs`` is not empty, with momentum where ``momentum_buffers`` is not empty.
+    Centred if ``grad_avgs`` is not empty, with momentum if ``momentum_buffers`` is not empty.
     """
     for i, param in enumerate(params):
         wide = accumulation_dtype(param.dtype)
@@ -75,11 +75,34 @@ rmsprop_op = Op(
 
 
 def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
-    """Clamp every weight to [-c, c] in place, all tensors in one call (Arjovsky et al. 2017, Algorithm 1).
+    r"""Clamp every weight to [-c, c] in place, all tensors in one call.
 
-    params: a tensor or an iterable of them, such as ``critic.parameters()``; c >= 0. NaN stays NaN. Not
-    differentiable. Raises TypeError or ValueError for bad input, RuntimeError for a tensor that overlaps itself, before
-    any weight is changed.
+    .. math::
+        w \leftarrow \min(\max(w, -c), c)
+
+    NaN stays NaN. Not differentiable; graphs that saved a clipped weight raise in backward, as after any in-place
+    change.
+
+    Args:
+        params (Tensor or iterable of Tensor): the weights, such as ``critic.parameters()``; dtypes and devices may
+            differ.
+        c (float): bound, finite and at least 0.
+
+    Raises:
+        TypeError: a weight is not a dense floating-point tensor, or ``c`` is not a number.
+        ValueError: ``c`` is negative or not finite.
+        RuntimeError: a weight overlaps itself in memory.
+
+        All are raised before any weight is changed.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> gpkernels.clip_weights_(critic.parameters(), 0.01)
+        >>> all(p.abs().max() <= 0.01 for p in critic.parameters())
+        True
+
+    References:
+        Arjovsky et al., "Wasserstein GAN", 2017, Algorithm 1. https://arxiv.org/abs/1701.07875
     """
     c = check_nonnegative("c", c)
     tensors = [params] if isinstance(params, Tensor) else list(params)

@@ -1,6 +1,8 @@
-"""Triton kernels of the raw ops, one file per op stem. They run on CUDA, ROCm and XPU tensors, and on CPU tensors in
-Triton's interpreter where TRITON_INTERPRET=1 was set before import. Importing this package needs triton; nothing else
-does. ``KERNELS`` maps a raw op's name to its launcher, which takes that op's arguments.
+"""Triton kernels of the raw ops, one file per op stem.
+
+They run on CUDA, ROCm and XPU tensors, and on CPU tensors in Triton's interpreter if TRITON_INTERPRET=1 was set before
+import. Only this package needs triton. ``KERNELS`` maps the name of a raw op to its launcher, which has the op's
+arguments.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""affine_gradients: the gradients of w and b in y = x w + b, for a cotangent and an operand (R, K, I), w and b having K
-elements: sums of cotangent * operand, and of cotangent, over R and I.
+"""affine_gradients: gradients of w and b in y = x w + b.
+
+cotangent and operand are (R, K, I), w and b (K,): sums of cotangent * operand, and of cotangent, over R and I.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -36,7 +37,7 @@ def affine_gradients_kernel(
     ACC: tl.constexpr, R: tl.constexpr, K: tl.constexpr, INNER: tl.constexpr, SPLITS: tl.constexpr,
     PADDED: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A program sums ``steps`` tiles of (R, K, I) elements of one block of columns; the last one adds the programs'."""
+    """Sum ``steps`` tiles of (R, K, I) elements of one block of columns; the last program adds all programs' sums."""
     program = tl.program_id(0).to(tl.int64)
     block, split = program // SPLITS, program % SPLITS
     k = block * K + tl.arange(0, K)
@@ -50,7 +51,7 @@ def affine_gradients_kernel(
             at = (row * cols + k[None, :, None]) * hinted(inner, ALIGNED) + i
             mask = (row < rows) & (k < cols)[None, :, None] & (i < hinted(inner, ALIGNED))
         else:
-            at = row * hinted(cols, ALIGNED) + k[None, :, None]  # without i = 0, whose alignment nobody knows
+            at = row * hinted(cols, ALIGNED) + k[None, :, None]  # omits i = 0, of unknown alignment
             mask = (row < rows) & (k < hinted(cols, ALIGNED))[None, :, None]
         c = tl.load(cotangent + at, mask=mask, other=0.0).to(ACC)
         products += c * tl.load(operand + at, mask=mask, other=0.0).to(ACC)
@@ -69,7 +70,7 @@ def affine_gradients_kernel(
 
 def affine_gradients(cotangent: Tensor, operand: Tensor) -> tuple[Tensor, Tensor]:
     if cotangent.dim() != 3:
-        raise RuntimeError("cotangent: expected (R, K, I)")
+        raise RuntimeError(f"cotangent: expected shape (R, K, I), got {tuple(cotangent.shape)}")
     check_floating(cotangent)
     check_same("operand", operand, cotangent)
     c, x = cotangent.contiguous(), operand.contiguous()

@@ -1,4 +1,4 @@
-"""What the Triton ops share: launching, layouts, checks, one number per row, alignment, and sums over programs."""
+"""Shared parts of the Triton ops: launching, layouts, checks, per-row operands, alignment, and sums over programs."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -27,7 +27,7 @@ def interpreted() -> bool:
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-    """Run ``programs`` programs of a kernel on a device, which need not be the current one."""
+    """Launch ``programs`` programs of a kernel on a device, which need not be the current one."""
     if programs == 0:
         return
     if device.type == "cpu":
@@ -42,21 +42,21 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **optio
 
 
 def block_of(x: Tensor) -> int:
-    """Elements of a tensor that give each of four warps' threads 16 bytes, for warps of 32 and of 64."""
+    """Return the elements per block for 16 bytes per thread, for four warps of 32 or of 64 threads."""
     return 1024 if x.element_size() > 2 else 2048
 
 
 def flat_sizes(x: Tensor, count: int) -> tuple[int, dict[str, int]]:
-    """How many programs stream over ``count`` elements of x's dtype, and the block that each of them takes."""
+    """Return (programs, block) for streaming over ``count`` elements of x's dtype."""
     block, warps = (block_of(x), 4) if count < 2**22 else (2 * block_of(x), 8)
     return triton.cdiv(count, block), {"BLOCK": block, "num_warps": warps}
 
 
 def row_sizes(rows: int, *cols: int) -> dict[str, Any]:
-    """How programs share sums over rows of one or more matrices: many rows to a program, or several to a long row."""
+    """Return how programs share sums over rows of matrices: many rows per program, or several programs per row."""
     tile, longest = 2048, max(1, *cols)
     widths = [min(tile, triton.next_power_of_2(max(1, c))) for c in cols]
-    # A function of the shape alone, so that every device adds in the same order.
+    # Depends on the shape alone, so that every device adds in the same order.
     splits = max(1, min(triton.cdiv(longest, 4096), 512 // rows, 64))
     height = 1 if splits > 1 else min(tile // max(widths), triton.next_power_of_2(rows), 1024)
     return {
@@ -69,24 +69,24 @@ def row_sizes(rows: int, *cols: int) -> dict[str, Any]:
 
 
 def accumulator(*tensors: Tensor) -> tl.dtype:
-    """float64 if any tensor has that dtype, otherwise float32."""
+    """Return the accumulation dtype: float64 if any tensor has that dtype, otherwise float32."""
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether launches are being recorded into a graph, which may replay later and on another stream."""
+    """Whether launches are being captured into a graph, which may be replayed later and on another stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def queue_of(device: torch.device) -> tuple[torch.device, int]:
-    """What kernels run one after the other on: memory that is kept between calls belongs to one of these."""
+    """Return a key for the stream on which kernels are ordered; memory that is cached between calls belongs to one."""
     if device.type == "cpu":
         return device, 0
     return device, getattr(torch, device.type).current_stream(device).stream_id
 
 
 def tickets(device: torch.device, count: int) -> Tensor:
-    """``count`` zeros for ``last_to_arrive``, which leaves them zero, so that a stream's kernels can share them."""
+    """Return ``count`` zeros for ``last_to_arrive``, which resets them, so that a stream's kernels can share them."""
     if capturing(device):
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = queue_of(device)
@@ -99,53 +99,57 @@ def tickets(device: torch.device, count: int) -> Tensor:
 
 
 def check_floating(*tensors: Tensor) -> None:
+    """Raise RuntimeError unless all tensors are of floating point."""
     if any(t.dtype not in _FLOATING for t in tensors):
-        raise RuntimeError("expected a floating-point tensor")
+        raise RuntimeError(f"expected floating-point tensors, got {', '.join(str(t.dtype) for t in tensors)}")
 
 
 def check_codes(name: str, codes: Sequence[int], known: Mapping[str, int]) -> None:
+    """Raise RuntimeError for a code that is not in ``known``."""
     wrong = [code for code in codes if code not in known.values()]
     if wrong:
         raise RuntimeError(f"{name}: expected 0 to {len(known) - 1}, got {wrong[0]}")
 
 
 def rows_of(name: str, x: Tensor) -> tuple[int, int]:
-    """(rows, columns) of a batch."""
+    """Return (rows, columns) of a batch."""
     check_floating(x)
     if x.dim() == 0 or x.shape[0] == 0:
-        raise RuntimeError(f"{name}: expected a batch of at least one sample")
+        raise RuntimeError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
     return x.shape[0], x.numel() // x.shape[0]
 
 
 def check_same(name: str, x: Tensor, like: Tensor) -> None:
+    """Raise RuntimeError unless ``x`` has the dtype and shape of ``like``."""
     if x.dtype != like.dtype:
-        raise RuntimeError(f"{name}: dtypes differ")
+        raise RuntimeError(f"{name}: expected dtype {like.dtype}, got {x.dtype}")
     if x.shape != like.shape:
-        raise RuntimeError(f"{name}: shapes differ")
+        raise RuntimeError(f"{name}: expected shape {tuple(like.shape)}, got {tuple(x.shape)}")
 
 
 def check_key(key: Tensor) -> None:
+    """Raise RuntimeError unless ``key`` is one int64."""
     if key.dtype != torch.int64 or key.numel() != 1:
-        raise RuntimeError("key: expected one int64")
+        raise RuntimeError(f"key: expected one int64, got {key.dtype} of shape {tuple(key.shape)}")
 
 
 def spread(name: str, x: Tensor, rows: int, one: bool = False) -> tuple[Tensor, int]:
-    """A vector with one number per row, or where ``one`` allows it one for all, and its stride; no copy if it can."""
+    """Flatten one number per row, or one for all where ``one`` allows it; return it with its stride, without a copy."""
     check_floating(x)
     if x.numel() != rows and not (one and x.numel() == 1):
-        raise RuntimeError(f"{name}: expected one number per row")
+        raise RuntimeError(f"{name}: expected one number per row, {rows} in all, got shape {tuple(x.shape)}")
     flat = x.reshape(-1)
     return flat, flat.stride(0) if flat.numel() > 1 else 0
 
 
 def dense(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the one memory order that kernels go through."""
+    """Make the tensors dense in one common memory format."""
     layout = memory_format(*tensors)
     return [t.contiguous(memory_format=layout) for t in tensors]
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """An output for ``x``, which is in the order that ``dense`` gives."""
+    """Allocate an output for ``x``, which has a format of ``dense``."""
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
@@ -154,7 +158,7 @@ def wide(x: Tensor, *shape: int) -> Tensor:
 
 
 def aligned(cols: int) -> bool:
-    """Whether every row of a dense matrix begins where vector loads may."""
+    """Whether every row of a dense matrix is aligned for vector loads."""
     return cols % 16 == 0
 
 
@@ -168,7 +172,7 @@ def begin_of_block(BLOCK: tl.constexpr):
 
 @triton.jit
 def rows_in_block(start, cols, BLOCK: tl.constexpr):
-    """Each element's row and column where rows are shorter than a block: a 32-bit division per element."""
+    """Row and column of each element where rows are shorter than a block: a 32-bit division per element."""
     first = start // cols
     col = (start - first * cols).to(tl.int32) + tl.arange(0, BLOCK)
     row = col // cols.to(tl.int32)
@@ -177,7 +181,7 @@ def rows_in_block(start, cols, BLOCK: tl.constexpr):
 
 @triton.jit
 def per_row(values, stride, start, rows, cols, ACC: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr):
-    """The number of each element's row, for the elements of a block from ``start``; LONG: a block has two rows."""
+    """Value of each element's row, for a block of elements from ``start``; LONG: a block spans at most two rows."""
     if LONG:
         first = start // cols
         here = tl.load(values + first * stride, mask=first < rows, other=0.0).to(ACC)
@@ -194,7 +198,7 @@ def per_row(values, stride, start, rows, cols, ACC: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def hinted(n, ALIGNED: tl.constexpr):
-    """``n``, a multiple of 16 where ALIGNED says so: a form in which the compiler sees it."""
+    """Return ``n``, as a visible multiple of 16 where ALIGNED."""
     if ALIGNED:
         n = n // 16 * 16
     return n
@@ -224,8 +228,8 @@ def square_sums(
 
 @triton.jit
 def last_to_arrive(ticket, programs):
-    """True in the last of ``programs`` programs that come here: it sees what the others stored before."""
-    tl.debug_barrier()  # all of this program's stores come before its own arrival
+    """Whether this is the last of ``programs`` programs to arrive: it sees all earlier stores of the others."""
+    tl.debug_barrier()  # orders this program's stores before its arrival
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(ticket, 0)
@@ -234,7 +238,7 @@ def last_to_arrive(ticket, programs):
 
 @triton.jit
 def sum_of(values, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of what other programs stored, in a fixed order."""
+    """Sum what other programs stored, in a fixed order."""
     sums = tl.zeros([BLOCK], ACC)
     for first in range(0, count, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -244,7 +248,7 @@ def sum_of(values, count, ACC: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def split_sums(partial, row, rows, SPLITS: tl.constexpr, PADDED: tl.constexpr):
-    """The sums of rows that SPLITS programs share."""
+    """Sums of rows that SPLITS programs share."""
     part = tl.arange(0, PADDED)[None, :]
     mask = (row < rows)[:, None] & (part < SPLITS)
     return tl.sum(tl.load(partial + row[:, None] * SPLITS + part, mask=mask, other=0.0, cache_modifier=".cg"), 1)

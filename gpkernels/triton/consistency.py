@@ -1,4 +1,4 @@
-"""consistency_term and lipschitz_consistency: squared distances per row, then a formula; they share one backward."""
+"""consistency_term and lipschitz_consistency: squared distances per row, then a formula; one backward for both."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gpkernels.triton.functions import divide, square_root
 def _pair_rows(
     a, b, by_a, by_b, row, rows, margin, weight, share, ACC: tl.constexpr, LIPSCHITZ: tl.constexpr
 ):  # fmt: skip
-    """The values of some rows from their squared distances a and b; stores the coefficients."""
+    """Values of some rows from their squared distances a and b; stores the coefficients."""
     once = tl.full([], share, ACC)
     if LIPSCHITZ:  # max(0, sqrt(a / b) - margin), 0 where either distance is 0
         ratio = square_root(divide(a, b))
@@ -72,7 +72,7 @@ def pair_penalty_kernel(
     else:
         own = program // SPLITS + tl.arange(0, 1)
         split = program % SPLITS
-        a_begin, b_begin = split * (a_span // A_COLS * A_COLS), split * (b_span // B_COLS * B_COLS)  # seen as multiples
+        a_begin, b_begin = split * (a_span // A_COLS * A_COLS), split * (b_span // B_COLS * B_COLS)  # visible multiples
         a_end, b_end = tl.minimum(a_begin + a_span, a_cols), tl.minimum(b_begin + b_span, b_cols)
         a_part = square_sums(a1, a2, own, rows, a_begin, a_end, a_cols, ACC, 1, A_COLS, True, A_ALIGNED)
         b_part = square_sums(b1, b2, own, rows, b_begin, b_end, b_cols, ACC, 1, B_COLS, True, B_ALIGNED)
@@ -131,7 +131,7 @@ def _pair_penalty(
     check_same("a", a[1], a[0])
     check_same("b", b[1], b[0])
     if rows != b_rows:
-        raise RuntimeError("batches differ")
+        raise RuntimeError(f"b: expected the batch of a, {rows}, got {b_rows}")
     (a1, a2), (b1, b2) = dense(*a), dense(*b)
     total, by_a, by_b = wide(a1), wide(a1, rows), wide(a1, rows)
     how = row_sizes(rows, a_cols, b_cols)
@@ -182,7 +182,7 @@ def consistency_backward(
         check_same("pair", b2, b1)
         by_b, b_stride = spread("coefficient", b_coefficient, b_rows)
         if b_rows != rows:
-            raise RuntimeError("batches differ")
+            raise RuntimeError(f"b: expected the batch of a, {rows}, got {b_rows}")
         to_b1, to_b2 = empty_like(b1), empty_like(b2)
     _, sizes = flat_sizes(a1, rows * (a_cols + b_cols))
     a_blocks, b_blocks = (triton.cdiv(rows * cols, sizes["BLOCK"]) for cols in (a_cols, b_cols))

@@ -1,6 +1,6 @@
-"""Elementary functions of float32 and float64, to a few units in the last place on any device.
+"""Elementary functions of float32 and float64, accurate to a few ulp on every device.
 
-Devices' own fast logarithms and exponentials lose digits where a critic's scores are: near one and far below zero.
+The devices' fast logarithms and exponentials lose digits where critics' scores lie: near one and far below zero.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -24,7 +24,7 @@ def square_root(x):
 
 @triton.jit
 def exp_of_negative(x):
-    """exp(x) for x <= 0: exp2 of an integer is exact, and what remains is small."""
+    """exp(x) for x <= 0, as exp2 of an integer, which is exact, times a polynomial."""
     if x.dtype == tl.float64:
         power = tl.exp(x)
     else:
@@ -90,7 +90,7 @@ def log_of_fraction(x):
 
 @triton.jit
 def cos_sin_of_turns(u):
-    """cos(2 pi u) and sin(2 pi u) for u in [0, 1): series on the nearest eighth of a turn, then a quarter's swap."""
+    """cos(2 pi u) and sin(2 pi u) for u in [0, 1): series about the nearest eighth of a turn."""
     TERMS: tl.constexpr = 10 if u.dtype == tl.float64 else 6
     quarter = tl.floor(u * 4.0 + 0.5)
     angle = (u - quarter * 0.25) * 6.283185307179586

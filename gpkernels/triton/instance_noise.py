@@ -1,4 +1,4 @@
-"""instance noise: x + sigma * scale * xi, four random numbers to a Philox call."""
+"""instance_noise: x + sigma * scale * xi, four random numbers per Philox call."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations

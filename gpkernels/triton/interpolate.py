@@ -36,7 +36,7 @@ def interpolate_kernel(
     start = begin_of_block(BLOCK)
     weight = per_row(eps, stride, start, rows, cols, ACC, BLOCK, LONG)
     at = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= rows * cols:  # a mask of unknown length would forbid vector accesses
+    if start + BLOCK <= rows * cols:  # a mask of unknown length would prevent vector accesses
         _mix(real, fake, out, weight, at, None, ACC)
     else:
         _mix(real, fake, out, weight, at, at < rows * cols, ACC)

@@ -1,6 +1,6 @@
-"""mean_pool: means of h x w windows that tile each image, and the backward, which spreads a window's cotangent.
+"""mean_pool: means of h x w windows that tile each image, and the backward, which broadcasts a window's cotangent.
 
-Images in memory are rows of windows; each element is a vector of ``lanes``: the channels if they come last, else one.
+An image in memory is rows of windows; each element is a vector of ``lanes``: the channels if channels_last, else one.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -22,7 +22,7 @@ def _windows(
     start, count, cols, lanes, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
     NARROW: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The windows of a block: their places on the small side, which exist, and their first elements on the large."""
+    """Windows of a block: their offsets in the pooled tensor, a mask, and their first elements in the image."""
     at = start + tl.arange(0, BLOCK)
     mask = at < hinted(count, ALIGNED)
     if NARROW:  # 32-bit divisions
@@ -44,7 +44,7 @@ def mean_pool_kernel(
     at, mask, first = _windows(begin_of_block(BLOCK), count, cols, lanes, H, W, BLOCK, PIXELS, NARROW, ALIGNED)
     lanes = hinted(lanes, ALIGNED and not PIXELS)
     stride = cols * W * lanes
-    if PIXELS:  # a window's row is contiguous
+    if PIXELS:  # the row of a window is contiguous
         k = tl.arange(0, PADDED)[None, :]
         sums = tl.zeros([BLOCK, PADDED], ACC)
         for r in range(H):
@@ -81,8 +81,10 @@ def mean_pool_backward_kernel(
 
 def _format(x: Tensor, h: int, w: int) -> torch.memory_format:
     check_floating(x)
-    if x.dim() < 2 or h <= 0 or w <= 0:
-        raise RuntimeError("x: expected images, and windows that are not empty")
+    if x.dim() < 2:
+        raise RuntimeError(f"x: expected images (*, H, W), got shape {tuple(x.shape)}")
+    if h <= 0 or w <= 0:
+        raise RuntimeError(f"h, w: expected windows of at least one pixel, got {h} x {w}")
     return memory_format(x) if x.dim() == 4 else torch.contiguous_format
 
 
@@ -106,7 +108,7 @@ def _run(kernel: Any, source: Tensor, out: Tensor, layout: torch.memory_format, 
 def mean_pool(x: Tensor, h: int, w: int) -> Tensor:
     layout = _format(x, h, w)
     if x.shape[-2] % h or x.shape[-1] % w:
-        raise RuntimeError("x: expected windows that tile the images")
+        raise RuntimeError(f"x: expected images that windows of {h} x {w} tile, got shape {tuple(x.shape)}")
     dense = x.contiguous(memory_format=layout)
     out = _resized(x, x.shape[-2] // h, x.shape[-1] // w, layout)
     _run(mean_pool_kernel, dense, out, layout, h, w)

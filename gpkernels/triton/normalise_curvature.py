@@ -1,6 +1,8 @@
-"""How the derivative of a normalisation changes with its input, for a tangent t and a cotangent d, group by group:
-r^2 ((3 c_t c_d - a) n - c_d t - c_t d), with t and d centred where the normalisation centres. Groups that fit in
-registers are read once; longer ones are read twice, by a kernel for their moments and a kernel for the result.
+"""normalise_curvature: derivative of the JVP of a normalisation by its input.
+
+For a tangent t and a cotangent d, group by group: r^2 ((3 c_t c_d - a) n - c_d t - c_t d), with t and d centred where
+the normalisation centres. Groups that fit in registers are read once; longer ones are read twice, by a kernel for their
+moments and a kernel for the result.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from gpkernels.triton.common import accumulator, aligned, check_same, hinted, launch, split_sums, spread, wide
 
-_LONGEST = 8192  # elements of a group in registers
+_LONGEST = 8192  # elements of a group that fit in registers
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def normalise_curvature_kernel(
 
 @triton.jit
 def _pivot(x, ACC: tl.constexpr, COLS: tl.constexpr, CENTRED: tl.constexpr):
-    """A number near the mean of a group, of its first elements, so that a covariance does not cancel."""
+    """Return a number near the mean of a group, from its first elements, so that a covariance does not cancel."""
     pivot = tl.full([], 0.0, ACC)
     if CENTRED:
         pivot = tl.sum(tl.load(x + tl.arange(0, COLS)).to(ACC), 0) * (1.0 / COLS)
@@ -140,7 +142,7 @@ def _long_groups(n: Tensor, r: Tensor, t: Tensor, d: Tensor, out: Tensor, stride
 
 def normalise_curvature(normal: Tensor, inverse: Tensor, tangent: Tensor, cotangent: Tensor, centred: bool) -> Tensor:
     if normal.dim() != 3:
-        raise RuntimeError("normal: expected (N, groups, M)")
+        raise RuntimeError(f"normal: expected shape (N, groups, M), got {tuple(normal.shape)}")
     check_same("tangent", tangent, normal)
     check_same("cotangent", cotangent, normal)
     groups, count = normal.shape[0] * normal.shape[1], normal.shape[2]

@@ -1,4 +1,4 @@
-"""Philox-4x32-10 (Salmon et al. 2011) as in ``ops.philox``: the key in two words, the counter in the low two."""
+"""Philox-4x32-10 (Salmon et al. 2011) as in ``ops.philox``: two key words, the counter in the low two words."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -11,7 +11,7 @@ from gpkernels.triton.functions import cos_sin_of_turns, log_of_fraction, square
 
 @triton.jit
 def philox(key, counter):
-    """Four 32-bit words for each 64-bit counter; ``key`` points to one int64."""
+    """Four 32-bit words per 64-bit counter; ``key`` points to one int64."""
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = low * 0
     return tl.philox(tl.load(key), low, high, zero, zero)
@@ -33,7 +33,7 @@ def _gaussian_pair(radius_word, angle_word, ACC: tl.constexpr):
 
 @triton.jit
 def random_numbers(key, group, ACC: tl.constexpr, GAUSSIAN: tl.constexpr):
-    """Four numbers for each group, side by side."""
+    """Four random numbers per group."""
     w0, w1, w2, w3 = philox(key, group)
     if GAUSSIAN:
         a, b = _gaussian_pair(w0, w1, ACC)

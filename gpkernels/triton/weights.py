@@ -1,4 +1,4 @@
-"""clip_weights_ and rmsprop_: all parameters of a dtype in one launch, each program going through a chunk of one."""
+"""clip_weights_ and rmsprop_: all parameters of a dtype in one launch, a chunk of one tensor per program."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -30,7 +30,7 @@ _captured: list[Tensor] = []
 
 @triton.jit
 def pointer(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer from a table."""
+    """Load a pointer from a table."""
     address = tl.load(entry).to(tl.pointer_type(TYPE))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
@@ -39,7 +39,7 @@ def pointer(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def clip(x, c):
-    """NaN stays NaN, as in torch.clamp."""
+    """Clamp to [-c, c]; NaN stays NaN, as in torch.clamp."""
     return tl.where(x < -c, -c, tl.where(x > c, c, x))
 
 
@@ -68,7 +68,7 @@ def _rmsprop_block(
     ACC: tl.constexpr, CENTRED: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
     NEAR: tl.constexpr,
 ):  # fmt: skip
-    """torch.optim.RMSprop's update, with its order of operations and its fused multiply-adds: csrc/formulas.h."""
+    """Update of torch.optim.RMSprop, with its order of operations and fused multiply-adds, as in csrc/formulas.h."""
     param = tl.load(p + at, mask=mask).to(ACC)
     grad = tl.load(g + at, mask=mask).to(ACC)
     s = tl.load(square + at, mask=mask).to(ACC)
@@ -81,7 +81,7 @@ def _rmsprop_block(
     variance = s
     if CENTRED:
         a = tl.load(average + at, mask=mask).to(ACC)
-        # torch.lerp starts from the nearer end.
+        # as torch.lerp, which starts from the nearer end
         a = tl.fma(rest, grad - a, a) if NEAR else tl.fma(rest - 1.0, grad - a, grad)
         tl.store(average + at, a, mask=mask)
         variance = tl.fma(-a, a, s)
@@ -132,7 +132,7 @@ def rmsprop_kernel(
 
 
 def _chunks(lists: Sequence[Sequence[Tensor]]) -> list[int]:
-    """For each chunk of each tensor: where it begins in every list's tensor, and its length."""
+    """For each chunk of each tensor: its address in every list's tensor, and its length."""
     total = sum(t.numel() for t in lists[0])
     chunk = block_of(lists[0][0]) * max(1, min(16, total // 2**20))
     entries: list[int] = []
@@ -145,19 +145,19 @@ def _chunks(lists: Sequence[Sequence[Tensor]]) -> list[int]:
 
 
 def _table(lists: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The chunks on the device, kept for as long as tensors stay where they are: optimizers come back every step."""
+    """Return the chunks on the device, cached while tensors keep their addresses, as an optimizer's do."""
     device = lists[0][0].device
     counts, starts = (t.numel() for t in lists[0]), (t.data_ptr() for tensors in lists for t in tensors)
     key = (*queue_of(device), len(lists), lists[0][0].dtype, *counts, *starts)
     if key in _tables and not capturing(device):
         _tables.move_to_end(key)
         return _tables[key]
-    # From pinned memory, so that the host need not wait.
+    # Pinned, so that the copy is asynchronous.
     host = torch.tensor(_chunks(lists), dtype=torch.int64)
     host = host if device.type == "cpu" else host.pin_memory()
     table = host.to(device, non_blocking=True)
     if capturing(device):
-        _captured.append(host)  # the graph copies it at every replay
+        _captured.append(host)  # copied at every replay of the graph
         return table
     _tables[key] = table
     if len(_tables) > 64:
@@ -170,7 +170,7 @@ def _aligned(lists: Sequence[Sequence[Tensor]]) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """True where a tensor fills its span of memory with no gap and no overlap, in any order of its axes."""
+    """Whether a tensor is non-overlapping and dense, in any order of its axes."""
     step = 1
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
         if stride != step:
@@ -180,7 +180,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _groups(lists: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
-    """The lists, one dtype and device at a time; every tensor may be written through a flat pointer."""
+    """Yield the lists by dtype and device; every tensor may be written through a flat pointer."""
     members: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, p in enumerate(lists[0]):
         if p.numel():
@@ -190,7 +190,7 @@ def _groups(lists: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
 
 
 class _Flat:
-    """Tensors that kernels may write through flat pointers: themselves, or copies that ``store`` brings back."""
+    """Tensors that kernels may write through flat pointers: the originals, or copies that ``store`` writes back."""
 
     def __init__(self, lists: Sequence[Sequence[Tensor]]) -> None:
         self.own = lists
@@ -243,7 +243,7 @@ def rmsprop_(
         if name.endswith(("avgs", "buffers")) and name != "square_avgs" and not tensors:
             continue
         if len(tensors) != len(params):
-            raise RuntimeError(f"{name}: expected one for each parameter")
+            raise RuntimeError(f"{name}: expected one tensor for each of {len(params)} parameters, got {len(tensors)}")
         for x, p in zip(tensors, params, strict=True):
             check_same(name, x, p)
     flat = _Flat([params, grads, square_avgs, *(tensors for tensors in (grad_avgs, momentum_buffers) if tensors)])

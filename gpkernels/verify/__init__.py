@@ -1,1 +1,1 @@
-"""`gpkernels verify`: the numbers of every op, penalty and training step against plain PyTorch in float64."""
+"""`gpkernels verify`: every op, penalty and training step compared with plain PyTorch in float64."""

@@ -1,4 +1,4 @@
-"""The public differentiable ops as cases: how to call one, what it is in plain PyTorch, and inputs of any kind."""
+"""Cases of the public differentiable ops: call, specification in plain PyTorch, and kinds of inputs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gpkernels.ops.tensors import accumulation_dtype
 
 @dataclass(frozen=True)
 class Case:
-    """``function(*tensors)`` and ``specification(*tensors)`` agree; ``kinds`` says what each tensor is."""
+    """``function(*tensors)`` must equal ``specification(*tensors)``; ``kinds`` describes the tensors."""
 
     function: Callable[..., Tensor]
     specification: Callable[..., Tensor]
-    kinds: str  # one letter a tensor: r rows (N, *), s scores (N, 1), e eps (N,), not differentiated
+    kinds: str  # one letter per tensor: r rows (N, *), s scores (N, 1), e eps (N,), not differentiated
 
     def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
         made = []
@@ -116,7 +116,7 @@ PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for la
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
+    """Copy the values to another memory layout."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     if layout == "transposed":

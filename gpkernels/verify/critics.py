@@ -1,4 +1,4 @@
-"""Whole penalties on critics of many kinds, and on a user's own, beside the ways in which public code spells them."""
+"""Penalties on critics of many kinds, or a user's, compared with the formulations found in public code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _input_gradient(critic: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mixed(real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
-    """eps of shape (N, 1) for rows of numbers, (N, 1, 1, 1) for images, as repositories spell it."""
+    """Interpolate with eps of shape (N, 1) or (N, 1, 1, 1), as public code does."""
     weight = eps.view(-1, *[1] * (real.dim() - 1)).expand_as(real)
     return weight * real + (1 - weight) * fake
 
@@ -75,7 +75,7 @@ def _whole_loss(critic: Any, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
     return scores[1].mean() - scores[0].mean() + 10 * _norm_over_all_but_the_batch(critic, real, fake, eps)
 
 
-# What public code writes, and what to write in its place.
+# Public code's formulation, and its replacement.
 IDIOMS: dict[str, tuple[Loss, Loss]] = {
     "calc_gradient_penalty": (
         _norm_over_all_but_the_batch,
@@ -96,7 +96,7 @@ IDIOMS: dict[str, tuple[Loss, Loss]] = {
 
 
 def check_zoo(backend: str, dtype: str, device: torch.device) -> Iterator[Result]:
-    """Every critic of the zoo."""
+    """Check every critic of the zoo."""
     for name, (make, shape) in ZOO.items():
         torch.manual_seed(0)
         critic = _scaled(make(), torch.randn(64, *shape))
@@ -104,7 +104,7 @@ def check_zoo(backend: str, dtype: str, device: torch.device) -> Iterator[Result
 
 
 def _scaled(critic: nn.Module, x: Tensor) -> nn.Module:
-    """The critic with a last layer that gives its input gradients a mean norm of 1: some are above, some below."""
+    """Scale the critic's last layer so that its input gradients have norms on both sides of 1."""
     grad, _ = _input_gradient(critic, x)
     *_, last = (layer for layer in critic.modules() if isinstance(layer, nn.Linear))
     with torch.no_grad():
@@ -115,9 +115,9 @@ def _scaled(critic: nn.Module, x: Tensor) -> nn.Module:
 def check_critic(
     critic: nn.Module, shape: Sequence[int], name: str, backend: str, dtype: str, device: torch.device
 ) -> Iterator[Result]:
-    """Every way of writing a penalty, with its weight gradients; the eikonal loss is of points alone.
+    """Check every formulation of a penalty, with its weight gradients; the eikonal loss for points alone.
 
-    The critic is left as it was.
+    The critic is not changed.
     """
     for idiom in IDIOMS:
         if idiom != "eikonal" or len(shape) == 2:
@@ -145,7 +145,7 @@ def _check_idiom(
 def _value_and_gradients(
     loss: Loss, critic: nn.Module, batch: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """[value, the weights' gradients as one vector], of a copy of the critic."""
+    """Compute [value, concatenated weight gradients] on a copy of the critic."""
     twin = copy.deepcopy(critic).to(device, dtype)
     weights = [p for p in twin.parameters() if p.requires_grad]
     value = loss(twin, *(x.to(device, dtype) for x in batch))

@@ -1,4 +1,4 @@
-"""Every public op on a backend: values and two orders of gradients, repeatability, and values at the edge."""
+"""Checks of every public op on a backend: values, two orders of gradients, repeatability, special values."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ THREADS = (1, 2, 4)
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend's tensors lie."""
+    """Return the device of a backend's tensors."""
     on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
     return torch.device("cuda" if on_gpu else "cpu")
 
 
 def check_op(name: str, backend: str, dtype: str, quick: bool) -> Iterator[Result]:
-    """All of one op on one backend in one dtype."""
+    """Check one op on one backend in one dtype."""
     case, device = CASES[name], device_of(backend)
     places = [("odd", "contiguous"), ("image", "transposed")] if quick else PLACES
     with gpk.backend(backend):
@@ -42,7 +42,7 @@ def check_op(name: str, backend: str, dtype: str, quick: bool) -> Iterator[Resul
 def derivatives(
     function: Callable[..., Tensor], case: Case, inputs: Sequence[Tensor], second: bool = True
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """[value], its gradients, and those of the gradients' product with fixed directions."""
+    """Compute [value], its gradients, and the gradients of their product with fixed directions."""
     tensors = [x.detach() for x in inputs]
     leaves = case.differentiable(tensors)
     value = function(*tensors)
@@ -67,10 +67,10 @@ def _orders(case: Case, name: str, backend: str, dtype: str, where: str, inputs:
     plain = derivatives(case.specification, case, inputs)
     floor = torch.finfo(DTYPES[dtype]).eps
     for order, got, ordinary, true in zip(("value", "gradient", "second gradient"), ours, plain, exact, strict=True):
-        true = true or [torch.zeros_like(x) for x in got]  # a function that is linear has none
+        true = true or [torch.zeros_like(x) for x in got]  # linear functions have none
         got, ordinary = got or true, ordinary or true
         apart, usual = distance(got, true), distance(ordinary, true)
-        # Low precision is no worse than twice PyTorch's own; a rounding of the result is nobody's error.
+        # In low precision, at most twice PyTorch's error, plus one rounding of the result.
         ok = apart.relative <= 2 * usual.relative + (4 if order != "second gradient" else 16) * floor
         yield Result(
             order, name, backend, dtype, where, ok, apart.absolute, apart.relative, usual.relative, apart.cosine
@@ -91,8 +91,11 @@ def _repeatable(case: Case, name: str, backend: str, dtype: str, device: torch.d
 
 
 def _at_the_edge(case: Case, name: str, backend: str, dtype: str, device: torch.device, edge: str) -> Result:
-    """What is not finite is so where PyTorch has it so; numbers agree with PyTorch's, or with float64's where an
-    overflow or underflow that PyTorch meets is met later."""
+    """Check special values.
+
+    Results are non-finite exactly where PyTorch's are; finite ones agree with PyTorch's, or with float64's where
+    PyTorch overflows or underflows earlier.
+    """
     kind = DTYPES[dtype]
     torch.manual_seed(0)
     pairs = zip(case.inputs((4, 6), kind), case.kinds, strict=True)
@@ -113,7 +116,7 @@ def _at_the_edge(case: Case, name: str, backend: str, dtype: str, device: torch.
 
 
 def _apart(got: Tensor, other: Tensor) -> Tensor:
-    """How far each element is; nothing where both are the same infinity or both NaN, infinite where one is not."""
+    """Compute elementwise differences; 0 where both are the same infinity or NaN, infinite where one is not."""
     a, b = got.detach().double(), other.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())
     return (a - b).abs().nan_to_num(nan=float("inf")).masked_fill(same, 0.0)
@@ -126,8 +129,8 @@ def _edged(x: Tensor, dtype: torch.dtype, edge: str) -> Tensor:
         "inf": float("inf"),
         "nan": float("nan"),
         "denormal": info.tiny / 4,
-        "huge": info.max**0.5 * 4,  # whose square is past the end
-        "tiny": info.tiny**0.5 / 4,  # whose square is before the beginning
+        "huge": info.max**0.5 * 4,  # whose square overflows
+        "tiny": info.tiny**0.5 / 4,  # whose square underflows
     }
     x = x.clone()
     if edge in ("inf", "nan"):

@@ -1,4 +1,4 @@
-"""One comparison, and how far numbers are apart."""
+"""Result of one comparison, and distances between tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Result:
-    """check: what was asked; name: of what; where: the shape and layout, or the critic.
+    """Result of one comparison.
 
-    absolute, relative: the largest difference from float64, and over its 2-norm; plain: the relative error of PyTorch's
-    own operations in the same dtype; cosine: of the gradients with float64's. NaN where a check has no such number.
+    check: kind of check; name: of the op or critic; where: shape and layout, or critic. absolute, relative: largest
+    difference from float64, and over its 2-norm; plain: relative error of PyTorch's own operations in the same dtype;
+    cosine: of the gradients with float64's. NaN where a check has no such number.
     """
 
     check: str
@@ -32,7 +33,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Distance:
-    """Of two lists of tensors, the worst of each number over the pairs."""
+    """Worst of each number over pairs of tensors."""
 
     absolute: float
     relative: float
@@ -40,7 +41,7 @@ class Distance:
 
 
 def distance(got: Sequence[Tensor], exact: Sequence[Tensor]) -> Distance:
-    """How far ``got`` is from ``exact``, taken in float64. A mean that cancels to less than 1 counts as 1."""
+    """Compare ``got`` with ``exact``, in float64; the norm of a scalar counts as at least 1, as means may cancel."""
     worst = Distance(0.0, 0.0, 1.0)
     for g, e in zip(got, exact, strict=True):
         a, b = (x.detach().double().cpu().flatten() for x in (g, e))

@@ -1,4 +1,4 @@
-"""Which checks run, and how they are told: a table, JSON, and the command that runs a failed case again."""
+"""Selection of checks, and their report: table, JSON, and commands that repeat failed cases."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gpkernels.verify.ops import check_op, device_of
 from gpkernels.verify.result import Result
 from gpkernels.verify.training import STEPS, check_training
 
-WHOLE = ("penalties", "training")  # beside the ops
+WHOLE = ("penalties", "training")  # in addition to the ops
 NAMES = (*CASES, *WHOLE)
 
 
 def runnable() -> list[str]:
-    """Backends that can run here."""
+    """List the backends that can run here."""
     found = ["reference", *(name for name in ("cpu", "cuda") if backends.unavailable(name) is None)]
     if backends.unavailable("triton") is None and (torch.cuda.is_available() or backends.interprets_triton()):
         found.append("triton")
@@ -32,7 +32,7 @@ def runnable() -> list[str]:
 
 
 def checks(chosen: Sequence[str], names: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Result]:
-    """Everything asked for, in the order in which it is told."""
+    """Yield the results of the selected checks, in the order of the report."""
     for backend in chosen:
         device = device_of(backend)
         for name in names:
@@ -46,14 +46,14 @@ def checks(chosen: Sequence[str], names: Sequence[str], dtypes: Sequence[str], q
 
 
 def check_own(critic: nn.Module, shape: Sequence[int], name: str, chosen: Sequence[str]) -> Iterator[Result]:
-    """Every idiom on a user's critic, in float64 and float32."""
+    """Check every formulation on a user's critic, in float64 and float32."""
     for backend in chosen:
         for dtype in ("float64", "float32"):
             yield from check_critic(critic, shape, name, backend, dtype, device_of(backend))
 
 
 def table(results: Sequence[Result]) -> str:
-    """The worst of each check, name, backend and dtype."""
+    """Format the worst of each check, name, backend and dtype."""
     groups: dict[tuple[str, str, str, str], list[Result]] = {}
     for r in results:
         groups.setdefault((r.backend, r.name, _check(r), r.dtype), []).append(r)
@@ -78,7 +78,7 @@ def _worst(group: Sequence[Result], column: str) -> float:
 
 
 def failures(results: Sequence[Result], own: str = "") -> list[str]:
-    """A line for each failed case, and the command that runs it again. own: what names a user's critic."""
+    """Format a line for each failed case, and the command that repeats it. own: option that names a user's critic."""
     lines = []
     for r in results:
         if not r.ok:
@@ -91,7 +91,7 @@ def failures(results: Sequence[Result], own: str = "") -> list[str]:
 
 
 def write_json(path: Path, results: Sequence[Result]) -> None:
-    """Every result, and what they were taken with; numbers that are not finite are null."""
+    """Write every result with versions and threads; non-finite numbers are null."""
     rows = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(r).items()} for r in results
     ]

@@ -1,4 +1,4 @@
-"""Whole training: our loss and optimiser beside plain PyTorch's, from the same seed."""
+"""Training with our loss and optimiser compared with plain PyTorch, from the same seed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gpkernels.verify.result import Result, distance
 from gpkernels.zoo import plain_loss
 
 STEPS, N_CRITIC, BATCH = 200, 5, 64
-LR, BETAS = 1e-4, (0.5, 0.9)  # the toy code's; at ten times that rate training itself makes 1e-7 of a rounding
+LR, BETAS = 1e-4, (0.5, 0.9)  # as in the toy code; at ten times that rate training amplifies a rounding to 1e-7
 
 
 def check_training(backend: str, device: torch.device, steps: int = STEPS) -> Result:
-    """WGAN-GP on points in float64: the weights of both networks stay together to 1e-9."""
+    """Check that WGAN-GP on points in float64 keeps the weights of both networks within 1e-9."""
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2)).double().to(device)
     critic = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))

@@ -48,7 +48,7 @@ def test_no_layer_of_a_critic_falls_back_to_pytorchs_double_backward(
     _, data, _, critic = pair
     explanation = gpkernels.explain(critic, torch.randn(4, *DATASETS[data].shape))
     assert explanation.calls
-    assert [call for call in explanation.calls if not call.way.startswith("rule")] == []
+    assert [call for call in explanation.calls if not call.method.startswith("rule")] == []
 
 
 def test_networks_repeat_from_the_global_seed(pair: tuple[str, str, nn.Module, nn.Module]) -> None:

@@ -1,13 +1,24 @@
-"""The rules of a critic's calls, by the names of autograd's nodes. A call without one is left to autograd alone."""
+"""Rules of a critic's calls, by the names of autograd's nodes. Calls without a rule are left to autograd."""
 
 from __future__ import annotations
 
-from gpkernels.critic.rules import images, normalisation, pairs, piecewise, products, reductions, shapes, smooth
+from gpkernels.critic.rules import (
+    images,
+    moments,
+    normalisation,
+    pairs,
+    piecewise,
+    products,
+    reductions,
+    shapes,
+    smooth,
+    softmax,
+)
 from gpkernels.critic.rules.base import Rule
 
 RULES: dict[str, type[Rule]] = {
     name: rule
-    for family in (piecewise, smooth, pairs, products, shapes, reductions, images, normalisation)
+    for family in (piecewise, smooth, pairs, products, shapes, reductions, images, normalisation, moments, softmax)
     for rule in family.RULES
     for name in rule.names
 }

@@ -1,14 +1,13 @@
-"""What a rule is: how a call of the critic takes cotangents back, tangents forth, and how it bends.
+"""Interface of a rule: the VJP, the JVP and the second-order term of one call of the critic.
 
 For a call y = f(a, b, ...) with Jacobian J and saved tensors s:
 
-- pull:  cotangents of y -> J^T c, the cotangents of a, b, ...
-- push:  tangents of a, b, ... -> J t, the tangent of y; None is zero
-- bend:  the derivative of <c, J t> with respect to a, b, ...; None where it is zero
+- pull:  VJP, from cotangents of y to J^T c, the cotangents of a, b, ...
+- push:  JVP, from tangents of a, b, ... to J t, the tangent of y; None is zero
+- bend:  second-order term, the derivative of <c, J t> by a, b, ...; None where it is zero
 
-A weight is an argument as any other, one without a tangent: its share of a penalty's gradient is what ``bend`` gives.
-Rules give what comes out of the formula; broadcasting and dtypes are put right by the passes, as autograd's engine
-does.
+A weight is an argument like any other, but without a tangent: ``bend`` gives its share of a penalty's gradient.
+Rules return the plain formula; the passes reduce broadcast axes and cast dtypes, as autograd's engine does.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Wanted = Sequence[bool]
 
 
 class Saved(list[Any]):
-    """A call's saved tensors; ``notes`` keeps what a rule has made of them, for its next use."""
+    """Saved tensors of a call; ``notes`` caches intermediate results of a rule for its next use."""
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__(tensors)
@@ -32,7 +31,7 @@ class Saved(list[Any]):
 
 
 class Meta(NamedTuple):
-    """A value's shape, dtype and device."""
+    """Shape, dtype and device of a value."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,7 +39,7 @@ class Meta(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a value has its samples: along ``axis``, each ``block`` entries long."""
+    """Position of the samples in a value: along ``axis``, ``block`` entries each."""
 
     axis: int
     block: int
@@ -51,19 +50,19 @@ Shapes = Sequence[tuple[int, ...] | None]
 
 
 class Mixed(Exception):
-    """Samples meet in a call, or it cannot be told that they do not."""
+    """Raised where samples interact in a call, or their independence cannot be proved."""
 
 
 class Unfit(Exception):
-    """A rule cannot take this call; autograd does."""
+    """Raised where a rule does not support a call, which is then left to autograd."""
 
 
 class Rule:
-    """A call's rule, for its shapes and constants.
+    """Rule of a call, for its shapes and constants.
 
-    names: of autograd's nodes. saved: the tensors that are read, by autograd's names. constants: the same for numbers.
-    origins: for each saved tensor, the argument that it is, or -1 for the output.
-    sends: whether PyTorch's double backward gives a gradient, perhaps of zeros, to the arguments.
+    names: of autograd's nodes. saved: names of the tensors that are read, as autograd's. constants: the same for
+    numbers. origins: for each saved tensor, the argument that it is, or -1 for the output. sends: whether PyTorch's
+    double backward returns a gradient, possibly zero, for the arguments.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -71,45 +70,46 @@ class Rule:
     constants: ClassVar[tuple[str, ...]] = ()
     origins: ClassVar[tuple[int, ...]] = ()
     sends: ClassVar[bool] = False
-    flat: bool = False  # whether no tangent goes through
-    shared_operand: ClassVar[int | None] = (
-        None  # the argument, saved first, that ``bend`` multiplies to get the next one's
-    )
+    flat: bool = False  # whether every tangent of the output is zero
+    shared_operand: ClassVar[int | None] = None  # argument, saved first, whose tangent enters the weight gradient
 
     def __init__(self, constants: tuple[Any, ...], inputs: Sequence[Meta | None], outputs: Sequence[Meta]) -> None:
         self.inputs, self.outputs = inputs, outputs
         self.set_up(*constants)
 
     def set_up(self, *constants: Any) -> None:
-        """Take the constants, in the order of ``constants``; Unfit where the rule is not for them."""
+        """Store the constants, in the order of ``constants``; raise Unfit where they are not supported."""
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        """Compute the VJP: cotangents of the wanted arguments."""
         raise NotImplementedError
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
+        """Compute the JVP: tangents of the outputs."""
         raise NotImplementedError
 
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+        """Compute the second-order term: the derivative of <c, J t> by the wanted arguments."""
         return (None,) * len(self.inputs)
 
     def curved(self, moving: Sequence[bool]) -> bool:
-        """Whether ``bend`` gives anything for an argument that moves with the input; moving: which arguments do."""
+        """Whether ``bend`` is nonzero for an argument that depends on the input; moving: which arguments do."""
         return False
 
     def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
-        """Which arguments PyTorch's double backward gives a gradient, perhaps of zeros."""
+        """Which arguments PyTorch's double backward returns a gradient for, possibly zero."""
         return [self.sends] * len(self.inputs)
 
     def flops(self, shapes: Shapes) -> int:
-        """Of the call itself, products alone; shapes: of the saved tensors."""
+        """FLOPs of the call's products; shapes: of the saved tensors."""
         return 0
 
     def layout(self, layouts: Layouts) -> Layout | None:
-        """Where the output has its samples, from where the arguments have them; Mixed if it has them nowhere."""
+        """Derive the layout of the output from those of the arguments; raise Mixed where there is none."""
         raise Mixed
 
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
-        """The same for the saved tensors, from their shapes."""
+        """Derive the layouts of the saved tensors, from their shapes."""
         return [out if i < 0 else layouts[i] for i in self.origins]
 
 
@@ -117,13 +117,13 @@ Formula = Callable[..., Tensor]
 
 
 def aligned(layouts: Layouts, inputs: Sequence[Meta | None], output: Meta) -> Layout | None:
-    """The output's layout where arguments are broadcast against each other."""
+    """Derive the layout of the output where arguments are broadcast against each other."""
     found: set[Layout] = set()
     for layout, x in zip(layouts, inputs, strict=True):
         if layout is not None and x is not None:
             axis = layout.axis + len(output.shape) - len(x.shape)
             if x.shape[layout.axis] != output.shape[axis]:
-                raise Mixed  # the only sample is spread
+                raise Mixed  # a single sample is broadcast
             found.add(Layout(axis, layout.block))
     if len(found) > 1:
         raise Mixed
@@ -131,7 +131,7 @@ def aligned(layouts: Layouts, inputs: Sequence[Meta | None], output: Meta) -> La
 
 
 class Elementwise(Rule):
-    """Arguments that are broadcast against each other."""
+    """Rule of a call whose arguments are broadcast against each other."""
 
     def layout(self, layouts: Layouts) -> Layout | None:
         return aligned(layouts, self.inputs, self.outputs[0])
@@ -144,9 +144,9 @@ class Elementwise(Rule):
 
 
 class Unary(Elementwise):
-    """y = f(x), element by element: ``slope(c, ...)`` is c f'(x), ``bent(u, ...)`` is u f''(x).
+    """y = f(x), elementwise: ``slope(c, ...)`` is c f'(x), ``bent(u, ...)`` is u f''(x).
 
-    turned: where f'' is at hand from f', adds q f''(x) / f'(x) to its first argument; q = c f'(x) t is known already.
+    turned: where f'' follows from f', adds q f''(x) / f'(x) to its first argument; q = c f'(x) t is known already.
     """
 
     slope: Formula
@@ -155,10 +155,11 @@ class Unary(Elementwise):
     sends = True
 
     def prepare(self, *s: Any) -> tuple[Tensor, Tensor] | None:
-        """f'(x) and f''(x), where they are dear enough to be made once for all passes."""
+        """Compute f'(x) and f''(x), where they are expensive enough to be shared by all passes; else None."""
         return None
 
     def prepared(self, s: Saved) -> tuple[Tensor, Tensor] | None:
+        """Return the shared derivatives, computing them at the first call."""
         if "slopes" not in s.notes:
             s.notes["slopes"] = self.prepare(*s)
         return s.notes["slopes"]
@@ -183,7 +184,7 @@ class Unary(Elementwise):
         return (self.bent(u, *s) if known is None else u * known[1],)
 
     def add_bent(self, base: Tensor, s: Saved, t: Tensors, c: Tensors) -> None:
-        """Add what ``bend`` gives to ``base``, in place."""
+        """Add the result of ``bend`` to ``base``, in place."""
         before, pushed = s.notes.pop("pushed", (None, None))
         if t[0] is None or c[0] is None:
             return
@@ -199,7 +200,7 @@ class Unary(Elementwise):
 
 
 class Linear(Rule):
-    """y = A x for one argument: ``back(c)`` is A^T c, ``forth(t)`` is A t. There is nothing to bend."""
+    """y = A x for one argument: ``back(c)`` is A^T c, ``forth(t)`` is A t. There is no second-order term."""
 
     def back(self, c: Tensor, *s: Any) -> Tensor:
         raise NotImplementedError

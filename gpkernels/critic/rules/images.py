@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class Spatial(Moving):
-    """Samples and channels keep their axes."""
+    """Linear map of images that keeps the axes of samples and channels."""
 
     spatial = 2
 
@@ -104,7 +104,7 @@ class Unfold(Spatial):
 
 
 class AvgPool(Spatial):
-    """Windows that tile the image, as critics have them, go to a kernel of their own: PyTorch's general one is slow."""
+    """Average pooling. Windows that tile the image, as in most critics, use the op mean_pool: ATen's is slow."""
 
     names = ("AvgPool2DBackward0",)
     saved, origins = ("self",), (0,)
@@ -164,7 +164,7 @@ class UpsampleBicubic(UpsampleBilinear):
 
 
 class MaxPool(Spatial):
-    """The winners' places are known: going back scatters to them, going forth gathers from them."""
+    """Max pooling at known indices: the VJP scatters to them, the JVP gathers from them."""
 
     names = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
     saved, origins = ("result1",), (-1,)

@@ -1,17 +1,14 @@
-"""Norms, spreads and softmaxes: functions of groups of entries, with their curvature."""
+"""Layer, group, batch and weight normalisation, with their curvature."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
-from gpkernels.critic.rules.reductions import Sum
-from gpkernels.critic.rules.shapes import Along
 from gpkernels.ops.affine_gradients import affine_gradients_op
 from gpkernels.ops.normalise_curvature import normalise_curvature_op
 
@@ -19,7 +16,7 @@ aten = torch.ops.aten
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """The order of an image's axes in memory, contiguous for anything else."""
+    """Return the memory format of an image; contiguous for anything else."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -27,34 +24,35 @@ def layout_of(x: Tensor) -> torch.memory_format:
 class Normalise(Rule):
     """y = w n + b, n = (x - mean) r over groups of M entries; x as (R, G, M), mean and r as (R, G, 1).
 
-    The Jacobian of n is symmetric, so the backward of a layer norm without weights goes both ways.
+    The Jacobian of n is symmetric, so the backward of a layer norm without weights is both VJP and JVP.
     """
 
     saved: tuple[str, ...] = ("input", "weight", "result1", "result2")
     origins: tuple[int, ...] = (0, 1, 0, 0)
     sends = True
-    centred = True  # whether the mean is taken off
+    centred = True  # whether the mean is subtracted
 
     def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
         return True, True, False
 
     def split(self, u: Tensor, s: Saved) -> Tensor:
-        """In groups, all in the order of the saved input."""
+        """Reshape to groups, in the memory order of the saved input."""
         raise NotImplementedError
 
     def join(self, u: Tensor, s: Saved) -> Tensor:
+        """Undo ``split``."""
         return u.reshape(s[0].shape)
 
     def spread(self, w: Tensor) -> Tensor:
-        """A weight as it is broadcast against x."""
+        """Reshape a weight for broadcasting against x."""
         return w
 
     def sums(self, c: Tensor, operand: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of weight and bias: sums of c * operand and of c."""
+        """Compute the gradients of weight and bias: sums of c * operand and of c."""
         return c * operand if weight else None, c if bias else None
 
     def _parts(self, s: Saved) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The input, the mean where it is taken off, and 1 / deviation, by group."""
+        """Return input, mean (None if not centred) and 1 / deviation, by group."""
         if "parts" not in s.notes:
             grouped = self.split(s[0], s).contiguous()
             s.notes["parts"] = grouped, *(u.to(grouped.dtype).reshape(*grouped.shape[:2], 1) for u in s[2:4])
@@ -144,7 +142,7 @@ class LayerNorm(Normalise):
 
 
 class RMSNorm(LayerNorm):
-    """Without a mean and a bias; where PyTorch has it as one operation, as on GPUs."""
+    """RMS norm, without mean and bias, where PyTorch has it as one operation, as on GPUs."""
 
     names = ("FusedRmsNormBackward0",)
     saved, origins = ("input", "weight", "result1"), (0, 1, 0)
@@ -185,7 +183,7 @@ class RMSNorm(LayerNorm):
 
 
 class PerChannel(Normalise):
-    """Weights are one for each channel, axis 1."""
+    """Normalisation with one weight for each channel, axis 1."""
 
     def spread(self, w: Tensor) -> Tensor:
         return w.reshape(1, -1, *[1] * (len(self.outputs[0].shape) - 2))
@@ -239,7 +237,7 @@ class GroupNorm(PerChannel):
 
 
 class BatchNorm(PerChannel):
-    """Over the batch, or by running statistics. Instance norm is this, of one sample that has all samples' channels."""
+    """Batch norm, by batch or running statistics. Instance norm is this on one sample with all samples' channels."""
 
     names = ("NativeBatchNormBackward0", "NativeBatchNormLegitBackward0")
     saved = ("input", "weight", "result1", "result2", "running_mean", "running_var")
@@ -273,7 +271,7 @@ class BatchNorm(PerChannel):
     def push(self, s: Saved, t: Tensors) -> Tensors:
         if self.training or t[1] is None:
             return super().push(s, t)
-        raise Unfit("a moving weight of a batch norm by running statistics")
+        raise Unfit("running statistics and a weight that depends on the input")
 
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if self.training:
@@ -298,7 +296,7 @@ class BatchNorm(PerChannel):
 
 
 class BatchNormAlone(BatchNorm):
-    """The same without running statistics, as a compiler has it."""
+    """Batch norm without running statistics, as in a compiler's graph."""
 
     names = ("NativeBatchNormLegitBackward1",)
     saved = ("input", "weight", "result1", "result2")
@@ -306,243 +304,10 @@ class BatchNormAlone(BatchNorm):
 
 
 class CudnnBatchNorm(BatchNorm):
-    """The same by cuDNN, whose saved mean and deviation are PyTorch's."""
+    """Batch norm by cuDNN, whose saved mean and deviation are PyTorch's."""
 
     names = ("CudnnBatchNormBackward0",)
     constants = ("training", "epsilon")
-
-
-# --- spreads and norms ------------------------------------------------------------------------------------------------
-
-
-class Var(Sum):
-    names = ("VarBackward0",)
-    saved, origins = ("self",), (0,)
-    constants = ("dim", "correction", "keepdim")
-    sends = True
-
-    def set_up(self, dim: Any, correction: float | None, keepdim: bool) -> None:  # type: ignore[override]
-        super().set_up(dim, keepdim)
-        self.degrees = max(self.count - (1 if correction is None else correction), 0)
-        if not self.degrees:
-            raise Unfit("a spread of too few entries")
-
-    def curved(self, moving: Sequence[bool]) -> bool:
-        return True
-
-    def _centred(self, x: Tensor) -> Tensor:
-        return x - x.mean(self.dims, True)
-
-    def back(self, c: Tensor, *s: Any) -> Tensor:
-        return self._centred(s[0]) * (self._kept(c) * (2 / self.degrees))
-
-    def forth(self, t: Tensor, *s: Any) -> Tensor:
-        return (self._centred(s[0]) * t).sum(self.dims, self.keepdim) * (2 / self.degrees)
-
-    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        if t[0] is None:
-            return (None,)
-        return (self._centred(t[0]) * (self._kept(c[0]) * (2 / self.degrees)),)  # type: ignore[arg-type]
-
-
-class VarMean(Var):
-    """Two outputs: the variance and the mean."""
-
-    names = ("VarMeanBackward0",)
-
-    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
-        parts = []
-        if c[0] is not None:
-            parts.append(self.back(c[0], *s))
-        if c[1] is not None:
-            parts.append((self._kept(c[1]) / self.count).expand(self.shape))
-        return (parts[0] if len(parts) == 1 else parts[0] + parts[1],)
-
-    def push(self, s: Saved, t: Tensors) -> Tensors:
-        return self.forth(t[0], *s), t[0].mean(self.dims, self.keepdim)  # type: ignore[arg-type, union-attr]
-
-    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        return (None,) if c[0] is None else super().bend(s, t, c, wanted)
-
-
-class Root(Sum):
-    """y = |x - m| / sqrt(degrees), of which the gradient is taken as 0 where y is 0; m is the mean or 0."""
-
-    saved, origins = ("self", "result"), (0, -1)
-    sends = True
-    degrees: float = 1
-
-    def curved(self, moving: Sequence[bool]) -> bool:
-        return True
-
-    def _centred(self, x: Tensor) -> Tensor:
-        return x
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        """1 / (degrees y), 0 where y is."""
-        return self._kept((1 / (y * self.degrees)).masked_fill(y == 0, 0))
-
-    def back(self, c: Tensor, *s: Any) -> Tensor:
-        return self._centred(s[0]) * (self._kept(c) * self._inverse(s[1]))
-
-    def forth(self, t: Tensor, *s: Any) -> Tensor:
-        return (self._centred(s[0]) * t * self._inverse(s[1])).sum(self.dims, self.keepdim)
-
-    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        x, y = s
-        if t[0] is None:
-            return (None,)
-        centred, inverse = self._centred(x), self._inverse(y)
-        along = (centred * t[0]).sum(self.dims, True) * inverse * inverse * self.degrees
-        return ((self._centred(t[0]) - centred * along) * (self._kept(c[0]) * inverse),)  # type: ignore[arg-type]
-
-
-class Std(Root):
-    names = ("StdBackward0",)
-    constants = ("dim", "correction", "keepdim")
-
-    def set_up(self, dim: Any, correction: float | None, keepdim: bool) -> None:  # type: ignore[override]
-        super().set_up(dim, keepdim)
-        self.degrees = max(self.count - (1 if correction is None else correction), 0)
-        if not self.degrees:
-            raise Unfit("a spread of too few entries")
-
-    def _centred(self, x: Tensor) -> Tensor:
-        return x - x.mean(self.dims, True)
-
-
-class VectorNorm(Root):
-    """The 2-norm; others are left to autograd."""
-
-    names = ("LinalgVectorNormBackward0",)
-    constants = ("dim", "ord", "keepdim")
-
-    def set_up(self, dim: Any, order: float, keepdim: bool) -> None:  # type: ignore[override]
-        super().set_up(dim, keepdim)
-        if order != 2:
-            raise Unfit("a norm that is not the 2-norm")
-
-
-# --- softmaxes --------------------------------------------------------------------------------------------------------
-
-
-class Softmax(Along):
-    """J u = y (u - sum y u)."""
-
-    names = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
-    saved, origins, constants = ("result",), (-1,), ("dim",)
-    sends = True
-
-    def set_up(self, dim: int) -> None:
-        self.dim = self.axis(dim)
-
-    def axes(self) -> set[int]:
-        return {self.dim}
-
-    def _back(self, u: Tensor, y: Tensor) -> Tensor:
-        return aten._softmax_backward_data(u, y, self.dim, y.dtype)
-
-    def curved(self, moving: Sequence[bool]) -> bool:
-        return True
-
-    def back(self, c: Tensor, *s: Any) -> Tensor:
-        return self._back(c, s[0])
-
-    forth = back
-
-    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        y, tangent, cotangent = s[0], t[0], c[0]
-        if tangent is None:
-            return (None,)
-        assert y is not None
-        assert cotangent is not None
-        along_t, along_c = ((y * u).sum(self.dim, True) for u in (tangent, cotangent))
-        return (self._back(cotangent * tangent - cotangent * along_t - tangent * along_c, y),)
-
-
-class LogSoftmax(Softmax):
-    """J u = u - sum p u, with p = exp y; its transpose is u - p sum u."""
-
-    names = ("LogSoftmaxBackward0",)
-
-    def back(self, c: Tensor, *s: Any) -> Tensor:
-        return aten._log_softmax_backward_data(c, s[0], self.dim, s[0].dtype)
-
-    def forth(self, t: Tensor, *s: Any) -> Tensor:
-        return t - (s[0].exp() * t).sum(self.dim, True)
-
-    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        y, tangent, cotangent = s[0], t[0], c[0]
-        if tangent is None:
-            return (None,)
-        assert y is not None
-        assert cotangent is not None
-        return (self._back(tangent, y.exp()) * -cotangent.sum(self.dim, True),)
-
-
-class LogSumExp(Sum):
-    names = ("LogsumexpBackward0",)
-    saved, origins, constants = ("self", "result"), (0, -1), ("dim", "keepdim")
-    sends = True
-
-    def _weights(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x - self._kept(y)).exp()
-
-    def curved(self, moving: Sequence[bool]) -> bool:
-        return True
-
-    def back(self, c: Tensor, *s: Any) -> Tensor:
-        return self._weights(*s) * self._kept(c)
-
-    def forth(self, t: Tensor, *s: Any) -> Tensor:
-        return (self._weights(*s) * t).sum(self.dims, self.keepdim)
-
-    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        if t[0] is None:
-            return (None,)
-        weights = self._weights(*s)
-        along = (weights * t[0]).sum(self.dims, True)
-        return (weights * (t[0] - along) * self._kept(c[0]),)  # type: ignore[arg-type]
-
-
-class GLU(Along):
-    """y = a sigmoid(b), of the two halves of x."""
-
-    names = ("GluBackward0",)
-    saved, origins, constants = ("self",), (0,), ("dim",)
-    sends = True
-
-    def set_up(self, dim: int) -> None:
-        self.dim = self.axis(dim)
-
-    def axes(self) -> set[int]:
-        return {self.dim}
-
-    def curved(self, moving: Sequence[bool]) -> bool:
-        return True
-
-    def back(self, c: Tensor, *s: Any) -> Tensor:
-        return aten.glu_backward(c, s[0], self.dim)
-
-    def forth(self, t: Tensor, *s: Any) -> Tensor:
-        (a, b), (ta, tb) = s[0].chunk(2, self.dim), t.chunk(2, self.dim)
-        gate = b.sigmoid()
-        return ta * gate + a * aten.sigmoid_backward(tb, gate)
-
-    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
-        x, tangent, cotangent = s[0], t[0], c[0]
-        if tangent is None:
-            return (None,)
-        assert x is not None
-        assert cotangent is not None
-        (a, b), (ta, tb) = x.chunk(2, self.dim), tangent.chunk(2, self.dim)
-        gate = b.sigmoid()
-        to_a = aten.sigmoid_backward(cotangent * tb, gate)
-        to_b = aten.sigmoid_backward(cotangent, gate) * (ta + a * tb * (1 - 2 * gate))
-        return (torch.cat([to_a, to_b], self.dim),)
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 class WeightNorm(Rule):
@@ -558,7 +323,4 @@ class WeightNorm(Rule):
         return aten._weight_norm_interface_backward(c[0].contiguous(), *s, self.dim)  # type: ignore[union-attr]
 
 
-RULES: tuple[type[Rule], ...] = (
-    *(LayerNorm, RMSNorm, GroupNorm, BatchNorm, BatchNormAlone, CudnnBatchNorm),
-    *(Var, VarMean, Std, VectorNorm, Softmax, LogSoftmax, LogSumExp, GLU, WeightNorm),
-)
+RULES: tuple[type[Rule], ...] = (LayerNorm, RMSNorm, GroupNorm, BatchNorm, BatchNormAlone, CudnnBatchNorm, WeightNorm)

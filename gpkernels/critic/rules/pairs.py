@@ -1,4 +1,4 @@
-"""Functions of several arguments that are broadcast against each other."""
+"""Elementwise functions of several arguments that are broadcast against each other."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Rsub(Add):
 
 
 class Mul(Elementwise):
-    """A scalar factor is a tensor without axes."""
+    """y = x1 x2. A scalar factor is a tensor without axes."""
 
     names = ("MulBackward0",)
     saved, origins = ("self", "other"), (0, 1)
@@ -115,7 +115,7 @@ class Div(Elementwise):
 
 
 class Chosen(Elementwise):
-    """One of two arguments, element by element."""
+    """Selection of one of two arguments, elementwise."""
 
     def share(self, s: Saved, u: Tensor, first: bool) -> Tensor:
         raise NotImplementedError
@@ -138,7 +138,7 @@ class Where(Chosen):
 
 
 class Maximum(Chosen):
-    """Where both are the largest, each has a half."""
+    """y = max(x1, x2); where both are equal, each receives half of the gradient."""
 
     names = ("MaximumBackward0",)
     saved, origins = ("self", "other"), (0, 1)
@@ -159,7 +159,7 @@ class Minimum(Maximum):
 
 
 class Lerp(Elementwise):
-    """y = a + w (b - a), w a number."""
+    """y = a + w (b - a) for a number w."""
 
     names = ("LerpBackward0",)
     constants = ("weight",)

@@ -1,6 +1,6 @@
-"""Functions of one argument that are lines, in one piece or several.
+"""Piecewise-linear functions of one argument.
 
-They do not bend; PyTorch's double backward sends exact zeros down the whole network for them.
+They have no second-order term; PyTorch's double backward sends exact zeros through the whole network for them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Abs(Unary):
 
 
 class Clamp(Unary):
-    """Bounds are numbers; at a bound the derivative is 1."""
+    """Clamp by numbers; at a bound the derivative is 1."""
 
     names = ("ClampBackward1",)
     saved, origins, constants = ("self",), (0,), ("min", "max")
@@ -123,7 +123,7 @@ class MaskedFill(Unary):
 
 
 class NativeDropout(Unary):
-    """What dropout is on a GPU. Its node does not tell Python whether it trains; ``graph.py`` sees to that."""
+    """Dropout on a GPU. Its node does not show training mode to Python; ``graph.py`` reads it in C++."""
 
     names = ("NativeDropoutBackward0",)
     saved, origins, constants = ("result1",), (-1,), ("p",)
@@ -144,7 +144,7 @@ class Negative(Unary):
 
 
 class Copy(Unary):
-    """A copy, perhaps in another dtype or on another device."""
+    """Copy, possibly to another dtype or device."""
 
     names = ("CloneBackward0", "ToCopyBackward0", "AliasBackward0")
     sends = False
@@ -154,7 +154,7 @@ class Copy(Unary):
 
 
 class AddNumber(Copy):
-    """A number is added; ``MulNumber`` and its kin: one is multiplied in."""
+    """Addition of a number; ``MulNumber`` and its kin are multiplications by one."""
 
     names = ("AddBackward1", "SubBackward1")
 
@@ -191,7 +191,7 @@ class DivNumber(MulNumber):
 
 
 class Flat(Unary):
-    """Constant almost everywhere: zeros go back, as in PyTorch, and nothing goes forth."""
+    """Function that is constant almost everywhere: the VJP is zero, as in PyTorch, and there is no JVP."""
 
     names = ("SignBackward0", "SgnBackward0", "RoundBackward0", "FloorBackward0", "CeilBackward0", "TruncBackward0")
     flat = True

@@ -1,7 +1,8 @@
-"""Products: of matrices, batches of them, vectors; convolutions.
+"""Products of matrices, batched matrices and vectors, and convolutions.
 
-A convolution's three products are ATen's backward with a mask, which computes what is asked for and no more; PyTorch's
-double backward of a convolution builds the weight's gradient from a convolution with swapped roles instead.
+The three products of a convolution are ATen's backward with an output mask, which computes what is needed and no more;
+PyTorch's double backward of a convolution computes the weight gradient as a convolution with exchanged operands
+instead.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 
 class Lazy:
-    """left^T right, computed together with what it is added to. Rows are summed over."""
+    """left^T right, computed together with the sum that it is added to; rows are contracted."""
 
     __slots__ = ("left", "right")
 
@@ -43,7 +44,7 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class Product(Rule):
-    """y = extra + alpha a * b, where * is linear in a and in b; ``first`` is the place of a among the arguments."""
+    """y = extra + alpha a * b, where * is linear in a and in b; ``first`` is the index of a among the arguments."""
 
     first = shared_operand = 0
     alpha: float = 1
@@ -53,14 +54,14 @@ class Product(Rule):
         raise NotImplementedError
 
     def to_a(self, c: Tensor, b: Tensor, a: Tensor | None) -> Any:
-        """Cotangent of a. ``a`` gives its shape at most."""
+        """Compute the cotangent of a. ``a`` is read for its shape at most."""
         raise NotImplementedError
 
     def to_b(self, c: Tensor, a: Tensor, b: Tensor | None) -> Any:
         raise NotImplementedError
 
     def extra(self, c: Tensor) -> Tensor:
-        """Cotangent of what is added."""
+        """Compute the cotangent of the summand."""
         return c if self.beta == 1 else c * self.beta
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Product(Rule):
 
     def flops(self, shapes: Shapes) -> int:
         a = self.inputs[self.first]
-        left = a.shape if a is not None else shapes[0]  # a weight's gradient needs it, if its own is not wanted
+        left = a.shape if a is not None else shapes[0]  # read by the weight gradient
         return 2 * prod(self.outputs[0].shape) * (left[-1] if left else 1)
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Any:
@@ -215,7 +216,7 @@ class Vdot(Dot):
 
 
 class Convolution(Product):
-    """Of one to three dimensions, plain and transposed, with any stride, padding, dilation and groups."""
+    """Convolution of one to three dimensions, plain or transposed, with stride, padding, dilation and groups."""
 
     names = ("ConvolutionBackward0",)
     saved, origins = ("input", "weight"), (0, 1)
@@ -237,7 +238,7 @@ class Convolution(Product):
         bias = self.inputs[2]
         sizes = None if bias is None or not wanted[2] else list(bias.shape)
         assert cotangent is not None
-        if sizes is not None and not wanted[1]:  # a sum; oneDNN would compute the weight's gradient as well
+        if sizes is not None and not wanted[1]:  # a plain sum; oneDNN would compute the weight gradient as well
             to_bias = cotangent.sum([axis for axis in range(cotangent.dim()) if axis != 1])
             return (self.to_a(cotangent, w, x) if wanted[0] else None), None, to_bias
         mask = [bool(wanted[0]), bool(wanted[1]), sizes is not None]

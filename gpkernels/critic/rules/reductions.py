@@ -1,4 +1,4 @@
-"""Sums, means and largest ones, and entries that are picked by indices."""
+"""Sums, means, maxima, and indexing by tensors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class IndexSelect(Along):
 
 
 class Embedding(Rule):
-    """Of a trained table: nothing else moves."""
+    """Lookup in a trained table, the only argument with a gradient."""
 
     names = ("EmbeddingBackward0",)
     saved, origins = ("indices",), (-1,)
@@ -100,7 +100,7 @@ class Sum(Along):
         return t.sum(self.dims, self.keepdim) if self.dims else t
 
     def _kept(self, c: Tensor) -> Tensor:
-        """With the axes that were summed away."""
+        """Restore the reduced axes."""
         return c if self.keepdim else c.reshape([1 if d in self.dims else n for d, n in enumerate(self.shape)])
 
     def layout(self, layouts: Layouts) -> Layout | None:
@@ -159,7 +159,7 @@ class MaxAlong(Along):
 
 
 class Amax(Sum):
-    """Where several are the largest, they share alike."""
+    """Maximum; equal maxima share the gradient."""
 
     names = ("AmaxBackward0", "AminBackward0")
     saved, origins, constants = ("self", "result"), (0, -1), ("dim", "keepdim")

@@ -1,4 +1,4 @@
-"""Calls that move entries: views, pieces, joins."""
+"""Linear maps that move elements: views, splits, concatenations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 class Moving(Linear):
-    """A linear map of one argument; ``shape`` and ``dims`` of the argument and the output as they are."""
+    """Linear map of one argument; ``shape`` and ``after`` are the shapes of the argument and the output."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,10 +111,10 @@ class Permute(Moving):
 
 
 class Along(Moving):
-    """Acts within some axes, which must not be the samples'; the other axes keep their place."""
+    """Map within some axes, which must not be the samples'; the other axes keep their position."""
 
     def axes(self) -> set[int]:
-        """Of the argument."""
+        """Return the axes of the argument within which the map acts."""
         raise NotImplementedError
 
     def layout(self, layouts: Layouts) -> Layout | None:
@@ -128,7 +128,7 @@ class Expand(Moving):
     names = ("ExpandBackward0",)
 
     def back(self, c: Tensor, *s: Any) -> Tensor:
-        return c  # the passes sum it
+        return c  # reduced by the passes
 
     def forth(self, t: Tensor, *s: Any) -> Tensor:
         return t
@@ -289,7 +289,7 @@ class Repeat(Moving):
 
 
 class Split(Rule):
-    """Several outputs; those that nobody read have no cotangent."""
+    """Split into several outputs; unused ones have no cotangent."""
 
     names = ("SplitBackward0", "UnsafeSplitBackward0")
     constants = ("dim",)
@@ -329,7 +329,7 @@ class Unbind(Split):
 
 
 class Cat(Rule):
-    """Arguments without an axis, which PyTorch passes over, are left to autograd."""
+    """Concatenation. Arguments without an axis, which PyTorch skips, are left to autograd."""
 
     names = ("CatBackward0",)
     constants = ("dim",)
@@ -341,10 +341,10 @@ class Cat(Rule):
         self.lengths = [1] * len(self.inputs)
         if self.stacks:
             return
-        # How long constants are is not in the graph, but what is left of the output must be theirs.
+        # The lengths of constants are not in the graph; the rest of the output must be theirs.
         known = [x for x in self.inputs if x is not None]
         if len(known) < len(self.inputs) - 1 or any(len(x.shape) != len(output.shape) for x in known):
-            raise Unfit("parts of unknown lengths")
+            raise Unfit("the lengths of its arguments are unknown")
         rest = output.shape[self.dim] - sum(x.shape[self.dim] for x in known)
         self.lengths = [rest if x is None else x.shape[self.dim] for x in self.inputs]
 

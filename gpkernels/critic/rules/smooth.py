@@ -1,4 +1,4 @@
-"""Smooth functions of one argument, element by element, with their curvature."""
+"""Smooth elementwise functions of one argument, with their curvature."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class CELU(Smooth):
 
     def set_up(self, alpha: float) -> None:
         self.alpha = alpha
-        self.inverse = 1 / torch.tensor(alpha, dtype=torch.float32).item()  # as PyTorch has it
+        self.inverse = 1 / torch.tensor(alpha, dtype=torch.float32).item()  # PyTorch's constant
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.elu_backward(c, self.alpha, 1, self.inverse, False, x)
@@ -148,7 +148,7 @@ class CELU(Smooth):
 
 
 class Softplus(Smooth):
-    """Beyond the threshold it is x."""
+    """Softplus; the identity beyond the threshold."""
 
     names = ("SoftplusBackward0",)
     saved, origins, constants = ("self",), (0,), ("beta", "threshold")
@@ -322,7 +322,7 @@ class Erf(Smooth):
 
 
 class Power(Smooth):
-    """x to a constant exponent; 0 for the exponents 0 (and, bent, 1) whatever x is."""
+    """x to a constant exponent; 0 for the exponents 0 (and, in the second derivative, 1) whatever x is."""
 
     names = ("PowBackward0",)
     saved, origins, constants = ("self",), (0,), ("exponent",)
