@@ -54,7 +54,8 @@ def add_instance_noise(x: Tensor, sigma: float, *, generator: torch.Generator | 
         y = x + \sigma \, \xi, \qquad \xi \sim \mathcal{N}(0, 1)
 
     The noise comes from a Philox counter-based generator, keyed by one number that PyTorch's generator draws: a seed
-    gives the same noise on every backend and for any number of threads. Differentiable to any order in ``x``.
+    gives the same noise on every backend, up to rounding, and for any number of threads. Differentiable to any order in
+    ``x``.
 
     Args:
         x (Tensor): the batch.
