@@ -6,6 +6,7 @@ from gpkernels.backends import backend, set_backend
 from gpkernels.critic.double_backward import fast_double_backward
 from gpkernels.critic.explain import explain
 from gpkernels.critic.parts import CriticLossParts
+from gpkernels.gradients import input_gradient, value_and_input_gradient
 from gpkernels.losses import CriticLoss
 from gpkernels.ops.consistency import consistency_term, lipschitz_consistency
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
@@ -42,6 +43,7 @@ __all__ = [
     "gradient_norm_penalty",
     "gradient_penalty",
     "hinge_critic_loss",
+    "input_gradient",
     "interpolate",
     "least_squares_critic_loss",
     "least_squares_generator_loss",
@@ -54,6 +56,7 @@ __all__ = [
     "relativistic_generator_loss",
     "saturating_generator_loss",
     "set_backend",
+    "value_and_input_gradient",
     "wgan_critic_loss",
     "wgan_generator_loss",
 ]

@@ -18,6 +18,7 @@ ROOMS = (
     ("triton", "optim"),
     ("registration",),
     ("critic",),
+    ("gradients",),
     ("penalties",),
     ("losses", "compiler"),
     ("gpkernels",),
