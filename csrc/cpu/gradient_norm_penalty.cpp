@@ -27,6 +27,19 @@ GPK_SIMD void scale_rows(const T* x, const A* scale, T* out, int64_t row_begin, 
   }
 }
 
+// Their sum. squared becomes the values.
+template <bool kSquare>
+double finish_rows(double* squared, double* coefficients, int64_t rows, PenaltyOptions<double> options, double share) {
+  Sum sum;
+  for (int64_t row = 0; row < rows; ++row) {
+    const PenaltyRow<double> penalty = penalty_row<kSquare>(squared[row], options, share);
+    squared[row] = penalty.value;
+    coefficients[row] = penalty.coefficient;
+    sum += penalty.value;
+  }
+  return sum.value();
+}
+
 std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target, bool one_sided, int64_t reduction,
                                                      double power) {
   const Shape shape = rows_of("grad", grad);
@@ -42,19 +55,11 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target,
   std::vector<double> coefficients(shape.rows);
   const PenaltyOptions<double> options{target, one_sided, power};
   const double share = reduction == kMean ? 1.0 / double(shape.rows) : 1.0;
-  Sum sum;
-  const auto finish = [&](auto square) {
-    for (int64_t row = 0; row < shape.rows; ++row) {
-      const PenaltyRow<double> penalty = penalty_row<decltype(square)::value>(values[row], options, share);
-      values[row] = penalty.value;
-      coefficients[row] = penalty.coefficient;
-      sum += penalty.value;
-    }
-  };
-  power == 2 ? finish(std::true_type{}) : finish(std::false_type{});
+  const auto finish = power == 2 ? &finish_rows<true> : &finish_rows<false>;
+  const double sum = finish(values.data(), coefficients.data(), shape.rows, options, share);
   const Tensor coefficient = from_doubles(grad, coefficients.data(), shape.rows);
   if (reduction == kNone) return {from_doubles(grad, values.data(), shape.rows), coefficient};
-  const double total = reduction == kMean ? sum.value() / double(shape.rows) : sum.value();
+  const double total = reduction == kMean ? sum / double(shape.rows) : sum;
   return {from_doubles(grad, &total, 1, true), coefficient};
 }
 
