@@ -18,7 +18,7 @@ ROOMS = (
     ("triton", "optim"),
     ("registration",),
     ("critic",),
-    ("penalties",),
+    ("penalties", "approximate"),
     ("losses", "compiler"),
     ("gpkernels",),
     ("info", "arguments"),
