@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gpkernels as gpk
 from critics import ResidualCritic, mlp
 from gpkernels import cli
-from gpkernels.critic.explain import Explanation
+from gpkernels.critic.explanation import Explanation
 
 ONE_BATCH = "can go through as one batch"
 APART = "go through one after the other"

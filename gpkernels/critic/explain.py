@@ -6,32 +6,26 @@ hooks on the modules and a mode that sees each function, to learn which layer an
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from threading import get_ident
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode, resolve_name
 
 from gpkernels.critic.call import scores_of, uncompiled
+from gpkernels.critic.explanation import Call, Explanation
+from gpkernels.critic.follow import Claim, Flops, Follow, as_it_was, modules_of, names_of
 from gpkernels.critic.generic import Edge, Outsider
-from gpkernels.critic.graph import LEAF, Graph
+from gpkernels.critic.graph import Graph
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
 from gpkernels.ops.checks import check_batch
-from gpkernels.private import TorchDispatchMode, tree_leaves, without_function_modes
 
 _NO_INPUT = "critic: expected scores that depend on the input, got scores that do not"
 _KINDS = {
@@ -40,72 +34,6 @@ _KINDS = {
     "CopySlices": "it writes into a part of a tensor",
 }
 _FUSED_ATTENTION = "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) chooses attention that can"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the critic that the input goes through.
-
-    layer: the module that made it, by its name in the critic; "" for the critic itself. function: what was called, or
-    autograd's name where no function of PyTorch was seen. way: "rule", "rule, curved" where activations have adjoints
-    to be pulled down once more, or "generic: ..." with the reason why the call is left to autograd. flops: of the
-    products and convolutions in it; None where they could not be told apart from other calls'.
-    """
-
-    layer: str
-    function: str
-    way: str
-    flops: int | None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` says; ``str`` of it is a table.
-
-    calls: in order. way: of the whole critic. samples: whether these keep to themselves, and what follows for groups
-    of them. forward_flops: of one call of the critic. eager_flops, flops: of a gradient penalty with its weight
-    gradients in eager PyTorch and here; None where that is not possible, for the reason in eager_refusal or refusal.
-    uncounted: an operation of which PyTorch counts no FLOPs though it has products; "" if there is none.
-    """
-
-    calls: list[Call]
-    way: str
-    samples: str
-    forward_flops: int
-    eager_flops: int | None
-    flops: int | None
-    eager_refusal: str = ""
-    refusal: str = ""
-    uncounted: str = ""
-
-    def __str__(self) -> str:
-        rows = [("layer", "call", "MFLOP", "way")]
-        rows += [(c.layer or "(critic)", c.function, _mega(c.flops), c.way) for c in self.calls]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = []
-        for layer, function, count, way in rows:
-            lines.append(f"{layer:{widths[0]}}  {function:{widths[1]}}  {count:>{widths[2]}}  {way}")
-        unit = self.forward_flops
-        eager = self._passes(self.eager_flops, self.eager_refusal)
-        ours = self._passes(self.flops, self.refusal)
-        lines += ["", f"the critic: {self.way}", f"samples: {self.samples}", "penalty with weight gradients:"]
-        lines += [f"  in eager PyTorch: {eager}", f"  here: {ours}"]
-        if self.uncounted:
-            lines.append(f"  without the products of {self.uncounted}, of which PyTorch counts no FLOPs")
-        elif unit:
-            lines.append(f"  L, the FLOPs of products in one call of the critic: {_mega(unit)} MFLOP")
-        return "\n".join(lines)
-
-    def _passes(self, count: int | None, refusal: str) -> str:
-        if count is None:
-            return f"not possible: {refusal}"
-        if self.uncounted or not self.forward_flops:
-            return f"{_mega(count)} MFLOP"
-        return f"{count / self.forward_flops:.2f} L"
-
-
-def _mega(count: int | None) -> str:
-    return "?" if count is None else f"{count / 1e6:.3f}"
 
 
 def explain(critic: Callable[..., Any], example: Tensor) -> Explanation:
@@ -143,7 +71,7 @@ class _Explainer:
 
     def __init__(self, critic: Callable[..., Any], example: Tensor) -> None:
         self.critic, self.example = critic, example
-        self.modules = dict(_modules_of(critic))
+        self.modules = dict(modules_of(critic))
         with self._as_it_was():
             self._scores()  # scripted parts have their final graph from the second call on
         with self._as_it_was():
@@ -157,7 +85,7 @@ class _Explainer:
             self.generic = {i: self._why_generic(i, graph.nodes) for i in generic}
 
     def explanation(self) -> Explanation:
-        with self._as_it_was(), uncompiled(), _Flops() as forward:
+        with self._as_it_was(), uncompiled(), Flops() as forward:
             self._scores()
         calls, rows = self._calls()
         eager, eager_refusal = self._counted(self._eager_penalty)
@@ -172,27 +100,8 @@ class _Explainer:
         x = self.example.detach().requires_grad_()
         return x, scores_of(self.critic(x))
 
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Give back random numbers and buffers, such as running statistics, whatever happens."""
-        found = {id(m): m for module in self.modules.values() for m in module.modules()}
-        kept = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in found.values()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
-        device = self.example.device
-        devices = [device] if device.type not in ("cpu", "meta") else []
-        kind = device.type if devices else "cuda"
-        try:
-            with torch.random.fork_rng(devices, device_type=kind):
-                yield
-        finally:
-            with torch.no_grad():
-                for buffers, name, buffer, value in kept:
-                    buffer.copy_(value)
-                    buffers[name] = buffer
+    def _as_it_was(self) -> AbstractContextManager[None]:
+        return as_it_was(self.modules.values(), self.example.device)
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
@@ -220,14 +129,14 @@ class _Explainer:
             calls.append(Call(layer, name, self._way_of(places), flops if told else None))
         return calls, rows
 
-    def _claims(self) -> tuple[list[_Claim | None], bool]:
+    def _claims(self) -> tuple[list[Claim | None], bool]:
         """Where each node came from, and whether FLOPs were told apart.
 
         Compiled parts do not run as such while modes look on: then hooks alone tell the layers.
         """
         wanted = [_alike(name) for name in self.names]
         for functions, flops in ((True, True), (True, False), (False, False)):
-            follow = _Follow(_names(self.modules))
+            follow = Follow(names_of(self.modules))
             try:
                 with self._as_it_was(), follow.modes(functions, flops), follow.hooks():
                     _, scores = self._scores()
@@ -340,7 +249,7 @@ class _Explainer:
         try:
             with self._as_it_was():  # with what is compiled
                 penalty()
-            with self._as_it_was(), uncompiled(), _Flops() as flops:
+            with self._as_it_was(), uncompiled(), Flops() as flops:
                 penalty()
         except RuntimeError as error:
             return None, _first_line(error)
@@ -388,148 +297,3 @@ def _planned(graph: Graph, x: Tensor) -> Plan:
 def _alike(name: str) -> str:
     """A node's name; a reshape's, too, which is another one's while a mode looks on."""
     return "ViewBackward0" if name == "ReshapeAliasBackward0" else name
-
-
-# --- where nodes come from --------------------------------------------------------------------------------------------
-
-
-def _modules_of(critic: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a critic consists of or holds, by name; that of the critic itself is ""."""
-    if isinstance(critic, nn.Module):
-        yield "", critic
-        return
-    owner = getattr(critic, "__self__", None)
-    if isinstance(owner, nn.Module):  # a method
-        yield "", owner
-        return
-    held: dict[str, Any] = {}
-    if isinstance(critic, partial):
-        yield from _modules_of(critic.func)
-        held = {**{str(i): x for i, x in enumerate(critic.args)}, **critic.keywords}
-    elif inspect.isfunction(critic):
-        seen = inspect.getclosurevars(critic)
-        held = {**seen.globals, **seen.nonlocals}
-    else:
-        held = getattr(critic, "__dict__", {})
-    yield from ((name, x) for name, x in held.items() if isinstance(x, nn.Module))
-
-
-def _names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
-    """The name of each module and of those in it, but for what is compiled: hooks there would be, too."""
-    found: dict[nn.Module, str] = {}
-    for prefix, module in modules.items():
-        for name, inner in module.named_modules(prefix=prefix):
-            if "_orig_mod" not in name.split("."):
-                found.setdefault(inner, name)
-    return found
-
-
-class _Flops(TorchDispatchMode):
-    """FLOPs of products and convolutions, by PyTorch's own registry."""
-
-    def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # it imports Triton, which importing this must not
-
-        super().__init__()
-        self.total, self.uncounted, self.registry = 0, "", flop_registry
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        count = self.registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        elif "rnn_layer" in func.__name__ or "cudnn_rnn" in func.__name__:
-            self.uncounted = str(func._overloadpacket).removeprefix("aten.")
-        return out
-
-
-class _Claim:
-    """Nodes that one function made in one layer; function: "" where none was seen."""
-
-    def __init__(self, number: int, layer: str, function: str, flops: int) -> None:
-        self.number, self.layer, self.function, self.flops = number, layer, function, flops
-
-
-class _Follow(TorchFunctionMode):
-    """Ties nodes of autograd's graph to the layer at work and the function that was called when they first appeared."""
-
-    def __init__(self, names: Mapping[nn.Module, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.claims: dict[Any, _Claim] = {}
-        self._stack, self._count, self._told = [""], 0, 0
-        self._flops = _Flops()
-
-    @contextmanager
-    def modes(self, functions: bool, flops: bool) -> Iterator[None]:
-        with ExitStack() as modes:
-            if functions or flops:
-                modes.enter_context(uncompiled())
-            for mode in [self._flops] * flops + [self] * functions:
-                modes.enter_context(mode)
-            yield
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Hooks that keep the name of the module at work on top of the stack."""
-
-        def enter(module: nn.Module, args: Any) -> None:
-            self.claim(args)
-            self._stack.append(self.names[module])
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self.claim(output)
-            self._stack.pop()
-
-        thread, scripted = get_ident(), {m for m in self.names if isinstance(m, torch.jit.ScriptModule)}
-
-        def if_scripted(hook: Callable[..., None], module: nn.Module, *args: Any) -> None:
-            if module in scripted and get_ident() == thread:
-                hook(module, *args)
-
-        with ExitStack() as hooks:
-            if scripted:  # they take no hooks of their own
-                hooks.callback(register_module_forward_pre_hook(partial(if_scripted, enter)).remove)
-                hooks.callback(register_module_forward_hook(partial(if_scripted, leave), always_call=True).remove)
-            for module in self.names:
-                if module not in scripted:
-                    hooks.callback(module.register_forward_pre_hook(enter).remove)
-                    hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
-            yield
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.claim((args, kwargs))  # what custom functions made, which no mode sees
-        out = func(*args, **kwargs)
-        self.claim((args, kwargs, out), _name_of(func))  # a call in place, or into a part, gives an argument a new node
-        return out
-
-    def claim(self, values: Any, function: str = "") -> None:
-        """Give the nodes that lead to some tensors, and that nobody has, to the layer at work."""
-        fresh: list[Any] = []
-        with without_function_modes():
-            for x in tree_leaves(values):
-                if isinstance(x, Tensor):
-                    self._walk([y.grad_fn for y in (x, x._base) if y is not None], fresh)
-        if fresh:
-            claim = _Claim(self._count, self._stack[-1], function, self._flops.total - self._told)
-            self._count, self._told = self._count + 1, self._flops.total
-            self.claims.update(dict.fromkeys(fresh, claim))
-
-    def _walk(self, roots: Iterable[Any], fresh: list[Any]) -> None:
-        stack = list(roots)
-        seen = set(fresh)
-        while stack:
-            node = stack.pop()
-            if node is None or node in self.claims or node in seen or node.name() == LEAF:
-                continue
-            seen.add(node)
-            fresh.append(node)
-            stack += [parent for parent, _ in node.next_functions]
-
-
-def _name_of(func: Any) -> str:
-    """A function's name as users write it."""
-    name: str = resolve_name(func) or getattr(func, "__name__", type(func).__name__)
-    name = name.removesuffix(".__get__").rpartition(".")[2]
-    return name.strip("_") or name
