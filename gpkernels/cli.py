@@ -6,15 +6,17 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from gpkernels import backends, info
-from gpkernels.arguments import UserError, blamed, load_critic, own_critic, shape_of
+from gpkernels.arguments import UserError, blamed, count, load_critic, own_critic, shape_of
 
 # What the "train" extra installs, as it is imported.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
@@ -37,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = commands.add_parser("explain", help="which way each layer of a critic takes, and why")
     layers.add_argument("critic", metavar="module:Class", help="a critic that can be made without arguments")
     layers.add_argument("--input", required=True, metavar="NxCxHxW", help="the shape of a batch, such as 64x3x32x32")
+    layers.add_argument(
+        "--approximate", action="store_true", help="error and cost of approximate_r1_penalty instead, for this critic"
+    )
+    layers.add_argument("--sigmas", metavar="S,...", help="of the noise (default: 0.001,0.003,0.01,0.03,0.1)")
+    layers.add_argument("--draws", type=count, metavar="N", help="of the noise (default: 200)")
+    layers.add_argument("--json", type=Path, metavar="FILE", help="write error and cost there")
+    layers.add_argument("--plot", type=Path, metavar="FILE", help="draw the error there")
     numbers = commands.add_parser(
         "verify", help="every op, penalty and a training run against plain PyTorch in float64"
     )
@@ -67,12 +76,60 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if options.approximate:
+        return _approximate(options)
+    for name in ("sigmas", "draws", "json", "plot"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: expected with --approximate")
     from gpkernels.critic.explain import explain
 
     critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
     with blamed(options):
         print(explain(critic, example))
     return 0
+
+
+def _approximate(options: argparse.Namespace) -> int:
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot: needs matplotlib; install it with: pip install 'gpkernels[bench]'")
+    from gpkernels.bench.approximate import DRAWS, SIGMAS, compare, write_json
+
+    sigmas = SIGMAS if options.sigmas is None else tuple(_positive("--sigmas", s) for s in options.sigmas.split(","))
+    torch.manual_seed(0)
+    critic, real = load_critic(options.critic), torch.randn(shape_of(options.input))
+    if not isinstance(critic, torch.nn.Module):
+        raise UserError(f"{options.critic}: expected a torch.nn.Module, got {type(critic).__name__}")
+    with blamed(options):
+        found = compare(critic, real, sigmas, DRAWS if options.draws is None else options.draws)
+    print(found)
+    if options.json:
+        with _written("--json", options.json):
+            write_json(options.json, found)
+    if options.plot:
+        from gpkernels.bench.approximate_plot import plot
+
+        with _written("--plot", options.plot):
+            plot(options.plot, found, f"{options.critic}, {options.input}")
+    return 0
+
+
+def _positive(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise UserError(f"{option}: expected numbers above 0, such as 0.01,0.1, got {text!r}")
+    return value
+
+
+@contextmanager
+def _written(option: str, path: Path) -> Iterator[None]:
+    """A UserError for a file that cannot be written; ValueError is matplotlib's, for a format that it does not know."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -96,10 +153,8 @@ def _verify(options: argparse.Namespace) -> int:
     failed = run.failures(results, own)
     print("\n".join(failed) if failed else f"{len(results)} cases, none failed")
     if options.json:
-        try:
+        with _written("--json", options.json):
             run.write_json(options.json, results)
-        except OSError as error:
-            raise UserError(f"--json {options.json}: {error.strerror or error}") from None
     return 1 if failed else 0
 
 
