@@ -8,10 +8,11 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -84,9 +85,22 @@ def _explain(options: argparse.Namespace) -> int:
     from gpkernels.critic.explain import explain
 
     critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
+    _warn(options, critic, example)
     with blamed(options):
         print(explain(critic, example))
     return 0
+
+
+def _warn(options: argparse.Namespace, critic: Callable[..., Any], example: torch.Tensor) -> None:
+    """Tell a critic's mistakes; UserError for scores that no penalty can be had of."""
+    from gpkernels.verify.lint_critic import NO_GRADIENT, lint_critic
+
+    with blamed(options):
+        findings = lint_critic(critic, example)
+    for finding in findings:
+        if finding.mistake == NO_GRADIENT:
+            raise UserError(f"{options.critic} on {options.input}: {finding}")
+        print(f"warning: {finding}", file=sys.stderr)
 
 
 def _approximate(options: argparse.Namespace) -> int:
@@ -145,6 +159,7 @@ def _verify(options: argparse.Namespace) -> int:
     own = ""
     if mine := own_critic(options):
         own = f"--critic {options.critic} --input {options.input}"
+        _warn(options, mine[0], torch.randn(mine[1]))
         with blamed(options):
             results = list(run.check_own(*mine, options.critic, chosen))
     else:

@@ -90,9 +90,9 @@ class _Explainer:
         calls, rows = self._calls()
         eager, eager_refusal = self._counted(self._eager_penalty)
         ours, refusal = self._counted(self._penalty)
-        samples = self._samples(calls, rows)
+        samples, meet = self._samples(calls, rows)
         return Explanation(
-            calls, _way(calls), samples, forward.total, eager, ours, eager_refusal, refusal, forward.uncounted
+            calls, _way(calls), samples, meet, forward.total, eager, ours, eager_refusal, refusal, forward.uncounted
         )
 
     def _scores(self) -> tuple[Tensor, Tensor]:
@@ -193,26 +193,26 @@ class _Explainer:
 
     # --- samples ------------------------------------------------------------------------------------------------------
 
-    def _samples(self, calls: Sequence[Call], rows: Mapping[int, int]) -> str:
-        """Whether samples keep to themselves, and what follows."""
+    def _samples(self, calls: Sequence[Call], rows: Mapping[int, int]) -> tuple[str, str]:
+        """Whether samples keep to themselves, and what follows; and the call in which they do not."""
         apart = "real, fake and penalised samples go through one after the other"
         if self.pooled:
-            return f"a score belongs to several samples: {apart}"
+            return f"a score belongs to several samples: {apart}", ""
         (place, _) = self.plan.outputs[0]
         why = keeps_apart(self.plan, place)
         if why is not None:
             meet = self.plan.meet
             if meet is None:
-                return f"{why}: {apart}"
+                return f"{why}: {apart}", ""
             call = calls[rows[meet]]
             where = f"{call.function} of {_layer(call.layer)}"
             if self.plan.calls[meet].rule is None:
-                return f"{where} is left to autograd, which does not tell whether samples meet in it: {apart}"
-            return f"they meet in {where}, or it cannot be told that they do not: {apart}"
+                return f"{where} is left to autograd, which does not tell whether samples meet in it: {apart}", where
+            return f"they meet in {where}, or it cannot be told that they do not: {apart}", where
         known = self._watched(place)
         if known:
-            return f"none reads another in autograd's graph, but {known}: {apart}"
-        return "each keeps to itself: real, fake and penalised ones can go through as one batch"
+            return f"none reads another in autograd's graph, but {known}: {apart}", ""
+        return "each keeps to itself: real, fake and penalised ones can go through as one batch", ""
 
     def _watched(self, place: int) -> str:
         """What speaks against one batch that a graph does not show."""

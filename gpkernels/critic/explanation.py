@@ -26,7 +26,8 @@ class Explanation:
     """What `explain` says; ``str`` of it is a table.
 
     calls: in order. way: of the whole critic. samples: whether these keep to themselves, and what follows for groups
-    of them. forward_flops: of one call of the critic. eager_flops, flops: of a gradient penalty with its weight
+    of them. meet: the call in which samples meet, or in which it cannot be told that they do not; "" if there is none.
+    forward_flops: of one call of the critic. eager_flops, flops: of a gradient penalty with its weight
     gradients in eager PyTorch and here; None where that is not possible, for the reason in eager_refusal or refusal.
     uncounted: an operation of which PyTorch counts no FLOPs though it has products; "" if there is none.
     """
@@ -34,6 +35,7 @@ class Explanation:
     calls: list[Call]
     way: str
     samples: str
+    meet: str
     forward_flops: int
     eager_flops: int | None
     flops: int | None
