@@ -41,9 +41,14 @@ def own_critic(options: argparse.Namespace) -> tuple[torch.nn.Module, list[int]]
 
 def load_critic(name: str) -> Callable[..., Any]:
     """The critic that ``module:Class`` names, made without arguments; UserError where that cannot be done."""
+    return load("critic", name, "module:Class")
+
+
+def load(what: str, name: str, form: str) -> Callable[..., Any]:
+    """What ``module:attribute`` names, made without arguments if it is a class; form: how a user is to write it."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise UserError(f"critic: expected module:Class, got {name!r}")
+        raise UserError(f"{what}: expected {form}, got {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -53,7 +58,7 @@ def load_critic(name: str) -> Callable[..., Any]:
     finally:
         sys.path.pop(0)
     if not callable(made):
-        raise UserError(f"{name}: expected a critic that can be called, got {type(made).__name__}")
+        raise UserError(f"{name}: expected a {what} that can be called, got {type(made).__name__}")
     return made
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gpkernels import backends, info
-from gpkernels.arguments import UserError, blamed, count, load_critic, own_critic, shape_of
+from gpkernels.arguments import UserError, blamed, count, load, load_critic, own_critic, shape_of
 
 # What the "train" extra installs, as it is imported.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers.add_argument("--quick", action="store_true", help="two shapes an op, and a shorter training run")
     numbers.add_argument("--critic", metavar="module:Class", help="penalties of this critic alone")
     numbers.add_argument("--input", metavar="NxCxHxW", help="the shape of its batch, such as 64x3x32x32")
+    numbers.add_argument(
+        "--penalty",
+        metavar="module:function",
+        help="what this function of (critic, real, fake) is, and its mistakes",
+    )
     commands.add_parser("bench", help="times beside eager PyTorch's and the machine's limits", add_help=False)
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
     commands.add_parser("reproduce", help="measure again what the papers published", add_help=False)
@@ -157,7 +162,10 @@ def _verify(options: argparse.Namespace) -> int:
     names = _among("--op", options.op, run.NAMES, run.NAMES)
     dtypes = _among("--dtype", options.dtype, tuple(DTYPES), tuple(DTYPES))
     own = ""
-    if mine := own_critic(options):
+    mine = own_critic(options)
+    if options.penalty:
+        return _penalty(options, mine)
+    if mine:
         own = f"--critic {options.critic} --input {options.input}"
         _warn(options, mine[0], torch.randn(mine[1]))
         with blamed(options):
@@ -171,6 +179,21 @@ def _verify(options: argparse.Namespace) -> int:
         with _written("--json", options.json):
             run.write_json(options.json, results)
     return 1 if failed else 0
+
+
+def _penalty(options: argparse.Namespace, mine: tuple[torch.nn.Module, list[int]] | None) -> int:
+    """1 where a user's own penalty has mistakes."""
+    from gpkernels.verify.lint_penalty import lint_penalty
+
+    if mine is None:
+        raise UserError("--penalty: expected with --critic and --input")
+    function = load("penalty", options.penalty, "module:function")
+    torch.manual_seed(0)
+    real, fake = torch.randn(mine[1]), 0.3 + 0.7 * torch.randn(mine[1])
+    with blamed(options):
+        told = lint_penalty(function, mine[0], real, fake)
+    print(f"{options.penalty}: {told}")
+    return 1 if told.findings else 0
 
 
 def _among(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> Sequence[str]:

@@ -59,7 +59,8 @@ def as_it_was(modules: Iterable[nn.Module], device: torch.device) -> Iterator[No
     finally:
         with torch.no_grad():
             for buffers, name, buffer, value in kept:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # a write would be one more version to graphs that hold it
+                    buffer.copy_(value)
                 buffers[name] = buffer
 
 
