@@ -73,3 +73,14 @@ class TrainedAttention(Attention):
         super().__init__()
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             trained(self)
+
+
+class SoftenedMLP(TrainedMLP):
+    """The weights of the trained MLP with a bend in place of each kink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        assert isinstance(self.net, nn.Sequential)
+        for i, layer in enumerate(self.net):
+            if isinstance(layer, nn.ReLU):
+                self.net[i] = nn.Softplus(20.0)

@@ -20,6 +20,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e4e2da",
+    "svg.fonttype": "none",
     "svg.hashsalt": "gpkernels",  # the same numbers give the same file
 }
 
