@@ -225,6 +225,18 @@ def test_the_critic_and_the_random_numbers_stay_as_they_were(wrapped: bool) -> N
     assert not example.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_critic_that_cannot_be_copied_is_called_itself() -> None:
+    part = nn.utils.weight_norm(nn.Linear(6, 8))
+    critic = nn.Sequential(part, nn.Tanh(), nn.Linear(8, 1)).double()
+    example = torch.randn(8, 6, dtype=torch.float64)
+    critic(example)
+    assert mistakes(critic, example) == []
+    assert mistakes(Calls(lambda s, x: s.net(x.detach() * x), critic), example) == ["cut"]
+    assert all(p.dtype == torch.float64 for p in critic.parameters())
+    assert critic.training
+
+
 @pytest.mark.parametrize(
     ("critic", "example", "error", "said"),
     [

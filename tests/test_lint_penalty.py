@@ -200,10 +200,15 @@ def test_numpys_random_numbers_are_taken() -> None:
     assert mistakes(penalty(two_sided, draw)) == []
 
 
-@pytest.mark.parametrize("kind", ["a closure", "features beside the scores"])
+@pytest.mark.parametrize("kind", ["a closure", "features beside the scores", "weights that cannot be copied"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_critics_of_other_kinds_are_taken(kind: str) -> None:
     net = mlp(6, 32, 1, activation=nn.Tanh)
-    critic = {"a closure": lambda x: net(x), "features beside the scores": Featured()}[kind]
+    critic = {
+        "a closure": lambda x: net(x),
+        "features beside the scores": Featured(),
+        "weights that cannot be copied": nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.Tanh(), mlp(8, 1)),
+    }[kind]
 
     def function(critic: Any, real: Tensor, fake: Tensor, square: float = 2.0) -> Tensor:
         x = (real + per_sample(real) * (fake - real)).requires_grad_()

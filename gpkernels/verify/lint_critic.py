@@ -40,9 +40,9 @@ class Finding:
 def lint_critic(critic: Callable[..., Any], example: Tensor) -> list[Finding]:
     """Look for what makes a critic's penalty wrong, by calling a copy of it in float64 at and near an example batch.
 
-    The critic's mode counts: BatchNorm in eval mode lets no samples meet. Mistakes, in order: "no gradient", "cut",
-    "fewer scores", "samples meet", "not repeatable", "float16". Raises TypeError or ValueError for bad input, and what
-    the critic raises.
+    What cannot be copied is called itself, in its own dtype, and is left as it was. The critic's mode counts: BatchNorm
+    in eval mode lets no samples meet. Mistakes, in order: "no gradient", "cut", "fewer scores", "samples meet", "not
+    repeatable", "float16". Raises TypeError or ValueError for bad input, and what the critic raises.
     """
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
@@ -55,7 +55,9 @@ class _Lint:
     """Calls a copy of the critic, each time as it was before, with the same random numbers."""
 
     def __init__(self, critic: Callable[..., Any], example: Tensor) -> None:
-        self.critic, self.example = _in_float64(critic, example)
+        twin = copied(critic)
+        self.is_copy = twin is not None
+        self.critic, self.example = (critic, example) if twin is None else _in_float64(twin, example)
         self.modules = [module for _, module in modules_of(self.critic)]
         generator = torch.Generator().manual_seed(0)
 
@@ -168,8 +170,8 @@ class _Lint:
             yield _unrepeatable(float((first - second).abs().max()), float(first.abs().max()))
 
     def _float16(self) -> Iterator[Finding]:
-        if isinstance(self.critic, nn.Module):
-            self.critic.float()
+        for module in self.modules if self.is_copy else []:
+            module.float()
         x = self.example.detach().float().requires_grad_()
         usual, lowered = self._under(x, enabled=False), self._under(x, enabled=True)
         if usual is None or lowered is None:
@@ -193,16 +195,24 @@ class _Lint:
         return scores.detach(), gradient
 
 
-def _in_float64(critic: Callable[..., Any], example: Tensor) -> tuple[Callable[..., Any], Tensor]:
-    """A copy in float64; in its own dtype where it has tensors that do not go along."""
+def copied(critic: Callable[..., Any]) -> nn.Module | None:
+    """A copy of a module; None of what is none, and of those that hold tensors with a graph, as weight_norm's do."""
     if not isinstance(critic, nn.Module):
-        return critic, example
+        return None
+    try:
+        return copy.deepcopy(critic)
+    except RuntimeError:
+        return None
+
+
+def _in_float64(critic: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy in float64; the critic where it makes tensors of its own that are not."""
     wide = copy.deepcopy(critic).double()
     try:
         with as_it_was([wide], example.device):
             wide(example.double())
     except Exception:  # if it is the critic's own, the next call raises it again
-        return copy.deepcopy(critic), example
+        return critic, example
     return wide, example.double()
 
 

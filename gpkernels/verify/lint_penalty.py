@@ -7,7 +7,6 @@ formula that stays in one proportion to it is the function's own.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from gpkernels.critic.call import check_scores, scores_of
 from gpkernels.critic.follow import as_it_was, modules_of
 from gpkernels.ops.checks import check_pair
 from gpkernels.verify.formulas import ONE_SIDED, TWO_SIDED, ZERO_CENTRED, Formula, formulas
-from gpkernels.verify.lint_critic import Finding
+from gpkernels.verify.lint_critic import Finding, copied
 
 SLOPES = (0.6, 1.0, 1.7, 3.0, 0.8, 2.2)  # mean norms of the input gradient, one a trial
 LEAST = 4  # samples: half of them are a batch, too
@@ -61,12 +60,13 @@ def lint_penalty(
     """Say what a penalty function of (critic, real, fake) computes, and which mistakes it makes.
 
     The function is called on a copy of the critic in eval mode whose scores are scaled, so that its input gradients
-    have norms about 1; it gives the penalty, or a tuple with the penalty first. Mistakes: "norm over channels", "norm
-    over axis 2" and so on, "norm per element", "norm over the batch", "norm along the batch", "mean in the norm",
-    "absolute values in the norm", "missing square", "absolute value for the square", "missing root", "mean before the
-    square", "two-sided, summed", "zero-centred, summed", "negative", "eps per element", "one eps", "eps beyond 0 and
-    1", "real alone", "fake alone", "no graph", "other gradients", "not finite at zero", "critic not called",
-    "unknown". Raises TypeError or ValueError for bad input, and what the function raises.
+    have norms about 1 (on a function that calls it, where it is no module or cannot be copied); it gives the penalty,
+    or a tuple with the penalty first. Mistakes: "norm over channels", "norm over axis 2" and so on, "norm per element",
+    "norm over the batch", "norm along the batch", "mean in the norm", "absolute values in the norm", "missing square",
+    "absolute value for the square", "missing root", "mean before the square", "two-sided, summed", "zero-centred,
+    summed", "negative", "eps per element", "one eps", "eps beyond 0 and 1", "real alone", "fake alone", "no graph",
+    "other gradients", "not finite at zero", "critic not called", "unknown". Raises TypeError or ValueError for bad
+    input, and what the function raises.
 
     real, fake: (N, *), of at least 4 samples that differ.
     """
@@ -96,13 +96,13 @@ class _Stage:
 
     def __init__(self, critic: Callable[..., Any]) -> None:
         self.factor, self.seen = 1.0, list[Tensor]()
-        if isinstance(critic, nn.Module):
-            twin = copy.deepcopy(critic).eval()
-            twin.register_forward_hook(lambda _, args, output: self._watched(args, output))
-            self.critic: Callable[..., Any] = twin
+        twin = copied(critic)
+        if twin is None:
+            self.critic: Callable[..., Any] = lambda *args, **kwargs: self._watched(args, critic(*args, **kwargs))
         else:
-            self.critic = lambda *args, **kwargs: self._watched(args, critic(*args, **kwargs))
-        self.modules = [module for _, module in modules_of(self.critic if isinstance(critic, nn.Module) else critic)]
+            twin.eval().register_forward_hook(lambda _, args, output: self._watched(args, output))
+            self.critic = twin
+        self.modules = [module for _, module in modules_of(critic if twin is None else twin)]
 
     def _watched(self, args: Sequence[Any], output: Any) -> Any:
         self.seen += [x for x in args[:1] if isinstance(x, Tensor)]
