@@ -2,6 +2,7 @@
 
 from gpkernels import optim
 from gpkernels import registration as registration  # ties the ops to their kernels
+from gpkernels.approximate import approximate_r1_penalty
 from gpkernels.backends import backend, set_backend
 from gpkernels.critic.double_backward import fast_double_backward
 from gpkernels.critic.explain import explain
@@ -32,6 +33,7 @@ __all__ = [
     "CriticLossParts",
     "__version__",
     "add_instance_noise",
+    "approximate_r1_penalty",
     "backend",
     "clip_weights_",
     "consistency_term",

@@ -41,9 +41,17 @@ def own_critic(options: argparse.Namespace) -> tuple[torch.nn.Module, list[int]]
 
 def load_critic(name: str) -> Callable[..., Any]:
     """Construct the critic that ``module:Class`` names, without arguments; UserError where that fails."""
+    return load("critic", name, "module:Class")
+
+
+def load(what: str, name: str, form: str) -> Callable[..., Any]:
+    """Load what ``module:attribute`` names, constructed without arguments if it is a class.
+
+    what, form: for error messages: the argument, and how it is written.
+    """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise UserError(f"critic: expected module:Class, got {name!r}")
+        raise UserError(f"{what}: expected {form}, got {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -53,7 +61,7 @@ def load_critic(name: str) -> Callable[..., Any]:
     finally:
         sys.path.pop(0)
     if not callable(made):
-        raise UserError(f"{name}: expected a callable critic, got {type(made).__name__}")
+        raise UserError(f"{name}: expected a callable {what}, got {type(made).__name__}")
     return made
 
 

@@ -1,4 +1,4 @@
-"""`gpkernels info | explain | verify | bench | train | reproduce`; the last three have command lines of their own."""
+"""`gpkernels info | explain | verify | bench | train | reproduce`: large ones bring their own command lines."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from gpkernels import backends, info
-from gpkernels.arguments import UserError, critic_errors, load_critic, own_critic, shape_of
+from gpkernels.arguments import UserError, count, critic_errors, load, load_critic, own_critic, shape_of
 
-# Import names of the packages of the "train" extra.
+# What the "train" extra installs, as it is imported.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0 on success, 2 for a usage error."""
+    """Run a command; 0 on success, 2 for a user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["train"], ["reproduce"]):
         return _trainer(*arguments)
@@ -32,13 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpkernels", description="Exact gradient penalties in PyTorch, fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     describe = commands.add_parser("info", help="print backends, versions and build facts")
-    describe.add_argument("--json", action="store_true", help="print as JSON")
+    describe.add_argument("--json", action="store_true", help="write every result to FILE")
     describe.add_argument(
         "--kernels", action="store_true", help="print the resources that each GPU kernel needs on each target"
     )
     layers = commands.add_parser("explain", help="print how each call of a critic is differentiated, and why")
     layers.add_argument("critic", metavar="module:Class", help="class of a critic, constructed without arguments")
-    layers.add_argument("--input", required=True, metavar="NxCxHxW", help="shape of a batch, such as 64x3x32x32")
+    layers.add_argument("--input", required=True, metavar="NxCxHxW", help="shape of its batch, such as 64x3x32x32")
+    layers.add_argument(
+        "--approximate", action="store_true", help="error and cost of approximate_r1_penalty instead, for this critic"
+    )
+    layers.add_argument("--sigmas", metavar="S,...", help="of the noise (default: 0.001,0.003,0.01,0.03,0.1)")
+    layers.add_argument("--draws", type=count, metavar="N", help="of the noise (default: 200)")
+    layers.add_argument("--json", type=Path, metavar="FILE", help="write every result to FILE")
+    layers.add_argument("--plot", type=Path, metavar="FILE", help="draw the error there")
     numbers = commands.add_parser(
         "verify", help="compare every op, penalty and a training run with plain PyTorch in float64"
     )
@@ -53,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers.add_argument("--quick", action="store_true", help="two shapes per op and a shorter training run")
     numbers.add_argument("--critic", metavar="module:Class", help="test the penalties of this critic only")
     numbers.add_argument("--input", metavar="NxCxHxW", help="shape of its batch, such as 64x3x32x32")
+    numbers.add_argument(
+        "--penalty",
+        metavar="module:function",
+        help="what this function of (critic, real, fake) is, and its mistakes",
+    )
     commands.add_parser("bench", help="measure times against eager PyTorch and the machine's limits", add_help=False)
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
     commands.add_parser("reproduce", help="reproduce published results", add_help=False)
@@ -73,12 +88,73 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if options.approximate:
+        return _approximate(options)
+    for name in ("sigmas", "draws", "json", "plot"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: expected with --approximate")
     from gpkernels.critic.explain import explain
 
     critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
+    _warn(options, critic, example)
     with critic_errors(options):
         print(explain(critic, example))
     return 0
+
+
+def _warn(options: argparse.Namespace, critic: Callable[..., Any], example: torch.Tensor) -> None:
+    """Tell a critic's mistakes; UserError for scores that no penalty can be had of."""
+    from gpkernels.verify.lint_critic import NO_GRADIENT, lint_critic
+
+    with critic_errors(options):
+        findings = lint_critic(critic, example)
+    for finding in findings:
+        if finding.mistake == NO_GRADIENT:
+            raise UserError(f"{options.critic} on {options.input}: {finding}")
+        print(f"warning: {finding}", file=sys.stderr)
+
+
+def _approximate(options: argparse.Namespace) -> int:
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot: needs matplotlib; install it with: pip install 'gpkernels[bench]'")
+    from gpkernels.bench.approximate import DRAWS, SIGMAS, compare, write_json
+
+    sigmas = SIGMAS if options.sigmas is None else tuple(_positive("--sigmas", s) for s in options.sigmas.split(","))
+    torch.manual_seed(0)
+    critic, real = load_critic(options.critic), torch.randn(shape_of(options.input))
+    if not isinstance(critic, torch.nn.Module):
+        raise UserError(f"{options.critic}: expected a torch.nn.Module, got {type(critic).__name__}")
+    with critic_errors(options):
+        found = compare(critic, real, sigmas, DRAWS if options.draws is None else options.draws)
+    print(found)
+    if options.json:
+        with _written("--json", options.json):
+            write_json(options.json, found)
+    if options.plot:
+        from gpkernels.bench.approximate_plot import plot
+
+        with _written("--plot", options.plot):
+            plot(options.plot, found, f"{options.critic}, {options.input}")
+    return 0
+
+
+def _positive(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise UserError(f"{option}: expected numbers above 0, such as 0.01,0.1, got {text!r}")
+    return value
+
+
+@contextmanager
+def _written(option: str, path: Path) -> Iterator[None]:
+    """A UserError for a file that cannot be written; ValueError is matplotlib's, for a format that it does not know."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -92,8 +168,12 @@ def _verify(options: argparse.Namespace) -> int:
     names = _among("--op", options.op, run.NAMES, run.NAMES)
     dtypes = _among("--dtype", options.dtype, tuple(DTYPES), tuple(DTYPES))
     own = ""
-    if mine := own_critic(options):
+    mine = own_critic(options)
+    if options.penalty:
+        return _penalty(options, mine)
+    if mine:
         own = f"--critic {options.critic} --input {options.input}"
+        _warn(options, mine[0], torch.randn(mine[1]))
         with critic_errors(options):
             results = list(run.check_own(*mine, options.critic, chosen))
     else:
@@ -102,15 +182,28 @@ def _verify(options: argparse.Namespace) -> int:
     failed = run.failures(results, own)
     print("\n".join(failed) if failed else f"{len(results)} cases, none failed")
     if options.json:
-        try:
+        with _written("--json", options.json):
             run.write_json(options.json, results)
-        except OSError as error:
-            raise UserError(f"--json {options.json}: {error.strerror or error}") from None
     return 1 if failed else 0
 
 
+def _penalty(options: argparse.Namespace, mine: tuple[torch.nn.Module, list[int]] | None) -> int:
+    """1 where a user's own penalty has mistakes."""
+    from gpkernels.verify.lint_penalty import lint_penalty
+
+    if mine is None:
+        raise UserError("--penalty: expected with --critic and --input")
+    function = load("penalty", options.penalty, "module:function")
+    torch.manual_seed(0)
+    real, fake = torch.randn(mine[1]), 0.3 + 0.7 * torch.randn(mine[1])
+    with critic_errors(options):
+        told = lint_penalty(function, mine[0], real, fake)
+    print(f"{options.penalty}: {told}")
+    return 1 if told.findings else 0
+
+
 def _among(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> Sequence[str]:
-    """Return the given names or the default; UserError for an unknown name."""
+    """What was given, or the default; UserError for what is not known."""
     for name in given or ():
         if name not in known:
             raise UserError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
@@ -118,7 +211,7 @@ def _among(option: str, given: Sequence[str] | None, known: Sequence[str], defau
 
 
 def _training_suite() -> ModuleType:
-    """Import the trainer's suite of `gpkernels bench`."""
+    """What `gpkernels bench` measures of the trainer."""
     try:
         return importlib.import_module("gptrainer.benchmark")
     except ImportError as error:
@@ -126,7 +219,7 @@ def _training_suite() -> ModuleType:
 
 
 def _trainer(command: str, *arguments: str) -> int:
-    # Checked beforehand: some are imported only at the end of a run.
+    # Asked beforehand: some are first imported when the run is over.
     missing = [name for name in ("gptrainer", *EXTRA) if importlib.util.find_spec(name) is None]
     if missing:
         lack = ", ".join(missing)

@@ -90,6 +90,26 @@ class SkipField(nn.Module):
         return self.top(h)
 
 
+class Transformer(nn.Module):
+    """Encoder layers with LayerNorm in front and PyTorch's fused attention, a mean over tokens, Linear."""
+
+    def __init__(self, features: int, width: int = 64, heads: int = 4, depth: int = 2, tokens: int = 16) -> None:
+        super().__init__()
+        self.input = nn.Linear(features, width)
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
+        self.top = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.input(x) + self.position
+        for layer in self.layers:
+            h = layer(h)
+        return self.top(h.mean(1))
+
+
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------
 
 

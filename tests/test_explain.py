@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gpkernels as gpk
 from critics import ResidualCritic, mlp
 from gpkernels import cli
-from gpkernels.critic.explain import Explanation
+from gpkernels.critic.explanation import Explanation
 
 ONE_BATCH = "can be processed as one batch"
 APART = "are processed one group after the other"

@@ -306,8 +306,9 @@ def test_compiled(name: str, backend: str) -> None:
         torch._dynamo.reset()
         model = make()
         x = torch.randn(shape, dtype=torch.float64)
-        loss = lambda way, x: LOSSES["of both"](*way(model, x))  # noqa: E731
-        step = torch.compile(lambda x: loss(gpk.value_and_input_gradient, x), backend=backend, fullgraph=True)  # noqa: B023
+        loss = lambda way, x, model=model: LOSSES["of both"](*way(model, x))  # noqa: E731
+        ours_of = lambda x, loss=loss: loss(gpk.value_and_input_gradient, x)  # noqa: E731
+        step = torch.compile(ours_of, backend=backend, fullgraph=True)
         for _ in range(3):
             x = x.detach().clone().requires_grad_(trains)
             leaves = [*model.parameters(), *([x] if trains else [])]
@@ -323,7 +324,7 @@ def test_bad_input_names_the_argument() -> None:
     model = nn.Linear(3, 1)
     with pytest.raises(TypeError, match="model: expected a module or a callable, got int"):
         gpk.input_gradient(3, x)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="x: expected a dense floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x: expected a dense floating-point tensor, got torch.int64"):
         gpk.input_gradient(model, torch.arange(3))
     with pytest.raises(
         TypeError, match="x: expected a floating-point tensor, or a tuple, list or dict of them, got tuple"

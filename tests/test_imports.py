@@ -19,7 +19,7 @@ ROOMS = (
     ("registration",),
     ("critic",),
     ("gradients",),
-    ("penalties",),
+    ("penalties", "approximate"),
     ("losses", "compiler"),
     ("gpkernels",),
     ("info", "arguments"),
