@@ -198,7 +198,7 @@ class Reader {
     }
     if (const auto* dropout = dynamic_cast<const Dropout*>(node.get())) key.number(dropout->train.value_or(true));
     const auto found = names_.find(name);
-    if (found == names_.end()) return;
+    if (found == names_.end() || (found->second.saved.empty() && found->second.constants.empty())) return;
     const py::object wrapped = wrapped_in_python(node);
     for (const py::object& attribute : found->second.saved) {
       const py::object value = wrapped.attr(attribute);

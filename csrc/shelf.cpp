@@ -34,36 +34,45 @@ struct Done {
 
 constexpr size_t kValues = 4;
 
+// How the critic is called: for each call the places of its samples, as in ``Caller::batches``, and whether the
+// gradient at them is wanted. pools: whether a score may be that of several samples. tag: stands for all that is done.
+// alone: the place of the value that is asked for, the first where all are.
+struct How {
+  Places places;
+  std::vector<bool> moves;
+  bool pools;
+  int64_t tag;
+  size_t alone;
+};
+
 // Programs by all that they depend on.
 class Shelf {
  public:
   Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
 
-  // Calls the critic with each batch and goes through the passes. tensors, places, moves: as in ``Caller::batches``;
-  // log: what was watched of one of as many rows as a part has. of: the place of the value that gets the gradients.
-  // Gives the values; else (what came of the calls, key or None); None, before anything is called, where it is not for
-  // here.
-  py::object step(const py::object& critic, const py::tuple& tensors, const Places& places,
-                  const std::vector<bool>& moves, const std::shared_ptr<Log>& log, bool pools, const py::tuple& args,
-                  const py::dict& kwargs, int64_t tag, double weight, size_t of) {
-    std::vector<at::Tensor> inputs = caller_.batches(tensors, places, moves);
+  // Calls the critic with each batch and goes through the passes. tensors: as in ``Caller::batches``; log: what was
+  // watched of one of as many rows as a part has. Gives the values, or the one that is asked for; else (what came of
+  // the calls, key or None); None, before anything is called, where it is not for here.
+  py::object step(const py::object& critic, const py::tuple& tensors, const How& how, const std::shared_ptr<Log>& log,
+                  const py::tuple& args, const py::dict& kwargs, double weight) {
+    std::vector<at::Tensor> inputs = caller_.batches(tensors, how.places, how.moves);
     if (inputs.empty()) return py::none();
     py::list made;
     std::vector<Called> calls;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const at::Tensor& x = inputs[i];
       const uint64_t start = at::sequence_number::peek();
-      const int64_t rows = x.size(0) / int64_t(places[i].size());
+      const int64_t rows = x.size(0) / int64_t(how.places[i].size());
       const py::object output = Caller::called(critic, x, rows, log, args, kwargs);
       made.append(py::make_tuple(output, wrapped(x), start));
       std::vector<at::Tensor> outputs = Caller::outputs_of(output);
-      const bool fit =
-          !outputs.empty() && (pools || outputs[0].numel() >= x.size(0)) && (!moves[i] || outputs[0].requires_grad());
+      const bool fit = !outputs.empty() && (how.pools || outputs[0].numel() >= x.size(0)) &&
+                       (!how.moves[i] || outputs[0].requires_grad());
       if (!fit) return py::make_tuple(made, py::none());
       calls.push_back({std::move(outputs), x, start});
     }
     Key key;
-    key.number(tag);
+    key.number(how.tag);
     std::optional<Done> done = finish(
         calls,
         [&made, &inputs] {
@@ -80,13 +89,15 @@ class Shelf {
         to.push_back(done->leaves[i]);
       }
     results.resize(kValues);
-    for (at::Tensor& value : results)
-      if (!value.defined()) value = at::zeros_like(results[of]);
+    at::Tensor& value = results[how.alone];
     if (!to.empty()) {
       const at::AutoGradMode enabled(true);
-      at::Tensor value = std::move(results[of]);
-      results[of] = delivered(value, std::move(gradients), to);
+      value = delivered(value, std::move(gradients), to);
     }
+    if (how.alone) return wrapped(value);
+    const at::NoGradGuard no_graph;
+    for (at::Tensor& other : results)
+      if (!other.defined()) other = at::zeros_like(value);
     return py::tuple(listed(results));
   }
 
@@ -212,6 +223,7 @@ void add_shelf(pybind11::module_& module) {
   py::class_<Check>(module, "Check")
       .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),
            py::arg() = py::none());
+  py::class_<How>(module, "How").def(py::init<Places, std::vector<bool>, bool, int64_t, size_t>());
   py::class_<Shelf>(module, "Shelf")
       .def(py::init<py::dict, size_t>())
       .def("step", &Shelf::step)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from gpkernels.ops.tensors import accumulation_dtype
 from gpkernels.private import dual_level
 
 NOTHING: Mapping[str, Any] = {}
+Calls = tuple[tuple[tuple[str, bool], ...], ...]
 Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
 
 
@@ -90,8 +91,8 @@ class _Shelf:
         self._tags: dict[Any, int] = {}
         self._count = count()
 
-    def _tag(self, how: How) -> int:
-        key = how.task, how.calls
+    def _tag(self, task: Task, calls: Calls) -> int:
+        key = task, calls
         tag = self._tags.get(key)
         if tag is None:
             if len(self._tags) >= program.CAPACITY:
@@ -108,8 +109,8 @@ class _Shelf:
         log: Log | None = None,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
-    ) -> tuple[Any, ...] | None:
-        """The four values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
+    ) -> Any:
+        """The four values, the first with its gradients, or that of a penalty alone; or what the critic gave in each
         call, and the key to ``keep`` a program under; None where C++ has no say and nothing was called.
 
         tensors: fake, real, and where the gradient is penalised; as tuple of a ``Between``.
@@ -117,12 +118,13 @@ class _Shelf:
         if _others_look_on() or dual_level() >= 0:
             return None
         logged = None if log is None else log.native()
-        with uncompiled():
-            found: tuple[Any, ...] | None = native().step(
-                *(critic, tensors, how.places, how.moves, logged, how.task.by_point, args, kwargs),
-                *(self._tag(how), weight, PENALTY if how.task.adversarial is None else LOSS),
+        if how.native is None:
+            alone = PENALTY if how.task.adversarial is None else LOSS
+            how.native = backends.program.How(
+                how.places, how.moves, how.task.by_point, self._tag(how.task, how.calls), alone
             )
-        return found
+        with uncompiled():
+            return native().step(critic, tensors, how.native, logged, args, kwargs, weight)
 
     def by_autograd(
         self,
@@ -147,7 +149,7 @@ class _Shelf:
         say."""
         if _others_look_on():
             return None
-        tag = self._tag(How(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]), [], [], []))
+        tag = self._tag(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]))
         found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, weight, number(1.0, weight))
         if found is None or type(found) is bytes:
             return found
@@ -174,21 +176,20 @@ def forget() -> None:
         native().clear()
 
 
-class How(NamedTuple):
-    """What is done with the critic: its calls, each with groups of samples by name and whether they are penalised."""
+class How:
+    """What is done with the critic: its calls, each with groups of samples by name and whether they are penalised.
 
-    task: Task
-    calls: tuple[tuple[tuple[str, bool], ...], ...]
-    places: list[list[int]]  # of the groups' samples among fake, real and points
-    moves: list[bool]  # whether the gradient at a call's samples is wanted
-    kinds: list[int]  # the score loss of each call's first group, by ``ScoreLoss``; -1: it has none
+    places: of the groups' samples among fake, real and points. moves: whether the gradient at a call's samples is
+    wanted. kinds: the score loss of each call's first group, by ``ScoreLoss``; -1: it has none.
+    """
 
-    @staticmethod
-    def of(task: Task, calls: tuple[tuple[tuple[str, bool], ...], ...]) -> How:
-        places = [[PLACES[name] for name, _ in call] for call in calls]
+    def __init__(self, task: Task, calls: Calls) -> None:
+        self.task, self.calls = task, calls
+        self.places = [[PLACES[name] for name, _ in call] for call in calls]
+        self.moves = [any(penalised for _, penalised in call) for call in calls]
         scored = {} if task.adversarial is None else {"real": task.adversarial.real, "fake": task.adversarial.fake}
-        kinds = [scored.get(call[0][0], -1) for call in calls]
-        return How(task, calls, places, [any(penalised for _, penalised in call) for call in calls], kinds)
+        self.kinds = [scored.get(call[0][0], -1) for call in calls]
+        self.native: Any = None  # the same for ``_Shelf.step``
 
 
 PLACES = {"fake": 0, "real": 1, "again": 1, "points": 2}

@@ -18,7 +18,7 @@ from gpkernels.critic.by_autograd import losses, penalty_of, plainly
 from gpkernels.critic.call import Group, call, call_plainly
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
-from gpkernels.critic.run import PENALTY, How, Results, Signed, made, number, run, shelf
+from gpkernels.critic.run import How, Results, Signed, made, number, run, shelf
 from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
 
@@ -47,8 +47,8 @@ def penalty_on_gradient(
         (one,) = call_plainly(critic, [Group("points", points, True)], *more, by_point, found or ())
         return penalty_of(one, task)
     begun = shelf.step(critic, given, how, 1.0, None, *more) if wanted else None
-    if begun is not None and len(begun) == 4:
-        return begun[PENALTY]
+    if isinstance(begun, Tensor):
+        return begun
     before, key = begun or ((), None)
     with torch.no_grad():
         groups = [Group("points", points, True)]
@@ -59,7 +59,7 @@ def penalty_on_gradient(
 
 @lru_cache(64)
 def _how_of_a_penalty(task: Task) -> How:
-    return How.of(task, ((("points", True),),))
+    return How(task, ((("points", True),),))
 
 
 class Begun(NamedTuple):
@@ -175,8 +175,8 @@ def _hows(task: Task, shared: str | None, penalised: bool) -> tuple[How, How]:
     groups = [(name, name == shared) for name in names]
     if penalised and shared is None:
         groups.append(("points", True))
-    apart = How.of(task, tuple([(group,) for group in groups]))
-    return apart, How.of(task, (tuple(sorted(groups, key=lambda group: group[1])),))
+    apart = How(task, tuple([(group,) for group in groups]))
+    return apart, How(task, (tuple(sorted(groups, key=lambda group: group[1])),))
 
 
 def _go_at_once(batch: Tensor, task: Task) -> bool:
