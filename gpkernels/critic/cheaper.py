@@ -1,7 +1,8 @@
 """Calls that give the same for less, where a call costs more than its arithmetic.
 
-PyTorch gives nearly every convolution on a CPU to oneDNN, which takes several times as long as PyTorch's own loop over
-samples for images as small as those that penalties are tried out on: it looks up a primitive and orders weights anew.
+PyTorch gives nearly every convolution on a CPU to oneDNN. For images as small as those that penalties are tried out on
+this takes two to four times as long as PyTorch's own loop over the samples, as weights are laid out anew in every call;
+and for the few channels of an image its gradient of the input takes as much longer whatever the size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gpkernels.private import small_convolution, small_convolution_backward
 
 aten = torch.ops.aten
 MOST_FLOPS, MOST_SAMPLES = 1 << 21, 8  # above, oneDNN is as fast
-NARROW = 4  # input channels: for so few oneDNN's gradient of the input is slow, whatever the size
+FEW_CHANNELS = 4
 
 
 def cheaper(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
@@ -27,49 +28,53 @@ def cheaper(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callab
 
 
 def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Callable[[], Tensor] | None:
-    stride, padding, *rest = geometry
-    if not _is_small(x, w, stride, padding, rest):
+    if not (_fits(x, w, geometry) and _is_small(x, w, geometry)):
         return None
-    call = lambda x, w, *sides: small_convolution(x, w, list(w.shape[2:]), bias, *sides)  # noqa: E731
-    if x.dim() == 4:
-        return lambda: call(x, w, stride, padding)
-    return lambda: call(x.unsqueeze(2), w.unsqueeze(2), [1, *stride], [0, *padding]).squeeze(2)
+
+    def call() -> Tensor:
+        planes, kernels, *sides = _in_planes([x, w], geometry)
+        y: Tensor = small_convolution(planes, kernels, list(kernels.shape[2:]), bias, *sides)
+        return y if x.dim() == 4 else y.squeeze(2)
+
+    return call
 
 
 def _convolution_backward(
     c: Tensor, x: Tensor, w: Tensor, bias: Sequence[int] | None, *more: Any
 ) -> Callable[[], list[Tensor | None]] | None:
     *geometry, mask = more
-    stride, padding, *rest = geometry
-    narrow = x.shape[1] <= NARROW and mask == [True, False, False]
-    if not _is_small(x, w, stride, padding, rest, narrow):
+    of_few = x.shape[1] <= FEW_CHANNELS and mask == [True, False, False]
+    if not (_fits(x, w, geometry) and (of_few or _is_small(x, w, geometry))):
         return None
-    call = (
-        lambda c, x, w, *sides: small_convolution_backward(  # noqa: E731
-            c.contiguous(), x, w, list(w.shape[2:]), *sides, mask
-        )
-    )
-    if x.dim() == 4:
-        return lambda: call(c, x, w, stride, padding)
-    lifted = lambda: call(*(u.unsqueeze(2) for u in (c, x, w)), [1, *stride], [0, *padding])  # noqa: E731
-    return lambda: [u if u is None or u.dim() < 4 else u.squeeze(2) for u in lifted()]
+
+    def call() -> list[Tensor | None]:
+        *tensors, kernels, stride, padding = _in_planes([c.contiguous(), x, w], geometry)
+        found = small_convolution_backward(*tensors, kernels, list(kernels.shape[2:]), stride, padding, mask)
+        return [u if u is None or x.dim() == 4 or u.dim() == 1 else u.squeeze(2) for u in found]
+
+    return call
 
 
-def _is_small(
-    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], rest: Sequence[Any], narrow: bool = False
-) -> bool:
-    """Whether oneDNN would be asked, and should not be. narrow: as it takes long whatever the size."""
-    dilation, transposed, _, groups = rest
-    if x.device.type != "cpu" or not x.dtype == w.dtype == torch.float32 or x.dim() not in (3, 4) or not x.numel():
-        return False
-    if transposed or groups != 1 or prod(dilation) != 1 or prod(w.shape[2:]) == 1:
-        return False
-    if not (x.is_contiguous() and w.is_contiguous()):  # that loop is for one layout alone
-        return False
-    if narrow or x.shape[0] > MOST_SAMPLES:
-        return narrow
-    sides = zip(x.shape[2:], w.shape[2:], stride, padding, strict=True)
-    return 2 * x.shape[0] * w.numel() * prod((n + 2 * p - k) // s + 1 for n, k, s, p in sides) <= MOST_FLOPS
+def _fits(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
+    """Whether oneDNN would be asked, and the loop can do it, which is for one layout."""
+    _, _, dilation, transposed, _, groups = geometry
+    plain = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and x.dim() in (3, 4) and x.numel() > 0
+    spread = prod(w.shape[2:]) > 1 and not transposed and groups == 1 and prod(dilation) == 1
+    return plain and spread and x.is_contiguous() and w.is_contiguous()
+
+
+def _is_small(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
+    sides = zip(x.shape[2:], w.shape[2:], geometry[0], geometry[1], strict=True)
+    places = prod((n + 2 * padding - k) // stride + 1 for n, k, stride, padding in sides)
+    return x.shape[0] <= MOST_SAMPLES and 2 * x.shape[0] * w.numel() * places <= MOST_FLOPS
+
+
+def _in_planes(tensors: Sequence[Tensor], geometry: Sequence[Any]) -> list[Any]:
+    """The tensors, stride and padding in two dimensions."""
+    stride, padding, *_ = geometry
+    if len(stride) == 2:
+        return [*tensors, stride, padding]
+    return [*(x.unsqueeze(2) for x in tensors), [1, *stride], [0, *padding]]
 
 
 _OTHERS: dict[Any, Callable[..., Any]] = {
