@@ -21,7 +21,7 @@ from torch.compiler import is_compiling, is_exporting
 from gpkernels.critic.call import Group, scores_of
 from gpkernels.critic.double_backward import depth, fast_double_backward
 from gpkernels.critic.parts import Between, Task, points_of
-from gpkernels.critic.step import penalty_on_gradient
+from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
 from gpkernels.ops.checks import check_batch, check_eps, check_nonnegative, check_pair
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
 from gpkernels.ops.instance_noise import instance_noise_op
@@ -52,14 +52,25 @@ def gradient_penalty(
     per sample; if None it is drawn as ``torch.rand(N, 1, ..., 1)`` draws it, by ``generator`` if given. critic_args,
     critic_kwargs: further inputs, such as labels, passed after x and not differentiated.
     """
-    check_pair("real", real, "fake", fake)
     target = check_nonnegative("target", target)
+    how = target, bool(one_sided), critic_args, critic_kwargs
+    begun = None if eps is None else _at_once(critic, Between(real, fake, eps), *how)
+    if isinstance(begun, Tensor):
+        return begun
+    check_pair("real", real, "fake", fake)
     if eps is not None:
         check_eps(eps, real)
     eps = draw_eps(real, generator) if eps is None else eps
     real, fake = promote(real, fake)
-    points = Between(real, fake, eps)
-    return _penalty(critic, points, target, bool(one_sided), critic_args, critic_kwargs)
+    return _penalty(critic, Between(real, fake, eps), *how, begun=begun)
+
+
+def _at_once(critic: Critic, points: Between, *how: Any) -> Tensor | Begun | None:
+    """The penalty by C++, which refuses what it finds odd; None leaves that to the checks."""
+    if is_compiling() or transformed() or depth() or not callable(critic):
+        return None
+    _warn_of_batch_norm(critic)
+    return penalty_at_once(critic, points, *how)
 
 
 def r1_penalty(critic: Critic, real: Tensor) -> Tensor:
@@ -119,11 +130,13 @@ def _penalty(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     by_point: bool = False,
+    begun: Begun | None = None,
 ) -> Tensor:
     """The penalty at the points; of PyTorch's own operations where more derivatives are to be taken."""
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
-    eagerly = lambda: penalty_on_gradient(critic, points, target, one_sided, args, kwargs, by_point)  # noqa: E731
+    how = target, one_sided, args, kwargs, by_point, begun
+    eagerly = lambda: penalty_on_gradient(critic, points, *how)  # noqa: E731
     if is_compiling() and not transformed():
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 

@@ -22,6 +22,37 @@ from gpkernels.critic.run import How, Results, Signed, made, number, run, shelf
 from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
 
+class Begun(NamedTuple):
+    """What C++ could not finish. before, key: what came of the critic's calls, apart or as one batch."""
+
+    as_one: bool
+    before: Sequence[Any]
+    key: bytes | None
+
+
+def penalty_at_once(
+    critic: Any,
+    points: Tensor | Between,
+    target: float,
+    one_sided: bool,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    by_point: bool = False,
+) -> Tensor | Begun | None:
+    """``penalty_on_gradient`` in C++, if that knows how to and finds nothing wrong with the tensors; None otherwise."""
+    batch = points if isinstance(points, Tensor) else points.real
+    if not torch.is_grad_enabled() or not isinstance(batch, Tensor):
+        return None
+    how = _how_of_a_penalty(target, one_sided, by_point)
+    given = None, None, points if isinstance(points, Tensor) else tuple(points)
+    more = tuple(args), dict(kwargs or {})
+    if plainly.has(critic, batch):
+        found = shelf.by_autograd(critic, given, how, 1.0, *more)
+        return Begun(False, found, None) if isinstance(found, list) else found
+    found = shelf.step(critic, given, how, 1.0, None, *more)
+    return Begun(False, *found) if isinstance(found, tuple) else found
+
+
 def penalty_on_gradient(
     critic: Any,
     points: Tensor | Between,
@@ -30,44 +61,31 @@ def penalty_on_gradient(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     by_point: bool = False,
+    begun: Begun | None = None,
 ) -> Tensor:
     """Mean (|grad| - target)^2 of the summed scores at the points, weight gradients included.
 
-    by_point: the norm is over the last axis alone.
+    by_point: the norm is over the last axis alone. begun: what there is of it.
     """
+    found = penalty_at_once(critic, points, target, one_sided, args, kwargs, by_point) if begun is None else begun
+    if isinstance(found, Tensor):
+        return found
+    before, key = ((), None) if found is None else (found.before, found.key)
     wanted = torch.is_grad_enabled()
     task = Task(None, target, one_sided, by_point, None, wanted)
-    how = _how_of_a_penalty(task)
-    given = None, None, points if isinstance(points, Tensor) else tuple(points)
-    more = tuple(args), dict(kwargs or {})
+    groups = [Group("points", points, True)]
     if wanted and plainly.has(critic, points if isinstance(points, Tensor) else points.real):
-        found = shelf.by_autograd(critic, given, how, 1.0, *more)
-        if isinstance(found, Tensor):
-            return found
-        (one,) = call_plainly(critic, [Group("points", points, True)], *more, by_point, found or ())
+        (one,) = call_plainly(critic, groups, tuple(args), kwargs, by_point, before)
         return penalty_of(one, task)
-    begun = shelf.step(critic, given, how, 1.0, None, *more) if wanted else None
-    if isinstance(begun, Tensor):
-        return begun
-    before, key = begun or ((), None)
     with torch.no_grad():
-        groups = [Group("points", points, True)]
         passes = made(critic, [groups], task, args=args, kwargs=kwargs, before=before)
-        (_, _, value, _), found, _ = run(passes, task, number(1.0, groups[0].batch), key)
-    return deliver(value, found) if wanted else value
+        (_, _, value, _), gradients, _ = run(passes, task, number(1.0, groups[0].batch), key)
+    return deliver(value, gradients) if wanted else value
 
 
 @lru_cache(64)
-def _how_of_a_penalty(task: Task) -> How:
-    return How(task, ((("points", True),),))
-
-
-class Begun(NamedTuple):
-    """A step that C++ could not finish. before, key: what came of the critic's calls, apart or as one batch."""
-
-    as_one: bool
-    before: Sequence[Any]
-    key: bytes | None
+def _how_of_a_penalty(target: float, one_sided: bool, by_point: bool) -> How:
+    return How(Task(None, target, one_sided, by_point, None, True), ((("points", True),),))
 
 
 def step_at_once(
