@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from gpkernels.critic.rules import images, normalisation, pairs, piecewise, products, reductions, shapes, smooth
+from gpkernels.critic.rules import (
+    images,
+    normalisation,
+    pairs,
+    piecewise,
+    products,
+    recurrent,
+    reductions,
+    shapes,
+    smooth,
+)
 from gpkernels.critic.rules.base import Rule
 
 RULES: dict[str, type[Rule]] = {
     name: rule
-    for family in (piecewise, smooth, pairs, products, shapes, reductions, images, normalisation)
+    for family in (piecewise, smooth, pairs, products, shapes, reductions, images, normalisation, recurrent)
     for rule in family.RULES
     for name in rule.names
 }
