@@ -43,6 +43,7 @@ class Mixer {
   Mixer() : op_(op("gpkernels::interpolate")) {}
 
   at::Tensor operator()(const at::Tensor& real, const at::Tensor& fake, const at::Tensor& eps) const {
+    const at::AutoDispatchBelowADInplaceOrView below;  // the inputs are detached
     torch::jit::Stack stack{real, fake, eps};
     op_.callBoxed(stack);
     return std::move(stack[0]).toTensor();
@@ -136,8 +137,7 @@ class Caller {
     const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() &&
                       eps->size(0) == eps->numel() && (eps->dim() == 1 || eps->dim() == real->dim());
     if (!fits) return {};
-    const at::NoGradGuard no_graph;
-    return mix_(real->detach(), fake->detach(), eps->detach());
+    return mix_(*real, *fake, *eps);
   }
 
   static bool is_batch(const at::Tensor& x) { return is_floating(x) && x.dim() && x.size(0); }

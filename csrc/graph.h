@@ -3,7 +3,6 @@
 #pragma once
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -14,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-namespace py = pybind11;
+#include "nodes.h"
 
 using Dropout = torch::autograd::generated::NativeDropoutBackward0;
 using torch::autograd::Edge;
@@ -30,56 +29,9 @@ inline at::Tensor handle_of(const Edge& edge) {
   return made;
 }
 
-// Serialised facts, each with its length where that varies.
-class Key {
- public:
-  void number(int64_t x) { bytes_.append(reinterpret_cast<const char*>(&x), sizeof(x)); }
-  void text(const char* data, size_t size) {
-    number(int64_t(size));
-    bytes_.append(data, size);
-  }
-  void sizes(at::IntArrayRef x) {
-    number(int64_t(x.size()));
-    for (const int64_t n : x) number(n);
-  }
-  void kind(at::ScalarType type, at::Device device) {
-    number(int64_t(type) << 32 | int64_t(device.type()) << 16 | int64_t(uint8_t(device.index())));
-  }
-  void tensor(const at::Tensor& x) {
-    sizes(x.sizes());
-    sizes(x.strides());
-    kind(x.scalar_type(), x.device());
-  }
-  // A constant of a node: None, numbers, strings, and tuples of them.
-  void constant(const py::handle& x) {
-    if (PyTuple_Check(x.ptr()) || PyList_Check(x.ptr())) {
-      const py::sequence items = py::reinterpret_borrow<py::sequence>(x);
-      number(int64_t(items.size()));
-      for (const py::handle& item : items) constant(item);
-    } else if (PyFloat_CheckExact(x.ptr())) {
-      const double value = PyFloat_AS_DOUBLE(x.ptr());
-      bytes_.push_back('f');
-      bytes_.append(reinterpret_cast<const char*>(&value), sizeof(value));
-    } else if (PyBool_Check(x.ptr())) {
-      bytes_.push_back(x.ptr() == Py_True ? 't' : 'F');
-    } else if (PyLong_CheckExact(x.ptr())) {
-      bytes_.push_back('i');
-      number(int64_t(PyLong_AsUnsignedLongLongMask(x.ptr())));
-    } else if (x.is_none()) {
-      bytes_.push_back('n');
-    } else {
-      const std::string value = py::str(x);
-      text(value.data(), value.size());
-    }
-  }
-  const std::string& bytes() const { return bytes_; }
-
- private:
-  std::string bytes_;
-};
-
 struct Names {
   std::vector<py::object> saved, constants;  // attributes
+  const Typed* typed = nullptr;              // the same past Python
 };
 
 class Reader {
@@ -90,6 +42,7 @@ class Reader {
       const py::tuple both = attributes.cast<py::tuple>();
       for (const py::handle& attribute : both[0]) names.saved.push_back(interned(attribute));
       for (const py::handle& attribute : both[1]) names.constants.push_back(interned(attribute));
+      names.typed = typed_of(name.cast<std::string>(), both[0].cast<Attributes>(), both[1].cast<Attributes>());
       names_.emplace(name.cast<std::string>(), std::move(names));
     }
   }
@@ -198,7 +151,12 @@ class Reader {
     }
     if (const auto* dropout = dynamic_cast<const Dropout*>(node.get())) key.number(dropout->train.value_or(true));
     const auto found = names_.find(name);
-    if (found == names_.end()) return;
+    if (found == names_.end() || (found->second.saved.empty() && found->second.constants.empty())) return;
+    std::vector<const torch::autograd::SavedVariable*> saved;
+    if (found->second.typed && found->second.typed->read(*node, saved, key)) {
+      for (const auto* variable : saved) tensor(variable->unpack(node), key, to);
+      return;
+    }
     const py::object wrapped = wrapped_in_python(node);
     for (const py::object& attribute : found->second.saved) {
       const py::object value = wrapped.attr(attribute);
@@ -213,19 +171,24 @@ class Reader {
   }
 
   static void tensor(const py::handle& x, Key& key, Found& to) {
-    if (x.is_none()) {
+    tensor(x.is_none() ? at::Tensor() : THPVariable_Unpack(x.ptr()), key, to);
+  }
+
+  static void tensor(at::Tensor x, Key& key, Found& to) {
+    if (!x.defined()) {
       key.number(-4);
       to.saved.emplace_back();
       return;
     }
-    to.saved.push_back(THPVariable_Unpack(x.ptr()));
-    if (to.saved.back().unsafeGetTensorImpl()->is_wrapped_number()) {   // as in graph.py
+    PyObject* known = x.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+    key.number(!known || THPVariable_CheckExact(known) ? -5 : -6);
+    if (x.unsafeGetTensorImpl()->is_wrapped_number()) {                 // as in graph.py
       const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);  // a mode would see the number itself
-      to.saved.back() = to.saved.back().detach();
-      to.saved.back().unsafeGetTensorImpl()->set_wrapped_number(false);
+      x = x.detach();
+      x.unsafeGetTensorImpl()->set_wrapped_number(false);
     }
-    key.number(THPVariable_CheckExact(x.ptr()) ? -5 : -6);
-    key.tensor(to.saved.back());
+    key.tensor(x);
+    to.saved.push_back(std::move(x));
   }
 
   std::unordered_map<std::string, Names> names_;

@@ -41,37 +41,47 @@ at::Tensor detached(const at::Tensor& x) {
   return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), false));
 }
 
+// Calls of the critic: for each the places of its samples, as in ``Caller::batches``, and whether the gradient at them
+// is needed. pack: samples per score, 0: any. tag: identifies the work. alone: index of the only value that is
+// returned, 0 for all of them.
+struct How {
+  Places places;
+  std::vector<bool> moves;
+  int64_t pack;
+  int64_t tag;
+  size_t alone;
+};
+
 // Cache of programs, by everything that they depend on.
 class Shelf {
  public:
   Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
 
-  // Calls the critic with each batch and runs the program. tensors, places, moves: as in ``Caller::batches``; log:
-  // recorded calls for one part's rows; of: index of the value that receives the gradients. Returns the values; else
-  // (outputs of the calls, key or None); None, before any call, where this path does not apply.
-  py::object step(const py::object& critic, const py::tuple& tensors, const Places& places,
-                  const std::vector<bool>& moves, const std::shared_ptr<Log>& log, int64_t pack, const py::tuple& args,
-                  const py::dict& kwargs, int64_t tag, const std::vector<double>& weights, size_t of) {
-    std::vector<at::Tensor> inputs = caller_.batches(tensors, places, moves);
+  // Calls the critic with each batch and runs the program. tensors: as in ``Caller::batches``; log: recorded calls for
+  // one part's rows. Returns the values, or the one that is asked for; else (outputs of the calls, key or None); None,
+  // before any call, where this path does not apply.
+  py::object step(const py::object& critic, const py::tuple& tensors, const How& how, const std::shared_ptr<Log>& log,
+                  const py::tuple& args, const py::dict& kwargs, const std::vector<double>& weights) {
+    std::vector<at::Tensor> inputs = caller_.batches(tensors, how.places, how.moves);
     if (inputs.empty()) return py::none();
     py::list made;
     std::vector<Called> calls;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const at::Tensor& x = inputs[i];
       const uint64_t start = at::sequence_number::peek();
-      const int64_t rows = x.size(0) / int64_t(places[i].size());
+      const int64_t rows = x.size(0) / int64_t(how.places[i].size());
       const py::object output = Caller::called(critic, x, rows, log, args, kwargs);
       made.append(py::make_tuple(output, wrapped(x), start));
       std::vector<at::Tensor> outputs = Caller::outputs_of(output);
-      const bool fit = !outputs.empty() && (!pack || outputs[0].numel() * pack >= x.size(0)) &&
-                       (!moves[i] || outputs[0].requires_grad());
+      const bool fit = !outputs.empty() && (!how.pack || outputs[0].numel() * how.pack >= x.size(0)) &&
+                       (!how.moves[i] || outputs[0].requires_grad());
       if (!fit) return py::make_tuple(made, py::none());
       calls.push_back({std::move(outputs), x, start});
     }
     std::vector<at::Tensor> numbers{caller_.constant(1.0, inputs[0])};
     for (const double weight : weights) numbers.push_back(caller_.constant(weight, inputs[0]));
     Key key;
-    key.number(tag);
+    key.number(how.tag);
     std::optional<Done> done = finish(
         calls,
         [&made, &inputs] {
@@ -89,14 +99,15 @@ class Shelf {
         to.push_back(done->leaves[i]);
       }
     results.resize(values);
-    if (!of)  // of a penalty by itself nobody reads the others
-      for (at::Tensor& value : results)
-        if (!value.defined()) value = at::zeros_like(results[of]);
+    at::Tensor& value = results[how.alone];
     if (!to.empty()) {
       const at::AutoGradMode enabled(true);
-      at::Tensor value = std::move(results[of]);
-      results[of] = delivered(value, std::move(gradients), to);
+      value = delivered(value, std::move(gradients), to);
     }
+    if (how.alone) return wrapped(value);
+    const at::NoGradGuard no_graph;
+    for (at::Tensor& other : results)
+      if (!other.defined()) other = at::zeros_like(value);
     return py::tuple(listed(results));
   }
 
@@ -245,6 +256,7 @@ void add_shelf(pybind11::module_& module) {
   py::class_<Check>(module, "Check")
       .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),
            py::arg() = py::none());
+  py::class_<How>(module, "How").def(py::init<Places, std::vector<bool>, int64_t, int64_t, size_t>());
   py::class_<Shelf>(module, "Shelf")
       .def(py::init<py::dict, size_t>())
       .def("step", &Shelf::step)

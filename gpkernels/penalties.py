@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
@@ -29,10 +30,10 @@ from gpkernels.critic.call import Group, check_scores, scores_of
 from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gradient import Inputs
 from gpkernels.critic.parts import Between, Norm, Task, points_of
-from gpkernels.critic.step import penalty_on_gradient
+from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
 from gpkernels.gradients import gradient_of
 from gpkernels.ops.checks import check_batch, check_eps, check_nonnegative, check_pack, check_pair
-from gpkernels.ops.gradient_norm_penalty import check_power, check_reduction
+from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, check_power, check_reduction
 from gpkernels.ops.instance_noise import instance_noise_op
 from gpkernels.ops.interpolate import draw_eps
 from gpkernels.ops.philox import draw_key
@@ -91,11 +92,42 @@ def gradient_penalty(
         >>> loss = critic(fake).mean() - critic(real).mean() + 10 * gpkernels.gradient_penalty(critic, real, fake)
         >>> loss.backward()
     """
-    check_pair("real", real, "fake", fake)
     norm = _norm(target, reduction, one_sided, power)
+    plain = pack == 1 and not is_compiling()
+    if plain and eps is None and _alike(real, fake):
+        eps = draw_eps(real, generator)
+    begun = None
+    if plain and eps is not None:
+        found = _at_once(critic, Between(real, fake, eps), norm, critic_args, critic_kwargs)
+        if isinstance(found, Tensor):
+            return found
+        begun = found
+    check_pair("real", real, "fake", fake)
     eps = eps_of(real, eps, generator, check_pack("real", real, pack))
     real, fake = promote(real, fake)
-    return _penalty(critic, Between(real, fake, eps), norm, pack, critic_args, critic_kwargs)
+    return _penalty(critic, Between(real, fake, eps), norm, pack, critic_args, critic_kwargs, begun)
+
+
+def _alike(real: object, fake: object) -> bool:
+    """Whether the usual checks will find nothing wrong with a pair of batches."""
+    if not (isinstance(real, Tensor) and isinstance(fake, Tensor)):
+        return False
+    return real.dim() > 0 and real.shape == fake.shape and real.dtype == fake.dtype and real.is_floating_point()
+
+
+def _at_once(
+    critic: Critic, points: Between, norm: Norm, args: Sequence[Any], kwargs: Kwargs | None
+) -> Tensor | Begun | None:
+    """Compute the penalty in C++, which declines whatever the checks would refuse."""
+    if transformed() or depth() or not callable(critic) or norm.reduction == REDUCTIONS["none"]:
+        return None
+    warn_of_batch_norm(critic)
+    return penalty_at_once(critic, points, _task(norm, torch.is_grad_enabled(), 1), args, kwargs)
+
+
+@lru_cache(64)
+def _task(norm: Norm, gradients: bool, pack: int) -> Task:
+    return Task(None, (("points", norm),), None, gradients, pack)
 
 
 def r1_penalty(
@@ -286,15 +318,15 @@ def _penalty(
     pack: int,
     args: Sequence[Any] = (),
     kwargs: Kwargs | None = None,
+    begun: Begun | None = None,
 ) -> Tensor:
     """The penalty at the points; of PyTorch's own operations where more derivatives are to be taken."""
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
-    alone = norm.reduction == check_reduction("none")
-    if alone or transformed() or (depth() and not is_compiling()):
+    if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
         return _of_gradient(critic, points, norm, pack, args, kwargs)
-    task = Task(None, (("points", norm),), None, torch.is_grad_enabled(), pack)
-    eagerly = lambda: penalty_on_gradient(critic, points, task, args, kwargs)  # noqa: E731
+    task = (_task.__wrapped__ if is_compiling() else _task)(norm, torch.is_grad_enabled(), pack)
+    eagerly = lambda: penalty_on_gradient(critic, points, task, args, kwargs, begun)  # noqa: E731
     if is_compiling():
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 

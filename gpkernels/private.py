@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,6 +59,9 @@ is_legacy_batched: Callable[[Tensor], bool] = _functorch.is_legacy_batchedtensor
 # One launch for lists of tensors; documented, though their names begin with an underscore.
 foreach_add, foreach_add_ = torch._foreach_add, torch._foreach_add_
 foreach_mul, foreach_mul_ = torch._foreach_mul, torch._foreach_mul_
+# Convolutions on a CPU by PyTorch's own loop, which a public call leaves to oneDNN.
+small_convolution = torch.ops.aten._slow_conv2d_forward.default
+small_convolution_backward = torch.ops.aten._slow_conv2d_backward.output_mask
 # The call in a compiler's graph where the author's code switches grad mode, as in no_grad.
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 # Base class of every BatchNorm, lazy and synchronised ones included.
@@ -115,7 +118,16 @@ def compile_nothing() -> Any:
     ``torch.compiler.set_stance`` does the same at many times the cost.
     """
     frames = compiler()
-    return None if frames is None else frames._set_stance(frames.DynamoStance("force_eager"))
+    if frames is None:
+        return None
+    before = frames._stance
+    frames._stance = _nothing(frames)
+    return before
+
+
+@cache
+def _nothing(frames: Any) -> Any:
+    return frames.DynamoStance("force_eager")
 
 
 def look_at_no_frames() -> Any:
@@ -134,4 +146,4 @@ def look_at_frames(callback: Any) -> None:
 
 def set_stance(stance: Any) -> None:
     """Set the compiler's stance, for all threads."""
-    compiler()._set_stance(stance)
+    compiler()._stance = stance

@@ -239,3 +239,30 @@ def test_a_settled_step_is_one_call_of_cpp(kind: str, monkeypatch: pytest.Monkey
             gpk.r1_penalty(critic, points)
         monkeypatch.setattr("gpkernels.critic.step.made", gone)
         torch.testing.assert_close(gpk.r1_penalty(critic, points), plain_penalty(critic, points, 0.0))
+
+
+def _with(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(9, 9), nn.Unflatten(1, (1, 3, 3)), layer, nn.Flatten(), nn.Linear(9, 1)).double()
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.LeakyReLU(0.1), nn.LeakyReLU(0.3)],
+        [nn.Softplus(1, 20), nn.Softplus(2, 20), nn.Softplus(1, 0.1)],
+        [nn.Conv2d(1, 1, 3, padding=p, dilation=p) for p in (1, 2)],
+        [nn.LayerNorm([3, 3]), nn.Sequential(nn.Flatten(2), nn.LayerNorm(9), nn.Unflatten(2, (3, 3)))],
+    ],
+    ids=["leaky slopes", "softplus", "dilation", "normalised axes"],
+)
+def test_critics_that_differ_in_a_constant_alone_have_programs_of_their_own(layers: list[nn.Module]) -> None:
+    critics = [_with(layer) for layer in layers]
+    for critic in critics[1:]:
+        critic.load_state_dict(critics[0].state_dict(), strict=False)
+    real, fake, eps = batch(4, 9)
+    for _ in range(4):
+        for critic in critics:
+            ours = gpk.gradient_penalty(critic, real, fake, eps=eps)
+            exact = plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp"))
+            assert_same(gradients(ours, critic), gradients(exact, critic))

@@ -159,6 +159,20 @@ def lists_of_tensors() -> None:
     assert [t.tolist() for t in x] == [[4, 4], [2]]
 
 
+def small_convolutions() -> None:
+    x, w, c = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 2), torch.randn(2, 4, 2, 2)
+    sides = [2, 2], [0, 0]
+    geometry = *sides, [1, 1], False, [0, 0], 1
+    torch.testing.assert_close(
+        private.small_convolution(x, w, [2, 2], None, *sides), aten.convolution(x, w, None, *geometry)
+    )
+    mask = [True, True, True]
+    torch.testing.assert_close(
+        private.small_convolution_backward(c, x, w, [2, 2], *sides, mask),
+        aten.convolution_backward(c, x, w, [4], *geometry, mask),
+    )
+
+
 def xpu() -> None:
     assert private.xpu_is_built() == hasattr(torch._C, "_XpuDeviceProperties")
 
@@ -182,6 +196,7 @@ def stance() -> None:
     before = private.compile_nothing()
     compiled(torch.ones(2))
     assert not ran
+    assert private.compile_nothing().stance == "force_eager"
     private.set_stance(before)
     compiled(torch.ones(2))
     assert ran
@@ -308,6 +323,7 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     dispatch_modes: ("TorchDispatchMode", "dispatch_mode", "without_dispatch_modes"),
     trees: ("tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"),
     lists_of_tensors: ("foreach_add", "foreach_add_", "foreach_mul", "foreach_mul_"),
+    small_convolutions: ("small_convolution", "small_convolution_backward"),
     xpu: ("xpu_is_built",),
     dual_level: ("dual_level",),
     stance: ("compiler", "compile_nothing", "set_stance"),
@@ -330,6 +346,7 @@ def test_nothing_is_left_out() -> None:
         "Callable",
         "Tensor",
         "annotations",
+        "cache",
         "forward_ad",
         "overrides",
         "partial",

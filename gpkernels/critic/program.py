@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gpkernels import backends
+from gpkernels.critic.cheaper import cheaper
 from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
@@ -66,8 +67,17 @@ class Untraceable(Exception):
     """Raised where the passes use a tensor that is neither an input nor a result."""
 
 
+class Cheaply(TorchDispatchMode):
+    """Makes calls in the cheapest way."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        other = cheaper(func, args, kwargs)
+        return func(*args, **kwargs) if other is None else other()
+
+
 class Recorder(TorchDispatchMode):
-    """Dispatch mode that runs and records calls."""
+    """Dispatch mode that runs calls in the cheapest way and records them."""
 
     def __init__(self, inputs: Tensors) -> None:
         super().__init__()
@@ -109,6 +119,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        other = cheaper(func, args, kwargs)
+        if other is not None:
+            with self:
+                return other()
         given = self.slot(args), {name: self.slot(x) for name, x in kwargs.items()}
         out = func(*args, **kwargs)
         if func is _DETACH:  # no autograd here
@@ -307,15 +321,27 @@ class Signature:
                 return self.program.run(inputs, outsider)
             except Changed:
                 self.program, self.met = None, False
-                return work(given, outsider)
+                with Cheaply():
+                    return work(given, _unseen(outsider))
         if not self.met:
             self.met = True
-            return work(inputs, outsider)
+            with Cheaply():
+                return work(inputs, _unseen(outsider))
         recorder = Recorder(inputs)
         with recorder:
             results = work(inputs, lambda name, given: recorder.outside(outsider, name, given))
         self.program = Program.of(recorder, results)
         return results
+
+
+def _unseen(outsider: Outsider) -> Outsider:
+    """The same, with no mode looking on."""
+
+    def call(name: Hashable, given: Tensors) -> Tensors:
+        with without_dispatch_modes():
+            return outsider(name, given)
+
+    return call
 
 
 class Cache:

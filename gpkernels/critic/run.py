@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from gpkernels.ops.tensors import accumulation_dtype
 from gpkernels.private import dual_level
 
 NOTHING: Mapping[str, Any] = {}
+Calls = tuple[tuple[tuple[str, bool], ...], ...]
 Results = tuple[list[Any], list[tuple[Tensor, Tensor]], list[tuple[str, Tensor]]]
 
 
@@ -91,8 +92,8 @@ class _Shelf:
         self._tags: dict[Any, int] = {}
         self._count = count()
 
-    def _tag(self, how: How) -> int:
-        key = how.task, how.calls
+    def _tag(self, task: Task, calls: Calls) -> int:
+        key = task, calls
         tag = self._tags.get(key)
         if tag is None:
             if len(self._tags) >= program.CAPACITY:
@@ -109,7 +110,7 @@ class _Shelf:
         log: Log | None = None,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
-    ) -> tuple[Any, ...] | None:
+    ) -> Any:
         """The values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
         call, and the key to ``keep`` a program under; None where C++ has no say and nothing was called.
 
@@ -122,12 +123,13 @@ class _Shelf:
         if _others_look_on() or dual_level() >= 0:
             return None
         logged = None if log is None else log.native()
-        with uncompiled():
-            found: tuple[Any, ...] | None = native().step(
-                *(critic, tensors, how.places, how.moves, logged, how.task.pack, args, kwargs),
-                *(self._tag(how), weights, PENALTY if how.task.adversarial is None else LOSS),
+        if how.native is None:
+            alone = PENALTY if how.task.adversarial is None else LOSS
+            how.native = backends.program.How(
+                how.places, how.moves, how.task.pack, self._tag(how.task, how.calls), alone
             )
-        return found
+        with uncompiled():
+            return native().step(critic, tensors, how.native, logged, args, kwargs, weights)
 
     def by_autograd(
         self,
@@ -161,7 +163,7 @@ class _Shelf:
         say."""
         if _others_look_on():
             return None
-        tag = self._tag(How(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]), [], [], []))
+        tag = self._tag(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]))
         found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, list(numbers))
         if found is None or type(found) is bytes:
             return found
@@ -190,21 +192,22 @@ def forget() -> None:
         native().clear()
 
 
-class How(NamedTuple):
-    """Calls of the critic in a step, each with groups of samples by name and whether they are penalised."""
+class How:
+    """Calls of the critic in a step, each with groups of samples by name and whether they are penalised.
 
-    task: Task
-    calls: tuple[tuple[tuple[str, bool], ...], ...]
-    places: list[list[int]]  # of the groups' samples among fake, real and the points of each penalty
-    moves: list[bool]  # whether the gradient at a call's samples is wanted
-    kinds: list[int]  # the score loss of each call's first group, by ``ScoreLoss``; -1: it has none
+    places: of the groups' samples among fake, real and the points of each penalty. moves: whether the gradient at a
+    call's samples is needed. kinds: ``ScoreLoss`` of each call's first group; -1: none.
+    """
 
-    @staticmethod
-    def of(task: Task, calls: tuple[tuple[tuple[str, bool], ...], ...]) -> How:
-        places = [[PLACES[name] if name in PLACES else 2 + task.penalty(name) for name, _ in call] for call in calls]
+    def __init__(self, task: Task, calls: Calls) -> None:
+        self.task, self.calls = task, calls
+        self.places = [
+            [PLACES[name] if name in PLACES else 2 + task.penalty(name) for name, _ in call] for call in calls
+        ]
+        self.moves = [any(penalised for _, penalised in call) for call in calls]
         losses = [None if task.adversarial is None else task.adversarial.of(call[0][0]) for call in calls]
-        kinds = [-1 if loss is None else loss[0] for loss in losses]
-        return How(task, calls, places, [any(penalised for _, penalised in call) for call in calls], kinds)
+        self.kinds = [-1 if loss is None else loss[0] for loss in losses]
+        self.native: Any = None  # the same for ``_Shelf.step``
 
 
 PLACES = {"fake": 0, "real": 1, "again": 1}

@@ -22,30 +22,57 @@ from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, S
 from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
 
 
+class Begun(NamedTuple):
+    """What C++ could not finish. before, key: what came of the critic's calls, apart or as one batch."""
+
+    as_one: bool
+    before: Sequence[Any]
+    key: bytes | None
+
+
+def penalty_at_once(
+    critic: Any,
+    points: Tensor | Between,
+    task: Task,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Tensor | Begun | None:
+    """Compute ``penalty_on_gradient`` in C++; None where the native path does not apply, or refuses the tensors."""
+    batch = points if isinstance(points, Tensor) else points.real
+    if not task.gradients or not isinstance(batch, Tensor):
+        return None
+    how = _how_of_a_penalty(task)
+    given = None, None, points if isinstance(points, Tensor) else tuple(points)
+    more = tuple(args), dict(kwargs or {})
+    if plainly.has(critic, batch):
+        found = shelf.by_autograd(critic, given, how, (1.0,), *more)
+        return Begun(False, found, None) if isinstance(found, list) else found
+    found = shelf.step(critic, given, how, (1.0,), None, *more)
+    return Begun(False, *found) if isinstance(found, tuple) else found
+
+
 def penalty_on_gradient(
     critic: Any,
     points: Tensor | Between,
     task: Task,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    begun: Begun | None = None,
 ) -> Tensor:
-    """The penalty on the gradients of the summed scores at the points, weight gradients included."""
-    how = _how_of_a_penalty(task)
-    given = None, None, points if isinstance(points, Tensor) else tuple(points)
-    more = tuple(args), dict(kwargs or {})
+    """Compute the penalty on the gradients of the summed scores at the points, weight gradients included.
+
+    begun: what ``penalty_at_once`` left, if it was asked.
+    """
+    found = penalty_at_once(critic, points, task, args, kwargs) if begun is None else begun
+    if isinstance(found, Tensor):
+        return found
+    before, key = ((), None) if found is None else (found.before, found.key)
+    groups = [Group("points", points, True)]
     if task.gradients and plainly.has(critic, points if isinstance(points, Tensor) else points.real):
-        found = shelf.by_autograd(critic, given, how, (1.0,), *more)
-        if isinstance(found, Tensor):
-            return found
-        (one,) = call_plainly(critic, [Group("points", points, True)], *more, task.pack, found or ())
+        (one,) = call_plainly(critic, groups, tuple(args), kwargs, task.pack, before)
         ((_, value),) = penalties_of(one, task)
         return value
-    begun = shelf.step(critic, given, how, (1.0,), None, *more) if task.gradients else None
-    if begun is not None and len(begun) != 2:
-        return begun[PENALTY]
-    before, key = begun or ((), None)
     with torch.no_grad():
-        groups = [Group("points", points, True)]
         passes = made(critic, [groups], task, args=args, kwargs=kwargs, before=before)
         values, gradients, _ = run(passes, task, numbers_of((1.0,), groups[0].batch), key)
         value = values[PENALTY]
@@ -54,15 +81,7 @@ def penalty_on_gradient(
 
 @lru_cache(64)
 def _how_of_a_penalty(task: Task) -> How:
-    return How.of(task, ((("points", True),),))
-
-
-class Begun(NamedTuple):
-    """A step that C++ did not finish. before, key: the critic's outputs so far, in one batch or not, and their key."""
-
-    as_one: bool
-    before: Sequence[Any]
-    key: bytes | None
+    return How(task, ((("points", True),),))
 
 
 class Batches(NamedTuple):
@@ -203,8 +222,8 @@ def _hows(task: Task, shares: tuple[str, ...]) -> tuple[How, How]:
     if task.consistency is not None:
         groups.append(("again", False))
     groups += [(name, True) for name, _ in task.penalties if name not in shares]
-    apart = How.of(task, tuple([(group,) for group in groups]))
-    return apart, How.of(task, (tuple(sorted(groups, key=lambda group: group[1])),))
+    apart = How(task, tuple([(group,) for group in groups]))
+    return apart, How(task, (tuple(sorted(groups, key=lambda group: group[1])),))
 
 
 def _go_at_once(batch: Tensor, task: Task) -> bool:

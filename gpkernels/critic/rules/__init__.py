@@ -9,6 +9,7 @@ from gpkernels.critic.rules import (
     pairs,
     piecewise,
     products,
+    recurrent,
     reductions,
     shapes,
     smooth,
@@ -18,7 +19,9 @@ from gpkernels.critic.rules.base import Rule
 
 RULES: dict[str, type[Rule]] = {
     name: rule
-    for family in (piecewise, smooth, pairs, products, shapes, reductions, images, normalisation, moments, softmax)
+    for family in (
+        *(piecewise, smooth, pairs, products, shapes, reductions, images, normalisation, moments, softmax, recurrent),
+    )
     for rule in family.RULES
     for name in rule.names
 }

@@ -52,8 +52,9 @@ class SiLU(Smooth):
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         s = x.sigmoid()
-        rest = 1 - s
-        return s * (1 + x * rest), s * rest * (2 + x * (rest - s))
+        y, less = x * s, s - 1
+        slope = torch.addcmul(s, y, less, value=-1)
+        return slope, torch.sub(y, slope, alpha=2).mul_(less)
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.silu_backward(c, x)
@@ -147,6 +148,9 @@ class CELU(Smooth):
         return torch.where(x > 0, 0, u * (x.clamp(max=0) * self.inverse).exp() * (self.alpha * self.inverse**2))
 
 
+ROUNDS_TO_ONE = 18  # above, a sigmoid is 1 in float32
+
+
 class Softplus(Smooth):
     """Softplus; the identity beyond the threshold."""
 
@@ -157,9 +161,12 @@ class Softplus(Smooth):
         self.beta, self.threshold = beta, threshold
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        inner = x * self.beta
-        slope = inner.sigmoid().masked_fill_(inner > self.threshold, 1)
-        return slope, (slope - slope * slope) * self.beta
+        inner = x if self.beta == 1 else x * self.beta
+        slope = inner.sigmoid()
+        if x.dtype == torch.float64 or self.threshold < ROUNDS_TO_ONE:
+            slope.masked_fill_(inner > self.threshold, 1)
+        bend = torch.addcmul(slope, slope, slope, value=-1)
+        return slope, bend if self.beta == 1 else bend.mul_(self.beta)
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.softplus_backward(c, x, self.beta, self.threshold)
@@ -276,7 +283,7 @@ class Sin(Smooth):
     saved, origins = ("self",), (0,)
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.cos(), -x.sin()
+        return x.cos(), x.sin().neg_()
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return c * x.cos()
@@ -290,7 +297,7 @@ class Cos(Smooth):
     saved, origins = ("self",), (0,)
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return -x.sin(), -x.cos()
+        return x.sin().neg_(), x.cos().neg_()
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return -c * x.sin()
