@@ -75,6 +75,15 @@ def test_a_step_is_exact(reads: str, options: dict[str, Any]) -> None:
     assert not plainly.has(critic, torch.zeros(4, 5, 3))
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_it_is_the_same_in_python(weights: bool) -> None:
+    torch.manual_seed(0)
+    critic = Critic("states").requires_grad_(weights)
+    critic.out.requires_grad_()
+    with gpk.backend("reference"):
+        check(critic)
+
+
 def test_one_step_is_enough() -> None:
     torch.manual_seed(0)
     check(Critic("the last step"), steps=1)

@@ -643,6 +643,7 @@ UNMET = {
     "FusedRmsNormBackward0": "on GPUs alone: it has a test of its own, and one in test_gpu.py",
     "NativeBatchNormLegitBackward0": "in traces alone: test_compiled_steps.py has batch norm",
     "NativeBatchNormLegitBackward1": "in traces alone: test_compiled_steps.py has instance norm",
+    "MkldnnRnnLayerBackward0": "in float32 alone: test_critic_recurrent.py has it",
     "CudnnBatchNormBackward0": "on GPUs alone: BatchNorm's formulas, with a test in test_gpu.py",
 }
 
