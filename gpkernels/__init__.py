@@ -3,6 +3,7 @@
 from gpkernels import optim
 from gpkernels import registration as registration  # ties the ops to their kernels
 from gpkernels.backends import backend, set_backend
+from gpkernels.critic.compiled import compile_passes, set_compile_passes
 from gpkernels.critic.double_backward import fast_double_backward
 from gpkernels.critic.explain import explain
 from gpkernels.critic.parts import CriticLossParts
@@ -30,6 +31,7 @@ __all__ = [
     "add_instance_noise",
     "backend",
     "clip_weights_",
+    "compile_passes",
     "consistency_term",
     "dragan_penalty",
     "eikonal_loss",
@@ -47,6 +49,7 @@ __all__ = [
     "r2_penalty",
     "saturating_generator_loss",
     "set_backend",
+    "set_compile_passes",
     "wgan_critic_loss",
     "wgan_generator_loss",
 ]

@@ -93,6 +93,13 @@ def restart_of_trace() -> BaseException:
     return UnspecializeRestartAnalysis(restart_reason="all samples are one batch of the critic's, or are not")
 
 
+def inductor() -> Any:
+    """The module that compiles a graph as it is, ``compile``, and that has ``list_options``."""
+    import torch._inductor
+
+    return torch._inductor
+
+
 def __getattr__(name: str) -> Any:
     if name != "comptime":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -545,6 +545,8 @@ def test_a_second_backward_is_an_error() -> None:
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
     with pytest.raises(RuntimeError, match=r"not have been used|double backward"):
         torch.autograd.grad(gradient.sum(), weight)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -262,6 +262,13 @@ def while_it_traces() -> None:
     assert (_traces, len(graphs)) == (2, 1)
 
 
+def inductor() -> None:
+    assert {"size_asserts", "cpp_wrapper", "cpp.cxx"} <= set(private.inductor().list_options())
+    graph = torch.fx.symbolic_trace(lambda x: (x.sin() + 1,))
+    run = private.inductor().compile(graph, [torch.ones(2)], options={"cpp_wrapper": True})
+    torch.testing.assert_close(run(torch.zeros(2))[0], torch.ones(2))
+
+
 def grad_mode() -> None:
     found: list[object] = []
 
@@ -313,6 +320,7 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     stance: ("compiler", "compile_nothing", "set_stance"),
     frames: ("look_at_no_frames", "look_at_frames"),
     custom_functions: ("forward_class",),
+    inductor: ("inductor",),
     grad_mode: ("set_grad_mode",),
     while_it_traces: ("restart_of_trace",),
     of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),

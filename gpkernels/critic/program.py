@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from gpkernels import backends
+from gpkernels.critic.compiled import Options, chosen, compiled
 from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
+WORTH = 8  # calls in a stretch: for fewer, what surrounds a compiled function costs more than it saves
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 Tensors = Sequence[Tensor | None]
@@ -140,16 +143,21 @@ class Program:
     """A list of calls, for tensors that are laid out as those that it was traced with."""
 
     def __init__(
-        self, calls: list[Any], inputs: list[Slot | None], results: list[Slot | None], aliases: dict[Slot, Alias]
+        self,
+        calls: list[Any],
+        inputs: list[Slot | None],
+        results: list[Slot | None],
+        aliases: dict[Slot, Alias],
+        options: Options | None = None,
     ) -> None:
-        self.inputs, self.results, self.aliases = inputs, results, aliases
+        self.inputs, self.results, self.aliases, self.options = inputs, results, aliases, options
         self.parts = self._parted(self._needed(calls))
 
     @staticmethod
-    def of(recorder: Recorder, results: Tensors) -> Program:
-        """All that was recorded, for some tensors."""
+    def of(recorder: Recorder, results: Tensors, options: Options | None = None) -> Program:
+        """All that was recorded, for some tensors; options: to compile it with."""
         slots = [None if x is None else recorder.slot(x) for x in results]
-        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases)
+        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases, options)
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Without the calls whose results nobody reads."""
@@ -184,7 +192,7 @@ class Program:
                 parts.append(between[k])
                 later -= {s for s in between[k].outputs if s is not None}
                 later |= {s for s in between[k].inputs if s is not None}
-            stretch = Stretch(stretches[k], later, self.aliases)
+            stretch = Stretch(stretches[k], later, self.aliases, self.options)
             parts.append(stretch)
             later = (later - set(stretch.outputs)) | set(stretch.inputs)
         return parts[::-1]
@@ -213,8 +221,10 @@ class Program:
 class Stretch:
     """Calls that run without a stop."""
 
-    def __init__(self, calls: list[Any], later: set[Any], aliases: dict[Slot, Alias]) -> None:
-        self.aliases = aliases
+    def __init__(
+        self, calls: list[Any], later: set[Any], aliases: dict[Slot, Alias], options: Options | None = None
+    ) -> None:
+        self.aliases, self.options = aliases, options if len(calls) >= WORTH else None
         made: set[Any] = set()
         inputs: dict[Any, None] = {}
         for _, args, kwargs, out in calls:
@@ -240,11 +250,12 @@ class Stretch:
 
     def run(self, given: list[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         """Outputs from what is given for the inputs; None for None. The list is emptied."""
-        if backends.program is None:
-            return self._run_here(given, inputs, outputs)
-        if self.native is None:
+        if self.native is None and self.options is not None:
+            function = compiled(self.calls, inputs, outputs, given, Slot, self.options)
+            self.native = function if backends.program is None else backends.program.Program(function)
+        elif self.native is None and backends.program is not None:
             self.native = self._translated(inputs, outputs)
-        return self.native(given)
+        return self._run_here(given, inputs, outputs) if self.native is None else self.native(given)
 
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """The same list for the loop in C++."""
@@ -294,7 +305,7 @@ class Signature:
     """What is known of a signature: what its user made of it, and its program once it has been met twice."""
 
     def __init__(self, known: Any) -> None:
-        self.known, self.met = known, False
+        self.known, self.met, self.options = known, False, chosen()
         self.program: Program | None = None
 
     def run(self, inputs: list[Tensor | None], work: Work, outsider: Outsider) -> Tensors:
@@ -312,9 +323,10 @@ class Signature:
             self.met = True
             return work(inputs, outsider)
         recorder = Recorder(inputs)
-        with recorder:
+        # A compiler is given PyTorch's own calls, which it can fuse.
+        with nullcontext() if self.options is None else backends.backend("reference"), recorder:
             results = work(inputs, lambda name, given: recorder.outside(outsider, name, given))
-        self.program = Program.of(recorder, results)
+        self.program = Program.of(recorder, results, self.options)
         return results
 
 
@@ -325,7 +337,15 @@ class Cache:
         self.capacity, self._entries, self._lock = capacity, OrderedDict[Hashable, Signature](), Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Signature:
-        """The key's signature; ``make`` gives what is to be known of a new one."""
+        """The key's signature, with the options of now; ``make`` gives what is to be known of a new one."""
+        key = key, chosen()
+        try:
+            hash(key)
+        except TypeError:
+            raise RuntimeError(
+                "a penalty cannot be traced with symbols for sizes here: give make_fx the tracing_mode 'real' or "
+                "'fake', or compile the step by torch.compile"
+            ) from None
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
