@@ -1,150 +1,15 @@
-"""Layers that do not send zeros through the network when a gradient is differentiated: the drop-in way.
-
-PyTorch's double backward of a threshold, a leaky ReLU, a hardtanh or a pooling gives exact zeros for the layer's input,
-and so the whole forward graph is run backwards once more on zeros. Inside ``fast_double_backward()`` these layers give
-nothing instead. Everything else is PyTorch's own.
-"""
+"""A context in which layers have the efficient double backward: the drop-in way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from gpkernels.critic.graph import LEAF, rule_of
-from gpkernels.critic.rules import RULES
-from gpkernels.critic.rules.base import Meta, Rule, Saved, Unfit
-from gpkernels.critic.rules.piecewise import Hardtanh, LeakyReLUInPlace, ReLU
+from gpkernels.critic.layers import LAYERS, NUMBERS
 from gpkernels.private import dual_level, function_mode_count, function_modes, transforms_active
-
-
-class _Forward(Function):
-    """A layer that is linear but for what it saves: its rule goes back, forth, back and so on, to any order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
-        with torch.enable_grad():
-            y = function(x.detach().requires_grad_())
-        node = y.grad_fn
-        if node is None or node.name() not in RULES or any(p.name() != LEAF for p, _ in node.next_functions if p):
-            raise Unfit("it is not one node with a rule")
-        ctx.rule, saved = rule_of(node)
-        ctx.save_for_backward(*saved)
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Pull.apply(cotangent, ctx.rule, *ctx.saved_tensors), None
-
-
-class _InPlace(Function):
-    """The same for a layer that overwrites its input, and whose rule reads the output alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], rule: type[Rule], constants: Any) -> Any:
-        y = function(x)
-        ctx.mark_dirty(x)
-        meta = Meta(tuple(x.shape), x.dtype, x.device)
-        ctx.rule = rule(constants, (meta,), (meta,))
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Pull.apply(cotangent, ctx.rule, *ctx.saved_tensors), None, None, None
-
-
-class _Pull(Function):
-    @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, rule: Rule, *saved: Tensor) -> Any:
-        ctx.rule = rule
-        ctx.save_for_backward(*saved)
-        return rule.pull(Saved(saved), (cotangent,), (True,))[0]
-
-    @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> Any:
-        return (_Push.apply(tangent, ctx.rule, *ctx.saved_tensors), *_nothing(ctx))
-
-
-class _Push(Function):
-    @staticmethod
-    def forward(ctx: Any, tangent: Tensor, rule: Rule, *saved: Tensor) -> Any:
-        ctx.rule = rule
-        ctx.save_for_backward(*saved)
-        return rule.push(Saved(saved), (tangent,))[0]
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return (_Pull.apply(cotangent, ctx.rule, *ctx.saved_tensors), *_nothing(ctx))
-
-
-def _nothing(ctx: Any) -> Sequence[None]:
-    """For the rule and the saved tensors: the layer is constant in them almost everywhere."""
-    return (None,) * (1 + len(ctx.saved_tensors))
-
-
-def _called(x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
-    try:
-        return _Forward.apply(x, function)
-    except Unfit:  # an image of channels-last order that is pooled to one pixel, say
-        return function(x)
-
-
-def _layer(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("return_indices"):
-            return function(x, *args, **kwargs)
-        return _called(x, lambda x: function(x, *args, **kwargs))
-
-    return call
-
-
-def _unwritable(x: Tensor) -> bool:
-    """What a call in place is left to PyTorch for: its error comes before the write."""
-    return x.is_leaf or x._base is not None
-
-
-def _relu(x: Tensor, inplace: bool = False) -> Any:
-    if not inplace:
-        return _called(x, torch.relu)
-    return F.relu(x, True) if _unwritable(x) else _InPlace.apply(x, torch.relu_, ReLU, ())
-
-
-def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
-    if not inplace:
-        return _called(x, lambda x: F.leaky_relu(x, negative_slope))
-    if _unwritable(x) or negative_slope <= 0:  # the output does not tell the sign of the input
-        return F.leaky_relu(x, negative_slope, True)
-    return _InPlace.apply(x, lambda x: F.leaky_relu_(x, negative_slope), LeakyReLUInPlace, (negative_slope,))
-
-
-def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    if not inplace:
-        return _called(x, lambda x: F.hardtanh(x, min_val, max_val))
-    if _unwritable(x):
-        return F.hardtanh(x, min_val, max_val, True)
-    return _InPlace.apply(x, lambda x: F.hardtanh_(x, min_val, max_val), Hardtanh, (min_val, max_val))
-
-
-def _relu6(x: Tensor, inplace: bool = False) -> Any:
-    return _hardtanh(x, 0.0, 6.0, inplace)
-
-
-LAYERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, torch.Tensor.relu_), lambda x: _relu(x, True)),
-    F.leaky_relu: _leaky_relu,
-    F.hardtanh: _hardtanh,
-    F.relu6: _relu6,
-    **{f: _layer(f) for f in (F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)},
-    **{f: _layer(f) for f in (F.avg_pool2d, F.adaptive_avg_pool2d)},
-}
 
 
 class fast_double_backward(TorchFunctionMode):
@@ -153,8 +18,9 @@ class fast_double_backward(TorchFunctionMode):
     Values and gradients are PyTorch's, for derivatives of any order; the weight gradients of an MLP's penalty are the
     same to the last bit. Where PyTorch's are zeros because nothing depends on a weight, there may be None. Layers:
     ReLU, LeakyReLU, Hardtanh, ReLU6, also in place; max, average and adaptive pooling of images. Every other layer runs
-    as it is, and so does everything in ``torch.compile`` and in transforms of ``torch.func``. The penalties of this
-    library can be differentiated to any order where they are called inside it.
+    as it is, and so does everything in transforms of ``torch.func``. ``torch.compile`` traces these layers, too; it
+    traces derivatives where its option ``trace_autograd_ops`` lets it. The penalties of this library can be
+    differentiated to any order where they are called inside it.
 
     Example:
         >>> with gpkernels.fast_double_backward():
@@ -165,12 +31,16 @@ class fast_double_backward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_compiling() or _transformed():  # these have derivatives of their own
+        if _transformed():  # these have derivatives of their own
             return func(*args, **kwargs)
         layer = LAYERS.get(func)
-        if layer is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
-            return layer(*args, **kwargs)
-        return func(*args, **kwargs)
+        if layer is None or not (torch.is_grad_enabled() and args and args[0].requires_grad):
+            return func(*args, **kwargs)
+        if is_compiling():
+            from gpkernels.critic.traced import layer_in_graph  # it imports the compiler, which is at work here
+
+            return layer_in_graph(NUMBERS[func], *args, **kwargs)
+        return layer(*args, **kwargs)
 
 
 def _transformed() -> bool:

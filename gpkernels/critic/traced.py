@@ -22,6 +22,7 @@ from gpkernels.critic.call import Group, Plain, check_scores, features_of, score
 from gpkernels.critic.foreseen import as_one, begins, holds, learns
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import LEAF, Graph
+from gpkernels.critic.layers import LAYERS
 from gpkernels.critic.parts import Between, Task, points_of
 from gpkernels.critic.program import watched
 from gpkernels.critic.together import Seen, keeps_apart
@@ -160,6 +161,12 @@ def _gone_through(passes: Sequence[_Traced], task: Task, weight: Tensor, unit: T
     found = work(known, task, tensors, outsider)
     gradients = zip(weights.values(), found[4 : 4 + len(weights)], strict=True)
     return found[:4], [(x, g) for x, g in gradients if g is not None], found[4 + len(weights) :]
+
+
+@allow_in_graph
+def layer_in_graph(number: int, *args: Any, **kwargs: Any) -> Any:
+    """A layer of ``fast_double_backward``, by its number among these."""
+    return list(LAYERS.values())[number](*args, **kwargs)
 
 
 def _plain() -> Any:
