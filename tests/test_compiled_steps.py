@@ -448,6 +448,23 @@ def test_a_critic_that_breaks_the_graph_goes_as_outside(make: Callable[[], nn.Mo
         assert_same(gradients(penalty(real, fake, eps), critic), gradients(exact, critic))
 
 
+def test_a_critic_that_breaks_the_graph_is_not_traced_again() -> None:
+    critic, (real, fake, eps) = Broken().double(), batch(8, 6)
+    loss, runs = gpk.CriticLoss(critic), []
+
+    def counted_by(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return lambda *args: (runs.append(graph), graph(*args))[1]
+
+    step = torch.compile(lambda r, f, e: loss(r, f, eps=e).loss, backend=counted_by)
+    for turn in range(4):
+        runs.clear()
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+        assert turn < 2 or not runs
+    loss.critic = mlp(6, 16, 1).double()
+    assert_exactly_as(step(real, fake, eps), plain_loss(loss.critic, real, fake, eps), loss.critic)
+    assert runs
+
+
 def test_a_dispatch_mode_around_a_compiled_step() -> None:
     critic = mlp(6, 16, 1).double()
     real, fake, eps = batch(8, 6)

@@ -228,9 +228,13 @@ def autocasts(device_type: str) -> bool:
 
 
 class Seen:
-    """What was seen of a critic, kept by whoever calls it. traced: what the compiler's last trace has learnt."""
+    """What was seen of a critic, kept by whoever calls it.
+
+    traced: what the compiler's last trace has learnt. untraced: a critic that it could not trace in one go.
+    """
 
     traced: Any = None
+    untraced: Any = None
 
     def __init__(self) -> None:
         self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: apart

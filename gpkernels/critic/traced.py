@@ -50,7 +50,9 @@ def step_in_graph(
     where all may go as one batch.
     """
     if not is_compiling():
-        return disable(otherwise)()
+        if seen is not None:
+            seen.untraced = critic
+        return outside(otherwise)
     outputs, batches, sources = [], [], []
     if seen is not None and as_one(seen):
         calls = [[group for call in calls for group in call]]
@@ -73,6 +75,12 @@ def step_in_graph(
     return _passes(outputs, batches, sources, names, task, weight, wants)
 
 
+@disable
+def outside(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives that the compiler leaves alone."""
+    return function(*args)
+
+
 @allow_in_graph
 def _batch(groups: Sequence[Any], moves: bool) -> Tensor:
     """What the critic is called with; ``moves``: a leaf, whose gradient can be had."""
@@ -93,16 +101,21 @@ def _passes(
     wants: bool,
 ) -> tuple[Tensor, ...]:
     """The values, of which the first has the gradients; zeros for those that were not asked for."""
-    passes = [_Traced(*one, wants, task.by_point) for one in zip(outputs, batches, names, strict=True)]
+    if not task.by_point:
+        for (scores, *_), x in zip(outputs, batches, strict=True):
+            check_scores(scores, x)
     with torch.no_grad(), _plain():
         like = outputs[0][0]
-        unit = torch.ones((), dtype=accumulation_dtype(like.dtype), device=like.device)
-        zero = lambda: torch.zeros_like(unit)  # noqa: E731
+        wide = accumulation_dtype(like.dtype)
+        zero = lambda: torch.zeros((), dtype=wide, device=like.device)  # noqa: E731
         # Nothing can join the gradients to the weights, or nobody writes down what is called here.
         if backends.program is None or not (is_compiling() or watched()):
-            plain = [Plain(one.groups, one.each, one.x, list(one.outputs)) for one in passes]
+            calls = zip(names, batches, outputs, strict=True)
+            plain = [Plain(tuple(groups), len(x) // len(groups), x, list(some)) for groups, x, some in calls]
             loss, *others = losses(plain, task, weight)
             return loss, *(zero() if x is None else x.detach() for x in others)
+        passes = [_Traced(*one, wants) for one in zip(outputs, batches, names, strict=True)]
+        unit = torch.ones((), dtype=wide, device=like.device)
         flat = [source for given in sources for source in given]
         (loss, *others), gradients, at_samples = _gone_through(passes, task, unit * weight, unit)
         given = [(x, g) for x, g in zip(flat, at_samples, strict=True) if g is not None and x.requires_grad]
@@ -115,13 +128,9 @@ def _passes(
 class _Traced:
     """One call of the critic that is traced, and its graph. x: the batch; groups: as in ``Pass``."""
 
-    def __init__(
-        self, outputs: Sequence[Tensor], x: Tensor, groups: Sequence[tuple[str, bool]], wants: bool, pools: bool
-    ) -> None:
+    def __init__(self, outputs: Sequence[Tensor], x: Tensor, groups: Sequence[tuple[str, bool]], wants: bool) -> None:
         self.outputs, self.x, self.groups, self.wants = outputs, x, tuple(groups), wants
         self.each = x.shape[0] // len(groups)
-        if not pools:
-            check_scores(outputs[0], x)
         graph = Graph([u for u in outputs if u.requires_grad])
         self.nodes, self.saved, self.leaves = graph.nodes, graph.saved, graph.leaves
         self.ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]  # the leaves among the nodes
