@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -85,6 +87,28 @@ def forward_class(node: Any) -> Any:
 
 # --- while the compiler traces: names that are asked for only where it is at work, as importing it takes seconds
 
+# What it has to have for that. Another version of PyTorch may lack some of it: then nothing here is asked for.
+OF_THE_COMPILER = {
+    "torch._dynamo.comptime": (
+        "comptime",
+        *("ComptimeContext.graph", "ComptimeContext.get_local"),
+        *("ComptimeVar.as_fake", "ComptimeVar.as_proxy"),
+    ),
+    "torch._dynamo.exc": ("UnspecializeRestartAnalysis",),
+}
+
+
+def compiler_lacks() -> list[str]:
+    """What this version of the compiler does not have."""
+    found = []
+    for module, names in OF_THE_COMPILER.items():
+        for name in names:
+            try:
+                attrgetter(name)(import_module(module))
+            except (ImportError, AttributeError):
+                found.append(f"{module}.{name}")
+    return found
+
 
 def restart_of_trace() -> BaseException:
     """What begins a trace anew when it is raised."""
@@ -103,8 +127,10 @@ def inductor() -> Any:
 def __getattr__(name: str) -> Any:
     if name != "comptime":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torch._dynamo.comptime import comptime  # calls a function while it traces
-
+    try:
+        from torch._dynamo.comptime import comptime  # calls a function while it traces
+    except ImportError:
+        return None
     return comptime
 
 
@@ -122,14 +148,19 @@ def compile_nothing() -> Any:
     ``torch.compiler.set_stance`` does the same, and takes many times as long.
     """
     frames = compiler()
-    return None if frames is None else frames._set_stance(frames.DynamoStance("force_eager"))
+    if frames is None:
+        return None
+    if not hasattr(frames, "_set_stance"):
+        torch.compiler.set_stance("force_eager")
+        return "default"
+    return frames._set_stance(frames.DynamoStance("force_eager"))
 
 
 def look_at_no_frames() -> Any:
     """Have the compiler leave this thread's frames alone, in which no stance can be set where it looks at them; gives
     what ``look_at_frames`` puts back, None if it did not."""
     frames = compiler()
-    return None if frames is None else frames.set_eval_frame(None)
+    return frames.set_eval_frame(None) if hasattr(frames, "set_eval_frame") else None
 
 
 def look_at_frames(callback: Any) -> None:
@@ -139,4 +170,5 @@ def look_at_frames(callback: Any) -> None:
 
 def set_stance(stance: Any) -> None:
     """Set the compiler's stance, for all threads."""
-    compiler()._set_stance(stance)
+    frames = compiler()
+    frames._set_stance(stance) if hasattr(frames, "_set_stance") else torch.compiler.set_stance(stance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -385,6 +386,26 @@ def test_each_compilation_learns_anew() -> None:
     critic.calls = 0
     assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
     assert critic.calls == 1 + 3
+
+
+def test_another_version_of_the_compiler_goes_one_by_one_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch._dynamo.comptime.ComptimeVar.as_fake")
+    critic = Switched().double()
+    real, fake, eps = batch(8, 6)
+    loss = gpk.CriticLoss(critic)
+    step = compiled(lambda r, f, e: loss(r, f, eps=e).loss)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ours = step(real, fake, eps)
+        penalty = compiled(lambda x: gpk.r1_penalty(critic, x))(real)
+        torch.compiler.reset()
+        critic.calls = 0
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+    (message,) = [str(one.message) for one in told if "torch._dynamo.comptime" in str(one.message)]
+    assert "has no torch._dynamo.comptime.ComptimeVar.as_fake: in torch.compile, groups" in message
+    assert critic.calls == 3 + 3
+    assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+    assert_exactly_as(penalty, plain_penalty(critic, real, 0.0), critic)
 
 
 # --- odd critics and surroundings -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.compiler import allow_in_graph, disable, is_compiling
 from gpkernels import backends
 from gpkernels.critic.by_autograd import losses
 from gpkernels.critic.call import Group, Plain, check_scores, features_of, scores_of
-from gpkernels.critic.foreseen import as_one, begins, holds, learns
+from gpkernels.critic.foreseen import as_one, begins, foresees, holds, learns
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.layers import LAYERS
@@ -54,6 +54,8 @@ def step_in_graph(
             seen.untraced = critic
         return outside(otherwise)
     outputs, batches, sources = [], [], []
+    if seen is not None and not foresees():
+        seen = None
     if seen is not None and as_one(seen):
         calls = [[group for call in calls for group in call]]
     for groups in calls:
