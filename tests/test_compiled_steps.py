@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from counting import Count, counted
 from critics import Featured, dcgan, mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import SMALL
+from gpkernels.compiler import as_program
 from gpkernels.critic.step import LARGE
 
 
@@ -192,12 +194,28 @@ def test_flops_are_counted(kind: str, name: str) -> None:
     assert forward <= flops(lambda: function(critic, real, fake, eps)) <= bound * forward
 
 
-def test_the_graph_can_be_captured_on_a_gpu() -> None:
+CAPTURED: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "step": lambda critic, r, f: gpk.CriticLoss(critic)(r, f).loss,
+    "step as one batch": lambda critic, r, f: gpk.CriticLoss(critic, together=True)(r, f).loss,
+    "r1 step": lambda critic, r, f: gpk.CriticLoss(critic, objective="gan", penalty="r1")(r, f).loss,
+    "dragan step": lambda critic, r, f: gpk.CriticLoss(critic, penalty="dragan")(r, f).loss,
+    "gradient penalty": lambda critic, r, f: gpk.gradient_penalty(critic, r, f),
+    "r1 penalty": lambda critic, r, f: gpk.r1_penalty(critic, r),
+    "dragan penalty": lambda critic, r, f: gpk.dragan_penalty(critic, r),
+}
+DRAWS = {"rand", "randint", "instance_noise"}  # by the default generator, or by a key that is an argument
+FORBIDDEN = ("item", "_local_scalar_dense", "nonzero", "device_put", "unique", "masked_select")
+
+
+@pytest.mark.parametrize("by", ["Inductor", "gpkernels"])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_the_graph_can_be_captured_on_a_gpu(name: str, by: str) -> None:
     """No value is read back, nothing is copied between devices, and what is drawn is drawn by PyTorch."""
     critic = dcgan(3, 4, 16)
     real, fake, _ = (x.float() for x in batch(4, 3, 16, 16))
     targets: list[str] = []
-    devices: set[torch.device] = set()
+    devices: set[Any] = set()
+    graphs: list[Any] = []
 
     def look(graph: torch.fx.GraphModule, _: Any) -> Any:
         for node in graph.graph.nodes:
@@ -206,11 +224,32 @@ def test_the_graph_can_be_captured_on_a_gpu() -> None:
                 devices.add(node.kwargs.get("device", real.device))
         return make_boxed_func(graph.forward)
 
-    compiled(lambda r, f: gpk.CriticLoss(critic)(r, f).loss, aot_autograd(fw_compiler=look))(real, fake).backward()
+    def by_program(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        run = as_program(graph, inputs)
+        graphs.append(run.__self__)
+        return run
+
+    backend = aot_autograd(fw_compiler=look) if by == "Inductor" else by_program
+    call = compiled(lambda r, f: CAPTURED[name](critic, r, f), backend)
+    values = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        loss = call(real, fake)
+        values.append(torch.stack([loss.detach(), *(g.sum() for g in gradients(loss, critic))]))
+    torch.testing.assert_close(values[0], values[1])
+    assert torch.equal(values[0], values[2]) == ("r1" in name)
+    for graph in graphs:
+        (lists,) = graph._lists.values()
+        for part in (one for run in (lists.forward, lists.backward) if run is not None for one in run.parts):
+            targets += [str(func) for func, *_ in part.calls]
+            devices |= {kwargs.get("device", real.device) for _, _, kwargs, _ in part.calls}
     assert any("convolution" in target for target in targets)
-    assert devices == {real.device}
-    forbidden = ("aten.item", "_local_scalar_dense", "nonzero", "device_put", "unique", "masked_select")
-    assert not [target for target in targets if any(word in target for word in forbidden)]
+    assert {torch.device(device) for device in devices if device is not None} == {real.device}
+    words = [target.removeprefix("aten.").removeprefix("gpkernels.") for target in targets]
+    assert not [word for word in words if word.startswith(FORBIDDEN)]
+    random = {word.partition(".")[0] for word in words if re.match("rand|bernoulli|normal|uniform|.*noise", word)}
+    assert random <= DRAWS
+    assert bool(random) == ("r1" not in name)
 
 
 # --- compilations -----------------------------------------------------------------------------------------------------
@@ -552,12 +591,21 @@ def test_backward_and_the_update_inside() -> None:
     assert_same(list(critic.parameters()), list(twin.parameters()))
 
 
-def test_a_module_that_compiles_itself() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "aot_eager", "fullgraph": True},
+        {"backend": "gpkernels", "dynamic": False},
+        {"options": {"max_autotune": False}},
+    ],
+)
+def test_a_module_that_compiles_itself(options: dict[str, Any]) -> None:
     critic = mlp(6, 16, 1).double()
     real, fake, eps = batch(8, 6)
     loss = gpk.CriticLoss(critic)
-    loss.compile(backend="aot_eager", fullgraph=True)
-    assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
+    loss.compile(**options)
+    for _ in range(2):
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
 
 
 def test_transforms_inside_a_compiled_function() -> None:
