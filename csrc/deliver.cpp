@@ -4,6 +4,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/mul.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -28,10 +29,10 @@ using torch::autograd::variable_list;
 
 constexpr c10::DispatchKeySet kBatched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
 
-// Whether the cotangent is 1, if reading it does not synchronise.
+// Whether the cotangent is 1, if reading it does not synchronise and no mode records calls.
 bool is_one(const at::Tensor& cotangent) {
   return cotangent.device().is_cpu() && !cotangent.key_set().has(c10::DispatchKey::Python) &&
-         cotangent.item<double>() == 1.0;
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && cotangent.item<double>() == 1.0;
 }
 
 // Whether the tensor has no other owner: autograd's condition for taking a gradient without a copy.

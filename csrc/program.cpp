@@ -133,6 +133,8 @@ Program::Program(const py::list& calls, std::vector<int> inputs, std::vector<int
     for (const int slot : call.results) count_ = std::max(count_, slot + 1);
 }
 
+Program::Program(py::function function) : function_(std::move(function)) {}
+
 py::list Program::run(const py::list& given) const {
   std::vector<at::Tensor> tensors(given.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -144,6 +146,7 @@ py::list Program::run(const py::list& given) const {
 }
 
 std::vector<at::Tensor> Program::run(std::vector<at::Tensor> given) const {
+  if (function_) return call(std::move(given));
   TORCH_CHECK(given.size() == inputs_.size(), "given: expected ", inputs_.size(), " tensors, got ", given.size());
   std::vector<c10::IValue> memory(count_);
   for (size_t i = 0; i < inputs_.size(); ++i)
@@ -156,6 +159,16 @@ std::vector<at::Tensor> Program::run(std::vector<at::Tensor> given) const {
   for (const Call& call : calls_) make(call, memory, stack);
   std::vector<at::Tensor> results;
   for (const int slot : outputs_) results.push_back(slot < 0 ? at::Tensor() : memory[slot].toTensor());
+  return results;
+}
+
+std::vector<at::Tensor> Program::call(std::vector<at::Tensor> given) const {
+  const py::list tensors = listed(given);
+  given.clear();
+  const c10::impl::ExcludeDispatchKeyGuard plain(c10::autocast_dispatch_keyset);
+  std::vector<at::Tensor> results;
+  for (const py::handle& x : (*function_)(tensors).cast<py::list>())
+    results.push_back(x.is_none() ? at::Tensor() : THPVariable_Unpack(x.ptr()));
   return results;
 }
 
@@ -191,6 +204,7 @@ PYBIND11_MODULE(_program, m) {
   m.attr("TORCH") = GPK_TORCH_VERSION;
   py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init<py::list, std::vector<int>, std::vector<int>, std::vector<std::vector<int>>, py::object>())
+      .def(py::init<py::function>())
       .def("__call__", py::overload_cast<const py::list&>(&Program::run, py::const_));
   add_shelf(m);
 }

@@ -32,11 +32,13 @@ struct Call {
   std::optional<Alias> alias;
 };
 
-// A list of calls and the loop that runs it.
+// A list of calls and the loop that runs it, or a Python function in its place.
 class Program {
  public:
   Program(const pybind11::list& calls, std::vector<int> inputs, std::vector<int> outputs,
           std::vector<std::vector<int>> frees, const pybind11::object& slot_type);
+  // function: gives a list for a list, which it empties.
+  explicit Program(pybind11::function function);
 
   // Returns the outputs, None for -1. The list of inputs is emptied: tensors are freed after their last use.
   pybind11::list run(const pybind11::list& given) const;
@@ -44,9 +46,11 @@ class Program {
   std::vector<at::Tensor> run(std::vector<at::Tensor> given) const;
 
  private:
+  std::vector<at::Tensor> call(std::vector<at::Tensor> given) const;
   void add(const pybind11::tuple& call, std::vector<int> frees, const pybind11::object& slot_type);
 
   std::vector<Call> calls_;
   std::vector<int> inputs_, outputs_;
   int count_ = 0;
+  std::optional<pybind11::function> function_;
 };

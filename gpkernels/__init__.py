@@ -4,6 +4,7 @@ from gpkernels import optim
 from gpkernels import registration as registration  # ties the ops to their kernels
 from gpkernels.approximate import approximate_r1_penalty
 from gpkernels.backends import backend, set_backend
+from gpkernels.critic.compiled import compile_passes, set_compile_passes
 from gpkernels.critic.double_backward import fast_double_backward
 from gpkernels.critic.explain import explain
 from gpkernels.critic.parts import CriticLossParts
@@ -36,6 +37,7 @@ __all__ = [
     "approximate_r1_penalty",
     "backend",
     "clip_weights_",
+    "compile_passes",
     "consistency_term",
     "dragan_penalty",
     "eikonal_loss",
@@ -58,6 +60,7 @@ __all__ = [
     "relativistic_generator_loss",
     "saturating_generator_loss",
     "set_backend",
+    "set_compile_passes",
     "value_and_input_gradient",
     "wgan_critic_loss",
     "wgan_generator_loss",

@@ -196,6 +196,11 @@ class CriticLoss(nn.Module):
         given = self._given(real, fake, eps, task, tuple(critic_args), dict(critic_kwargs or {}))
         if composed:
             return self._composed(given, task, weights)
+        if is_compiling() and self._seen.untraced is self.critic:
+            from gpkernels.critic.traced import outside
+
+            parts: CriticLossParts = outside(self._eagerly, given, task, tuple(weights.values()))
+            return parts
         if is_compiling():
             return self._in_graph(given, task, tuple(weights.values()))
         return self._eagerly(given, task, tuple(weights.values()))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -88,6 +90,28 @@ def forward_class(node: Any) -> Any:
 
 # --- while the compiler traces: imported only there, as importing the compiler takes seconds
 
+# What it has to have for that. Another version of PyTorch may lack some of it: then nothing here is asked for.
+OF_THE_COMPILER = {
+    "torch._dynamo.comptime": (
+        "comptime",
+        *("ComptimeContext.graph", "ComptimeContext.get_local"),
+        *("ComptimeVar.as_fake", "ComptimeVar.as_proxy"),
+    ),
+    "torch._dynamo.exc": ("UnspecializeRestartAnalysis",),
+}
+
+
+def compiler_lacks() -> list[str]:
+    """What this version of the compiler does not have."""
+    found = []
+    for module, names in OF_THE_COMPILER.items():
+        for name in names:
+            try:
+                attrgetter(name)(import_module(module))
+            except (ImportError, AttributeError):
+                found.append(f"{module}.{name}")
+    return found
+
 
 def restart_of_trace() -> BaseException:
     """Return the exception that makes Dynamo restart its trace."""
@@ -96,11 +120,20 @@ def restart_of_trace() -> BaseException:
     return UnspecializeRestartAnalysis(restart_reason="all samples are one batch of the critic's, or are not")
 
 
+def inductor() -> Any:
+    """The module that compiles a graph as it is, ``compile``, and that has ``list_options``."""
+    import torch._inductor
+
+    return torch._inductor
+
+
 def __getattr__(name: str) -> Any:
     if name != "comptime":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torch._dynamo.comptime import comptime  # calls a function at trace time
-
+    try:
+        from torch._dynamo.comptime import comptime  # calls a function at trace time
+    except ImportError:
+        return None
     return comptime
 
 
@@ -120,6 +153,9 @@ def compile_nothing() -> Any:
     frames = compiler()
     if frames is None:
         return None
+    if not hasattr(frames, "DynamoStance"):
+        torch.compiler.set_stance("force_eager")
+        return "default"
     before = frames._stance
     frames._stance = _nothing(frames)
     return before
@@ -136,7 +172,7 @@ def look_at_no_frames() -> Any:
     Returns the callback for ``look_at_frames``, None if frame evaluation was disabled already.
     """
     frames = compiler()
-    return None if frames is None else frames.set_eval_frame(None)
+    return frames.set_eval_frame(None) if hasattr(frames, "set_eval_frame") else None
 
 
 def look_at_frames(callback: Any) -> None:
@@ -146,4 +182,7 @@ def look_at_frames(callback: Any) -> None:
 
 def set_stance(stance: Any) -> None:
     """Set the compiler's stance, for all threads."""
-    compiler()._stance = stance
+    if isinstance(stance, str):
+        torch.compiler.set_stance(stance)
+    else:
+        compiler()._stance = stance

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from counting import Count, counted
 from critics import Featured, dcgan, mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import SMALL
+from gpkernels.compiler import as_program
 from gpkernels.critic.step import LARGE
 
 
@@ -191,12 +194,28 @@ def test_flops_are_counted(kind: str, name: str) -> None:
     assert forward <= flops(lambda: function(critic, real, fake, eps)) <= bound * forward
 
 
-def test_the_graph_can_be_captured_on_a_gpu() -> None:
+CAPTURED: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "step": lambda critic, r, f: gpk.CriticLoss(critic)(r, f).loss,
+    "step as one batch": lambda critic, r, f: gpk.CriticLoss(critic, together=True)(r, f).loss,
+    "r1 step": lambda critic, r, f: gpk.CriticLoss(critic, objective="gan", penalty="r1")(r, f).loss,
+    "dragan step": lambda critic, r, f: gpk.CriticLoss(critic, penalty="dragan")(r, f).loss,
+    "gradient penalty": lambda critic, r, f: gpk.gradient_penalty(critic, r, f),
+    "r1 penalty": lambda critic, r, f: gpk.r1_penalty(critic, r),
+    "dragan penalty": lambda critic, r, f: gpk.dragan_penalty(critic, r),
+}
+DRAWS = {"rand", "randint", "instance_noise"}  # by the default generator, or by a key that is an argument
+FORBIDDEN = ("item", "_local_scalar_dense", "nonzero", "device_put", "unique", "masked_select")
+
+
+@pytest.mark.parametrize("by", ["Inductor", "gpkernels"])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_the_graph_can_be_captured_on_a_gpu(name: str, by: str) -> None:
     """No value is read back, nothing is copied between devices, and what is drawn is drawn by PyTorch."""
     critic = dcgan(3, 4, 16)
     real, fake, _ = (x.float() for x in batch(4, 3, 16, 16))
     targets: list[str] = []
-    devices: set[torch.device] = set()
+    devices: set[Any] = set()
+    graphs: list[Any] = []
 
     def look(graph: torch.fx.GraphModule, _: Any) -> Any:
         for node in graph.graph.nodes:
@@ -205,11 +224,32 @@ def test_the_graph_can_be_captured_on_a_gpu() -> None:
                 devices.add(node.kwargs.get("device", real.device))
         return make_boxed_func(graph.forward)
 
-    compiled(lambda r, f: gpk.CriticLoss(critic)(r, f).loss, aot_autograd(fw_compiler=look))(real, fake).backward()
+    def by_program(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        run = as_program(graph, inputs)
+        graphs.append(run.__self__)
+        return run
+
+    backend = aot_autograd(fw_compiler=look) if by == "Inductor" else by_program
+    call = compiled(lambda r, f: CAPTURED[name](critic, r, f), backend)
+    values = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        loss = call(real, fake)
+        values.append(torch.stack([loss.detach(), *(g.sum() for g in gradients(loss, critic))]))
+    torch.testing.assert_close(values[0], values[1])
+    assert torch.equal(values[0], values[2]) == ("r1" in name)
+    for graph in graphs:
+        (lists,) = graph._lists.values()
+        for part in (one for run in (lists.forward, lists.backward) if run is not None for one in run.parts):
+            targets += [str(func) for func, *_ in part.calls]
+            devices |= {kwargs.get("device", real.device) for _, _, kwargs, _ in part.calls}
     assert any("convolution" in target for target in targets)
-    assert devices == {real.device}
-    forbidden = ("aten.item", "_local_scalar_dense", "nonzero", "device_put", "unique", "masked_select")
-    assert not [target for target in targets if any(word in target for word in forbidden)]
+    assert {torch.device(device) for device in devices if device is not None} == {real.device}
+    words = [target.removeprefix("aten.").removeprefix("gpkernels.") for target in targets]
+    assert not [word for word in words if word.startswith(FORBIDDEN)]
+    random = {word.partition(".")[0] for word in words if re.match("rand|bernoulli|normal|uniform|.*noise", word)}
+    assert random <= DRAWS
+    assert bool(random) == ("r1" not in name)
 
 
 # --- compilations -----------------------------------------------------------------------------------------------------
@@ -387,6 +427,26 @@ def test_each_compilation_learns_anew() -> None:
     assert critic.calls == 1 + 3
 
 
+def test_another_version_of_the_compiler_goes_one_by_one_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch._dynamo.comptime.ComptimeVar.as_fake")
+    critic = Switched().double()
+    real, fake, eps = batch(8, 6)
+    loss = gpk.CriticLoss(critic)
+    step = compiled(lambda r, f, e: loss(r, f, eps=e).loss)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ours = step(real, fake, eps)
+        penalty = compiled(lambda x: gpk.r1_penalty(critic, x))(real)
+        torch.compiler.reset()
+        critic.calls = 0
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+    (message,) = [str(one.message) for one in told if "torch._dynamo.comptime" in str(one.message)]
+    assert "has no torch._dynamo.comptime.ComptimeVar.as_fake: in torch.compile, groups" in message
+    assert critic.calls == 3 + 3
+    assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+    assert_exactly_as(penalty, plain_penalty(critic, real, 0.0), critic)
+
+
 # --- odd critics and surroundings -------------------------------------------------------------------------------------
 
 
@@ -446,6 +506,23 @@ def test_a_critic_that_breaks_the_graph_goes_as_outside(make: Callable[[], nn.Mo
         exact = plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp"))
         assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
         assert_same(gradients(penalty(real, fake, eps), critic), gradients(exact, critic))
+
+
+def test_a_critic_that_breaks_the_graph_is_not_traced_again() -> None:
+    critic, (real, fake, eps) = Broken().double(), batch(8, 6)
+    loss, runs = gpk.CriticLoss(critic), []
+
+    def counted_by(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return lambda *args: (runs.append(graph), graph(*args))[1]
+
+    step = torch.compile(lambda r, f, e: loss(r, f, eps=e).loss, backend=counted_by)
+    for turn in range(4):
+        runs.clear()
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+        assert turn < 2 or not runs
+    loss.critic = mlp(6, 16, 1).double()
+    assert_exactly_as(step(real, fake, eps), plain_loss(loss.critic, real, fake, eps), loss.critic)
+    assert runs
 
 
 def test_a_dispatch_mode_around_a_compiled_step() -> None:
@@ -514,12 +591,21 @@ def test_backward_and_the_update_inside() -> None:
     assert_same(list(critic.parameters()), list(twin.parameters()))
 
 
-def test_a_module_that_compiles_itself() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "aot_eager", "fullgraph": True},
+        {"backend": "gpkernels", "dynamic": False},
+        {"options": {"max_autotune": False}},
+    ],
+)
+def test_a_module_that_compiles_itself(options: dict[str, Any]) -> None:
     critic = mlp(6, 16, 1).double()
     real, fake, eps = batch(8, 6)
     loss = gpk.CriticLoss(critic)
-    loss.compile(backend="aot_eager", fullgraph=True)
-    assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
+    loss.compile(**options)
+    for _ in range(2):
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
 
 
 def test_transforms_inside_a_compiled_function() -> None:
@@ -545,6 +631,8 @@ def test_a_second_backward_is_an_error() -> None:
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
     with pytest.raises(RuntimeError, match=r"not have been used|double backward"):
         torch.autograd.grad(gradient.sum(), weight)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("strict", [True, False])

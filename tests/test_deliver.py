@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 
 import gpkernels as gpk
@@ -214,3 +215,37 @@ def test_gradients_are_handed_over_without_a_copy(way: str) -> None:
     names = {event.name for event in seen.events()}
     assert "aten::detach" in names  # as autograd does to a gradient that it does not copy
     assert not names & {"aten::clone", "aten::copy_", "aten::mul", "aten::_foreach_mul", "aten::_foreach_mul_"}
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_trace_of_the_backward_pass_scales_by_its_own_cotangent(way: str, mode: str) -> None:
+    critic = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    weights = list(critic.parameters())
+
+    def gradients(x: Tensor, factor: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(gpk.r1_penalty(critic, x), weights, factor, allow_unused=True)
+        return [g for g in found if g is not None]
+
+    x = torch.randn(5, 3)
+    traced = make_fx(gradients, tracing_mode=mode, _allow_non_fake_inputs=mode == "fake")(x, torch.tensor(1.0))
+    for factor in (1.0, -2.0):
+        other, cotangent = torch.randn(5, 3), torch.tensor(factor)
+        for a, b in zip(traced(other, cotangent), gradients(other, cotangent), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_mode_around_the_backward_pass_alone_may_write_it_down(way: str) -> None:
+    value, weights, gradients = delivered()
+    traced = make_fx(lambda c: torch.autograd.grad(value, weights, c, retain_graph=True))(torch.tensor(1.0))
+    for got, g in zip(traced(torch.tensor(3.0)), gradients, strict=True):
+        torch.testing.assert_close(got, 3 * g)
+    traced = make_fx(lambda c: torch.autograd.grad(value, weights, c))(torch.tensor(1.0))
+    assert "_local_scalar_dense" not in traced.code
+
+
+def test_symbols_for_sizes_are_refused_where_there_is_no_compiler() -> None:
+    critic = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    with pytest.raises(RuntimeError, match="cannot be traced with symbols for sizes"):
+        make_fx(lambda x: gpk.r1_penalty(critic, x), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+            torch.randn(5, 3)
+        )

@@ -29,8 +29,19 @@ def test_a_compiled_step_of_the_readme_runs() -> None:
     exec(EXAMPLES[2], names)
 
 
+def test_an_eager_step_with_compiled_passes_of_the_readme_runs() -> None:
+    critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+    real, fake = torch.ones(8, 6), torch.ones(8, 6)
+    names = {"gpkernels": gpkernels, "loss": gpkernels.CriticLoss(critic), "real": real, "fake": fake}
+    try:
+        exec(EXAMPLES[3], names)
+    finally:
+        gpkernels.set_compile_passes(False)
+    torch.testing.assert_close(names["parts"].loss, gpkernels.CriticLoss(critic)(real, fake).loss)
+
+
 def test_both_examples_of_the_readme_run_and_give_the_same_gradients() -> None:
-    before, after, _ = EXAMPLES
+    before, after, *_ = EXAMPLES
     critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
     # All points are one, so the eps that each example draws does not matter.
     names = {"torch": torch, "critic": critic, "real": torch.full((8, 6), 1.0), "fake": torch.full((8, 6), 1.0)}

@@ -9,9 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 
 import gpkernels as gpk
+from counting import Count, counted
+from critics import MaxPooled, dcgan
 from gpkernels.critic.double_backward import depth
 
 Context = Callable[[], AbstractContextManager[object]]
@@ -122,6 +126,55 @@ def test_a_compiled_step_around_it(made: Step, backend: str) -> None:
     assert not isinstance(exact, str)
     for one in ours:
         assert_same(one, exact if isinstance(one, tuple) else plain[0])
+
+
+def gradients_of_penalty(critic: nn.Module, x: Tensor, context: Context) -> tuple[Tensor, list[Tensor | None]]:
+    loss = step(critic, x, context)
+    weights = [p for p in critic.parameters() if p.requires_grad]
+    return loss.detach(), list(torch.autograd.grad(loss, weights, allow_unused=True))
+
+
+TRACED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLP, in place": (critic_of, (5, 6)),
+    "MLP, clamped": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(), nn.Linear(8, 8), nn.ReLU6(True), nn.Linear(8, 1)),
+        (5, 6),
+    ),
+    "DCGAN": (lambda: dcgan(3, 4, 16), (2, 3, 16, 16)),
+    "max pooling": (lambda: MaxPooled(3, 4), (2, 3, 16, 16)),
+    "average pooling": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 1)
+        ),
+        (2, 3, 8, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_a_compiled_graph_has_the_work_of_the_eager_rules(name: str) -> None:
+    make, shape = TRACED[name]
+    critic, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    critic(x)
+    exact = gradients_of_penalty(critic, x, nullcontext)
+    eager = counted(lambda: gradients_of_penalty(critic, x, gpk.fast_double_backward))
+    counts: list[Count] = []
+
+    def run_by(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        def run(*args: object) -> object:
+            with Count() as count:
+                out = graph.forward(*args)
+            counts.append(count)
+            return out
+
+        return make_boxed_func(run)
+
+    compiled = torch.compile(gradients_of_penalty, backend=aot_autograd(fw_compiler=run_by), fullgraph=True)
+    assert_same(compiled(critic, x, gpk.fast_double_backward), exact)
+    (count,) = counts
+    assert 0 < count.flops <= eager.flops
+    assert len(count.zeros) <= len(eager.zeros)
 
 
 def sub_module(critic: nn.Sequential, backend: str) -> nn.Module:

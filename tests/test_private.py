@@ -202,6 +202,15 @@ def stance() -> None:
     assert ran
 
 
+def of_the_compiler() -> None:
+    assert private.compiler_lacks() == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(private.OF_THE_COMPILER, "torch._dynamo.comptime", ("no_such_name",))
+        patch.setitem(private.OF_THE_COMPILER, "torch._no_such_module", ("comptime",))
+        names = ["torch._dynamo.comptime.no_such_name", "torch._no_such_module.comptime"]
+        assert private.compiler_lacks() == names
+
+
 def frames() -> None:
     ran: list[object] = []
 
@@ -277,6 +286,13 @@ def while_it_traces() -> None:
     assert (_traces, len(graphs)) == (2, 1)
 
 
+def inductor() -> None:
+    assert {"size_asserts", "cpp_wrapper", "cpp.cxx"} <= set(private.inductor().list_options())
+    graph = torch.fx.symbolic_trace(lambda x: (x.sin() + 1,))
+    run = private.inductor().compile(graph, [torch.ones(2)], options={"cpp_wrapper": True})
+    torch.testing.assert_close(run(torch.zeros(2))[0], torch.ones(2))
+
+
 def grad_mode() -> None:
     found: list[object] = []
 
@@ -327,8 +343,10 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     xpu: ("xpu_is_built",),
     dual_level: ("dual_level",),
     stance: ("compiler", "compile_nothing", "set_stance"),
+    of_the_compiler: ("OF_THE_COMPILER", "compiler_lacks"),
     frames: ("look_at_no_frames", "look_at_frames"),
     custom_functions: ("forward_class",),
+    inductor: ("inductor",),
     grad_mode: ("set_grad_mode",),
     while_it_traces: ("restart_of_trace",),
     of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),
@@ -340,14 +358,25 @@ def test_it_is_as_expected(check: Callable[[], None]) -> None:
     check()
 
 
+def test_the_stance_is_set_in_public_where_there_is_no_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    stances: list[str] = []
+    monkeypatch.setattr(private, "compiler", lambda: object())
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+    assert private.look_at_no_frames() is None
+    private.set_stance(private.compile_nothing())
+    assert stances == ["force_eager", "default"]
+
+
 def test_nothing_is_left_out() -> None:
     own = {
         "Any",
         "Callable",
         "Tensor",
         "annotations",
+        "attrgetter",
         "cache",
         "forward_ad",
+        "import_module",
         "overrides",
         "partial",
         "sys",

@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_compiling
 
 from gpkernels import backends
-from gpkernels.private import foreach_mul, foreach_mul_, graph_is_kept, is_batched, is_legacy_batched
+from gpkernels.private import dispatch_mode, foreach_mul, foreach_mul_, graph_is_kept, is_batched, is_legacy_batched
 
 
 class _Deliver(Function):
@@ -51,8 +51,9 @@ class _Deliver(Function):
 
 
 def _is_one(cotangent: Tensor) -> bool:
-    """Whether the cotangent is 1, if reading it does not synchronise."""
-    return type(cotangent) is Tensor and cotangent.device.type == "cpu" and cotangent.item() == 1.0
+    """Whether the cotangent is 1, if reading it does not synchronise and no mode records calls."""
+    plain = type(cotangent) is Tensor and cotangent.device.type == "cpu" and dispatch_mode() is None
+    return plain and cotangent.item() == 1.0
 
 
 def deliver(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

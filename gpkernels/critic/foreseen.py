@@ -7,6 +7,8 @@ effects, so the critic is called as often as its graph says, and each compilatio
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from threading import local
 from typing import Any
 
@@ -19,7 +21,7 @@ from gpkernels.critic.graph import Graph
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.step import LARGE
 from gpkernels.critic.together import Check, Differs, Log, Seen, Watch, keeps_apart, settled
-from gpkernels.private import HigherOrderOperator, restart_of_trace
+from gpkernels.private import HigherOrderOperator, compiler_lacks, restart_of_trace
 
 
 class Foreseen:
@@ -38,6 +40,24 @@ class _Now(local):
 
 
 _now = _Now()
+
+
+@assume_constant_result
+def foresees() -> bool:
+    """Whether this version of the compiler can be asked; a warning says so once where it cannot."""
+    lacking = tuple(compiler_lacks())
+    if lacking:
+        _warn(lacking)
+    return not lacking
+
+
+@cache
+def _warn(lacking: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"PyTorch {torch.__version__} has no {', '.join(lacking)}: in torch.compile, groups of samples go through the "
+        "critic one after the other",
+        stacklevel=2,
+    )
 
 
 @assume_constant_result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from gpkernels import backends
 from gpkernels.critic.cheaper import cheaper
+from gpkernels.critic.compiled import Options, chosen, compiled
 from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
+WORTH = 8  # calls in a stretch: for fewer, what surrounds a compiled function costs more than it saves
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 Tensors = Sequence[Tensor | None]
@@ -79,8 +82,9 @@ class Cheaply(TorchDispatchMode):
 class Recorder(TorchDispatchMode):
     """Dispatch mode that runs calls in the cheapest way and records them."""
 
-    def __init__(self, inputs: Tensors) -> None:
+    def __init__(self, inputs: Tensors, cheaply: bool = True) -> None:
         super().__init__()
+        self.cheaply = cheaply
         self.known: dict[int, Slot] = {}
         self.alive: list[Any] = []  # keeps ids unique
         self.calls: list[Any] = []
@@ -119,7 +123,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        other = cheaper(func, args, kwargs)
+        other = cheaper(func, args, kwargs) if self.cheaply else None
         if other is not None:
             with self:
                 return other()
@@ -154,16 +158,21 @@ class Program:
     """A list of calls, for tensors of the layouts that it was traced with."""
 
     def __init__(
-        self, calls: list[Any], inputs: list[Slot | None], results: list[Slot | None], aliases: dict[Slot, Alias]
+        self,
+        calls: list[Any],
+        inputs: list[Slot | None],
+        results: list[Slot | None],
+        aliases: dict[Slot, Alias],
+        options: Options | None = None,
     ) -> None:
-        self.inputs, self.results, self.aliases = inputs, results, aliases
+        self.inputs, self.results, self.aliases, self.options = inputs, results, aliases, options
         self.parts = self._parted(self._needed(calls))
 
     @staticmethod
-    def of(recorder: Recorder, results: Tensors) -> Program:
-        """Build a program of everything that was recorded, with some tensors as results."""
+    def of(recorder: Recorder, results: Tensors, options: Options | None = None) -> Program:
+        """Build a program of everything that was recorded, with some tensors as results; options: to compile it."""
         slots = [None if x is None else recorder.slot(x) for x in results]
-        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases)
+        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases, options)
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Drop calls whose results are unused."""
@@ -198,7 +207,7 @@ class Program:
                 parts.append(between[k])
                 later -= {s for s in between[k].outputs if s is not None}
                 later |= {s for s in between[k].inputs if s is not None}
-            stretch = Stretch(stretches[k], later, self.aliases)
+            stretch = Stretch(stretches[k], later, self.aliases, self.options)
             parts.append(stretch)
             later = (later - set(stretch.outputs)) | set(stretch.inputs)
         return parts[::-1]
@@ -227,8 +236,10 @@ class Program:
 class Stretch:
     """Recorded calls that run without interruption."""
 
-    def __init__(self, calls: list[Any], later: set[Any], aliases: dict[Slot, Alias]) -> None:
-        self.aliases = aliases
+    def __init__(
+        self, calls: list[Any], later: set[Any], aliases: dict[Slot, Alias], options: Options | None = None
+    ) -> None:
+        self.aliases, self.options = aliases, options if len(calls) >= WORTH else None
         made: set[Any] = set()
         inputs: dict[Any, None] = {}
         for _, args, kwargs, out in calls:
@@ -254,11 +265,12 @@ class Stretch:
 
     def run(self, given: list[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         """Return the outputs for the given inputs; None stays None. The list of inputs is emptied."""
-        if backends.program is None:
-            return self._run_here(given, inputs, outputs)
-        if self.native is None:
+        if self.native is None and self.options is not None:
+            function = compiled(self.calls, inputs, outputs, given, Slot, self.options)
+            self.native = function if backends.program is None else backends.program.Program(function)
+        elif self.native is None and backends.program is not None:
             self.native = self._translated(inputs, outputs)
-        return self.native(given)
+        return self._run_here(given, inputs, outputs) if self.native is None else self.native(given)
 
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """Translate the list for the C++ loop."""
@@ -308,7 +320,7 @@ class Signature:
     """State of a signature: facts derived from it, and its program from the second occurrence on."""
 
     def __init__(self, known: Any) -> None:
-        self.known, self.met = known, False
+        self.known, self.met, self.options = known, False, chosen()
         self.program: Program | None = None
 
     def run(self, inputs: list[Tensor | None], work: Work, outsider: Outsider) -> Tensors:
@@ -327,10 +339,11 @@ class Signature:
             self.met = True
             with Cheaply():
                 return work(inputs, _unseen(outsider))
-        recorder = Recorder(inputs)
-        with recorder:
+        recorder = Recorder(inputs, self.options is None)
+        # A compiler is given PyTorch's own calls, which it can fuse.
+        with nullcontext() if self.options is None else backends.backend("reference"), recorder:
             results = work(inputs, lambda name, given: recorder.outside(outsider, name, given))
-        self.program = Program.of(recorder, results)
+        self.program = Program.of(recorder, results, self.options)
         return results
 
 
@@ -351,7 +364,15 @@ class Cache:
         self.capacity, self._entries, self._lock = capacity, OrderedDict[Hashable, Signature](), Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Signature:
-        """Return the key's signature; ``make`` derives the facts of a new one."""
+        """Return the key's signature under the options in force; ``make`` derives the facts of a new one."""
+        key = key, chosen()
+        try:
+            hash(key)
+        except TypeError:
+            raise RuntimeError(
+                "a penalty cannot be traced with symbols for sizes here: give make_fx the tracing_mode 'real' or "
+                "'fake', or compile the step by torch.compile"
+            ) from None
         with self._lock:
             found = self._entries.get(key)
             if found is not None:

@@ -16,6 +16,7 @@ from gpkernels import backends
 from gpkernels.critic import program
 from gpkernels.critic.by_autograd import by_autograd, plainly
 from gpkernels.critic.call import Group, Pass, call, uncompiled
+from gpkernels.critic.compiled import chosen
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import native
 from gpkernels.critic.parts import Norm, Task
@@ -93,7 +94,7 @@ class _Shelf:
         self._count = count()
 
     def _tag(self, task: Task, calls: Calls) -> int:
-        key = task, calls
+        key = task, calls, chosen()
         tag = self._tags.get(key)
         if tag is None:
             if len(self._tags) >= program.CAPACITY:

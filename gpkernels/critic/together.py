@@ -228,9 +228,13 @@ def autocasts(device_type: str) -> bool:
 
 
 class Seen:
-    """Observations of a critic, kept by its caller. traced: result of the compiler's last trace."""
+    """Observations of a critic, kept by its caller.
+
+    traced: result of the compiler's last trace. untraced: a critic that the compiler could not trace as one graph.
+    """
 
     traced: Any = None
+    untraced: Any = None
 
     def __init__(self) -> None:
         self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: separate

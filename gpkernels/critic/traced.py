@@ -19,10 +19,11 @@ from torch.compiler import allow_in_graph, disable, is_compiling
 from gpkernels import backends
 from gpkernels.critic.by_autograd import losses
 from gpkernels.critic.call import Group, Plain, check_scores, features_of, scores_of
-from gpkernels.critic.foreseen import as_one, begins, holds, learns
+from gpkernels.critic.foreseen import as_one, begins, foresees, holds, learns
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.gradient import Gradient, Halves, Inputs, Made, by_itself, rows_of
 from gpkernels.critic.graph import LEAF, Graph
+from gpkernels.critic.layers import LAYERS
 from gpkernels.critic.parts import Between, Task, constant_scores, points_of
 from gpkernels.critic.program import watched
 from gpkernels.critic.run import VALUES
@@ -51,8 +52,12 @@ def step_in_graph(
     observations that decide on one batch.
     """
     if not is_compiling():
-        return disable(otherwise)()
+        if seen is not None:
+            seen.untraced = critic
+        return outside(otherwise)
     outputs, batches, sources = [], [], []
+    if seen is not None and not foresees():
+        seen = None
     if seen is not None and as_one(seen):
         calls = [[group for call in calls for group in call]]
     for groups in calls:
@@ -72,6 +77,12 @@ def step_in_graph(
         sources.append([x if isinstance(x, Tensor) else x[0] for x in given])
     names = [[(group.name, group.penalised) for group in groups] for groups in calls]
     return _passes(outputs, batches, sources, names, task, list(weights), wants)
+
+
+@disable
+def outside(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives that the compiler leaves alone."""
+    return function(*args)
 
 
 @allow_in_graph
@@ -94,17 +105,21 @@ def _passes(
     wants: bool,
 ) -> tuple[Tensor, ...]:
     """The values, of which the first has the gradients; zeros for those that were not asked for."""
-    passes = [_Traced(*one, wants, task.pack) for one in zip(outputs, batches, names, strict=True)]
+    for (scores, *_), x in zip(outputs, batches, strict=True):
+        check_scores(scores, x, task.pack)
     with torch.no_grad(), _plain():
         like = outputs[0][0]
-        unit = torch.ones((), dtype=accumulation_dtype(like.dtype), device=like.device)
-        zero = lambda: torch.zeros_like(unit)  # noqa: E731
+        wide = accumulation_dtype(like.dtype)
+        zero = lambda: torch.zeros((), dtype=wide, device=like.device)  # noqa: E731
         # The gradients cannot be attached to the weights, or the calls made here are not recorded.
         if backends.program is None or not (is_compiling() or watched()):
-            plain = [Plain(one.groups, one.each, one.x, list(one.outputs)) for one in passes]
+            calls = zip(names, batches, outputs, strict=True)
+            plain = [Plain(tuple(groups), len(x) // len(groups), x, list(some)) for groups, x, some in calls]
             loss, *others = losses(plain, task, weights)
             assert loss is not None
             return loss, *(zero() if x is None else x.detach() for x in others)
+        passes = [_Traced(*one, wants, task.pack) for one in zip(outputs, batches, names, strict=True)]
+        unit = torch.ones((), dtype=wide, device=like.device)
         flat = [source for given in sources for source in given]
         numbers = [unit, *(unit * weight for weight in weights)]
         (loss, *others), gradients, at_samples = _gone_through(passes, task, numbers)
@@ -201,7 +216,6 @@ class _Traced:
     ) -> None:
         self.outputs, self.x, self.groups, self.wants = outputs, x, tuple(groups), wants
         self.each = x.shape[0] // len(groups) // (pack or 1)
-        check_scores(outputs[0], x, pack)
         graph = Graph([u for u in outputs if u.requires_grad])
         self.nodes, self.saved, self.leaves = graph.nodes, graph.saved, graph.leaves
         self.ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]  # indices of the leaves
@@ -242,6 +256,12 @@ def _gone_through(passes: Sequence[_Traced], task: Task, numbers: Sequence[Tenso
     values = len(VALUES) + len(task.penalties)
     gradients = zip(weights.values(), found[values : values + len(weights)], strict=True)
     return found[:values], [(x, g) for x, g in gradients if g is not None], found[values + len(weights) :]
+
+
+@allow_in_graph
+def layer_in_graph(number: int, *args: Any, **kwargs: Any) -> Any:
+    """A layer of ``fast_double_backward``, by its number among these."""
+    return list(LAYERS.values())[number](*args, **kwargs)
 
 
 def _plain() -> Any:

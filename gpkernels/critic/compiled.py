@@ -1,0 +1,164 @@
+"""Programs compiled by Inductor: who asked for it, and how a list of calls becomes one function.
+
+The critic's forward stays as its author wrote it; what goes through its graph afterwards is a list of ATen calls of
+known shapes, which a compiler takes as it is, without a trace or guards.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from gpkernels import private
+
+_compiling = Lock()  # neither the trace nor the generated code's cache is made for several threads
+
+
+class Options:
+    """Inductor's options, told apart by what they say."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+        self._key = repr(sorted(self.values.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+_everywhere: Options | None = None  # what set_compile_passes chose
+_chosen: ContextVar[Options | None] = ContextVar("gpkernels.compile_passes")  # what compile_passes chose, where it did
+
+
+def set_compile_passes(options: bool | Mapping[str, Any] = True) -> None:
+    """Choose for the process whether the passes of penalties and ``CriticLoss`` are compiled; off at first.
+
+    See ``compile_passes``, which chooses for a thread.
+    """
+    global _everywhere
+    _everywhere = _checked(options)
+
+
+@contextmanager
+def compile_passes(options: bool | Mapping[str, Any] = True) -> Iterator[None]:
+    """Have Inductor compile the passes of penalties and ``CriticLoss`` that are called inside.
+
+    The critic is called as it is; what computes the penalty and the gradients from its graph is compiled in the third
+    call with one signature (shapes, dtypes, the graph's form), and equals what is not compiled to rounding. A failure
+    of the compiler raises. The choice is this thread's or async task's own; ``set_compile_passes`` chooses for the
+    process. Inside ``torch.compile`` it changes nothing, as the passes are in the compiled graph there.
+
+    Args:
+        options: True, or options of Inductor as ``torch.compile(options=...)`` takes them; False for none of it.
+
+    Raises:
+        TypeError, ValueError: naming the option.
+
+    Example:
+        >>> with gpkernels.compile_passes():
+        ...     parts = loss(real, fake)
+    """
+    if is_compiling():
+        yield
+        return
+    token = _chosen.set(_checked(options))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def chosen() -> Options | None:
+    """The options that programs are compiled with in this thread now; None where they are not."""
+    return _chosen.get(_everywhere)
+
+
+def _checked(options: Any) -> Options | None:
+    if isinstance(options, bool):
+        return Options({}) if options else None
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options: expected True, False or a mapping, got {type(options).__name__}")
+    known = _known_options()
+    values = {str(name).replace("-", "_"): value for name, value in options.items()}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"options: expected names of Inductor's options, got {name!r}")
+    return Options(values)
+
+
+@cache
+def _known_options() -> frozenset[str]:
+    return frozenset(private.inductor().list_options())
+
+
+Call = tuple[Any, list[Any], dict[str, Any], Any]  # an overload, arguments with slots, and the slots of what it gives
+
+
+def compiled(
+    calls: Sequence[Call],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    given: Sequence[Tensor | None],
+    slot_type: type,
+    options: Options,
+) -> Callable[[list[Any]], list[Any]]:
+    """A function that gives what calls give for the outputs' slots, of a list for the inputs', None for None.
+
+    given: inputs such as it will be called with. The list is emptied.
+    """
+    graph = _graph_of(calls, inputs, outputs, slot_type)
+    examples = [x.detach() for x in given if x is not None]
+    with _compiling, torch.no_grad():
+        on_cpu = all(x.device.type == "cpu" for x in examples)
+        own = {"size_asserts": False, "cpp_wrapper": on_cpu}  # the signature tells sizes; Python between kernels costs
+        function = private.inductor().compile(graph, examples, options={**own, **options.values})
+    places = [i for i, slot in enumerate(inputs) if slot is not None]
+    gives = [slot is not None for slot in outputs]
+
+    def run(given: list[Any]) -> list[Any]:
+        tensors = [given[i] for i in places]
+        given.clear()
+        with torch.no_grad():
+            results = iter(function(*tensors))
+        return [next(results) if some else None for some in gives]
+
+    return run
+
+
+def _graph_of(
+    calls: Sequence[Call], inputs: Sequence[Any], outputs: Sequence[Any], slot_type: type
+) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    nodes: dict[Any, torch.fx.Node] = {}
+
+    def filled(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [filled(y) for y in x]
+        return nodes[x] if isinstance(x, slot_type) else x
+
+    def store(slots: Any, node: torch.fx.Node) -> None:
+        if isinstance(slots, list):
+            for i, slot in enumerate(slots):
+                if slot is not None:
+                    store(slot, graph.call_function(operator.getitem, (node, i)))
+        elif slots is not None:
+            nodes[slots] = node
+
+    for slot in inputs:
+        if slot is not None:
+            nodes[slot] = graph.placeholder(f"given{slot}")
+    for func, args, kwargs, out in calls:
+        store(out, graph.call_function(func, tuple(filled(args)), {name: filled(x) for name, x in kwargs.items()}))
+    graph.output(tuple([nodes[slot] for slot in outputs if slot is not None]))
+    return torch.fx.GraphModule({}, graph)
