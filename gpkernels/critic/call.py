@@ -50,7 +50,7 @@ def check_scores(scores: Tensor, x: Tensor, pack: int) -> None:
 
 
 class Group(NamedTuple):
-    """Samples and their role: "fake", "real", "again" (the real batch once more) or "points"."""
+    """Samples and their role: "fake", "real", "again" (the real batch once more), or the points of a penalty."""
 
     name: str
     x: Tensor | Between

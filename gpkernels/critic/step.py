@@ -58,7 +58,7 @@ def _how_of_a_penalty(task: Task) -> How:
 
 
 class Begun(NamedTuple):
-    """Step that C++ did not finish: whether it is one batch, the critic's outputs so far, and their key."""
+    """Step that C++ did not finish. as_one: whether it is one batch. before: the critic's outputs. key: their key."""
 
     as_one: bool
     before: Sequence[Any]
