@@ -481,7 +481,7 @@ def test_the_state_dict_is_the_critic_under_its_name() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "a foreign objective": ({"objective": "hinge"}, ValueError, "objective.*wgan.*'hinge'"),
+    "a foreign objective": ({"objective": "lsgan"}, ValueError, "objective.*wgan.*'lsgan'"),
     "a foreign penalty": ({"penalty": "gp"}, ValueError, "penalty.*wgan-gp.*'gp'"),
     "a negative weight": ({"penalty_weight": -1.0}, ValueError, "penalty_weight.*-1"),
     "a text weight": ({"penalty_weight": "10"}, TypeError, "penalty_weight.*str"),
