@@ -1,4 +1,4 @@
-"""The critics of docs/approximate.md, as they are made and after a short training."""
+"""Critics of docs/approximate.md, at initialisation and after a short training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS, BATCH = 300, 64
 
 
 class MLP(nn.Module):
-    """For points in the plane."""
+    """MLP for points in the plane."""
 
     shape: tuple[int, ...] = (2,)
 
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 
 class DCGAN(MLP):
-    """For images of 32 px."""
+    """DCGAN critic for images of 32 px."""
 
     shape = (3, 32, 32)
 
@@ -37,7 +37,7 @@ class DCGAN(MLP):
 
 
 class Attention(MLP):
-    """For sequences of 16 tokens."""
+    """Transformer for sequences of 16 tokens."""
 
     shape = (16, 32)
 
@@ -46,7 +46,7 @@ class Attention(MLP):
 
 
 def trained(critic: MLP) -> None:
-    """Tell normal data from wider ones, with R1; the seed of both is torch's own."""
+    """Train to separate normal data from wider data, with R1; weights and data follow PyTorch's global seed."""
     loss = gpk.CriticLoss(critic, objective="gan", penalty="r1", penalty_weight=0.5)
     optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3, betas=(0.0, 0.99))
     for _ in range(STEPS):
@@ -76,7 +76,7 @@ class TrainedAttention(Attention):
 
 
 class SoftenedMLP(TrainedMLP):
-    """The weights of the trained MLP with a bend in place of each kink."""
+    """Trained MLP whose ReLUs are replaced by smooth functions."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,13 +14,13 @@
 
 namespace {
 
-// Casts to at least float32, the dtype of the loss, so that derivatives keep their digits under a loss scale.
+// Casts to at least float32, the dtype of the loss, so that derivatives lose no precision under a loss scale.
 at::Tensor widened(const at::Tensor& x) {
   const at::ScalarType type = x.scalar_type();
   return type == at::kHalf || type == at::kBFloat16 ? x.to(at::kFloat) : x.detach();
 }
 
-// Gradient of the summed scores, with its graph; undefined where they do not depend on x.
+// Returns the gradient of the summed scores, with its graph; undefined where they do not depend on x.
 at::Tensor input_gradient(const at::Tensor& scores, const at::Tensor& x) {
   const py::gil_scoped_release released;
   const at::AutoGradMode enabled(true);
@@ -51,7 +51,7 @@ Value penalty(const at::Tensor& gradient, const Ends& ends, const at::Tensor& we
   at::Tensor rows = widened(gradient);
   if (ends.pack != 1) rows = rows.reshape({-1, ends.pack ? ends.pack * rows.numel() / rows.size(0) : rows.size(-1)});
   torch::jit::Stack value{rows, ends.target, ends.one_sided, kMean, ends.power};
-  forth.callBoxed(value);  // and what the derivative takes from it
+  forth.callBoxed(value);  // also returns the coefficient of the derivative
   torch::jit::Stack derivative{weight, rows, value[1]};
   back.callBoxed(derivative);
   return {value[0].toTensor(), {derivative[0].toTensor().view_as(gradient)}};

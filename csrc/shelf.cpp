@@ -35,7 +35,7 @@ struct Done {
 
 constexpr size_t kValues = 3;  // besides the penalties
 
-// The tensor without its graph; a later change of either is seen in both.
+// Returns the tensor without its graph; both share memory and version counter.
 at::Tensor detached(const at::Tensor& x) {
   c10::TensorImpl* impl = x.unsafeGetTensorImpl();
   return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), false));
@@ -111,7 +111,7 @@ class Shelf {
     return py::tuple(listed(results));
   }
 
-  // The values with their graph, for a critic that is left to autograd; else the outputs of the calls, or None.
+  // Returns the values with their graph, for a critic that is left to autograd; else the outputs of the calls, or None.
   py::object by_autograd(const py::object& critic, const py::tuple& tensors, const Places& places,
                          const std::vector<bool>& moves, const std::vector<int64_t>& kinds, const py::tuple& args,
                          const py::dict& kwargs, double target, bool one_sided, double power, int64_t pack,
@@ -120,8 +120,8 @@ class Shelf {
     return ::by_autograd(caller_, critic, tensors, places, moves, kinds, args, kwargs, ends);
   }
 
-  // What ``step`` gives, of calls that were made, [(outputs, the batch, the number of the first node)]: results and
-  // leaves, or the key; None where something looks on.
+  // Runs the program for calls that were made, [(outputs, batch, sequence number of the first node)]. Returns results
+  // and leaves, or the key; None where a mode or profiler observes calls.
   py::object run(const py::list& passes, int64_t tag, const std::vector<at::Tensor>& numbers) const {
     if (is_seen()) return py::none();
     std::vector<Called> calls;
@@ -144,13 +144,13 @@ class Shelf {
     return py::make_tuple(listed(done->results), listed(done->leaves));
   }
 
-  // Tensors at which a graph ends; handles for older nodes.
+  // Returns the tensors at which a graph ends; handles for older nodes.
   py::list leaves(const std::vector<at::Tensor>& outputs, uint64_t start) const {
     return listed(read(outputs, start).leaves);
   }
 
-  // The graph of a call of a function: its key, the tensors at which it ends, the number of each input among these (-1:
-  // it is none of them), the saved tensors without their graph, and whether hooks have to be called on the way back.
+  // Returns the graph of a function's call: its key, the tensors at which it ends, the index of each input among these
+  // (-1: none), the saved tensors without their graph, and whether hooks have to be called in backward.
   py::tuple graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& inputs, uint64_t start) const {
     Key key;
     Reader::Found found;
@@ -172,7 +172,7 @@ class Shelf {
     return py::make_tuple(py::bytes(key.bytes()), listed(found.leaves), places, listed(found.saved), found.hooked);
   }
 
-  // Whether hooks have to be called on the way back.
+  // Whether hooks have to be called in backward.
   bool hooked(const std::vector<at::Tensor>& outputs, uint64_t start) const { return read(outputs, start).hooked; }
 
   // Whether a dropout node is in training mode.
@@ -197,8 +197,8 @@ class Shelf {
     return found;
   }
 
-  // Runs the program, if there is one. let_go: drops Python's hold on the calls; each tensor goes when it has been
-  // read. given: one, and the weights of the penalties.
+  // Runs the program, if there is one. let_go: drops Python's references to the calls, so that each tensor is freed
+  // once it has been read. given: one, and the weights of the penalties.
   template <typename LetGo>
   std::optional<Done> finish(std::vector<Called>& calls, const LetGo& let_go, std::vector<at::Tensor> given,
                              Key& key) const {

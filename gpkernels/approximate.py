@@ -1,6 +1,6 @@
-"""R1 without a gradient of a gradient, for critics that have none: how the score changes under a little noise.
+"""Estimate of R1 without a second derivative, for critics that have none, from the change of scores under noise.
 
-It is an estimate, with a bias and a spread; ``r1_penalty`` is exact and, for most critics, cheaper.
+The estimate has a bias and a spread; ``r1_penalty`` is exact and, for most critics, cheaper.
 """
 
 from __future__ import annotations
@@ -29,22 +29,53 @@ def approximate_r1_penalty(
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """E (D(x) - D(x + sigma * N(0, 1)))^2 / sigma^2 at real data, an estimate of ``r1_penalty`` (Lin et al. 2025).
+    r"""Estimate the R1 penalty of a critic from two calls, on real samples and on noisy ones.
 
-    For a critic that is linear over a distance of sigma its expectation is E |grad D(x)|^2; a sample's own estimate has
-    a standard deviation of sqrt(2) times its value. The critic is called twice, on ``real`` and on noisy data, and both
-    calls are differentiated with respect to the weights once. That needs no second derivative, so it also takes what
-    has none, such as fused attention. Whatever else differs between the two calls counts as if the noise had done it:
-    dropout has to be off, and samples must not meet. Differences are taken in at least float32, but a score that comes
-    in bfloat16 is rounded before that; ``gpkernels explain --approximate`` measures what follows.
+    .. math::
+        \mathbb{E} \left( \frac{D(x + \sigma \xi) - D(x)}{\sigma} \right)^2, \qquad \xi \sim \mathcal{N}(0, 1)
 
-    The paper's loss, lambda * (D(x) - D(x + sigma * N(0, 1)))^2 with lambda = 100 and sigma = 0.01, is not divided by
-    sigma^2. Here its coefficient is lambda * sigma^2, 0.01 for these; R1's gamma / 2 is the coefficient as it is.
+    For a critic that is linear over a distance of :math:`\sigma` its expectation is that of :func:`r1_penalty`; the
+    estimate for one sample has a standard deviation of :math:`\sqrt{2}` times its value. Both calls are differentiated
+    with respect to the weights once, so critics without a second derivative can be used, such as those with fused
+    attention. Any other difference between the two calls counts as an effect of the noise: disable dropout, and avoid
+    critics in which samples interact. Differences are computed in at least float32, but a score in bfloat16 is rounded
+    before; ``gpkernels explain --approximate`` measures the effect.
 
-    real: (N, *), detached. sigma: above 0, in units of the data. generator: draws the noise, as in
-    ``add_instance_noise``. reduction: "mean", "sum" or "none", which gives (N,). critic_args, critic_kwargs: further
-    inputs, such as labels, passed after x in both calls. Maps of scores are summed over each sample. Raises TypeError
-    or ValueError for bad input.
+    The paper's loss, with weight :math:`\lambda = 100` and :math:`\sigma = 0.01`, is not divided by :math:`\sigma^2`.
+    Here its coefficient is :math:`\lambda \sigma^2 = 0.01`; that of R1, :math:`\gamma / 2`, is unchanged.
+    Differentiable to any order that the critic supports. ``real`` is detached.
+
+    Args:
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with the scores
+            first. Maps of scores are summed over each sample.
+        real (Tensor): real samples.
+        sigma (float): standard deviation of the noise, finite and above 0. Default: 0.01.
+        generator (torch.Generator, optional): generator of the noise. Default: PyTorch's global generator of the
+            device.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, which gives one value per sample. Default: ``"mean"``.
+        critic_args (Sequence): further positional arguments of the critic in both calls, such as labels. Default: none.
+        critic_kwargs (Mapping, optional): further keyword arguments, in the same way. Default: none.
+
+    Shape:
+        - real: :math:`(N, *)`
+        - Output: scalar, or :math:`(N)` for ``reduction="none"``
+
+    Returns:
+        Tensor: the estimate, in at least float32.
+
+    Raises:
+        TypeError: the critic cannot be called or returns no tensor, ``real`` is not a dense floating-point tensor, or
+            an option is of another type.
+        ValueError: the batch is empty, the scores are not those of each sample, or an option is out of its range.
+
+    Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
+        >>> gamma, real = 10.0, torch.randn(16, 1, 8, 8)
+        >>> (gamma / 2 * gpkernels.approximate_r1_penalty(critic, real)).backward()
+
+    References:
+        Lin et al., "Diffusion Adversarial Post-Training for One-Step Video Generation", 2025.
+        https://arxiv.org/abs/2501.08316
     """
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
@@ -63,7 +94,7 @@ def approximate_r1_penalty(
 
 
 def _summed(scores: Tensor, x: Tensor) -> Tensor:
-    """One score per sample, (N,), in at least float32."""
+    """Return one score per sample, (N,), in at least float32."""
     n = x.shape[0]
     if scores.shape[:1] != (n,) and scores.numel() != n:
         raise ValueError(f"critic: expected a score for each of {n} samples, got shape {tuple(scores.shape)}")

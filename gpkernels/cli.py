@@ -43,12 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers.add_argument("critic", metavar="module:Class", help="class of a critic, constructed without arguments")
     layers.add_argument("--input", required=True, metavar="NxCxHxW", help="shape of its batch, such as 64x3x32x32")
     layers.add_argument(
-        "--approximate", action="store_true", help="error and cost of approximate_r1_penalty instead, for this critic"
+        "--approximate",
+        action="store_true",
+        help="measure error and cost of approximate_r1_penalty instead",
     )
-    layers.add_argument("--sigmas", metavar="S,...", help="of the noise (default: 0.001,0.003,0.01,0.03,0.1)")
-    layers.add_argument("--draws", type=count, metavar="N", help="of the noise (default: 200)")
+    layers.add_argument("--sigmas", metavar="S,...", help="noise levels (default: 0.001,0.003,0.01,0.03,0.1)")
+    layers.add_argument("--draws", type=count, metavar="N", help="number of draws of noise (default: 200)")
     layers.add_argument("--json", type=Path, metavar="FILE", help="write every result to FILE")
-    layers.add_argument("--plot", type=Path, metavar="FILE", help="draw the error there")
+    layers.add_argument("--plot", type=Path, metavar="FILE", help="plot the errors to FILE")
     numbers = commands.add_parser(
         "verify", help="compare every op, penalty and a training run with plain PyTorch in float64"
     )
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers.add_argument(
         "--penalty",
         metavar="module:function",
-        help="what this function of (critic, real, fake) is, and its mistakes",
+        help="identify this penalty function of (critic, real, fake) and its mistakes",
     )
     commands.add_parser("bench", help="measure times against eager PyTorch and the machine's limits", add_help=False)
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)

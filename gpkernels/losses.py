@@ -75,48 +75,77 @@ def _task_of(
 
 
 class CriticLoss(nn.Module):
-    """Whole loss of a critic, its forward and backward passes shared by all parts.
+    r"""Whole loss of a critic, whose parts share forward and backward passes.
 
-    adversarial + penalty_weight * penalty + consistency_weight * consistency, or, for several penalties by name,
-    adversarial + sum of weight * penalty + consistency_weight * consistency.
+    .. math::
+        L = L_{\text{adversarial}} + \sum_k w_k P_k + w_c C
+
+    :math:`P_k` are one or several gradient penalties with weights :math:`w_k`, and :math:`C` is CT-GAN's consistency
+    term. The gradients are computed in the forward call and scaled in backward: the loss is differentiable once, and to
+    any order inside :func:`fast_double_backward`. Results are in at least float32.
 
     Args:
-        critic: maps (N, *) to scores, or to (scores, features) where the consistency term is to see features.
-        objective: "wgan" (Arjovsky et al. 2017), "gan" (Goodfellow et al. 2014), "hinge" (Miyato et al. 2018),
-            "least-squares" (Mao et al. 2017) or "relativistic", of pairs (Jolicoeur-Martineau 2019; Huang et al. 2024).
-        penalty: "wgan-gp" (with target, one_sided, power), "r1", "r2", "dragan" (with target, dragan_scale) or "none";
-            or a dict of some of these with the weight of each, as ``{"r1": 0.5, "r2": 0.5}``.
-        penalty_weight: of the one penalty; 10 if None. A dict has the weights itself.
-        real_target, fake_target: of the least-squares objective.
-        penalty_every: take the penalty in every so many calls only, with so many times its weight (Karras et al. 2020,
-            "lazy regularization"). ``calls`` counts the calls with gradients; set it where a run is resumed.
-        consistency_weight: above 0 adds CT-GAN's term between two passes over the real batch (Wei et al. 2018); the
-            first of them gives the adversarial scores.
-        pack: so many consecutive samples have one score and one gradient norm (Lin et al. 2018, PacGAN).
-        together: whether real, fake and penalised samples go through the critic as one batch. None: from the third
-            call on, where each sample was seen to keep to itself. As one batch dropout draws one mask for all samples,
-            buffers that change change once, and rounding may differ in the last bit; apart, the critic sees what it
-            sees in plain PyTorch, in the order fake, real, penalised. Without a penalty, with further inputs and with
-            batches of different sizes they go apart.
+        critic (nn.Module): maps a batch to scores, or to a tuple of scores and the features that the consistency term
+            uses; any callable is accepted.
+        objective (str): ``"wgan"``, ``"gan"``, ``"hinge"``, ``"least-squares"`` or ``"relativistic"``, which pairs real
+            and fake samples. Default: ``"wgan"``.
+        penalty (str or Mapping): ``"wgan-gp"`` (uses ``target``, ``one_sided`` and ``power``), ``"r1"``, ``"r2"``,
+            ``"dragan"`` (uses ``target`` and ``dragan_scale``) or ``"none"``; or several of them with their weights,
+            such as ``{"r1": 0.5, "r2": 0.5}``. Default: ``"wgan-gp"``.
+        penalty_weight (float, optional): weight of the penalty, finite and at least 0; None where ``penalty`` is a
+            mapping. Default: 10.
+        target (float): norm that is not penalised, finite and at least 0. Default: 1.
+        one_sided (bool): penalise only norms above ``target``. Default: False.
+        power (float): exponent of WGAN-GP's penalty, finite and at least 1. Default: 2.
+        real_target (float): target of real scores, for the least-squares objective. Default: 1.
+        fake_target (float): target of fake scores, for the least-squares objective. Default: 0.
+        penalty_every (int): number of calls per penalty. With a value of k, every k-th call with gradients, from the
+            first on, includes the penalty with k times its weight (lazy regularization). The attribute ``calls`` is the
+            count; set it to resume a run. Calls without gradients include the penalty as it is. Default: 1.
+        dragan_scale (float): distance of DRAGAN's points from the samples, in standard deviations. Default: 0.5.
+        consistency_weight (float): weight of CT-GAN's term between two passes over the real batch, of which the first
+            gives the adversarial scores; 0 leaves the term out. Default: 0.
+        consistency_margin (float): distance that the consistency term does not penalise. Default: 0.
+        feature_weight (float): weight of the features in the consistency term. Default: 0.1.
+        pack (int): consecutive samples with one score and one norm (PacGAN), a divisor of :math:`N`. Default: 1.
+        together (bool, optional): whether real, fake and penalised samples are processed as one batch. As one batch,
+            dropout draws one mask for all samples, buffers are updated once, and rounding may differ in the last bit;
+            separately, the critic is called as in plain PyTorch, in the order fake, real, penalised. Groups are
+            separate without a penalty, with further inputs and for batches of different sizes. Default: one batch from
+            the third call on, if the samples were independent in the first two.
 
     Shape:
-        - real, fake: (N, *) of one shape; "gan", "hinge", "wgan" and "least-squares" with R1, R2 and DRAGAN also take
-          batches of different sizes
+        - real, fake: :math:`(N, *)`, of one shape; batch sizes may differ unless the objective is relativistic or a
+          penalty is WGAN-GP's
         - eps: as in :func:`gradient_penalty`
-        - output: scalars
+        - Output: scalars
 
     Returns:
-        ``CriticLossParts``: loss, adversarial, penalty, consistency. ``loss`` has the graph; ``penalty`` is a dict by
-        name where the option is one.
+        CriticLossParts: the loss, which has the graph, and its detached, unweighted parts: adversarial, penalty (by
+        name where ``penalty`` is a mapping), consistency.
 
     Raises:
-        TypeError, ValueError: naming the argument; also for ``together=True`` where samples meet.
+        TypeError: an argument is of another type, or the critic returns no tensor.
+        ValueError: an option is out of its range, batches are empty or do not match, the scores do not depend on the
+            samples or are fewer than them, or ``together`` is True where samples interact.
+        RuntimeError: inside ``torch.compile``, ``penalty_every`` is not 1 and ``with_penalty`` is not given.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
         >>> critic_loss = gpkernels.CriticLoss(critic, objective="relativistic", penalty={"r1": 0.5, "r2": 0.5})
         >>> parts = critic_loss(torch.randn(256, 2), torch.randn(256, 2))
         >>> parts.loss.backward()
+        >>> sorted(parts.penalty)
+        ['r1', 'r2']
+
+    References:
+        Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, eq. 3. https://arxiv.org/abs/1704.00028
+
+        Wei et al., "Improving the Improved Training of Wasserstein GANs", 2018. https://arxiv.org/abs/1803.01541
+
+        Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020. https://arxiv.org/abs/1912.04958
+
+        Huang et al., "The GAN is dead; long live the GAN! A Modern GAN Baseline", 2024. https://arxiv.org/abs/2501.05441
     """
 
     def __init__(
@@ -182,11 +211,17 @@ class CriticLoss(nn.Module):
         """Compute the loss and its parts.
 
         Args:
-            real, fake: samples.
-            eps: for the points of WGAN-GP, as in :func:`gradient_penalty`.
-            critic_args, critic_kwargs: further inputs, such as labels, passed on after the samples in each call.
-            with_penalty: whether the penalty is taken in this call, in place of the count of ``penalty_every``, which
-                ``torch.compile`` cannot keep.
+            real (Tensor): real samples.
+            fake (Tensor): generated samples, on the same device.
+            eps (Tensor, optional): weights of WGAN-GP's interpolates, one per sample or per pack. Default: drawn.
+            critic_args (Sequence): further positional arguments of every call of the critic, such as labels. The
+                penalty does not include gradients with respect to them. Default: none.
+            critic_kwargs (Mapping, optional): further keyword arguments, in the same way. Default: none.
+            with_penalty (bool, optional): whether this call includes the penalty. Inside ``torch.compile``, which
+                cannot count calls, it is required where ``penalty_every`` is not 1. Default: as ``penalty_every`` says.
+
+        Returns:
+            CriticLossParts: the loss and its parts.
         """
         composed = transformed() or (depth() and not is_compiling())
         if composed or is_compiling() or not isinstance(real, Tensor) or not isinstance(fake, Tensor):
@@ -218,7 +253,7 @@ class CriticLoss(nn.Module):
         return critic_step(self.critic, given._replace(real=real, fake=fake, points=points), *how, parts)
 
     def _checked(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both in one dtype."""
+        """Check both batches and return them in one dtype."""
         if self.objective in PAIRED or "wgan-gp" in self._names():
             check_pair("real", real, "fake", fake)
         else:
@@ -240,7 +275,7 @@ class CriticLoss(nn.Module):
         return tuple(self.penalty)
 
     def _weights(self, with_penalty: bool | None) -> dict[str, float]:
-        """The penalties of this call with their weights; options may have changed since the last one."""
+        """Return the penalties of this call with their weights; options may have changed since the last call."""
         weights = self.penalty if isinstance(self.penalty, dict) else dict.fromkeys(self._names(), self.penalty_weight)
         if self.penalty_every == 1 and with_penalty is None:
             return weights
@@ -278,7 +313,7 @@ class CriticLoss(nn.Module):
         return Batches(real, fake, points, args, kwargs)
 
     def _in_graph(self, given: Batches, task: Task, weights: tuple[float, ...]) -> CriticLossParts:
-        """The parts for the compiler to trace."""
+        """Compute the parts for the compiler to trace."""
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 
         wants = task.gradients and (given.real.requires_grad or given.fake.requires_grad)
@@ -302,7 +337,7 @@ class CriticLoss(nn.Module):
         return CriticLossParts(loss, adversarial, named(penalties, task, adversarial), consistency)
 
     def _composed(self, given: Batches, task: Task, weights: Mapping[str, float]) -> CriticLossParts:
-        """Part by part, by autograd."""
+        """Compute the parts separately, by autograd."""
         called = lambda x: self.critic(x, *given.args, **given.kwargs)  # noqa: E731
         first = called(given.real)
         options = {}

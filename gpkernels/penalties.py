@@ -1,17 +1,8 @@
-"""Gradient penalties of any critic: an ``nn.Module`` or a callable that maps (N, *) to scores.
+"""Gradient penalties of any critic: a module or another callable that maps a batch to scores.
 
-A score may be (N,), (N, 1) or a map (N, *): whatever its shape it is summed before it is differentiated, as everyone
-does. A critic that returns a tuple gives its scores first. Every function returns the bare expectation, in at least
-float32, with a graph to the critic's weights where grad mode is on; coefficients belong to the caller. The inputs are
-detached: a penalty has no gradient with respect to real, fake or points.
-
-All of them take these options:
-
-- reduction: "mean", "sum", or "none" for one value per sample, which can then be weighted.
-- pack: so many consecutive samples have one score and one norm (Lin et al. 2018, PacGAN); N is a multiple of it.
-- critic_args, critic_kwargs: further inputs, such as labels, passed on after x and not differentiated.
-
-Errors: TypeError or ValueError naming the argument, before the critic is called.
+Every function returns the bare expectation, in at least float32, with a graph to the critic's weights where grad mode
+is on; coefficients belong to the caller. The inputs are detached: a penalty has no gradient with respect to real, fake
+or points. Errors are raised before the critic is called, apart from those about its scores.
 """
 
 from __future__ import annotations
@@ -60,37 +51,59 @@ def gradient_penalty(
     critic_args: Sequence[Any] = (),
     critic_kwargs: Kwargs | None = None,
 ) -> Tensor:
-    """Penalty on the gradient norm between real and fake samples (Gulrajani et al. 2017, eq. 3).
+    r"""Compute the penalty on a critic's gradient norms between real and fake samples, as in WGAN-GP.
 
-    E (|grad D(x)| - target)^2 at x = eps * real + (1 - eps) * fake, detached.
+    .. math::
+        \mathbb{E} \bigl| \lVert \nabla D(\hat{x}) \rVert_2 - \text{target} \bigr|^{\text{power}}, \qquad
+        \hat{x} = \epsilon \, \text{real} + (1 - \epsilon) \, \text{fake}
+
+    Scores of any shape are summed before they are differentiated. Where :math:`\nabla D = 0` the subgradient is 0.
+    Differentiable once with respect to all that the critic computes with, its weights above all, and to any order
+    inside :func:`fast_double_backward`. The samples are detached.
 
     Args:
-        critic: maps (N, *) to scores, see the module's description.
-        real, fake: samples, two batches of one shape.
-        target: the norm that is not penalised.
-        one_sided: penalise max(0, |grad D| - target) instead, which lets smaller norms be.
-        eps: one per sample, or one per pack; drawn as ``torch.rand(N, 1, ..., 1)`` draws it if None.
-        generator: draws eps.
-        reduction, pack, critic_args, critic_kwargs: see the module's description.
-        power: of the difference from the target; at least 1.
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with the scores
+            first.
+        real (Tensor): real samples.
+        fake (Tensor): generated samples, of the same shape and on the same device.
+        target (float): norm that is not penalised, finite and at least 0. Default: 1.
+        one_sided (bool): penalise :math:`\max(0, \lVert \nabla D \rVert_2 - \text{target})` instead. Default: False.
+        eps (Tensor, optional): one weight per sample, or per pack. Default: drawn as by ``torch.rand(N, 1, ..., 1)``,
+            so that a seed gives the same points as hand-written code.
+        generator (torch.Generator, optional): generator of ``eps``. Default: PyTorch's global generator of the device.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, which gives one value per norm. Default: ``"mean"``.
+        power (float): exponent, finite and at least 1. Default: 2.
+        pack (int): consecutive samples with one score and one norm (PacGAN), a divisor of :math:`N`. Default: 1.
+        critic_args (Sequence): further positional arguments of the critic, such as labels. The penalty does not include
+            gradients with respect to them. Default: none.
+        critic_kwargs (Mapping, optional): further keyword arguments, in the same way. Default: none.
 
     Shape:
-        - real, fake: (N, *)
-        - eps: (N,) or (N, 1, ..., 1); N / pack in place of N where samples are packed
-        - output: scalar, or (N / pack,) for ``reduction="none"``
+        - real, fake: :math:`(N, *)`
+        - eps: :math:`(N)` or :math:`(N, 1, \ldots, 1)`, with :math:`N / \text{pack}` in place of :math:`N` where
+          samples are packed
+        - Output: scalar, or :math:`(N / \text{pack})` for ``reduction="none"``
 
     Returns:
-        The penalty, in at least float32, differentiable once by the critic's weights; inside
-        ``gpkernels.fast_double_backward()`` to any order.
+        Tensor: the penalty, in at least float32.
 
     Raises:
-        TypeError, ValueError: naming the argument; also for a critic that gives fewer scores than packs.
+        TypeError: the critic cannot be called or returns no tensor, a tensor is not a dense floating-point tensor, or
+            an option is of another type.
+        ValueError: the batch is empty, the scores do not depend on it or are fewer than the norms, shapes or devices
+            differ, or an option is out of its range.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
         >>> real, fake = torch.randn(256, 2), torch.randn(256, 2)
         >>> loss = critic(fake).mean() - critic(real).mean() + 10 * gpkernels.gradient_penalty(critic, real, fake)
         >>> loss.backward()
+
+    References:
+        Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, eq. 3. https://arxiv.org/abs/1704.00028
+
+        Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
+        https://arxiv.org/abs/1712.04086
     """
     norm = _norm(target, reduction, one_sided, power)
     plain = pack == 1 and not is_compiling()
@@ -139,27 +152,48 @@ def r1_penalty(
     critic_args: Sequence[Any] = (),
     critic_kwargs: Kwargs | None = None,
 ) -> Tensor:
-    """Squared gradient norm at real samples, E |grad D(x)|^2 (Mescheder et al. 2018, eq. 9, without its gamma / 2).
+    r"""Compute the squared gradient norm of a critic at real samples.
+
+    .. math::
+        \mathbb{E}_{x \sim \text{real}} \lVert \nabla D(x) \rVert_2^2
+
+    This is the paper's regularizer without its factor :math:`\gamma / 2`. Scores of any shape are summed before they
+    are differentiated. Differentiable once with respect to all that the critic computes with, its weights above all,
+    and to any order inside :func:`fast_double_backward`. The samples are detached.
 
     Args:
-        critic: maps (N, *) to scores, see the module's description.
-        real: samples.
-        reduction, pack, critic_args, critic_kwargs: see the module's description.
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with the scores
+            first.
+        real (Tensor): real samples.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, which gives one value per norm. Default: ``"mean"``.
+        pack (int): consecutive samples with one score and one norm (PacGAN), a divisor of :math:`N`. Default: 1.
+        critic_args (Sequence): further positional arguments of the critic, such as labels. The penalty does not include
+            gradients with respect to them. Default: none.
+        critic_kwargs (Mapping, optional): further keyword arguments, in the same way. Default: none.
 
     Shape:
-        - real: (N, *)
-        - output: scalar, or (N / pack,) for ``reduction="none"``
+        - real: :math:`(N, *)`
+        - Output: scalar, or :math:`(N / \text{pack})` for ``reduction="none"``
 
     Returns:
-        The penalty, as :func:`gradient_penalty` gives it.
+        Tensor: the penalty, in at least float32.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError: the critic cannot be called or returns no tensor, ``real`` is not a dense floating-point tensor, or
+            an option is of another type.
+        ValueError: the batch is empty, the scores do not depend on it or are fewer than the norms, or an option is out
+            of its range.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
         >>> gamma, real = 10.0, torch.randn(16, 1, 8, 8)
         >>> (gamma / 2 * gpkernels.r1_penalty(critic, real)).backward()
+
+    References:
+        Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018, eq. 9. https://arxiv.org/abs/1801.04406
+
+        Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
+        https://arxiv.org/abs/1712.04086
     """
     check_batch("real", real)
     check_pack("real", real, pack)
@@ -175,28 +209,49 @@ def r2_penalty(
     critic_args: Sequence[Any] = (),
     critic_kwargs: Kwargs | None = None,
 ) -> Tensor:
-    """Squared gradient norm at generated samples, E |grad D(x)|^2 (Mescheder et al. 2018, eq. 10, without gamma / 2).
+    r"""Compute the squared gradient norm of a critic at generated samples.
+
+    .. math::
+        \mathbb{E}_{x \sim \text{fake}} \lVert \nabla D(x) \rVert_2^2
+
+    This is the paper's regularizer without its factor :math:`\gamma / 2`. Scores of any shape are summed before they
+    are differentiated. Differentiable once with respect to all that the critic computes with, its weights above all,
+    and to any order inside :func:`fast_double_backward`. The samples are detached.
 
     Args:
-        critic: maps (N, *) to scores, see the module's description.
-        fake: samples.
-        reduction, pack, critic_args, critic_kwargs: see the module's description.
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with the scores
+            first.
+        fake (Tensor): generated samples.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, which gives one value per norm. Default: ``"mean"``.
+        pack (int): consecutive samples with one score and one norm (PacGAN), a divisor of :math:`N`. Default: 1.
+        critic_args (Sequence): further positional arguments of the critic, such as labels. The penalty does not include
+            gradients with respect to them. Default: none.
+        critic_kwargs (Mapping, optional): further keyword arguments, in the same way. Default: none.
 
     Shape:
-        - fake: (N, *)
-        - output: scalar, or (N / pack,) for ``reduction="none"``
+        - fake: :math:`(N, *)`
+        - Output: scalar, or :math:`(N / \text{pack})` for ``reduction="none"``
 
     Returns:
-        The penalty, as :func:`gradient_penalty` gives it.
+        Tensor: the penalty, in at least float32.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError: the critic cannot be called or returns no tensor, ``fake`` is not a dense floating-point tensor, or
+            an option is of another type.
+        ValueError: the batch is empty, the scores do not depend on it or are fewer than the norms, or an option is out
+            of its range.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
-        >>> weights = torch.rand(16)  # of the samples
+        >>> weights = torch.rand(16)  # one per sample
         >>> penalty = gpkernels.r2_penalty(critic, torch.randn(16, 1, 8, 8), reduction="none")
         >>> (weights * penalty).sum().backward()
+
+    References:
+        Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018, eq. 10. https://arxiv.org/abs/1801.04406
+
+        Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
+        https://arxiv.org/abs/1712.04086
     """
     check_batch("fake", fake)
     check_pack("fake", fake, pack)
@@ -215,32 +270,53 @@ def dragan_penalty(
     critic_args: Sequence[Any] = (),
     critic_kwargs: Kwargs | None = None,
 ) -> Tensor:
-    """Penalty on the gradient norm around real samples (Kodali et al. 2017, Algorithm 1).
+    r"""Compute the penalty on a critic's gradient norms around real samples, as in DRAGAN.
 
-    E (|grad D(x)| - target)^2 at x = real + scale * std(real) * U[0, 1) per element; std is over the whole batch, with
-    Bessel's correction.
+    .. math::
+        \mathbb{E} \bigl( \lVert \nabla D(\hat{x}) \rVert_2 - \text{target} \bigr)^2, \qquad
+        \hat{x} = \text{real} + \text{scale} \cdot \operatorname{std}(\text{real}) \, u, \quad u \sim U[0, 1)
+
+    Each element has its own :math:`u`; the standard deviation is that of the whole batch, with Bessel's correction.
+    Scores of any shape are summed before they are differentiated. Where :math:`\nabla D = 0` the subgradient is 0.
+    Differentiable once with respect to all that the critic computes with, its weights above all, and to any order
+    inside :func:`fast_double_backward`. The samples are detached.
 
     Args:
-        critic: maps (N, *) to scores, see the module's description.
-        real: samples, of at least two elements in all.
-        target: the norm that is not penalised.
-        scale: how far from the samples the gradient is taken, in standard deviations.
-        generator: draws the noise.
-        reduction, pack, critic_args, critic_kwargs: see the module's description.
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with the scores
+            first.
+        real (Tensor): real samples, of at least two elements in all.
+        target (float): norm that is not penalised, finite and at least 0. Default: 1.
+        scale (float): largest distance from the samples, in standard deviations, finite and at least 0. Default: 0.5.
+        generator (torch.Generator, optional): generator of the noise. Default: PyTorch's global generator of the
+            device.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, which gives one value per norm. Default: ``"mean"``.
+        pack (int): consecutive samples with one score and one norm (PacGAN), a divisor of :math:`N`. Default: 1.
+        critic_args (Sequence): further positional arguments of the critic, such as labels. The penalty does not include
+            gradients with respect to them. Default: none.
+        critic_kwargs (Mapping, optional): further keyword arguments, in the same way. Default: none.
 
     Shape:
-        - real: (N, *)
-        - output: scalar, or (N / pack,) for ``reduction="none"``
+        - real: :math:`(N, *)`
+        - Output: scalar, or :math:`(N / \text{pack})` for ``reduction="none"``
 
     Returns:
-        The penalty, as :func:`gradient_penalty` gives it.
+        Tensor: the penalty, in at least float32.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError: the critic cannot be called or returns no tensor, ``real`` is not a dense floating-point tensor, or
+            an option is of another type.
+        ValueError: the batch is empty, the scores do not depend on it or are fewer than the norms, or an option is out
+            of its range.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
         >>> gpkernels.dragan_penalty(critic, torch.randn(16, 1, 8, 8)).backward()
+
+    References:
+        Kodali et al., "On Convergence and Stability of GANs", 2017, Algorithm 1. https://arxiv.org/abs/1705.07215
+
+        Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
+        https://arxiv.org/abs/1712.04086
     """
     check_batch("real", real)
     norm = _norm(target, reduction)
@@ -258,35 +334,54 @@ def eikonal_loss(
     critic_args: Sequence[Any] = (),
     critic_kwargs: Kwargs | None = None,
 ) -> Tensor:
-    """Eikonal term of a signed distance field, E (|grad f(x)| - 1)^2 over points (Gropp et al. 2020, eq. 2).
+    r"""Compute the eikonal term of a signed distance field.
+
+    .. math::
+        \mathbb{E} \bigl| \lVert \nabla f(x) \rVert_2 - 1 \bigr|^{\text{power}}
+
+    A power of 1 gives SIREN's term. Where :math:`\nabla f = 0` the subgradient is 0. Differentiable once with respect
+    to all that the field computes with, its weights above all, and to any order inside :func:`fast_double_backward`.
+    The points are detached. For losses of the gradient itself, such as its difference from normals, see
+    :func:`input_gradient`.
 
     Args:
-        field: maps points to distances, of any shape.
-        points: each is a row; the norm is over its d coordinates.
-        reduction, critic_args, critic_kwargs: see the module's description.
-        power: of the difference; 1 for SIREN's E ||grad f| - 1| (Sitzmann et al. 2020, eq. 6).
+        field (Callable): a module or any other callable that maps points to distances, or to a tuple with the distances
+            first.
+        points (Tensor): the points; the norm is over the coordinates of each.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, which gives one value per point. Default: ``"mean"``.
+        power (float): exponent, finite and at least 1. Default: 2.
+        critic_args (Sequence): further positional arguments of the field, such as latent codes. The loss does not
+            include gradients with respect to them. Default: none.
+        critic_kwargs (Mapping, optional): further keyword arguments, in the same way. Default: none.
 
     Shape:
-        - points: (*, d)
-        - output: scalar, or (*) for ``reduction="none"``
+        - points: :math:`(*, d)`
+        - Output: scalar, or :math:`(*)` for ``reduction="none"``
 
     Returns:
-        The loss, as :func:`gradient_penalty` gives it. For losses of the gradient itself, such as its difference from
-        normals, there is :func:`input_gradient`.
+        Tensor: the loss, in at least float32.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError: the field cannot be called or returns no tensor, ``points`` is not a dense floating-point tensor, or
+            an option is of another type.
+        ValueError: there are no points, the distances do not depend on them, or an option is out of its range.
 
     Example:
         >>> field = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Softplus(100), torch.nn.Linear(64, 1))
         >>> (0.1 * gpkernels.eikonal_loss(field, torch.randn(1024, 3))).backward()
+
+    References:
+        Gropp et al., "Implicit Geometric Regularization for Learning Shapes", 2020, eq. 2. https://arxiv.org/abs/2002.10099
+
+        Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions", 2020, eq. 6.
+        https://arxiv.org/abs/2006.09661
     """
     check_batch("points", points)
     return _penalty(field, points, _norm(1.0, reduction, power=power), 0, critic_args, critic_kwargs)
 
 
 def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None = None) -> Tensor:
-    """real + scale * std(real) * U[0, 1) per element, where DRAGAN penalises."""
+    """Return real + scale * std(real) * U[0, 1) per element, the points at which DRAGAN penalises."""
     check_batch("real", real)
     if real.numel() < 2:
         raise ValueError(f"real: expected at least two elements, to have a spread, got shape {tuple(real.shape)}")
@@ -298,7 +393,7 @@ def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None 
 
 
 def eps_of(real: Tensor, eps: Tensor | None, generator: torch.Generator | None, pack: int) -> Tensor:
-    """One eps per sample, those of a pack being one: as given, or drawn."""
+    """Return one eps per sample, as given or drawn; the samples of a pack share one."""
     packs = real if pack == 1 else real[::pack]
     if eps is None:
         eps = draw_eps(packs, generator)
@@ -320,7 +415,7 @@ def _penalty(
     kwargs: Kwargs | None = None,
     begun: Begun | None = None,
 ) -> Tensor:
-    """The penalty at the points; of PyTorch's own operations where more derivatives are to be taken."""
+    """Compute the penalty at the points, by PyTorch's own operations where more derivatives may follow."""
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
     if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
@@ -345,7 +440,7 @@ def _of_gradient(
     args: Sequence[Any],
     kwargs: Kwargs | None,
 ) -> Tensor:
-    """The penalty, made of the gradient as a value."""
+    """Compute the penalty from the gradient as a value."""
     warn_of_batch_norm(critic)
     x = points_of(points).detach()
     output, gradient = gradient_of(critic, Inputs(x), args, kwargs or {}, "critic")
@@ -354,7 +449,7 @@ def _of_gradient(
 
 
 def warn_of_batch_norm(critic: Critic) -> None:
-    """Warn once of a critic with BatchNorm in training mode."""
+    """Warn once about a critic with BatchNorm in training mode."""
     if not isinstance(critic, nn.Module) or critic in (seen := _looked_at[critic.training]) or transformed():
         return
     seen.add(critic)

@@ -98,6 +98,34 @@ def test_frozen_layers_cost_no_weight_gradient() -> None:
     assert everything - frozen >= 0.6 * 3 * unit
 
 
+def test_rpgan_with_r1_and_r2_takes_eight_and_without_them_six(
+    setting: tuple[nn.Module, Tensor, Tensor, float],
+) -> None:
+    critic, real, fake, unit = setting
+    loss = gpk.CriticLoss(critic, objective="relativistic", penalty={"r1": 0.5, "r2": 0.5}, penalty_every=2)
+    for most in (8.05, 6.05):
+        count = counted(lambda: torch.autograd.grad(loss(real, fake).loss, weights(critic)))
+        assert count.flops <= most * unit
+        assert not count.zeros
+
+
+def test_eager_rpgan_with_r1_and_r2_takes_twelve() -> None:
+    critic, real = CRITICS["mlp"]()
+    fake = torch.randn_like(real)
+    unit = counted(lambda: critic(real)).flops
+
+    def step() -> Tensor:
+        scores, penalties = [], []
+        for x in (real.clone().requires_grad_(), fake.clone().requires_grad_()):
+            scores.append(critic(x))
+            (gradient,) = torch.autograd.grad(scores[-1].sum(), x, create_graph=True)
+            penalties.append(gradient.square().flatten(1).sum(1).mean())
+        return nn.functional.softplus(scores[1] - scores[0]).mean() + 0.5 * (penalties[0] + penalties[1])
+
+    count = counted(lambda: torch.autograd.grad(step(), weights(critic), allow_unused=True))
+    assert 11.5 * unit <= count.flops <= 12.5 * unit
+
+
 def test_without_grad_mode_only_values_are_computed(setting: tuple[nn.Module, Tensor, Tensor, float]) -> None:
     critic, real, fake, unit = setting
     loss = gpk.CriticLoss(critic)

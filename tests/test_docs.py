@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gpkernels
+from gpkernels.losses import OBJECTIVES, PENALTIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/approximate.md")
@@ -18,15 +19,21 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md",
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
+def example(text: str) -> str:
+    """The README's example that has some text."""
+    (found,) = [one for one in EXAMPLES if text in one]
+    return found
+
+
 def test_a_compiled_step_of_the_readme_runs() -> None:
     critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
     real = fake = torch.full((8, 6), 1.0)
     exact = gpkernels.CriticLoss(critic)(real, fake.clone()).loss
     names = {"torch": torch, "loss": gpkernels.CriticLoss(critic)}
-    _, by_program, _ = EXAMPLES[2].splitlines()  # Inductor is slow
+    _, by_program, _ = example("torch.compile").splitlines()  # Inductor is slow
     exec(by_program, names)
     torch.testing.assert_close(names["step"](real, fake.clone()), exact)
-    exec(EXAMPLES[2], names)
+    exec(example("torch.compile"), names)
 
 
 def test_an_eager_step_with_compiled_passes_of_the_readme_runs() -> None:
@@ -34,25 +41,57 @@ def test_an_eager_step_with_compiled_passes_of_the_readme_runs() -> None:
     real, fake = torch.ones(8, 6), torch.ones(8, 6)
     names = {"gpkernels": gpkernels, "loss": gpkernels.CriticLoss(critic), "real": real, "fake": fake}
     try:
-        exec(EXAMPLES[3], names)
+        exec(example("set_compile_passes"), names)
     finally:
         gpkernels.set_compile_passes(False)
     torch.testing.assert_close(names["parts"].loss, gpkernels.CriticLoss(critic)(real, fake).loss)
 
 
 def test_both_examples_of_the_readme_run_and_give_the_same_gradients() -> None:
-    before, after, *_ = EXAMPLES
+    before, after = example("calc_gradient_penalty"), example("import gpkernels")
     critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
     # All points are one, so the eps that each example draws does not matter.
     names = {"torch": torch, "critic": critic, "real": torch.full((8, 6), 1.0), "fake": torch.full((8, 6), 1.0)}
     gradients = []
-    for example in (before, after):
+    for code in (before, after):
         critic.zero_grad()
-        exec(example, names)
+        exec(code, names)
         gradients.append([p.grad.clone() for p in critic.parameters() if p.grad is not None])
     assert any(g.any() for g in gradients[0])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_critic_loss_of_the_readme_is_the_sum_of_its_parts() -> None:
+    critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+    real, fake = torch.randn(8, 6), torch.randn(8, 6)
+    names = {"gpkernels": gpkernels, "critic": critic, "real": real, "fake": fake}
+    exec(example("penalty_every"), names)
+    parts, every = names["parts"], names["loss"].penalty_every
+    penalties = gpkernels.r1_penalty(critic, real), gpkernels.r2_penalty(critic, fake)
+    torch.testing.assert_close(tuple(parts.penalty.values()), penalties)
+    exact = gpkernels.relativistic_critic_loss(critic(real), critic(fake)) + every * 5.0 * sum(penalties)
+    torch.testing.assert_close(parts.loss, exact)
+    for p, g in zip(critic.parameters(), torch.autograd.grad(exact, [*critic.parameters()]), strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+def test_the_gradient_example_of_the_readme_gives_autograds_gradients() -> None:
+    field = nn.Sequential(nn.Linear(3, 16), nn.Softplus(100), nn.Linear(16, 1))
+    points, normals = torch.randn(8, 3), torch.randn(8, 3)
+    names = {"torch": torch, "gpkernels": gpkernels, "field": field, "points": points, "normals": normals}
+    exec(example("orientation"), names)
+    x = points.clone().requires_grad_()
+    distance = field(x)
+    (gradient,) = torch.autograd.grad(distance.sum(), x, create_graph=True)
+    eikonal = (gradient.norm(dim=-1) - 1).abs().mean()
+    orientation = (1 - nn.functional.cosine_similarity(gradient, normals, dim=-1)).mean()
+    loss = distance.abs().mean() + 0.1 * eikonal + orientation
+    torch.testing.assert_close(names["loss"], loss)
+    weights = [p for p in field.parameters() if p.grad is not None]
+    assert len(weights) == 4
+    for p, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        torch.testing.assert_close(p.grad, g)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -66,8 +105,18 @@ def test_every_link_to_a_file_leads_to_one(page: str) -> None:
 def test_the_readme_lists_every_public_function() -> None:
     text = (ROOT / "README.md").read_text()
     for name in gpkernels.__all__:
-        if name not in ("__version__", "CriticLossParts", "fast_double_backward"):
-            assert name in text, name
+        if name not in ("__version__", "CriticLossParts"):
+            assert f"`{name}" in text or f"gpkernels.{name}" in text, name
+
+
+def test_the_readme_lists_every_option_of_penalties_and_the_critic_loss() -> None:
+    text = (ROOT / "README.md").read_text()
+    options = re.search(r"\| option \| of \| meaning \|\n(.*?)\n\n", text, re.S)
+    assert options is not None
+    for name in ("reduction", "power", "pack", "critic_args", "critic_kwargs", "objective", "penalty", "penalty_every"):
+        assert f"`{name}`" in options[1], name
+    for name in (*OBJECTIVES, *PENALTIES):
+        assert f'`"{name}"`' in options[1], name
 
 
 def test_files_that_the_documents_name_exist() -> None:

@@ -112,7 +112,7 @@ class Wrong(torch.autograd.Function):
 def test_scores_without_a_way_to_the_input_are_told_from_those_that_do_not_depend_on_it() -> None:
     told = only(Calls(normalised_outside))
     assert told.mistake == "no gradient"
-    assert "the scores change with the input, but autograd knows no way from them to it" in told.text
+    assert "the scores change with the input, but autograd has no graph between them" in told.text
     told = only(Calls(lambda s, x: s.net.weight.sum().expand(len(x)), nn.Linear(6, 1)))
     assert told.mistake == "no gradient"
     assert told.text == "the scores do not depend on the input"
@@ -201,7 +201,7 @@ def test_overflow_under_float16_autocast_is_told(how: Callable[[Any, Tensor], Te
     told = only(Calls(how), 10 * torch.randn(8, 6))
     assert told.mistake == "float16"
     assert f"the {said} are not finite" in told.text
-    assert "gpkernels takes norms and losses in float32" in told.text
+    assert "gpkernels computes norms and losses in float32" in told.text
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

@@ -133,20 +133,20 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "norm along the batch": (penalty(lambda g: ((g.norm(2, dim=0) - 1) ** 2).mean()), "along the batch (dim=0)"),
     "mean in the norm": (
         penalty(lambda g: (((g.flatten(1).pow(2).mean(1) + 1e-12).sqrt() - 1) ** 2).mean()),
-        "a mean of squares in place of their sum",
+        "the mean of squares instead of their sum",
     ),
     "absolute values in the norm": (
         penalty(lambda g: ((g.flatten(1).norm(1, dim=1) - 1) ** 2).mean()),
         "the sum of absolute values",
     ),
     "missing square": (penalty(lambda g: (norms(g) - 1).mean()), "the square is missing"),
-    "absolute value for the square": (penalty(lambda g: (norms(g) - 1).abs().mean()), "the square is missing"),
+    "absolute value for the square": (penalty(lambda g: (norms(g) - 1).abs().mean()), "instead of the square"),
     "missing root": (penalty(lambda g: ((norms(g) ** 2 - 1) ** 2).mean()), "the root is missing"),
     "mean before the square": (penalty(lambda g: (norms(g).mean() - 1) ** 2), "the mean is taken before"),
     "two-sided, summed": (penalty(lambda g: ((norms(g) - 1) ** 2).sum()), "summed over the batch"),
     "zero-centred, summed": (penalty(lambda g: (norms(g) ** 2).sum()), "summed over the batch"),
     "negative": (penalty(lambda g: -two_sided(g)), "the penalty is negative"),
-    "eps per element": (penalty(two_sided, torch.rand_like), "eps differs from element to element"),
+    "eps per element": (penalty(two_sided, torch.rand_like), "eps differs between the elements"),
     "one eps": (penalty(two_sided, lambda real: torch.rand(1)), "all samples of a batch have the same eps"),
     "eps beyond 0 and 1": (penalty(two_sided, lambda real: torch.randn_like(per_sample(real))), "between 0 and 1"),
     "real alone": (at("real"), "at real samples alone"),
@@ -160,8 +160,8 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
         penalty(lambda g: ((g.pow(2).flatten(1).sum(1).sqrt() - 1) ** 2).mean()),
         "the weights get NaN",
     ),
-    "unknown": (penalty(lambda g: ((norms(g) - 2) ** 2).mean()), "none of the formulas known here"),
-    "critic not called": (lambda critic, real, fake: (real - fake).square().mean(), "did not call the critic"),
+    "unknown": (penalty(lambda g: ((norms(g) - 2) ** 2).mean()), "no known formula"),
+    "critic not called": (lambda critic, real, fake: (real - fake).square().mean(), "did not call its first argument"),
 }
 OF_IMAGES = ("norm over channels", "norm over axis 3")
 

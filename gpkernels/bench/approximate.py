@@ -1,7 +1,7 @@
-"""How far `approximate_r1_penalty` is from the exact penalty, and what each costs: `gpkernels explain --approximate`.
+"""Error of `approximate_r1_penalty` and cost of both penalties: `gpkernels explain --approximate`.
 
-A draw's estimate is mostly spread, which would hide its bias. So the bias is that of the difference from the same
-draw's linear estimate, mean (grad D(x) . noise)^2 in float64, whose expectation is the exact penalty.
+The spread of the estimates would hide their bias. The bias is therefore that of the difference from the linear estimate
+with the same noise, mean (grad D(x) . noise)^2 in float64, whose expectation is the exact penalty.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ OURS, EAGER, APPROXIMATE = "r1_penalty", "R1 in eager PyTorch", "approximate_r1_
 
 @dataclass(frozen=True)
 class Errors:
-    """Shares of the exact value, or of the 2-norm of the exact weight gradients.
+    """Errors relative to the exact value, or to the 2-norm of the exact weight gradients.
 
-    bias: of the mean over draws; of gradients, the norm of it. uncertainty: the bias's standard error. spread: the
-    standard deviation of one draw.
+    bias: of the mean over draws; for gradients, its norm. uncertainty: the bias's standard error. spread: the standard
+    deviation of one draw.
     """
 
     bias: float
@@ -47,9 +47,9 @@ class Errors:
 
 @dataclass(frozen=True)
 class Row:
-    """A sigma, or None for the exact penalty computed in that precision, which has an error of its own.
+    """Errors for one sigma, or for the penalty of exact derivatives, where sigma is None.
 
-    What is exact is float64's penalty of the critic with the weights and the data of that precision.
+    The exact value is the float64 penalty of the critic with the weights and the data of that precision.
     """
 
     precision: str
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call and its weight gradients, in float32. flops: of products and convolutions. cpu: the least, in us."""
+    """Cost of a call with its weight gradients, in float32. flops: of products, convolutions. cpu: minimum, in us."""
 
     flops: int
     cpu: float
@@ -68,7 +68,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` measured; ``str`` of it is two tables. exact: the float64 penalty of the critic as it is."""
+    """Result of ``compare``; ``str`` formats it as two tables. exact: the float64 penalty of the critic as it is."""
 
     exact: float
     samples: int
@@ -103,11 +103,28 @@ def compare(
     draws: int = DRAWS,
     seconds: float = 1.0,
 ) -> Comparison:
-    """Measure error and cost of the approximate R1 penalty of a critic at some data.
+    """Measure error and cost of a critic's approximate R1 penalty on some data.
 
-    Copies of the critic are taken in eval mode, as dropout would count as the noise's doing. Draw k has the noise of a
-    generator with seed k, in every precision and for every sigma. seconds: about what the timing of a call may take.
-    Raises TypeError or ValueError for bad input.
+    Copies of the critic run in eval mode, as dropout would count as an effect of the noise. Draw k has the noise of a
+    generator with seed k, in every precision and for every sigma.
+
+    Args:
+        critic (nn.Module): the critic, with weights that require gradients.
+        real (Tensor): the data.
+        sigmas (Sequence[float]): standard deviations of the noise. Default: ``SIGMAS``.
+        draws (int): number of draws of noise, at least 2. Default: 200.
+        seconds (float): approximate time to spend on timing each call. Default: 1.
+
+    Shape:
+        - real: :math:`(N, *)`
+
+    Returns:
+        Comparison: errors and costs.
+
+    Raises:
+        TypeError: the critic is not a module, or ``real`` not a dense floating-point tensor.
+        ValueError: the batch is empty, ``draws`` is below 2, or the critic has no weights to train or no input
+            gradient.
     """
     if not isinstance(critic, nn.Module):
         raise TypeError(f"critic: expected a torch.nn.Module, got {type(critic).__name__}")
@@ -123,7 +140,7 @@ def compare(
 
 
 def write_json(path: Path, comparison: Comparison) -> None:
-    """All numbers, and what they were taken with."""
+    """Write all numbers as JSON, with the conditions that they were measured under."""
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), **asdict(comparison)}
     path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -132,7 +149,7 @@ def write_json(path: Path, comparison: Comparison) -> None:
 
 
 class _Sums:
-    """Of vectors: their mean, its standard error, and how far one is from it, in 2-norms."""
+    """Mean of vectors, and their standard deviation in the 2-norm."""
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros((), dtype=torch.float64), 0.0
@@ -152,7 +169,7 @@ class _Sums:
 
 
 class _Errors:
-    """Draws beside their linear estimates."""
+    """Errors of draws, whose bias is measured against their linear estimates."""
 
     def __init__(self, exact: Tensor) -> None:
         self.norm, self.draws, self.beside = float(exact.norm()), _Sums(), _Sums()
@@ -215,7 +232,7 @@ def _rows(precision: str, critic: nn.Module, real: Tensor, sigmas: Sequence[floa
 
 
 def _told(value: Tensor, weights: Sequence[Tensor], retain_graph: bool = False) -> tuple[Tensor, Tensor]:
-    """The value and its weight gradients as one vector, in float64."""
+    """Return the value and its weight gradients as one vector, in float64."""
     found = torch.autograd.grad(value, weights, allow_unused=True, retain_graph=retain_graph)
     parts = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
     return value.detach().double(), torch.cat([g.flatten().double() for g in parts])
@@ -230,7 +247,7 @@ def _seeded(seed: int, like: Tensor) -> torch.Generator:
 
 
 def _twice_differentiable() -> AbstractContextManager[None]:
-    """Attention of PyTorch's that has a second derivative."""
+    """Select an implementation of attention that has a second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -238,7 +255,7 @@ def _twice_differentiable() -> AbstractContextManager[None]:
 
 
 def _costs(critic: nn.Module, real: Tensor, seconds: float) -> dict[str, Cost]:
-    """In turns, so that all meet the same load; what is exact with attention that can be differentiated twice."""
+    """Measure the calls in turns, under the same load; exact penalties use attention that has a second derivative."""
     weights = _weights(critic)
 
     def gradients(penalty: Callable[[], Tensor]) -> Call:
@@ -258,5 +275,5 @@ def _costs(critic: nn.Module, real: Tensor, seconds: float) -> dict[str, Cost]:
         EAGER: exact(lambda: plain_penalty(critic, real, 0.0)),
         APPROXIMATE: gradients(lambda: gpk.approximate_r1_penalty(critic, real)),
     }
-    times = time_in_turns(calls, real.device, seconds)  # which also lets each of them settle
+    times = time_in_turns(calls, real.device, seconds)  # also warms up each call
     return {name: Cost(watched(call).flops, times[name].cpu) for name, call in calls.items()}

@@ -1,4 +1,4 @@
-"""Error of the approximate R1 penalty over sigma, as a picture."""
+"""Plot of the approximate R1 penalty's error over sigma."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from gpkernels.bench.approximate import PRECISIONS, Comparison, Errors, Row
 
 COLOURS = dict(zip(PRECISIONS, ("#2563a8", "#d9622b", "#7b4fa3"), strict=True))
-LEAST = 1e-5  # smaller errors, as the exact penalty's in float32, would leave the others no room
+LEAST = 1e-5  # smaller errors, such as the exact penalty's in float32, would compress the others
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -21,12 +21,12 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#e4e2da",
     "svg.fonttype": "none",
-    "svg.hashsalt": "gpkernels",  # the same numbers give the same file
+    "svg.hashsalt": "gpkernels",  # makes the file reproducible
 }
 
 
 def plot(path: Path, comparison: Comparison, title: str) -> None:
-    """Bias and spread of the value and of its weight gradients; the suffix of the file says its format."""
+    """Plot bias and spread of the value and of its weight gradients; the file's suffix selects the format."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("value", "gradients"), strict=True):

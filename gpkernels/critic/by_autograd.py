@@ -24,7 +24,7 @@ from gpkernels.ops.score_loss import score_loss_reference
 def by_autograd(
     passes: Sequence[Pass], leaves: Sequence[Tensor], task: Task, weights: Sequence[Tensor]
 ) -> tuple[Any, Any, Any]:
-    """As ``run.run``: the values, the leaves' gradients, those at the groups' samples."""
+    """Return the values, the leaves' gradients and those at the groups' samples, like ``run.run``."""
     loss, own, term, *penalties = losses(passes, task, weights)
     values = [None if x is None else x.detach().clone() for x in (loss, own, term, *penalties)]
     if not task.gradients or loss is None or not loss.requires_grad:
@@ -43,9 +43,9 @@ def by_autograd(
 
 
 def losses(passes: Sequence[Pass | Plain], task: Task, weights: Sequence[Tensor | float]) -> tuple[Tensor | None, ...]:
-    """The loss, the adversarial loss, the consistency term and the penalties, with their graph.
+    """Return the loss, the adversarial loss, the consistency term and the penalties, with their graph.
 
-    The loss of a penalty by itself is that penalty.
+    The loss of a penalty alone is that penalty.
     """
     with torch.enable_grad():
         own, term = _scores(passes, task)
@@ -117,7 +117,7 @@ def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, 
 
 
 def penalties_of(one: Pass | Plain, task: Task) -> list[tuple[str, Tensor]]:
-    """The penalty of each group that has one, with its graph where gradients are wanted."""
+    """Return the penalty of each penalised group, with its graph where gradients are wanted."""
     penalised = [name for name, so in one.groups if so]
     if not penalised:
         return []

@@ -26,7 +26,7 @@ from gpkernels.private import (
 
 
 def scores_of(output: Any, what: str = "critic") -> Tensor:
-    """The scores in the output of ``what``: a tensor, or the first of a tuple."""
+    """Return the scores in the output of ``what``: a tensor, or the first of a tuple."""
     scores = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(scores, Tensor):
         raise TypeError(f"{what}: expected scores as a tensor, or first in a tuple, got {type(output).__name__}")
@@ -40,7 +40,7 @@ def features_of(output: Any) -> Tensor | None:
 
 
 def check_scores(scores: Tensor, x: Tensor, pack: int) -> None:
-    """ValueError unless there is a score for each pack of samples; 0: for as many as there are."""
+    """Raise ValueError unless there is a score for each pack of samples; a pack of 0 allows any number."""
     if scores.numel() * pack < x.shape[0] and pack:
         samples = f"{x.shape[0]} samples" if pack == 1 else f"{x.shape[0] // pack} packs of {pack} samples"
         raise ValueError(
@@ -50,7 +50,7 @@ def check_scores(scores: Tensor, x: Tensor, pack: int) -> None:
 
 
 class Group(NamedTuple):
-    """Samples and their role: "fake", "real", "again" (the real batch once more) or "points"."""
+    """Samples and their role: "fake", "real", "again" (the real batch once more), or the points of a penalty."""
 
     name: str
     x: Tensor | Between
@@ -65,8 +65,8 @@ class Group(NamedTuple):
 class Pass:
     """One call of the critic on one or several groups of samples, and autograd's graph of it.
 
-    x: the batch, a leaf where its gradient is wanted. start: the number of the first node that is the critic's own.
-    wants: whether the gradient at the batch is asked for. pack: as in a ``Task``.
+    x: the batch, a leaf where its gradient is wanted. start: sequence number of the critic's first node. wants: whether
+    the gradient at the batch is wanted. pack: as in ``Task``.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Pass:
         self.told = True  # whether the native reader finds the same graph
         if (
             self.x_leaf is None and self.start and self.x.requires_grad
-        ):  # made in another thread, with sequence numbers of its own
+        ):  # made in another thread, which has its own sequence numbers
             self.start, self.told = 0, False
             self._read(roots)
         if self.x_leaf is None and any(penalised for _, penalised in self.groups):

@@ -1,7 +1,8 @@
 """How each call of a critic is differentiated in a penalty, and why: `gpkernels explain`.
 
-What is told is what the engine reads, autograd's graph of one call of the critic. That call is made once more with
-hooks on the modules and a mode that sees each function, to learn which layer and function the graph's nodes came from.
+The report is derived from what the passes read, autograd's graph of one call of the critic. The critic is called once
+more, with hooks on the modules and a mode that observes each function, to attribute the graph's nodes to layers and
+functions.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gpkernels.ops.checks import check_batch
 _KINDS = {
     "CompiledFunctionBackward": "it is compiled",
     "DifferentiableGraphBackward": "it is scripted",
-    "CopySlices": "it writes into a part of a tensor",
+    "CopySlices": "it writes into a slice of a tensor",
 }
 _FUSED_ATTENTION = "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) chooses attention that can"
 
@@ -72,7 +73,7 @@ def explain(critic: Callable[..., Any], example: Tensor) -> Explanation:
 
 
 class _Explainer:
-    """Calls the critic again and again, each time as it was before."""
+    """Calls the critic repeatedly, restoring its state each time."""
 
     def __init__(self, critic: Callable[..., Any], example: Tensor) -> None:
         self.critic, self.example = critic, example
@@ -85,7 +86,7 @@ class _Explainer:
             graph = _graph_of(scores)
             self.names = [node.name() for node, _ in graph.nodes]
             self.plan = _planned(graph, x)
-            # Asked while the buffers that nodes may have saved are as the call left them.
+            # Determined before the buffers are restored, since nodes may have saved them.
             generic = (i for i, c in enumerate(self.plan.calls) if c.moves and c.rule is None and not c.leaf)
             self.generic = {i: self._why_generic(i, graph.nodes) for i in generic}
 
@@ -101,7 +102,7 @@ class _Explainer:
         )
 
     def _scores(self) -> tuple[Tensor, Tensor]:
-        """A batch of its own and the critic's scores of it."""
+        """Return a new batch and the critic's scores of it."""
         x = self.example.detach().requires_grad_()
         return x, scores_of(self.critic(x))
 
@@ -111,13 +112,13 @@ class _Explainer:
     # --- calls --------------------------------------------------------------------------------------------------------
 
     def _calls(self) -> tuple[list[Call], dict[int, int]]:
-        """The calls, and in which of them each node of the graph is."""
+        """Return the calls, and the index of the call of each node of the graph."""
         claims, told = self._claims()
         members: dict[Any, list[int]] = {}
         for i, call in enumerate(self.plan.calls):
             if call.moves and not call.leaf:
                 claim = claims[i]
-                # A node that no function claimed has a line of its own.
+                # A node that is attributed to no function has a line of its own.
                 key = (claim, -1) if claim is not None and claim.function else (claim, i)
                 members.setdefault(key, []).append(i)
         order = sorted(members, key=lambda key: (-1 if key[0] is None else key[0].number, key[1]))
@@ -135,9 +136,9 @@ class _Explainer:
         return calls, rows
 
     def _claims(self) -> tuple[list[Claim | None], bool]:
-        """Where each node came from, and whether FLOPs were told apart.
+        """Return the origin of each node, and whether FLOPs could be attributed.
 
-        Compiled parts do not run as such while modes look on: then hooks alone tell the layers.
+        Compiled parts do not run as such under modes; for them the layers are found by hooks alone.
         """
         wanted = [_alike(name) for name in self.names]
         for functions, flops in ((True, True), (True, False), (False, False)):
@@ -147,14 +148,14 @@ class _Explainer:
                     _, scores = self._scores()
                     follow.claim(scores)
                     nodes = [node for node, _ in _graph_of(scores).nodes]
-            except Exception:  # the critic itself has run without being followed
+            except Exception:  # not the critic's, which has run without modes and hooks
                 continue
             if [_alike(node.name()) for node in nodes] == wanted:
                 return [follow.claims.get(node) for node in nodes], flops
         return [None] * len(wanted), False
 
     def _way_of(self, places: Sequence[int]) -> str:
-        """How a call that made these nodes is differentiated."""
+        """Describe how a call that made these nodes is differentiated."""
         calls = [self.plan.calls[i] for i in places]
         reasons = dict.fromkeys(self.generic[i] for i in places if i in self.generic)
         if reasons:
@@ -181,7 +182,7 @@ class _Explainer:
         return f"{why}, and PyTorch cannot differentiate it twice: {refusal}{cure}"
 
     def _refusal(self, i: int, nodes: Sequence[Edge]) -> str:
-        """What PyTorch says where a node has no second derivative, otherwise nothing."""
+        """Return PyTorch's error for a node without a second derivative, otherwise ""."""
         call, outsider = self.plan.calls[i], Outsider(nodes)
         try:
             with torch.no_grad():
@@ -192,15 +193,15 @@ class _Explainer:
                     torch.ones_like(u) if m and u is not None else None for u, m in zip(found, moving, strict=True)
                 ]
                 outsider(("push", i), tangents)
-        except Exception as error:  # whatever a function of the user's raises
+        except Exception as error:  # a user's function may raise anything
             return _first_line(error)
         return ""
 
     # --- samples ------------------------------------------------------------------------------------------------------
 
     def _samples(self, calls: Sequence[Call], rows: Mapping[int, int]) -> tuple[str, str]:
-        """Whether samples keep to themselves, and what follows; and the call in which they do not."""
-        apart = "real, fake and penalised samples go through one after the other"
+        """Return whether samples are independent, and the consequence; and the call in which they interact."""
+        apart = "real, fake and penalised samples are processed one group after the other"
         if self.pooled:
             return f"a score belongs to several samples: {apart}", ""
         (place, _) = self.plan.outputs[0]
@@ -212,15 +213,18 @@ class _Explainer:
             call = calls[rows[meet]]
             where = f"{call.function} of {_layer(call.layer)}"
             if self.plan.calls[meet].rule is None:
-                return f"{where} is left to autograd, which does not tell whether samples meet in it: {apart}", where
-            return f"they meet in {where}, or it cannot be told that they do not: {apart}", where
+                return (
+                    f"{where} is left to autograd, which does not show whether samples interact in it: {apart}",
+                    where,
+                )
+            return f"samples interact in {where}, or their independence cannot be proved: {apart}", where
         known = self._watched(place)
         if known:
-            return f"none reads another in autograd's graph, but {known}: {apart}", ""
-        return "each keeps to itself: real, fake and penalised ones can go through as one batch", ""
+            return f"samples are independent in autograd's graph, but {known}: {apart}", ""
+        return "samples are independent: real, fake and penalised ones can be processed as one batch", ""
 
     def _watched(self, place: int) -> str:
-        """What speaks against one batch that a graph does not show."""
+        """Return a reason against one batch that is not visible in the graph, or ""."""
         watch = Watch()
         x = self.example.detach().requires_grad_()
         try:
@@ -230,11 +234,11 @@ class _Explainer:
                     scores = scores_of(self.critic(x))
                 graph = _graph_of(scores)
                 known = settled(watch, _planned(graph, x), graph.nodes)
-        except Exception as error:  # the critic itself has run without being watched
-            return f"the critic cannot be watched ({_first_line(error)})"
+        except Exception as error:  # not the critic's, which has run without the watch
+            return f"the critic cannot run under a function mode ({_first_line(error)})"
         if known is not None:
             return ""
-        return watch.reason or "where their values lie could not be told"
+        return watch.reason or "the axis of the samples could not be determined"
 
     # --- FLOPs --------------------------------------------------------------------------------------------------------
 
@@ -251,9 +255,9 @@ class _Explainer:
         penalty_on_gradient(self.critic, self.example.detach(), task)
 
     def _counted(self, penalty: Callable[[], None]) -> tuple[int | None, str]:
-        """FLOPs of a penalty with its weight gradients, or why it is not possible."""
+        """Return the FLOPs of a penalty with its weight gradients, or None and the reason why it is not possible."""
         try:
-            with self._restored():  # with what is compiled
+            with self._restored():  # compiled parts included
                 penalty()
             with self._restored(), uncompiled(), Flops() as flops:
                 penalty()
@@ -270,7 +274,7 @@ def _way(calls: Sequence[Call]) -> str:
             f"{count} left to autograd; the others have rules" if generic < len(calls) else f"{count} left to autograd"
         )
     if any(call.method != "rule" for call in calls):
-        return "every call has a rule; curved ones take one more pass over activations"
+        return "every call has a rule; curved ones need one more pass over activations"
     return "every call has a rule"
 
 
@@ -283,7 +287,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _short(name: str) -> str:
-    """Autograd's name of a node without its ending."""
+    """Strip the suffix of an autograd node's name."""
     return re.sub(r"Backward\d*$", "", name.rpartition("::")[2]) or name
 
 
@@ -301,5 +305,5 @@ def _planned(graph: Graph, x: Tensor) -> Plan:
 
 
 def _alike(name: str) -> str:
-    """A node's name; a reshape's, too, which is another one's while a mode looks on."""
+    """Normalise a node's name: that of a reshape differs under a mode."""
     return "ViewBackward0" if name == "ReshapeAliasBackward0" else name

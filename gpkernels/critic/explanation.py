@@ -1,4 +1,4 @@
-"""What `gpkernels explain` says of a critic, and how it is printed."""
+"""Result of `gpkernels explain`, and its format."""
 
 from __future__ import annotations
 

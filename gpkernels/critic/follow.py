@@ -1,4 +1,4 @@
-"""What a critic consists of, and which of its layers and functions the nodes of autograd's graph came from."""
+"""The modules of a critic, and the layers and functions that the nodes of autograd's graph originate from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpkernels.private import TorchDispatchMode, tree_leaves, without_function_m
 
 
 def modules_of(critic: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a critic consists of or holds, by name; that of the critic itself is ""."""
+    """Yield the modules that a critic consists of or refers to, by name; the critic itself is named ""."""
     if isinstance(critic, nn.Module):
         yield "", critic
         return
@@ -43,7 +43,7 @@ def modules_of(critic: Any) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def restored(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Context: give back random numbers and buffers, such as running statistics, whatever happens."""
+    """Context manager that restores random number generators and buffers, such as running statistics."""
     found = {id(m): m for module in modules for m in module.modules()}
     kept = [
         (module._buffers, name, buffer, buffer.detach().clone())
@@ -59,13 +59,13 @@ def restored(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Non
     finally:
         with torch.no_grad():
             for buffers, name, buffer, value in kept:
-                if not torch.equal(buffer, value):  # a write would be one more version to graphs that hold it
+                if not torch.equal(buffer, value):  # a write would invalidate graphs that saved the buffer
                     buffer.copy_(value)
                 buffers[name] = buffer
 
 
 def names_of(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
-    """The name of each module and of those in it, but for what is compiled: hooks there would be, too."""
+    """Return the name of each module and submodule except compiled ones, whose hooks would be compiled, too."""
     found: dict[nn.Module, str] = {}
     for prefix, module in modules.items():
         for name, inner in module.named_modules(prefix=prefix):
@@ -75,10 +75,10 @@ def names_of(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
 
 
 class Flops(TorchDispatchMode):
-    """FLOPs of products and convolutions, by PyTorch's own registry."""
+    """FLOPs of products and convolutions, as PyTorch's registry counts them."""
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # it imports Triton, which importing this must not
+        from torch.utils.flop_counter import flop_registry  # deferred, as it imports Triton
 
         super().__init__()
         self.total, self.uncounted, self.registry = 0, "", flop_registry
@@ -94,14 +94,14 @@ class Flops(TorchDispatchMode):
 
 
 class Claim:
-    """Nodes that one function made in one layer; function: "" where none was seen."""
+    """Nodes that one function made in one layer; function: "" if none was observed."""
 
     def __init__(self, number: int, layer: str, function: str, flops: int) -> None:
         self.number, self.layer, self.function, self.flops = number, layer, function, flops
 
 
 class Follow(TorchFunctionMode):
-    """Ties nodes of autograd's graph to the layer at work and the function that was called when they first appeared."""
+    """Maps nodes of autograd's graph to the layer that ran and the function that was called when they appeared."""
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Follow(TorchFunctionMode):
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Hooks that keep the name of the module at work on top of the stack."""
+        """Context manager with hooks that keep the name of the running module on top of the stack."""
 
         def enter(module: nn.Module, args: Any) -> None:
             self.claim(args)
@@ -138,7 +138,7 @@ class Follow(TorchFunctionMode):
                 hook(module, *args)
 
         with ExitStack() as hooks:
-            if scripted:  # they take no hooks of their own
+            if scripted:  # they accept no hooks of their own
                 hooks.callback(register_module_forward_pre_hook(partial(if_scripted, enter)).remove)
                 hooks.callback(register_module_forward_hook(partial(if_scripted, leave), always_call=True).remove)
             for module in self.names:
@@ -149,13 +149,13 @@ class Follow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.claim((args, kwargs))  # what custom functions made, which no mode sees
+        self.claim((args, kwargs))  # nodes of custom functions, which no mode observes
         out = func(*args, **kwargs)
-        self.claim((args, kwargs, out), _name_of(func))  # a call in place, or into a part, gives an argument a new node
+        self.claim((args, kwargs, out), _name_of(func))  # an in-place call gives an argument a new node
         return out
 
     def claim(self, values: Any, function: str = "") -> None:
-        """Give the nodes that lead to some tensors, and that nobody has, to the layer at work."""
+        """Attribute nodes that lead to some tensors, and are not attributed yet, to the running layer."""
         fresh: list[Any] = []
         with without_function_modes():
             for x in tree_leaves(values):
@@ -179,7 +179,7 @@ class Follow(TorchFunctionMode):
 
 
 def _name_of(func: Any) -> str:
-    """A function's name as users write it."""
+    """Return a function's name as users write it."""
     name: str = resolve_name(func) or getattr(func, "__name__", type(func).__name__)
     name = name.removesuffix(".__get__").rpartition(".")[2]
     return name.strip("_") or name

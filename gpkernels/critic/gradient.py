@@ -1,8 +1,8 @@
-"""The gradient of a model at its input as a value that any loss may use.
+"""The input gradient of a model, as a value that any loss may use.
 
-The forward call pulls the cotangents of the summed scores down to the inputs and keeps what it met on the way. Backward
-knows the cotangents of the gradients and of the model's outputs: it pushes the former up as tangents and takes all
-weight gradients in one pass down. Neither differentiates anything twice.
+The forward call pulls the cotangents of the summed scores back to the inputs and saves those that backward needs.
+Backward receives the cotangents of the gradients and of the model's outputs: it pushes the former forward as tangents,
+and computes all weight gradients in one pass back. Nothing is differentiated twice.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ AGAIN = (
 
 
 class Halves:
-    """What a graph's key says of both halves, once for all runs.
+    """Facts about both halves, forward and backward, that follow from a graph's key; shared by all runs.
 
-    score: which of the outputs is summed and differentiated. inputs: their numbers among the leaves, -1 where the graph
-    does not have them. wanted: whether backward gives their gradients, too. rows: as for a ``Plan``.
+    score: index of the output that is summed and differentiated. inputs: their numbers among the leaves, -1 for inputs
+    that are not in the graph. wanted: whether backward also computes their gradients. rows: as in ``Plan``.
     """
 
     def __init__(self, key: Any, score: int, inputs: Sequence[int], wanted: Sequence[bool], rows: int | None) -> None:
@@ -55,11 +55,11 @@ class Halves:
         self.plan, self.score, self.rows = Plan(key, moving, rows, 0), score, rows
         self.places = [self.plan.inputs.get(number) for number in inputs]
         self.generic = any(call.rule is None and not call.leaf for call in self.plan.calls)
-        self.kept: list[tuple[int, int]] = []  # whose cotangents backward needs: a call, and which of its outputs
+        self.kept: list[tuple[int, int]] = []  # calls and outputs whose cotangents backward needs
         self.finishes = Cache(16)  # signatures of backward, by the cotangents that are given
 
     def pull(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
-        """The gradients at the inputs, then what is kept. tensors: the outputs, then the saved ones."""
+        """Return the gradients at the inputs, then what backward needs. tensors: the outputs, then the saved ones."""
         plan, count = self.plan, len(self.plan.outputs)
         scores = tensors[self.score]
         assert scores is not None
@@ -72,7 +72,10 @@ class Halves:
         return [*apart(gradients, [*tensors, *kept]), *kept]
 
     def finish(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
-        """The gradients of all leaves. tensors: cotangents of outputs and gradients, the saved ones, what was kept."""
+        """Return the gradients of all leaves.
+
+        tensors: the cotangents of outputs and gradients, the saved tensors, those that ``pull`` returned for backward.
+        """
         plan, count, inputs = self.plan, len(self.plan.outputs), len(self.places)
         values, gradients = tensors[:count], tensors[count : count + inputs]
         kept = count + inputs + plan.saved_count
@@ -99,7 +102,7 @@ class Halves:
         return apart([sums.get(number) for number in range(plan.leaves)], tensors)
 
     def _scale(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
-        """One factor a sample, where the scores' cotangents are such multiples of the ones that were pulled."""
+        """Return one factor per sample if the scores' cotangents are such multiples of the pulled ones, else None."""
         plan = self.plan
         if plan.layouts is None or plan.curved or list(seeds) != [plan.outputs[self.score]]:
             return None
@@ -115,7 +118,7 @@ def _zeros(plan: Plan, place: Place) -> Tensor:
 
 
 def _flat(x: Any) -> tuple[list[Any], Any]:
-    """As ``tree_flatten``, which takes microseconds; None for the structure of a tensor."""
+    """Flatten like ``tree_flatten``, which takes microseconds; the structure of a single tensor is None."""
     return ([x], None) if isinstance(x, Tensor) else tree_flatten(x)
 
 
@@ -124,7 +127,7 @@ def _whole(flat: list[Any], structure: Any) -> Any:
 
 
 class Inputs:
-    """An input of a model: a tensor, or a tuple, list or dict of tensors. tensors: those that can be differentiated."""
+    """Input of a model: a tensor, or a tuple, list or dict of tensors. tensors: those that can be differentiated."""
 
     def __init__(self, x: Any) -> None:
         self._flat, self._spec = _flat(x)
@@ -133,14 +136,14 @@ class Inputs:
         self.wanted = tuple([t.requires_grad for t in self.tensors])
 
     def filled(self, tensors: Sequence[Tensor]) -> Any:
-        """The input with other tensors in the place of its own."""
+        """Return the input with its tensors replaced."""
         flat = list(self._flat)
         for i, t in zip(self._at, tensors, strict=True):
             flat[i] = t
         return _whole(flat, self._spec)
 
     def gradients(self, gradients: Given) -> Any:
-        """Gradients as the input is, None where there is none."""
+        """Return gradients in the structure of the input, None for entries without one."""
         flat: list[Any] = [None] * len(self._flat)
         for i, g in zip(self._at, gradients, strict=True):
             flat[i] = g
@@ -148,7 +151,7 @@ class Inputs:
 
 
 class Made(NamedTuple):
-    """A call of a model. at: which of the flat output has a graph; score: which of these is differentiated."""
+    """Result of a model's call. at: indices of the outputs with a graph; score: the one that is differentiated."""
 
     flat: list[Any]
     spec: Any
@@ -158,7 +161,7 @@ class Made(NamedTuple):
 
     @staticmethod
     def of(output: Any, inputs: Sequence[Tensor], name: str) -> Made:
-        """What the model, an argument of that name, gave for some inputs."""
+        """Describe the output of a model, an argument of that name, for the given inputs."""
         scores = scores_of(output, name)
         flat, spec = _flat(output)
         at = [i for i, u in enumerate(flat) if isinstance(u, Tensor) and u.requires_grad]
@@ -172,7 +175,7 @@ class Made(NamedTuple):
         return [self.flat[i] for i in self.at]
 
     def filled(self, outputs: Sequence[Tensor]) -> Any:
-        """The output with other tensors in the place of those with a graph."""
+        """Return the output with the tensors that have a graph replaced."""
         flat = list(self.flat)
         for i, u in zip(self.at, outputs, strict=True):
             flat[i] = u
@@ -185,9 +188,9 @@ known = Cache()
 def value_and_gradient(
     model: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
 ) -> tuple[Any, Any]:
-    """The model's output, and the gradient of its summed scores at the inputs, with their structure.
+    """Return the model's output, and the gradient of its summed scores at the inputs, in their structure.
 
-    Both have a graph where grad mode is on: to the weights, and to the inputs that require a gradient.
+    Where grad mode is on, both have a graph to the weights, and to the inputs that require gradients.
     """
     graph, dual = torch.is_grad_enabled(), dual_level() >= 0
     with torch.enable_grad():
@@ -203,14 +206,14 @@ def value_and_gradient(
 
 
 def _moved(x: Tensor, graph: bool, dual: bool) -> Tensor:
-    """The input as the model sees it: with the graph that it has, or as a leaf of its own."""
+    """Return the input for the model: a view with the graph that it has, or a new leaf."""
     if x.requires_grad and graph:
         return x.view_as(x)
     return (x.view_as(x) if dual else x.detach()).requires_grad_()
 
 
 def _by_autograd(made: Made, graph: bool, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    """Outputs and gradients by autograd's own engine."""
+    """Compute outputs and gradients by autograd's engine."""
     outputs = made.outputs
     scores = outputs[made.score]
     gradients = torch.autograd.grad(scores, made.inputs, torch.ones_like(scores), create_graph=graph, allow_unused=True)
@@ -222,7 +225,7 @@ def _by_autograd(made: Made, graph: bool, name: str) -> tuple[Sequence[Tensor], 
 def _recorded(
     model: Any, made: Made, source: Inputs, start: int
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]] | None:
-    """Outputs and gradients whose derivatives are this module's; None where they are to be autograd's."""
+    """Compute outputs and gradients with this module's derivatives; None where autograd has to compute them."""
     outputs, inputs, wanted = made.outputs, made.inputs, source.wanted
     key, leaves, places, saved, hooked = native().graph(outputs, inputs, start)
     if hooked or all(place < 0 for place in places):
@@ -252,19 +255,19 @@ def _recorded(
 
 
 def rows_of(inputs: Sequence[Tensor]) -> int | None:
-    """The batch size that all inputs have."""
+    """Return the batch size that all inputs share, or None."""
     sizes = {x.shape[:1] for x in inputs}
     (size,) = sizes if len(sizes) == 1 else ((),)
     return size[0] if size else None
 
 
 def _nobody(what: Hashable, given: Given) -> Given:
-    """Makes the calls without a rule where there are none."""
+    """Stand in for the outsider of a graph in which every call has a rule."""
     raise AssertionError(what)
 
 
 class Gradient(Function):
-    """Outputs of a model and gradients at its inputs, of the leaves of the model's graph."""
+    """Outputs of a model and gradients at its inputs, as a function of the leaves of the model's graph."""
 
     @staticmethod
     def forward(ctx: Any, held: Any, *leaves: Tensor | None) -> Any:
@@ -276,7 +279,7 @@ class Gradient(Function):
 
     @staticmethod
     def given(ctx: Any, cotangents: Given) -> list[Tensor | None]:
-        """Cotangents of all outputs, then of all gradients, which may be fewer than the inputs."""
+        """Return the cotangents of all outputs, then of the gradients at all inputs, with None for missing ones."""
         count = len(ctx.known.plan.outputs)
         at_gradients: list[Tensor | None] = [None] * len(ctx.known.places)
         for i, v in zip(ctx.places, cotangents[count:], strict=True):
@@ -317,10 +320,10 @@ class _Inside(Function):
 
 
 def by_itself(run: Callable[[], Any]) -> Any:
-    """What a function that calls nodes of autograd gives, inside a backward pass.
+    """Run a function that calls autograd's nodes in a backward pass of its own, and return its result.
 
-    There a node computes only what the pass is after, which has never heard of these; in a pass of their own, that is
-    after nothing in particular, they compute everything.
+    Inside another backward pass a node computes only the gradients that the pass asks for, and these nodes are not part
+    of it. A pass that asks for no particular inputs computes all of them.
     """
     results: list[Any] = []
     with torch.enable_grad():

@@ -13,7 +13,7 @@ from gpkernels.ops.score_loss import ScoreLoss
 
 
 class Adversarial(NamedTuple):
-    """The losses of real and fake scores: the mean of each with its target, or one of their pairs.
+    """Losses of real and fake scores: the mean of each with its target, or one loss of their pairs.
 
     linear: whether both are linear in the scores.
     """
@@ -26,7 +26,7 @@ class Adversarial(NamedTuple):
     paired: bool = False
 
     def of(self, name: str) -> tuple[ScoreLoss, float] | None:
-        """The loss and the target of a group's scores; None where they have none."""
+        """Return the loss and the target of a group's scores, or None for groups without one."""
         if name == "real":
             return self.real, self.real_target
         return (self.fake, self.fake_target) if name == "fake" else None
@@ -90,7 +90,7 @@ class CriticLossParts(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A penalty on the norm of gradients, as ``gradient_norm_penalty`` defines it; reduction: by its code."""
+    """Penalty on the norm of gradients, as ``gradient_norm_penalty`` defines it; reduction: its code."""
 
     target: float
     one_sided: bool = False
@@ -98,7 +98,7 @@ class Norm(NamedTuple):
     reduction: int = REDUCTIONS["mean"]
 
     def of(self, gradient: Tensor, pack: int) -> Tensor:
-        """The penalty on a gradient, with its graph; pack: as in a ``Task``."""
+        """Compute the penalty on a gradient, with its graph; pack: as in ``Task``."""
         reduction = next(name for name, code in REDUCTIONS.items() if code == self.reduction)
         options = {"one_sided": self.one_sided, "reduction": reduction, "power": self.power}
         if not pack:
@@ -108,11 +108,11 @@ class Norm(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What the passes are for.
+    """Quantities that the passes compute.
 
-    adversarial: None for a penalty alone. penalties: by name, in the order of their weights. pack: so many samples have
-    one score and one norm; 0: a norm is over the last axis alone, and scores are as they are. several: whether
-    penalties are given by name, be there one or more.
+    adversarial: None for a penalty alone. penalties: by name, in the order of their weights. gradients: whether weight
+    gradients are computed. pack: number of consecutive samples with one score and one norm; 0: norms are over the last
+    axis alone, and the number of scores is free. several: whether penalties are returned by name, even a single one.
     """
 
     adversarial: Adversarial | None
@@ -124,16 +124,16 @@ class Task(NamedTuple):
 
     @property
     def shares(self) -> tuple[str, ...]:
-        """The penalties at samples that are scored."""
+        """Names of the penalties at samples that are scored."""
         return tuple([name for name, _ in self.penalties if name in ("r1", "r2")])
 
     def penalty(self, group: str) -> int:
-        """Which of the penalties a group of samples has: its own, or that of the samples that it is."""
+        """Return the index of a group's penalty: its own, or that at the scored samples of the group."""
         name = {"real": "r1", "fake": "r2"}.get(group, group)
         return [own for own, _ in self.penalties].index(name)
 
     def rows(self, gradient: Tensor) -> Tensor:
-        """A gradient with a row for each norm."""
+        """Reshape a gradient to one row per norm."""
         if self.pack == 1:
             return gradient
         return gradient.reshape(-1, self.pack * prod(gradient.shape[1:]) if self.pack else gradient.shape[-1])

@@ -44,7 +44,7 @@ class Passes:
     # --- pull ---------------------------------------------------------------------------------------------------------
 
     def pull(self, seeds: Mapping[Place, Tensor]) -> Cotangents:
-        """Take the scores' cotangents down; the gradients at the inputs: at the penalised rows, or where wanted."""
+        """Pull the scores' cotangents back; return the inputs' gradients, at the penalised rows or where wanted."""
         plan = self.plan
         cotangents: Cotangents = {}
         for p, seed in seeds.items():
@@ -147,7 +147,7 @@ class Passes:
     # --- push ---------------------------------------------------------------------------------------------------------
 
     def push(self, directions: Mapping[Place, Tensor]) -> None:
-        """Take the directions at the inputs up through the penalised rows, as far as they are needed."""
+        """Push directions at the inputs forward through the penalised rows, as far as they are needed."""
         plan = self.plan
         which = PENALISED if plan.plain else ALL
         tangents: Cotangents = dict(directions)
@@ -189,7 +189,7 @@ class Passes:
     # --- bend ---------------------------------------------------------------------------------------------------------
 
     def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> Cotangents:
-        """Add what the penalised rows give to the weights; what they give to the inputs whose gradient is wanted.
+        """Add the penalised rows' weight gradients; return their gradients at the inputs, where wanted.
 
         seeds: cotangents of a loss on those rows' scores. scale: used instead if these are the pulled ones times one
         factor per row; both then share one product, delta x (t + scale a).
@@ -251,7 +251,7 @@ class Passes:
         made: Cotangents,
         adjoints: Cotangents,
     ) -> None:
-        """Add a call's second-order terms: to the cotangents that its VJP has ``made``, the others to ``adjoints``."""
+        """Add a call's second-order terms, to its VJP's cotangents if these are ``made``, else to ``adjoints``."""
         rule, saved = self.plan.variant(i, which)[0], self._saved(i, which)
         if isinstance(rule, Unary) and call.parents[0] in made:
             rule.add_bent(made[call.parents[0]], saved, t, d)

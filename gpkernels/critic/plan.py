@@ -46,11 +46,10 @@ class Call:
 
 
 class Plan:
-    """The calls of a graph in order, for a batch of ``rows`` rows. The first ``plain`` have cotangents of their own,
-    the others are penalised.
+    """Calls of a graph in order, for a batch of ``rows`` rows: ``plain`` ones with own cotangents, then penalised ones.
 
-    moving: the leaves that are inputs, by number, and whether their gradient is wanted beside the weights'. rows: None
-    where the inputs are no batches of one size; nothing is then known of where samples are. block: samples in a row.
+    moving: the leaves that are inputs, by number, and whether their gradient is wanted besides those of the weights.
+    rows: None where the inputs are not batches of one size; the sample axes are then unknown. block: samples in a row.
     """
 
     def __init__(self, key: Any, moving: Mapping[int, bool], rows: int | None, plain: int, block: int = 1) -> None:
@@ -101,7 +100,7 @@ class Plan:
         call.tangible &= not call.rule.flat
 
     def around(self, i: int) -> list[Place]:
-        """Places that derivatives of a call's VJP may reach: its outputs, its arguments, and views of its outputs."""
+        """Return places that derivatives of a call's VJP may reach: its outputs, arguments, and views of outputs."""
         call = self.calls[i]
         views = [(j, nr) for j, c in enumerate(self.calls) for nr in range(len(c.outputs)) if self._is_child(c, i)]
         return [*((i, nr) for nr in range(len(call.outputs))), *(p for p in call.parents if p is not None), *views]
@@ -111,7 +110,7 @@ class Plan:
         return any(p is not None and p[0] == i for p in call.parents)
 
     def metas(self, call: Call) -> list[Meta | None]:
-        """Shapes, dtypes and devices of a call's arguments."""
+        """Return shapes, dtypes and devices of a call's arguments."""
         return [None if p is None else self.calls[p[0]].outputs[p[1]] for p in call.parents]
 
     def _look_back(self) -> None:
@@ -132,7 +131,7 @@ class Plan:
 
     @property
     def x(self) -> Place | None:
-        """Of the only input, if the graph has it."""
+        """Place of the only input, or None if it is not in the graph."""
         return next(iter(self.inputs.values()), None)
 
     @property

@@ -54,7 +54,7 @@ class Signed:
         self.known: Known = self.signature.known
 
     def run(self, numbers: Sequence[Tensor]) -> Results:
-        """The values; the leaves' gradients; those at the samples, where wanted. numbers: one, and the weights."""
+        """Return values, the leaves' gradients, and those at samples, where wanted. numbers: one, and the weights."""
         known, task = self.known, self.task
         if self.hooked:
             return by_autograd(self.passes, self.leaves, task, numbers[1:])
@@ -112,14 +112,13 @@ class _Shelf:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] = NOTHING,
     ) -> Any:
-        """The values, the first, or that of a penalty alone, with its gradients; or what the critic gave in each
-        call, and the key to ``keep`` a program under; None where C++ has no say and nothing was called.
+        """Run a whole step, or a penalty alone, in C++.
 
-        Returns the four values, of which the first, or that of a penalty alone, has its gradients; or the critic's
-        outputs of each call and the key to ``keep`` a program under, if there is no program yet; or None before any
-        call, where the native path does not apply.
+        Returns the values, of which the first, or that of a penalty alone, has its gradients; or the critic's outputs
+        of each call and the key to ``keep`` a program under, if there is no program yet; or None before any call, where
+        the native path does not apply.
 
-        tensors: fake, real, and the points of the penalty; a ``Between`` as a tuple.
+        tensors: fake, real, and the points of the penalties; a ``Between`` as a tuple.
         """
         if _others_look_on() or dual_level() >= 0:
             return None
@@ -160,8 +159,10 @@ class _Shelf:
             return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
 
     def run(self, passes: Sequence[Pass], task: Task, numbers: Sequence[Tensor]) -> Results | bytes | None:
-        """The results of calls that were made, or the key under which to ``keep`` a program; None where C++ has no
-        say."""
+        """Return the results of calls that were made, or the key to ``keep`` a program under, or None.
+
+        None: the native path does not apply.
+        """
         if _others_look_on():
             return None
         tag = self._tag(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]))
@@ -181,7 +182,7 @@ class _Shelf:
             native().add(key, known.parts[0].native)
 
 
-VALUES = "loss", "adversarial", "consistency"  # then the penalties: all that a step gives besides gradients
+VALUES = "loss", "adversarial", "consistency"  # then the penalties: the results of a step besides gradients
 LOSS, PENALTY = 0, len(VALUES)  # places among the values
 shelf = _Shelf()
 
@@ -250,10 +251,10 @@ def run(
     key: bytes | None = None,
     look: Callable[[Signed], None] | None = None,
 ) -> Results:
-    """Loss, adversarial, consistency, penalties; the leaves' gradients; those at the groups' samples, where wanted.
+    """Return loss, adversarial, consistency and penalties; the leaves' gradients; those at the samples, where wanted.
 
-    numbers: one, and the penalties' weights. key: what to keep the program under, where C++ gave it. look: sees a
-    signature before anything is computed.
+    numbers: one, and the penalties' weights. key: the key to ``keep`` the program under, if C++ returned one. look:
+    called with the signature before anything is computed.
     """
     if key is None and look is None:
         found = shelf.run(passes, task, numbers)
@@ -286,7 +287,7 @@ def own_dtypes(device: torch.device) -> Any:
 
 
 def numbers_of(weights: Sequence[float], like: Tensor) -> list[Tensor]:
-    """One, and weights, as tensors that nobody writes to."""
+    """Return one and the weights as tensors that are never written to."""
     return [_scalar(value, accumulation_dtype(like.dtype), like.device) for value in (1.0, *weights)]
 
 

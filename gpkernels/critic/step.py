@@ -1,7 +1,7 @@
 """A critic's penalty or whole loss with its weight gradients, computed in the forward call.
 
-The critic is called as it is; the passes go over autograd's graph of that call once, and nothing is differentiated
-twice.
+The critic is called as its author wrote it; the passes traverse autograd's graph of that call once, and nothing is
+differentiated twice.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _how_of_a_penalty(task: Task) -> How:
 
 
 class Batches(NamedTuple):
-    """What a step is called with. points: where the gradient is penalised, for penalties with points of their own."""
+    """Arguments of a step. points: where penalties with points of their own are taken."""
 
     real: Tensor
     fake: Tensor
@@ -95,14 +95,14 @@ class Batches(NamedTuple):
 
     @property
     def joinable(self) -> bool:
-        """Whether all samples could go as one batch: they are as many, and there are no further inputs."""
+        """Whether all samples could be one batch: the shapes are equal, and there are no further inputs."""
         return self.real.shape == self.fake.shape and not self.args and not self.kwargs
 
 
 def step_at_once(
     critic: Any, given: Batches, task: Task, weights: Sequence[float], together: bool | None, seen: Seen
 ) -> CriticLossParts | Begun | None:
-    """``critic_step`` in C++, if that knows how to and finds nothing wrong with the tensors; None otherwise."""
+    """Run ``critic_step`` in C++; None where that path does not apply or rejects the tensors."""
     real, fake = given.real, given.fake
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
@@ -127,7 +127,7 @@ def step_at_once(
     except (Differs, Exception):
         if mode is None or not as_one:
             raise
-        seen.set(mode, None)  # perhaps the larger batch is at fault; if not, it raises again
+        seen.set(mode, None)  # the larger batch may be the cause; otherwise the error is raised again
         return None
     if found is None or len(found) != 2:
         return None if found is None else _parts(found, task)
@@ -145,8 +145,8 @@ def critic_step(
 ) -> CriticLossParts:
     """Compute all parts of a critic's loss.
 
-    together: whether all samples go through the critic as one batch; None: if that was ``seen`` to be the same.
-    begun: what there is of it.
+    together: whether all samples are processed as one batch; None: where ``seen`` found that equivalent. begun: the
+    part of the step that is already done.
     """
     real, fake = given.real, given.fake
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
@@ -175,7 +175,7 @@ def critic_step(
 
 
 def _parts(values: Sequence[Tensor | None], task: Task) -> CriticLossParts:
-    """The values of a step, zeros for those that were not asked for."""
+    """Convert the values of a step to parts, with zeros for those that were not requested."""
     loss = values[LOSS]
     assert loss is not None
     own, term, *penalties = [loss.new_zeros(()) if x is None else x for x in values[1:]]
@@ -183,14 +183,14 @@ def _parts(values: Sequence[Tensor | None], task: Task) -> CriticLossParts:
 
 
 def named(penalties: Sequence[Tensor], task: Task, like: Tensor) -> Any:
-    """Penalties as ``CriticLossParts`` has them: by name where several may be, zero for none."""
+    """Return penalties as in ``CriticLossParts``: by name where there may be several, zero for none."""
     if task.several:
         return {name: value for (name, _), value in zip(task.penalties, penalties, strict=True)}
     return penalties[0] if penalties else like.new_zeros(())
 
 
 def groups_of(critic: Any, given: Batches, task: Task, wants: bool) -> list[Group]:
-    """What the critic is called with, in the usual order. wants: whether samples that are scored have gradients."""
+    """Return the groups of the critic's calls, in the usual order. wants: whether scored samples require gradients."""
     shares = () if wants else _shares(critic, task)
     groups = [Group("fake", given.fake, "r2" in shares), Group("real", given.real, "r1" in shares)]
     if task.consistency is not None:
@@ -203,21 +203,21 @@ def groups_of(critic: Any, given: Batches, task: Task, wants: bool) -> list[Grou
 
 
 def _place_of(name: str, given: Batches, shares: Sequence[str]) -> Any:
-    """Where a penalty is taken; None where it shares the pass of the samples that are scored."""
+    """Return the points of a penalty, or None where it shares the pass of the scored samples."""
     if name in shares:
         return None
     return given.real if name == "r1" else given.fake if name == "r2" else given.points[name]
 
 
 def _shares(critic: Any, task: Task) -> tuple[str, ...]:
-    """The penalties that come of the pass that gives the scores: where the critic is as it was after it."""
+    """Return the penalties that share the pass of the scores; none for critics that a pass may change."""
     shares = task.shares
     return () if shares and _changes_in_passes(critic) else shares
 
 
 @lru_cache(64)
 def _hows(task: Task, shares: tuple[str, ...]) -> tuple[How, How]:
-    """One by one in the usual order, and as one batch."""
+    """Describe the calls of separate groups in the usual order, and of one batch."""
     groups = [("fake", "r2" in shares), ("real", "r1" in shares)]
     if task.consistency is not None:
         groups.append(("again", False))
@@ -227,7 +227,7 @@ def _hows(task: Task, shares: tuple[str, ...]) -> tuple[How, How]:
 
 
 def _go_at_once(batch: Tensor, task: Task) -> bool:
-    """Whether all passes are kept until the last call is made."""
+    """Whether all graphs are retained until the last call is made."""
     paired = task.adversarial is not None and task.adversarial.paired
     return paired or task.consistency is not None or batch.nbytes < SMALL
 
@@ -266,7 +266,7 @@ def _as_one(
     except (Differs, Exception):
         if seen is None:
             raise
-        passes = []  # perhaps the larger batch is at fault; if not, it raises again
+        passes = []  # the larger batch may be the cause; otherwise the error is raised again
     if passes:
         with suppress(Differs):
             return run(passes, task, numbers, key, look)
@@ -300,12 +300,12 @@ def _one_by_one(
         more = given.args, given.kwargs
         passes = made(critic, [[group] for group in groups], task, wants, None, *more, begun.before)
         return run(passes, task, numbers, begun.key)
-    groups = [group._replace(x=points_of(group.x)) for group in groups]  # before the critic can change its arguments
+    groups = [group._replace(x=points_of(group.x)) for group in groups]  # before the critic may change its arguments
     sums: list[Any] = [None] * (len(VALUES) + len(task.penalties))
     found: dict[int, tuple[Tensor, Tensor]] = {}
     inputs: list[tuple[str, Tensor]] = []
     passes = []
-    teacher = next((group for group in groups if group.penalised), None)  # whose pass shows whether samples meet
+    teacher = next((group for group in groups if group.penalised), None)  # its pass shows whether samples interact
     for group in groups:
         learns = mode is not None and group is teacher
         asks, on = wants and not group.penalised, watch if learns else None
@@ -346,7 +346,7 @@ def _note(seen: Seen | None, mode: Any, watch: Watch | None, signed: Signed) -> 
         seen.set(mode, "looked" if watch is None else settled(watch, plan, one.nodes))
 
 
-SMALL = 1 << 16  # bytes of a batch, below which all graphs are kept until the last call
+SMALL = 1 << 16  # bytes of a batch below which all graphs are retained until the last call
 LARGE = {
     True: 1 << 22,
     False: 1 << 28,

@@ -1,8 +1,8 @@
-"""Penalties and losses inside ``torch.compile``.
+"""Penalties, losses and input gradients inside ``torch.compile``.
 
-The compiler traces the critic's calls with its guards on all that they read. The passes go over autograd's graph of
-these calls by the same rules as in eager mode, once per trace, and their calls become part of the compiler's graph: no
-zeros, no double backward. Importing this module imports the compiler, which takes seconds.
+The compiler traces the critic's calls, with its guards on everything that they read. The passes traverse autograd's
+graph of these calls by the same rules as in eager mode, once per trace, and their calls become part of the compiler's
+graph: no zeros, no double backward. Importing this module imports the compiler, which takes seconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def step_in_graph(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Loss, adversarial, consistency and penalties of some calls of the critic, each with the samples of some groups.
+    """Return loss, adversarial, consistency and penalties of calls of the critic, each with the samples of some groups.
 
     otherwise: computes the same outside the compiler, for a critic that cannot be traced: at a graph break in a loop,
     Dynamo runs the function with the loop in Python. wants: whether scored samples require gradients. seen:
@@ -123,7 +123,7 @@ def _passes(
         flat = [source for given in sources for source in given]
         numbers = [unit, *(unit * weight for weight in weights)]
         (loss, *others), gradients, at_samples = _gone_through(passes, task, numbers)
-        loss = others[-1].clone() if loss is None else loss  # of a penalty by itself
+        loss = others[-1].clone() if loss is None else loss  # for a penalty alone
         given = [(x, g) for x, g in zip(flat, at_samples, strict=True) if g is not None and x.requires_grad]
         pairs = [*gradients, *given]
     if pairs:
@@ -139,7 +139,7 @@ def gradient_in_graph(
     name: str,
     otherwise: Callable[[], Any],
 ) -> tuple[Any, Any]:
-    """A model's output and the gradient of its summed scores at the inputs; ``otherwise`` as in ``step_in_graph``."""
+    """Return a model's output and its scores' gradient at the inputs; ``otherwise``: as in ``step_in_graph``."""
     if not is_compiling():
         found: tuple[Any, Any] = disable(otherwise)()
         return found
@@ -156,7 +156,7 @@ def gradient_in_graph(
 def _gradient(
     outputs: Sequence[Tensor], score: int, inputs: Sequence[Tensor], sources: Sequence[Tensor], name: str
 ) -> tuple[Tensor | None, ...]:
-    """Outputs, and gradients at the inputs, with their derivatives."""
+    """Return outputs, and gradients at the inputs, with their derivatives."""
     graph = Graph(outputs)
     differentiable = torch.is_grad_enabled()
     wanted = [x.requires_grad and differentiable for x in sources]
@@ -185,13 +185,13 @@ def _gradient(
 
 
 def _joined(edge: Any) -> Tensor | None:
-    """A tensor by which gradients reach an edge, where C++ can make one."""
+    """Return a tensor through which gradients reach an edge, where C++ can make one."""
     found: Tensor | None = None if backends.program is None else backends.program.joint(*edge)
     return found
 
 
 class _Gradient(Gradient):
-    """The same in a trace, which keeps all tensors and has PyTorch's own calls in it."""
+    """``Gradient`` in a trace: it retains all tensors, and computes with PyTorch's own operations."""
 
     @staticmethod
     def forward(ctx: Any, held: Any, *leaves: Tensor | None) -> Any:
@@ -227,7 +227,7 @@ class _Traced:
 
 
 def _gone_through(passes: Sequence[_Traced], task: Task, numbers: Sequence[Tensor]) -> Any:
-    """The values, the weights with their gradients, and the gradients at each group's samples."""
+    """Return the values, the weights with their gradients, and the gradients at each group's samples."""
     tensors: list[Tensor | None] = [*numbers]
     weights: dict[Any, Tensor] = {}  # by the edge that leads to it
     leaves = []
@@ -270,7 +270,7 @@ def _plain() -> Any:
 
 
 class _Deliver(Function):
-    """A value with precomputed gradients of some tensors: ``count`` gradients, then the tensors."""
+    """Value with precomputed gradients of some tensors: ``count`` gradients, then the tensors."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:

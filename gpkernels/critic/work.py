@@ -52,7 +52,7 @@ class _One:
         self.penalised = [name for name, penalised in self.groups if penalised]
 
     def rows(self, x: Tensor, name: str) -> Tensor:
-        """A group's part of scores, features or the gradient at the batch."""
+        """Return a group's part of scores, features or the gradient at the batch."""
         if len(self.groups) == 1:
             return x
         size = x.shape[0] // len(self.groups)
@@ -60,7 +60,7 @@ class _One:
 
 
 def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: Outsider) -> list[Tensor | None]:
-    """Values, then gradients of leaves and of samples: all that depends on the signature and the tensors alone.
+    """Return values, then gradients of leaves and of samples, as a function of the signature and the tensors alone.
 
     tensors: one, the weights of the penalties, then for each pass the outputs and the saved ones. Values: the loss, the
     adversarial loss, the consistency term, the penalties.
@@ -88,7 +88,7 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: O
     terms = [value * w for value, w in zip(values, weights, strict=True) if value is not None and w is not None]
     if term is not None and task.consistency is not None:
         terms.insert(0, term * task.consistency.weight)
-    if task.adversarial is None:  # a penalty by itself has no weight
+    if task.adversarial is None:  # a penalty alone has no weight
         loss = None
     else:
         loss = own
@@ -103,7 +103,7 @@ Seeds = dict[tuple[Any, str], Tensor]
 
 
 def _heads(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor) -> tuple[Tensor | None, Tensor | None, Seeds]:
-    """The adversarial loss, the consistency term, and the cotangents of scores and features by their group."""
+    """Return the adversarial loss, the consistency term, and the cotangents of scores and features by group."""
     adversarial = task.adversarial
     if adversarial is None:
         return None, None, {}
@@ -154,10 +154,10 @@ def _consistency(ones: list[_One], task: Task, wide: torch.dtype, unit: Tensor, 
 
 
 class _Ends:
-    """The cotangents at a pass's outputs.
+    """Cotangents at a pass's outputs.
 
-    pulled: those that go down first. own: those that penalised rows have beside the ones that are pulled there. plain:
-    those of plain rows, where they go their own way.
+    pulled: those of the first pass back. own: additional ones of penalised rows, from a loss on their scores. plain:
+    those of plain rows, where these are processed separately.
     """
 
     def __init__(self, one: _One) -> None:
@@ -167,7 +167,7 @@ class _Ends:
         self.plain: dict[Place, Tensor] = {}
 
     def enter(self, place: Place, output: Tensor, seeds: dict[str, Tensor], ones: bool) -> None:
-        """Take the groups' cotangents of an output; ``ones``: what is pulled down at penalised rows, or nothing."""
+        """Add the groups' cotangents of an output; ``ones``: whether ones are pulled back at penalised rows."""
         one = self._one
         given = {name: seeds.get(name) for name, _ in one.groups}
         whole = lambda name: torch.zeros_like(one.rows(output, name))  # noqa: E731
@@ -197,7 +197,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 def _one_pass(
     one: _One, task: Task, weights: Sequence[Tensor | None], seeds: Seeds
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The penalties that a pass has, and its groups' gradients at the samples where these are wanted."""
+    """Return the penalties of a pass, and its groups' gradients at the samples, where wanted."""
     values: list[Tensor | None] = [None] * len(task.penalties)
     nothing: list[Tensor | None] = [None] * len(one.groups)
     top, at_features = one.places[0], one.places[1] if len(one.places) > 1 else None
@@ -240,7 +240,7 @@ def _one_pass(
 
 
 def _penalised(gradient: Tensor, task: Task, which: int, weight: Tensor | None) -> tuple[Tensor, Any]:
-    """The penalty on a group's gradient, and its derivative by that gradient, times the weight, where it is wanted."""
+    """Return the penalty on a group's gradient and, where wanted, its derivative by that gradient, times the weight."""
     target, one_sided, power, reduction = task.penalties[which][1]
     rows = task.rows(gradient)
     value, coefficient = gradient_norm_penalty_op(rows, target, one_sided, reduction, power)
@@ -293,7 +293,7 @@ def _lowered(gradient: Tensor, scale: float) -> Tensor:
 
 
 def apart(results: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Results that share no memory with each other or an input: they are scaled in place, and are the user's."""
+    """Return results that share no memory with each other or an input, as they are scaled in place and returned."""
     taken = {x.untyped_storage()._cdata for x in inputs if x is not None}
     found: list[Tensor | None] = []
     for x in results:

@@ -22,7 +22,7 @@ _REDUCTION_CODES = frozenset(REDUCTIONS.values())
 def gradient_norm_penalty_reference(
     grad: Tensor, target: float, one_sided: bool, reduction: int, power: float
 ) -> tuple[Tensor, Tensor]:
-    """(||g_n| - target|^power reduced over n, coefficient): the coefficient c_n gives the derivative w_n c_n g_n.
+    """Compute (||g_n| - target|^power reduced over n, coefficient); the derivative is w_n coefficient_n g_n.
 
     One-sided: max(0, |g_n| - target)^power. Where |g_n| = 0 the subgradient 0 is taken, and where |g_n| = target; a
     target of 0 with a power of 2 is the smooth |g_n|^2.
@@ -46,7 +46,7 @@ def gradient_norm_penalty_reference(
 
 
 def _power(x: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    """|x|^power and its slope. Where x = 0, every derivative is 0 that the power does not make another number."""
+    """Return |x|^power and its slope. At x = 0 a derivative is 0 unless the power gives it another value."""
     if power == 2:
         return x * x, 2.0 * x
     size = x.abs()
@@ -64,7 +64,7 @@ def _reduce(values: Tensor, reduction: int) -> Tensor:
 
 
 def gradient_norm_penalty_backward_reference(cotangent: Tensor, grad: Tensor, coefficient: Tensor) -> Tensor:
-    """cotangent * coefficient_n * g_n: a scaled copy. The cotangent is one number, or one per row."""
+    """Return cotangent * coefficient_n * g_n, a scaled copy. The cotangent is one number, or one per row."""
     return (per_row(cotangent * coefficient, grad) * grad).to(grad.dtype)
 
 
@@ -158,16 +158,48 @@ def gradient_norm_penalty(
     dim: int | Sequence[int] | None = None,
     pack: int = 1,
 ) -> Tensor:
-    """Mean ||g_n| - target|^power over an input gradient (Gulrajani et al. 2017, eq. 3, where the power is 2).
+    r"""Compute the penalty on the norms of an input gradient.
 
-    grad: (N, *), |.| over all but the first axis. one_sided: max(0, |g_n| - target)^power instead. reduction: "mean",
-    "sum" or "none", which gives (N,). power: at least 1. target = 0 is the zero-centred penalty |g_n|^power. Where
-    |g_n| = 0 the subgradient is 0, and for a power of 1 where |g_n| = target.
+    .. math::
+        \frac{1}{N} \sum_n \bigl| \lVert g_n \rVert_2 - \text{target} \bigr|^{\text{power}}
 
-    dim: the axes that the norm is over, one or several, instead; "none" then gives the shape of the others. pack: so
-    many consecutive samples have one norm (Lin et al. 2018, section 3); "none" then gives (N / pack,).
+    A ``target`` of 0 gives the zero-centred penalty. Where :math:`g_n = 0` the subgradient is 0, and for a power of 1
+    also where :math:`\lVert g_n \rVert_2 = \text{target}`. Differentiable to any order in ``grad``; results and sums
+    are in at least float32.
 
-    Differentiable to any order in grad. Raises TypeError or ValueError for bad input.
+    Args:
+        grad (Tensor): the input gradient.
+        target (float): norm that is not penalised, finite and at least 0. Default: 1.
+        one_sided (bool): penalise :math:`\max(0, \lVert g_n \rVert_2 - \text{target})` instead. Default: False.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``, which gives one value per norm. Default: ``"mean"``.
+        power (float): exponent, finite and at least 1. Default: 2.
+        dim (int or Sequence[int], optional): axes that a norm is over. Default: all but the first.
+        pack (int): number of consecutive samples that have one norm; divides :math:`N`, and is 1 where ``dim`` is
+            given. Default: 1.
+
+    Shape:
+        - grad: :math:`(N, *)`
+        - Output: scalar; for ``reduction="none"`` :math:`(N / \text{pack})`, or the axes that are not in ``dim``
+
+    Returns:
+        Tensor: the penalty, in at least float32.
+
+    Raises:
+        TypeError: ``grad`` is not a dense floating-point tensor, ``target`` or ``power`` not a number, or ``dim`` or
+            ``pack`` not a whole number.
+        ValueError: the batch is empty, or an option is out of its range.
+
+    Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+        >>> x = torch.randn(64, 2, requires_grad=True)
+        >>> (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        >>> gpkernels.gradient_norm_penalty(grad).backward()
+
+    References:
+        Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, eq. 3. https://arxiv.org/abs/1704.00028
+
+        Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
+        https://arxiv.org/abs/1712.04086
     """
     options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction), check_power(power)
     if dim is not None or pack != 1:
@@ -190,7 +222,7 @@ def check_power(power: object) -> float:
 def _of_other_rows(
     grad: Tensor, options: tuple[float, bool, int, float], dim: int | Sequence[int] | None, pack: int
 ) -> Tensor:
-    """The penalty where a row is not a sample."""
+    """Compute the penalty where a row is not a sample."""
     pack = check_whole("pack", pack)
     if pack < 1 or (dim is not None and pack != 1):
         raise ValueError(f"pack: expected {'at least 1' if pack < 1 else '1 where dim is given'}, got {pack}")
@@ -200,7 +232,7 @@ def _of_other_rows(
             raise ValueError(f"pack: expected a number that divides a batch of {grad.shape[0]}, got {pack}")
         shape = [grad.shape[0] // pack]
         if memory_format(grad) != torch.contiguous_format:
-            grad = grad.movedim(1, -1)  # as it lies: a norm is that of any order
+            grad = grad.movedim(1, -1)  # its memory order; a norm does not depend on the order
     else:
         check_floating("grad", grad)
         axes = _check_axes(dim, grad.dim())
@@ -215,7 +247,7 @@ def _of_other_rows(
 
 
 def _check_axes(dim: int | Sequence[int], dims: int) -> list[int]:
-    """The axes, counted from the first."""
+    """Return the axes, counted from the first; raise unless they are some of them, each once."""
     given = dim if isinstance(dim, (tuple, list)) else [dim]
     axes = [check_whole("dim", axis) for axis in given]
     wanted = f"one or several of {dims} axes, each once and not all of them"

@@ -15,7 +15,7 @@ from gpkernels.ops.tensors import accumulation_dtype, laid_out, memory_format, n
 
 
 def relativistic_loss_reference(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """Mean softplus(fake_n - real_n)."""
+    """Compute the mean of softplus(fake_n - real_n)."""
     return -logsigmoid(_lead(real_scores, fake_scores)).mean()
 
 
@@ -108,18 +108,75 @@ def _relativistic_loss(real_name: str, real_scores: Tensor, fake_name: str, fake
 
 
 def relativistic_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """mean softplus(fake - real), scores being logits (Jolicoeur-Martineau 2019; paired: Huang et al. 2024, eq. 2).
+    r"""Compute the relativistic loss of a critic over pairs of real and generated samples, whose scores are logits.
 
-    Scores: (N, *), both of one shape. Differentiable to any order in both. Raises TypeError or ValueError for bad
-    input.
+    .. math::
+        \frac{1}{N} \sum_n \operatorname{softplus}(\text{fake}_n - \text{real}_n)
+
+    Differentiable to any order in both tensors; results and sums are in at least float32.
+
+    Args:
+        real_scores (Tensor): logits of real samples.
+        fake_scores (Tensor): logits of generated samples, paired with the real ones in order.
+
+    Shape:
+        - real_scores, fake_scores: :math:`(N, *)`, of one shape
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: the tensors are empty, or the shapes or devices differ.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> gpkernels.relativistic_critic_loss(critic(torch.randn(64, 2)), critic(torch.randn(64, 2))).backward()
+
+    References:
+        Jolicoeur-Martineau, "The relativistic discriminator: a key element missing from standard GAN", 2019.
+        https://arxiv.org/abs/1807.00734
+
+        Huang et al., "The GAN is dead; long live the GAN! A Modern GAN Baseline", 2024, eq. 2.
+        https://arxiv.org/abs/2501.05441
     """
     return _relativistic_loss("real_scores", real_scores, "fake_scores", fake_scores)
 
 
 def relativistic_generator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """mean softplus(real - fake), scores being logits (Jolicoeur-Martineau 2019; paired: Huang et al. 2024, eq. 2).
+    r"""Compute the relativistic loss of a generator over pairs of real and generated samples, whose scores are logits.
 
-    Scores: (N, *), both of one shape. Differentiable to any order in both. Raises TypeError or ValueError for bad
-    input.
+    .. math::
+        \frac{1}{N} \sum_n \operatorname{softplus}(\text{real}_n - \text{fake}_n)
+
+    Differentiable to any order in both tensors; results and sums are in at least float32.
+
+    Args:
+        real_scores (Tensor): logits of real samples.
+        fake_scores (Tensor): logits of generated samples, paired with the real ones in order.
+
+    Shape:
+        - real_scores, fake_scores: :math:`(N, *)`, of one shape
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: the tensors are empty, or the shapes or devices differ.
+
+    Example:
+        >>> generator, critic = torch.nn.Linear(8, 2), torch.nn.Linear(2, 1)
+        >>> real, fake = torch.randn(64, 2), generator(torch.randn(64, 8))
+        >>> gpkernels.relativistic_generator_loss(critic(real), critic(fake)).backward()
+
+    References:
+        Jolicoeur-Martineau, "The relativistic discriminator: a key element missing from standard GAN", 2019.
+        https://arxiv.org/abs/1807.00734
+
+        Huang et al., "The GAN is dead; long live the GAN! A Modern GAN Baseline", 2024, eq. 2.
+        https://arxiv.org/abs/2501.05441
     """
     return _relativistic_loss("fake_scores", fake_scores, "real_scores", real_scores)

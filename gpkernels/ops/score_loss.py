@@ -36,7 +36,7 @@ _KINDS = frozenset(ScoreLoss)
 
 
 def score_loss_reference(scores: Sequence[Tensor], kinds: Sequence[int], targets: Sequence[float]) -> Tensor:
-    """The sum over tensors of mean phi(scores): phi is that of its kind. Only LEAST_SQUARES has a target."""
+    """Sum the mean of phi(scores) over tensors, each with the phi of its kind. Only LEAST_SQUARES has a target."""
     check_kinds(scores, kinds, targets)
     total: Tensor | None = None
     for s, kind, target in zip(scores, kinds, targets, strict=True):
@@ -98,13 +98,13 @@ def _score_loss_backward(
 
 
 def check_kinds(scores: Sequence[Tensor], kinds: Sequence[int], targets: Sequence[float]) -> None:
-    """ValueError unless there are scores, and a ``ScoreLoss`` and a target for each of them."""
+    """Raise ValueError unless there are scores, and a ``ScoreLoss`` and a target for each of them."""
     if not scores:
         raise ValueError("scores: expected at least one tensor, got none")
     for name, given in (("kinds", kinds), ("targets", targets)):
         if len(given) != len(scores):
             raise ValueError(f"{name}: expected one for each of {len(scores)} scores, got {len(given)}")
-    if not _KINDS.issuperset(kinds):  # one call for all of them: this is in the way of small ops
+    if not _KINDS.issuperset(kinds):  # one call for all of them, since small ops pay for each
         wrong = next(kind for kind in kinds if kind not in _KINDS)
         wanted = ", ".join(f"{kind.value} ({kind.name.lower()})" for kind in ScoreLoss)
         raise ValueError(f"kinds: expected {wanted}, got {wrong!r}")
@@ -168,7 +168,7 @@ def _present(first: Tensor, second: Tensor | None) -> list[Tensor]:
 
 
 def _score_loss(kinds: tuple[ScoreLoss, ...], targets: tuple[float, ...], **scores: Tensor) -> Tensor:
-    """The sum of mean phi(s) over one or two named score tensors, each with its kind of phi and its target."""
+    """Sum the mean of phi(scores) over one or two named tensors, each with its kind of phi and its target."""
     tensors = list(scores.values())
     plain = NotImplemented if is_compiling() else score_loss_op.direct(tensors, kinds, targets)
     if plain is not NotImplemented:
@@ -182,9 +182,36 @@ def _score_loss(kinds: tuple[ScoreLoss, ...], targets: tuple[float, ...], **scor
 
 
 def wgan_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """mean fake - mean real (Arjovsky et al. 2017, eq. 3, negated to be minimised).
+    r"""Compute the Wasserstein loss of a critic.
 
-    Scores: (N, *), batches may differ. Differentiable to any order. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{M} \sum_m \text{fake}_m - \frac{1}{N} \sum_n \text{real}_n
+
+    This is the paper's estimate, negated to be minimised. Differentiable to any order in both tensors; results and sums
+    are in at least float32.
+
+    Args:
+        real_scores (Tensor): scores of real samples.
+        fake_scores (Tensor): scores of generated samples; the two batches may have different sizes.
+
+    Shape:
+        - real_scores: :math:`(N, *)`
+        - fake_scores: :math:`(M, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: a tensor is empty, or the devices differ.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> gpkernels.wgan_critic_loss(critic(torch.randn(64, 2)), critic(torch.randn(64, 2))).backward()
+
+    References:
+        Arjovsky et al., "Wasserstein GAN", 2017, eq. 3. https://arxiv.org/abs/1701.07875
     """
     return _score_loss(
         (ScoreLoss.NEGATIVE, ScoreLoss.IDENTITY), (0.0, 0.0), real_scores=real_scores, fake_scores=fake_scores
@@ -192,15 +219,72 @@ def wgan_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 
 
 def wgan_generator_loss(fake_scores: Tensor) -> Tensor:
-    """-mean fake. Scores: (N, *). Differentiable to any order. Raises TypeError or ValueError for bad input."""
+    r"""Compute the Wasserstein loss of a generator.
+
+    .. math::
+        -\frac{1}{N} \sum_n \text{fake}_n
+
+    It is the generator's loss for hinge critics, too. Differentiable to any order; results and sums are in at least
+    float32.
+
+    Args:
+        fake_scores (Tensor): scores of generated samples.
+
+    Shape:
+        - fake_scores: :math:`(N, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: ``fake_scores`` is not a dense floating-point tensor.
+        ValueError: ``fake_scores`` is empty.
+
+    Example:
+        >>> generator, critic = torch.nn.Linear(8, 2), torch.nn.Linear(2, 1)
+        >>> gpkernels.wgan_generator_loss(critic(generator(torch.randn(64, 8)))).backward()
+
+    References:
+        Arjovsky et al., "Wasserstein GAN", 2017, Algorithm 1. https://arxiv.org/abs/1701.07875
+    """
     return _score_loss((ScoreLoss.NEGATIVE,), (0.0,), fake_scores=fake_scores)
 
 
 def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """mean max(0, 1 - real) + mean max(0, 1 + fake) (Lim & Ye 2017; Miyato et al. 2018, eq. 16).
+    r"""Compute the hinge loss of a critic.
 
-    Scores: (N, *), batches may differ; at a kink the derivative is 0. Differentiable to any order. Raises TypeError or
-    ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n \max(0, 1 - \text{real}_n) + \frac{1}{M} \sum_m \max(0, 1 + \text{fake}_m)
+
+    The derivative is 0 at a kink. Differentiable to any order in both tensors; results and sums are in at least
+    float32. The generator's loss is :func:`wgan_generator_loss`.
+
+    Args:
+        real_scores (Tensor): scores of real samples.
+        fake_scores (Tensor): scores of generated samples; the two batches may have different sizes.
+
+    Shape:
+        - real_scores: :math:`(N, *)`
+        - fake_scores: :math:`(M, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: a tensor is empty, or the devices differ.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> gpkernels.hinge_critic_loss(critic(torch.randn(64, 2)), critic(torch.randn(64, 2))).backward()
+
+    References:
+        Lim and Ye, "Geometric GAN", 2017. https://arxiv.org/abs/1705.02894
+
+        Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018, eq. 16.
+        https://arxiv.org/abs/1802.05957
     """
     return _score_loss(
         (ScoreLoss.HINGE_NEGATIVE, ScoreLoss.HINGE), (0.0, 0.0), real_scores=real_scores, fake_scores=fake_scores
@@ -208,9 +292,38 @@ def hinge_critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 
 
 def gan_discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """mean softplus(-real) + mean softplus(fake), scores being logits (Goodfellow et al. 2014, eq. 1).
+    r"""Compute the original GAN's loss of a discriminator, whose scores are logits.
 
-    Scores: (N, *), batches may differ. Differentiable to any order. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n \operatorname{softplus}(-\text{real}_n)
+        + \frac{1}{M} \sum_m \operatorname{softplus}(\text{fake}_m)
+
+    This is the binary cross-entropy, summed over real and generated samples. Differentiable to any order in both
+    tensors; results and sums are in at least float32.
+
+    Args:
+        real_scores (Tensor): logits of real samples.
+        fake_scores (Tensor): logits of generated samples; the two batches may have different sizes.
+
+    Shape:
+        - real_scores: :math:`(N, *)`
+        - fake_scores: :math:`(M, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: a tensor is empty, or the devices differ.
+
+    Example:
+        >>> discriminator = torch.nn.Linear(2, 1)
+        >>> real, fake = torch.randn(64, 2), torch.randn(64, 2)
+        >>> gpkernels.gan_discriminator_loss(discriminator(real), discriminator(fake)).backward()
+
+    References:
+        Goodfellow et al., "Generative Adversarial Networks", 2014, eq. 1. https://arxiv.org/abs/1406.2661
     """
     return _score_loss(
         (ScoreLoss.SOFTPLUS_NEGATIVE, ScoreLoss.SOFTPLUS), (0.0, 0.0), real_scores=real_scores, fake_scores=fake_scores
@@ -218,17 +331,66 @@ def gan_discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 
 
 def saturating_generator_loss(fake_scores: Tensor) -> Tensor:
-    """-mean softplus(fake), that is E log(1 - D), scores being logits (Goodfellow et al. 2014, eq. 1).
+    r"""Compute the original GAN's minimax loss of a generator, for a discriminator whose scores are logits.
 
-    Scores: (N, *). Differentiable to any order. Raises TypeError or ValueError for bad input.
+    .. math::
+        -\frac{1}{N} \sum_n \operatorname{softplus}(\text{fake}_n)
+
+    This is :math:`\mathbb{E} \log(1 - D)`, which saturates where the discriminator rejects the samples with confidence.
+    Differentiable to any order; results and sums are in at least float32.
+
+    Args:
+        fake_scores (Tensor): logits of generated samples.
+
+    Shape:
+        - fake_scores: :math:`(N, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: ``fake_scores`` is not a dense floating-point tensor.
+        ValueError: ``fake_scores`` is empty.
+
+    Example:
+        >>> generator, discriminator = torch.nn.Linear(8, 2), torch.nn.Linear(2, 1)
+        >>> gpkernels.saturating_generator_loss(discriminator(generator(torch.randn(64, 8)))).backward()
+
+    References:
+        Goodfellow et al., "Generative Adversarial Networks", 2014, eq. 1. https://arxiv.org/abs/1406.2661
     """
     return _score_loss((ScoreLoss.NEGATIVE_SOFTPLUS,), (0.0,), fake_scores=fake_scores)
 
 
 def nonsaturating_generator_loss(fake_scores: Tensor) -> Tensor:
-    """mean softplus(-fake), that is -E log D, scores being logits (Goodfellow et al. 2014, section 3).
+    r"""Compute the original GAN's non-saturating loss of a generator, for a discriminator whose scores are logits.
 
-    Scores: (N, *). Differentiable to any order. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n \operatorname{softplus}(-\text{fake}_n)
+
+    This is :math:`-\mathbb{E} \log D`. Differentiable to any order; results and sums are in at least float32.
+
+    Args:
+        fake_scores (Tensor): logits of generated samples.
+
+    Shape:
+        - fake_scores: :math:`(N, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: ``fake_scores`` is not a dense floating-point tensor.
+        ValueError: ``fake_scores`` is empty.
+
+    Example:
+        >>> generator, discriminator = torch.nn.Linear(8, 2), torch.nn.Linear(2, 1)
+        >>> gpkernels.nonsaturating_generator_loss(discriminator(generator(torch.randn(64, 8)))).backward()
+
+    References:
+        Goodfellow et al., "Generative Adversarial Networks", 2014, section 3. https://arxiv.org/abs/1406.2661
     """
     return _score_loss((ScoreLoss.SOFTPLUS_NEGATIVE,), (0.0,), fake_scores=fake_scores)
 
@@ -236,10 +398,42 @@ def nonsaturating_generator_loss(fake_scores: Tensor) -> Tensor:
 def least_squares_critic_loss(
     real_scores: Tensor, fake_scores: Tensor, *, real_target: float = 1.0, fake_target: float = 0.0
 ) -> Tensor:
-    """mean (real - real_target)^2 + mean (fake - fake_target)^2 (Mao et al. 2017, eq. 2, without its halves).
+    r"""Compute the least-squares loss of a critic.
 
-    Scores: (N, *), batches may differ. Targets: any finite numbers; 1 and -1 are those of adversarial motion priors
-    (Peng et al. 2021). Differentiable to any order in the scores. Raises TypeError or ValueError for bad input.
+    .. math::
+        \frac{1}{N} \sum_n (\text{real}_n - a)^2 + \frac{1}{M} \sum_m (\text{fake}_m - b)^2
+
+    This is the paper's loss without its factors of one half. Differentiable to any order in both tensors; results and
+    sums are in at least float32.
+
+    Args:
+        real_scores (Tensor): scores of real samples.
+        fake_scores (Tensor): scores of generated samples; the two batches may have different sizes.
+        real_target (float): :math:`a`, any finite number. Default: 1.
+        fake_target (float): :math:`b`, any finite number; adversarial motion priors use -1. Default: 0.
+
+    Shape:
+        - real_scores: :math:`(N, *)`
+        - fake_scores: :math:`(M, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: a tensor is not a dense floating-point tensor, or a target not a number.
+        ValueError: a tensor is empty, the devices differ, or a target is not finite.
+
+    Example:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> real, fake = torch.randn(64, 2), torch.randn(64, 2)
+        >>> gpkernels.least_squares_critic_loss(critic(real), critic(fake), fake_target=-1.0).backward()
+
+    References:
+        Mao et al., "Least Squares Generative Adversarial Networks", 2017, eq. 2. https://arxiv.org/abs/1611.04076
+
+        Peng et al., "AMP: Adversarial Motion Priors for Stylized Physics-Based Character Control", 2021.
+        https://arxiv.org/abs/2104.02180
     """
     targets = check_finite("real_target", real_target), check_finite("fake_target", fake_target)
     kinds = ScoreLoss.LEAST_SQUARES, ScoreLoss.LEAST_SQUARES
@@ -247,9 +441,34 @@ def least_squares_critic_loss(
 
 
 def least_squares_generator_loss(fake_scores: Tensor, *, target: float = 1.0) -> Tensor:
-    """mean (fake - target)^2 (Mao et al. 2017, eq. 2, without its half).
+    r"""Compute the least-squares loss of a generator.
 
-    Scores: (N, *). Target: any finite number. Differentiable to any order in the scores. Raises TypeError or ValueError
-    for bad input.
+    .. math::
+        \frac{1}{N} \sum_n (\text{fake}_n - \text{target})^2
+
+    This is the paper's loss without its factor of one half. Differentiable to any order in the scores; results and sums
+    are in at least float32.
+
+    Args:
+        fake_scores (Tensor): scores of generated samples.
+        target (float): the score that the generator aims at, any finite number. Default: 1.
+
+    Shape:
+        - fake_scores: :math:`(N, *)`
+        - Output: scalar
+
+    Returns:
+        Tensor: the loss, in at least float32.
+
+    Raises:
+        TypeError: ``fake_scores`` is not a dense floating-point tensor, or ``target`` not a number.
+        ValueError: ``fake_scores`` is empty, or ``target`` is not finite.
+
+    Example:
+        >>> generator, critic = torch.nn.Linear(8, 2), torch.nn.Linear(2, 1)
+        >>> gpkernels.least_squares_generator_loss(critic(generator(torch.randn(64, 8)))).backward()
+
+    References:
+        Mao et al., "Least Squares Generative Adversarial Networks", 2017, eq. 2. https://arxiv.org/abs/1611.04076
     """
     return _score_loss((ScoreLoss.LEAST_SQUARES,), (check_finite("target", target),), fake_scores=fake_scores)

@@ -1,6 +1,6 @@
-"""What makes a penalty of a critic another thing than its author means, found by calling the critic.
+"""Properties of a critic that make its penalty wrong, found by calling the critic.
 
-`gpkernels explain` and `gpkernels verify --critic` tell it as warnings.
+`gpkernels explain` and `gpkernels verify --critic` print them as warnings.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gpkernels.critic.follow import modules_of, restored
 from gpkernels.ops.checks import check_batch
 
 NO_GRADIENT = "no gradient"
-POINTS = 5  # a kink may lie near one of them, and what is cut may lie across a direction
-APART = 0.02  # of two derivatives, as a share of the larger: far beyond rounding, and what a kink in the way makes
+POINTS = 5  # a kink may be close to one, and the cut part of the gradient orthogonal to a direction
+APART = 0.02  # relative difference of derivatives, far above that by rounding or a kink
 
 
 @dataclass(frozen=True)
 class Finding:
-    """mistake: its name, the same from version to version. text: what was seen, what follows, and what to do."""
+    """Mistake that was found. mistake: its name, stable across versions. text: observation, effect and remedy."""
 
     mistake: str
     text: str
@@ -38,11 +38,27 @@ class Finding:
 
 
 def lint_critic(critic: Callable[..., Any], example: Tensor) -> list[Finding]:
-    """Look for what makes a critic's penalty wrong, by calling a copy of it in float64 at and near an example batch.
+    """Find what makes a critic's penalty wrong, by calling a copy in float64 at and near an example batch.
 
-    What cannot be copied is called itself, in its own dtype, and is left as it was. The critic's mode counts: BatchNorm
-    in eval mode lets no samples meet. Mistakes, in order: "no gradient", "cut", "fewer scores", "samples meet", "not
-    repeatable", "float16". Raises TypeError or ValueError for bad input, and what the critic raises.
+    A critic that cannot be copied is called itself, in its own dtype, and its state is restored. The training mode
+    matters: with BatchNorm in eval mode samples do not interact. Mistakes, in order: "no gradient", "cut", "fewer
+    scores", "samples meet", "not repeatable", "float16".
+
+    Args:
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with the scores
+            first.
+        example (Tensor): a batch as the critic is called with in training.
+
+    Shape:
+        - example: :math:`(N, *)`
+
+    Returns:
+        list[Finding]: the mistakes; empty if there are none.
+
+    Raises:
+        TypeError: the critic cannot be called or returns no tensor, or ``example`` is not a dense floating-point
+            tensor.
+        ValueError: ``example`` is empty.
     """
     if not callable(critic):
         raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
@@ -52,7 +68,7 @@ def lint_critic(critic: Callable[..., Any], example: Tensor) -> list[Finding]:
 
 
 class _Lint:
-    """Calls a copy of the critic, each time as it was before, with the same random numbers."""
+    """Calls a copy of the critic, each time in the same state and with the same random numbers."""
 
     def __init__(self, critic: Callable[..., Any], example: Tensor) -> None:
         twin = copied(critic)
@@ -72,7 +88,7 @@ class _Lint:
 
     def findings(self) -> Iterator[Finding]:
         scores, n = self._scores(self.example), len(self.example)
-        repeats = torch.equal(scores, self._scores(self.example))  # a generator of its own would not
+        repeats = torch.equal(scores, self._scores(self.example))  # False with a generator of the critic's own
         if repeats:
             yield from self._cut()
         if scores.numel() < n:
@@ -106,14 +122,14 @@ class _Lint:
         share = median(apart)
         if share < APART:
             return
-        blind = torch.stack([g == 0 for g in found]).flatten(0, 1).all(0)  # elements of a sample
+        blind = torch.stack([g == 0 for g in found]).flatten(0, 1).all(0)  # by element of a sample
         if blind.any() and self._changes(blind):
             yield _blind(int(blind.sum()), blind.numel())
         else:
             yield _wrong(share)
 
     def _gradient(self, x: Tensor) -> Tensor | None:
-        """Of the summed scores; None where no graph leads to the input."""
+        """Return the gradient of the summed scores; None where no graph leads to the input."""
         x = x.detach().requires_grad_()
         with self._restored():
             scores = scores_of(self.critic(x))
@@ -123,12 +139,12 @@ class _Lint:
         return gradient
 
     def _changes(self, where: Tensor | bool = True) -> bool:
-        """Whether the scores change with the input everywhere, beyond rounding. where: with these elements alone."""
+        """Whether the scores change with the input at every point, beyond rounding. where: the elements to vary."""
         slopes = (self._slope(x, u * where) for x, u in zip(self.points, self.directions, strict=True))
         return all(abs(slope) > rounding for slope, rounding in slopes)
 
     def _slope(self, x: Tensor, direction: Tensor) -> tuple[float, float]:
-        """Of the summed scores along a direction, by a central difference, and what rounding may add to it."""
+        """Return the central difference of the summed scores along a direction, and a bound of its rounding error."""
         eps = torch.finfo(x.dtype).eps
         step = eps ** (1 / 3) * self.scale
         ahead, behind = (self._scores(x.detach() + way * step * direction) for way in (1, -1))
@@ -137,7 +153,7 @@ class _Lint:
     # --- samples ------------------------------------------------------------------------------------------------------
 
     def _meeting(self, scores: Tensor) -> Iterator[Finding]:
-        """Does the first sample's score change when the others do?"""
+        """Check whether the first sample's score changes with the other samples."""
         n, others = len(self.example), self.points[1].detach().clone()
         others[0] = self.example[0].detach()
         first, again = (s.reshape(n, -1)[0] for s in (scores, self._scores(others)))
@@ -146,11 +162,11 @@ class _Lint:
             return
         try:
             where = explain(self.critic, self.example.detach()).meet
-        except ValueError:  # there is no gradient, which has been told
+        except ValueError:  # no gradient, which is already reported
             where = ""
         yield _meet(where)
 
-    # --- what else ----------------------------------------------------------------------------------------------------
+    # --- noise and precision ------------------------------------------------------------------------------------------
 
     def _repeatable(self) -> Iterator[Finding]:
         modes = [(m, m.training) for module in self.modules for m in module.modules()]
@@ -183,10 +199,10 @@ class _Lint:
             yield _overflow("input gradients")
 
     def _under(self, x: Tensor, enabled: bool) -> tuple[Tensor, Tensor] | None:
-        """Scores and gradient, with float16 autocast or without; None where some call has no such kernel."""
+        """Return scores and gradient, with or without float16 autocast; None where a call has no such kernel."""
         try:
             with self._restored(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what PyTorch finds slow
+                warnings.simplefilter("ignore")  # about performance
                 with torch.autocast(x.device.type, torch.float16, enabled=enabled):
                     scores = scores_of(self.critic(x))
                 (gradient,) = torch.autograd.grad(scores.sum(), x)
@@ -196,7 +212,7 @@ class _Lint:
 
 
 def copied(critic: Callable[..., Any]) -> nn.Module | None:
-    """A copy of a module; None of what is none, and of those that hold tensors with a graph, as weight_norm's do."""
+    """Return a copy of a module; None for other callables and for modules with non-leaf tensors, as weight_norm has."""
     if not isinstance(critic, nn.Module):
         return None
     try:
@@ -206,32 +222,32 @@ def copied(critic: Callable[..., Any]) -> nn.Module | None:
 
 
 def _in_float64(critic: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy in float64; the critic where it makes tensors of its own that are not."""
+    """Return a float64 copy and example, or the arguments where the critic does not run in float64."""
     wide = copy.deepcopy(critic).double()
     try:
         with restored([wide], example.device):
             wide(example.double())
-    except Exception:  # if it is the critic's own, the next call raises it again
+    except Exception:  # an error of the critic's own is raised again by the next call
         return critic, example
     return wide, example.double()
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
-_CUT = "look for .detach(), .data, torch.no_grad(), .item() or a way through numpy, and move it out of the critic"
+_CUT = "look for .detach(), .data, torch.no_grad(), .item() or a conversion to NumPy, and move it out of the critic"
 
 
 def _no_gradient(moved: bool) -> Finding:
     if not moved:
         return Finding(NO_GRADIENT, "the scores do not depend on the input")
-    return Finding(NO_GRADIENT, f"the scores change with the input, but autograd knows no way from them to it: {_CUT}")
+    return Finding(NO_GRADIENT, f"the scores change with the input, but autograd has no graph between them: {_CUT}")
 
 
 def _blind(count: int, size: int) -> Finding:
     return Finding(
         "cut",
         f"the scores change with {count} of the {size} elements of a sample for which autograd gives a gradient of "
-        f"exactly zero, so the penalty does not see them: {_CUT}",
+        f"exactly zero, so the penalty ignores them: {_CUT}",
     )
 
 
@@ -261,7 +277,7 @@ def _meet(where: str) -> Finding:
     place = f" (in {where})" if where else ""
     return Finding(
         "samples meet",
-        f"a sample's score changes with the other samples of the batch{place}, so the penalty is not of each sample's "
+        f"a sample's score changes with the other samples of the batch{place}, so the penalty is not on each sample's "
         "own gradient; BatchNorm does this in training mode, LayerNorm, GroupNorm and InstanceNorm do not",
     )
 
@@ -270,14 +286,14 @@ def _unrepeatable(apart: float, size: float) -> Finding:
     return Finding(
         "not repeatable",
         f"two calls on one batch in eval mode give scores that differ by {apart:.2g} (the largest is {size:.2g}): "
-        "dropout or noise is left on there; pass training=self.training to F.dropout, and add noise only in training",
+        "dropout or noise is active there; pass training=self.training to F.dropout, and add noise only in training",
     )
 
 
 def _overflow(what: str) -> Finding:
     return Finding(
         "float16",
-        f"under float16 autocast the {what} are not finite, as float16 ends at 65504; gpkernels takes norms and losses "
-        "in float32, but what the critic itself gives is lost before that: use bfloat16, or leave autocast for "
-        "its last layers",
+        f"under float16 autocast the {what} are not finite, as the largest number of float16 is 65504; gpkernels "
+        "computes norms and losses in float32, but the critic's own results overflow before: use bfloat16, or disable "
+        "autocast in its last layers",
     )

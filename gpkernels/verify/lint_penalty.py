@@ -1,8 +1,8 @@
-"""A user's own penalty function beside ours: what it computes, and which known mistake gives its numbers.
+"""Identification of a user's penalty function: the formula that it computes, and known mistakes.
 
-What the function calls the critic with tells where it penalises and how it drew eps. The gradient there, put into each
-known formula, is held against the function's value, over batches of two sizes and critics of several slopes: the
-formula that stays in one proportion to it is the function's own.
+The calls that the function makes show where it penalises and how eps was drawn. Each known formula is evaluated on the
+gradient there and compared with the function's value, over batches of two sizes and critics of several slopes: the
+formula whose ratio to the value is constant is the function's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gpkernels.ops.checks import check_pair
 from gpkernels.verify.formulas import ONE_SIDED, TWO_SIDED, ZERO_CENTRED, Formula, formulas
 from gpkernels.verify.lint_critic import Finding, copied
 
-SLOPES = (0.6, 1.0, 1.7, 3.0, 0.8, 2.2)  # mean norms of the input gradient, one a trial
-LEAST = 4  # samples: half of them are a batch, too
-CLOSE = 2e-3  # of values and of gradients, in float32
-ON_LINE = 1e-3  # of points, and of eps
+SLOPES = (0.6, 1.0, 1.7, 3.0, 0.8, 2.2)  # mean norm of the input gradient in each trial
+LEAST = 4  # samples, half of which are also used as a batch
+CLOSE = 2e-3  # tolerance of values and gradients, in float32
+ON_LINE = 1e-3  # tolerance of points and eps
 
 BETWEEN, REAL, FAKE, NEAR_REAL = "between real and fake", "at real", "at fake", "near real"
 OURS = {
@@ -38,10 +38,10 @@ OURS = {
 
 @dataclass(frozen=True)
 class PenaltyLint:
-    """What a penalty function is.
+    """Description of a penalty function.
 
-    formula: what gives its values, "" if nothing known does. factor: how many times that it is, lambda for one.
-    findings: its mistakes; a right function has none.
+    formula: the formula of its values, "" if it is unknown. factor: multiple of the formula, such as lambda. findings:
+    its mistakes; empty for a correct function.
     """
 
     formula: str
@@ -57,18 +57,31 @@ class PenaltyLint:
 def lint_penalty(
     function: Callable[[Any, Tensor, Tensor], Any], critic: Callable[..., Any], real: Tensor, fake: Tensor
 ) -> PenaltyLint:
-    """Say what a penalty function of (critic, real, fake) computes, and which mistakes it makes.
+    """Identify what a penalty function of (critic, real, fake) computes, and which mistakes it makes.
 
-    The function is called on a copy of the critic in eval mode whose scores are scaled, so that its input gradients
-    have norms about 1 (on a function that calls it, where it is no module or cannot be copied); it gives the penalty,
-    or a tuple with the penalty first. Mistakes: "norm over channels", "norm over axis 2" and so on, "norm per element",
-    "norm over the batch", "norm along the batch", "mean in the norm", "absolute values in the norm", "missing square",
-    "absolute value for the square", "missing root", "mean before the square", "two-sided, summed", "zero-centred,
-    summed", "negative", "eps per element", "one eps", "eps beyond 0 and 1", "real alone", "fake alone", "no graph",
-    "other gradients", "not finite at zero", "critic not called", "unknown". Raises TypeError or ValueError for bad
-    input, and what the function raises.
+    The function is called with a copy of the critic in eval mode, whose scores are scaled so that its input gradients
+    have norms about 1; a critic that cannot be copied is wrapped instead. Mistakes: "norm over channels", "norm over
+    axis 2" and so on, "norm per element", "norm over the batch", "norm along the batch", "mean in the norm", "absolute
+    values in the norm", "missing square", "absolute value for the square", "missing root", "mean before the square",
+    "two-sided, summed", "zero-centred, summed", "negative", "eps per element", "one eps", "eps beyond 0 and 1", "real
+    alone", "fake alone", "no graph", "other gradients", "not finite at zero", "critic not called", "unknown".
 
-    real, fake: (N, *), of at least 4 samples that differ.
+    Args:
+        function (Callable): maps (critic, real, fake) to the penalty, or to a tuple with the penalty first.
+        critic (Callable): a module or any other callable that maps a batch to scores, or to a tuple with the scores
+            first.
+        real (Tensor): at least 4 samples that differ from each other.
+        fake (Tensor): as many samples of the same shape.
+
+    Shape:
+        - real, fake: :math:`(N, *)`
+
+    Returns:
+        PenaltyLint: the formula, its factor and the mistakes.
+
+    Raises:
+        TypeError: ``function`` or ``critic`` cannot be called, or a tensor is not a dense floating-point tensor.
+        ValueError: shapes or devices differ, there are too few samples, or the critic's gradient is zero.
     """
     for name, value in (("function", function), ("critic", critic)):
         if not callable(value):
@@ -82,7 +95,7 @@ def lint_penalty(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One call of the function. points: where it penalised, None if that could not be told. gradient: there."""
+    """One call of the function. points: where it penalised, None if unknown. gradient: the critic's at the points."""
 
     real: Tensor
     fake: Tensor
@@ -92,7 +105,7 @@ class _Trial:
 
 
 class _Stage:
-    """The critic as the function has it: scores times a factor, and a record of what it is called with."""
+    """The critic for the function: it scales the scores, and records the batches that it is called with."""
 
     def __init__(self, critic: Callable[..., Any]) -> None:
         self.factor, self.seen = 1.0, list[Tensor]()
@@ -111,7 +124,7 @@ class _Stage:
         return scores_of(output) * self.factor
 
     def gradient(self, x: Tensor) -> Tensor:
-        """Of the summed scores at some points, with a graph to the weights."""
+        """Return the gradient of the summed scores at some points, with a graph to the weights."""
         x = x.detach().requires_grad_()
         scores = scores_of(self.critic(x))
         check_scores(scores, x, 1)
@@ -155,7 +168,7 @@ class _Lint:
     # --- trials -------------------------------------------------------------------------------------------------------
 
     def _trial(self, i: int) -> _Trial:
-        """Batches of two sizes take turns."""
+        """Call the function once; batches of two sizes alternate."""
         n = len(self.real) // (1 + i % 2)
         real, fake = (x.roll(i, 0)[:n].clone() for x in (self.real, self.fake))
         self.stage.factor = SLOPES[i] * self.unit
@@ -163,7 +176,7 @@ class _Lint:
         return _Trial(real, fake, value, points, None if points is None else self.stage.gradient(points))
 
     def _called(self, seed: int, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The function's value, and where it penalised: what it called the critic with last, but for real and fake."""
+        """Return the function's value and its points: the last batch for the critic, other than real and fake."""
         self.stage.seen.clear()
         with restored(self.stage.modules, real.device):
             torch.manual_seed(seed)
@@ -178,7 +191,7 @@ class _Lint:
         found_at = others or seen
         return value.reshape(()), found_at[-1] if found_at else None
 
-    # --- where it penalises -------------------------------------------------------------------------------------------
+    # --- points -------------------------------------------------------------------------------------------------------
 
     def _where(self, trials: Sequence[_Trial]) -> tuple[str, list[Finding]]:
         for place, of in ((REAL, lambda t: t.real), (FAKE, lambda t: t.fake)):
@@ -200,7 +213,7 @@ class _Lint:
         found = [self._called(0, self.real, fake)[1] for fake in (self.fake, self.fake + 1)]
         return found[0] is not None and found[1] is not None and _same(found[0], found[1])
 
-    # --- what it does to the weights ----------------------------------------------------------------------------------
+    # --- weight gradients ---------------------------------------------------------------------------------------------
 
     def _gradients(self, trial: _Trial, formula: Formula, factor: float) -> Iterator[Finding]:
         assert trial.gradient is not None
@@ -219,7 +232,7 @@ class _Lint:
             yield _other_gradients(apart / float(exact.norm()))
 
     def _at_zero(self) -> Iterator[Finding]:
-        """What the weights get where scores do not change with the input."""
+        """Check the weight gradients where scores do not depend on the input."""
         self.stage.factor = 0.0
         value, _ = self._called(0, self.real, self.fake)
         weights = self._weights()
@@ -234,7 +247,7 @@ class _Lint:
 
 
 def _fitting(trials: Sequence[_Trial]) -> tuple[Formula | None, float]:
-    """The first formula that gives all values, and times what."""
+    """Return the first formula that matches all values, and its factor."""
     values = torch.stack([t.value.detach().double() for t in trials])
     for formula in formulas(trials[0].real.dim()):
         with torch.no_grad():
@@ -246,7 +259,7 @@ def _fitting(trials: Sequence[_Trial]) -> tuple[Formula | None, float]:
 
 
 def _eps(trial: _Trial) -> tuple[Tensor, Tensor]:
-    """Each sample's eps, and how far its point lies off the line between real and fake, as a share of that line."""
+    """Return each sample's eps, and its point's relative distance from the line between real and fake."""
     assert trial.points is not None
     line, way = ((x - trial.fake).flatten(1).double() for x in (trial.real, trial.points))
     eps = (way * line).sum(1) / line.square().sum(1)
@@ -262,14 +275,14 @@ def _vector(gradients: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Te
     return torch.cat([g.flatten().double() for g in parts])
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 def _uncalled() -> Finding:
     return Finding(
         "critic not called",
-        "the function did not call the critic that it was given on a batch that requires a gradient: it has to take "
-        "(critic, real, fake), and to call critic itself, on real, fake or points made of them",
+        "the function did not call its first argument on a batch that requires a gradient: it has to take "
+        "(critic, real, fake), and to call this critic on real, fake or points computed from them",
     )
 
 
@@ -278,8 +291,8 @@ def _unknown(trial: _Trial, axes: int) -> Finding:
     got, right = float(trial.value.detach()), float(next(formulas(axes)).of(trial.gradient.detach()))
     return Finding(
         "unknown",
-        f"none of the formulas known here gives its values: one is {got:.4g}, and the two-sided penalty "
-        f"of the same points is {right:.4g}; other terms of a loss, or another target than 1, would do that",
+        f"no known formula gives its values: one is {got:.4g}, and the two-sided penalty "
+        f"of the same points is {right:.4g}; other loss terms, or a target other than 1, may be the reason",
     )
 
 
@@ -298,8 +311,8 @@ _DRAW = "draw it as torch.rand(N, 1, 1, 1) for images, torch.rand(N, 1) for rows
 def _per_element() -> Finding:
     return Finding(
         "eps per element",
-        "eps differs from element to element of a sample, so points do not lie on the lines between real and fake "
-        f"(torch.rand_like(real) does this, and so does torch.rand of a shape that broadcasts another way); {_DRAW}",
+        "eps differs between the elements of a sample, so points do not lie on the lines between real and fake "
+        f"(torch.rand_like(real) does this, and so does torch.rand of a shape that broadcasts differently); {_DRAW}",
     )
 
 
@@ -321,8 +334,8 @@ def _negative() -> Finding:
 def _no_graph() -> Finding:
     return Finding(
         "no graph",
-        "the value has no gradient by the critic's weights, so it trains nothing: pass create_graph=True to "
-        "torch.autograd.grad, and take no .detach(), .data or .item() of what it gives",
+        "the value has no gradient with respect to the critic's weights, so it has no effect: pass create_graph=True "
+        "to torch.autograd.grad, and do not use .detach(), .data or .item() on its result",
     )
 
 
@@ -330,7 +343,7 @@ def _other_gradients(share: float) -> Finding:
     return Finding(
         "other gradients",
         f"the value is that of the formula, but its weight gradients are {100 * share:.1f} % off: a part of it is "
-        "detached, or made in no_grad mode",
+        "detached, or computed in no_grad mode",
     )
 
 
