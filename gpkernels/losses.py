@@ -57,21 +57,28 @@ PAIRED = "wgan-gp", "relativistic"  # which need as many real samples as fake on
 
 @lru_cache(64)
 def _task_of(
-    adversarial: Adversarial,
+    objective: str,
+    targets: tuple[float, float],
     penalties: tuple[str, ...],
     several: bool,
-    norm: Norm,
-    consistency: Consistency | None,
+    target: float,
+    one_sided: bool,
+    power: float,
+    consistency: tuple[float, float, float],
     wanted: bool,
     pack: int,
 ) -> Task:
+    adversarial = OBJECTIVES[objective][0]
+    if objective == "least-squares":
+        adversarial = adversarial._replace(real_target=targets[0], fake_target=targets[1])
     norms = {
-        "wgan-gp": norm,
-        "dragan": norm._replace(one_sided=False, power=2.0),
+        "wgan-gp": Norm(target, one_sided, power),
+        "dragan": Norm(target),
         "r1": Norm(0.0),
         "r2": Norm(0.0),
     }
-    return Task(adversarial, tuple([(n, norms[n]) for n in penalties]), consistency, wanted, pack, several)
+    term = Consistency(*consistency) if consistency[0] > 0 else None
+    return Task(adversarial, tuple([(n, norms[n]) for n in penalties]), term, wanted, pack, several)
 
 
 class CriticLoss(nn.Module):
@@ -290,15 +297,19 @@ class CriticLoss(nn.Module):
         return {name: weight * self.penalty_every for name, weight in weights.items()} if with_penalty else {}
 
     def _task(self, penalties: tuple[str, ...], wanted: bool) -> Task:
-        adversarial = OBJECTIVES[self.objective][0]
-        if self.objective == "least-squares":
-            adversarial = adversarial._replace(real_target=self.real_target, fake_target=self.fake_target)
-        norm = Norm(self.target, self.one_sided, self.power)
-        consistency = None
-        if self.consistency_weight > 0:
-            consistency = Consistency(self.consistency_weight, self.consistency_margin, self.feature_weight)
         task_of = _task_of.__wrapped__ if is_compiling() else _task_of
-        return task_of(adversarial, penalties, isinstance(self.penalty, dict), norm, consistency, wanted, self.pack)
+        return task_of(
+            self.objective,
+            (self.real_target, self.fake_target),
+            penalties,
+            isinstance(self.penalty, dict),
+            self.target,
+            self.one_sided,
+            self.power,
+            (self.consistency_weight, self.consistency_margin, self.feature_weight),
+            wanted,
+            self.pack,
+        )
 
     def _given(
         self, real: Tensor, fake: Tensor, eps: Tensor | None, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any]
