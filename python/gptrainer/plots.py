@@ -45,6 +45,7 @@ ESTIMATES: dict[str, tuple[str, str, float | None]] = {
     "js_estimate": ("Jensen-Shannon divergence", "log 2 \N{MINUS SIGN} L/2 (nats)", math.log(2)),
     "total_variation_estimate": ("total variation", "1 \N{MINUS SIGN} L/2", 1.0),
     "triangular_estimate": ("triangular discrimination, halved", "1 \N{MINUS SIGN} 2 L", 1.0),
+    "relativistic_estimate": ("relativistic divergence", "log 2 \N{MINUS SIGN} L (nats)", math.log(2)),
     "wasserstein_estimate": ("Wasserstein distance", "E D(real) \N{MINUS SIGN} E D(fake)", None),
 }
 """What a critic estimates, the formula, and the value for disjoint distributions."""

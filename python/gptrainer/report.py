@@ -20,7 +20,7 @@ from gptrainer.loop import Trainer, evaluating
 from gptrainer.metrics import ImageQuality
 from gptrainer.models import sample
 
-TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0}  # of the gradient norm
+TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0, "r3gan": 0.0}  # of the gradient norm
 
 
 def write_report(trainer: Trainer, seconds: float) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
+from gpkernels.arguments import UserError
 from gptrainer.config import Norm, TrainConfig
 from gptrainer.models import NETWORKS, default_network
 
@@ -135,6 +136,25 @@ class R2Config(R1Config):
 
 
 @settings
+class R3GANConfig(R1Config):
+    """Relativistic game with zero-centred penalties on real and generated data (Huang et al. 2024)."""
+
+    # The paper's first values for CIFAR-10, which it then lets fall.
+    algorithm: ClassVar[str] = "r3gan"
+    lr: float = 2e-4
+    generator_batch_size: int = 0
+    """Samples in a generator batch: those of --batch-size, as each is scored beside a real one."""
+    gamma: float = 0.05
+    """Weight of both penalties, gamma/2 E |grad D|^2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolved("generator_batch_size") != self.batch_size:
+            got = f"{self.generator_batch_size}, with {self.batch_size} real ones"
+            raise UserError(f"--generator-batch-size: expected a generated sample for each real one, got {got}")
+
+
+@settings
 class DRAGANConfig(DCGANConfig):
     """Non-saturating game with a gradient penalty around real data (Kodali et al. 2017)."""
 
@@ -178,7 +198,7 @@ SYSTEMS: dict[str, type[TrainConfig]] = {
     system.algorithm: system
     for system in (
         GANConfig, NSGANConfig, NoisyGANConfig, HingeConfig, LSGANConfig, WGANConfig, WGANGPConfig, CTGANConfig,
-        R1Config, R2Config, DRAGANConfig, UnrolledConfig, SemiSupervisedConfig,
+        R1Config, R2Config, R3GANConfig, DRAGANConfig, UnrolledConfig, SemiSupervisedConfig,
     )
 }  # fmt: skip
 
@@ -208,7 +228,7 @@ IN_THE_PLANE = ("8gaussians", "25gaussians", "swissroll", "ring")
 RESIDUAL = {"lr": 2e-4, "decay_steps": 100_000}
 PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     **{("unrolled", data): RING for data in IN_THE_PLANE},
-    **{(algorithm, data): MILD for algorithm in ("r1", "r2") for data in IN_THE_PLANE},
+    **{(algorithm, data): MILD for algorithm in ("r1", "r2", "r3gan") for data in IN_THE_PLANE},
     ("wgan-gp", "cifar10"): RESIDUAL,
     ("ct-gan", "cifar10"): RESIDUAL,
     # 14 steps an epoch, where the paper's 1e-4 would average over 700 epochs; 397 digits are left for evaluation.

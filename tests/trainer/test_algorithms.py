@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpkernels
+from gpkernels.arguments import UserError
 from gptrainer.algorithms import BUILDERS
-from gptrainer.algorithms.gan import ScoreLoss
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
 from gptrainer.algorithms.unrolled import critic_loss, look_ahead
 from gptrainer.algorithms.wgan import WithFeatures
-from gptrainer.algorithms.zero_centred import LazyPenalty
 from gptrainer.config import TrainConfig
 from gptrainer.data import DATASETS
 from gptrainer.loop import Trainer
@@ -69,7 +68,7 @@ def test_every_system_of_the_list_can_be_built() -> None:
     assert BUILDERS.keys() == SYSTEMS.keys()
 
 
-@pytest.mark.parametrize("name", ["gan", "nsgan", "r1", "dragan", "wgan-gp", "hinge", "lsgan"])
+@pytest.mark.parametrize("name", ["gan", "nsgan", "r1", "dragan", "wgan-gp", "hinge", "lsgan", "r3gan"])
 def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig) -> None:
     trainer = Trainer(tiny(algorithm=name))
     latent, real = trainer.noise(16), torch.randn(16, 2)
@@ -79,6 +78,7 @@ def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig)
         "wgan-gp": -scores.mean(),
         "hinge": -scores.mean(),
         "lsgan": F.mse_loss(scores, torch.ones_like(scores)),
+        "r3gan": F.softplus(trainer.critic(real) - scores).mean(),
     }.get(name, -F.logsigmoid(scores).mean())
     told = trainer.system.generator_step(latent, real)["generator_loss"]
     assert told.item() == pytest.approx(published.item(), rel=1e-5)
@@ -106,16 +106,33 @@ def test_the_critic_minimises_its_published_loss_of_scores(name: str, tiny: Make
 
 
 @pytest.mark.parametrize(
-    ("name", "equal", "disjoint"), [("hinge", (0.0, 0.0), (1.0, -1.0)), ("lsgan", (0.5, 0.5), (1.0, 0.0))]
+    ("name", "equal", "disjoint", "most"),
+    [
+        ("hinge", (0.0, 0.0), (1.0, -1.0), 1.0),
+        ("lsgan", (0.5, 0.5), (1.0, 0.0), 1.0),
+        ("r3gan", (0.0, 0.0), (25.0, -25.0), math.log(2)),
+    ],
 )
-def test_estimates_are_0_for_equal_and_1_for_disjoint_distributions(
-    name: str, equal: tuple[float, float], disjoint: tuple[float, float], tiny: MakeConfig
+def test_estimates_are_0_for_equal_and_greatest_for_disjoint_distributions(
+    name: str, equal: tuple[float, float], disjoint: tuple[float, float], most: float, tiny: MakeConfig
 ) -> None:
     system = Trainer(tiny(algorithm=name)).system
-    assert isinstance(system.critic_loss, ScoreLoss)
-    for (real, fake), expected in ((equal, 0.0), (disjoint, 1.0)):  # scores of the best critic
-        loss = system.critic_loss.loss(torch.full((8,), real), torch.full((8,), fake))
-        assert system.estimated(loss).item() == pytest.approx(expected)
+    real, fake = torch.ones(8, 2), torch.zeros(8, 2)
+    for (on_real, on_fake), expected in ((equal, 0.0), (disjoint, most)):  # scores of the best critic
+        best = Between(on_real, on_fake)
+        system.critic_loss.critic = best
+        assert system.estimated(system.critic_parts(real, fake).adversarial).item() == pytest.approx(expected, abs=1e-6)
+
+
+class Between(nn.Module):
+    """A linear critic with given scores of ones and zeros."""
+
+    def __init__(self, at_one: float, at_zero: float) -> None:
+        super().__init__()
+        self.slope, self.offset = (nn.Parameter(torch.tensor(x)) for x in (at_one - at_zero, at_zero))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x.mean(1) + self.offset
 
 
 # --- instance noise ---------------------------------------------------------------------------------------------------
@@ -147,16 +164,41 @@ def test_the_critic_sees_noise_on_real_and_on_generated_samples(
 # --- zero-centred penalties -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("penalty", ["r1", "r2"])
-def test_the_zero_centred_penalty_is_gamma_half_at_its_own_samples(penalty: str) -> None:
-    torch.manual_seed(0)
-    critic = mlp(2, 16, 1).double()
-    real, fake = torch.randn(8, 2).double(), torch.randn(8, 2).double()
-    loss = LazyPenalty(critic, penalty, 10.0 / 2, False)(real, fake, True).loss
-    points = (real if penalty == "r1" else fake).clone().requires_grad_()
-    (grad,) = torch.autograd.grad(critic(points).sum(), points)
-    adversarial = F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
-    assert loss.item() == pytest.approx((adversarial + 5 * grad.square().sum(1).mean()).item())
+@pytest.mark.parametrize("name", ["r1", "r2", "r3gan"])
+def test_the_loss_of_a_zero_centred_system_is_its_plain_spelling(name: str, tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm=name, gamma=10.0))
+    critic, real, fake = trainer.critic, torch.randn(16, 2), torch.randn(16, 2) + 1
+    parts = trainer.system.critic_parts(real, fake)
+    penalty = torch.zeros(())
+    for x in {"r1": [real], "r2": [fake], "r3gan": [real, fake]}[name]:
+        points = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+        penalty = penalty + grad.square().sum(1).mean()
+    if name == "r3gan":
+        adversarial = F.softplus(critic(fake) - critic(real)).mean()
+    else:
+        adversarial = F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
+    plain = adversarial + 10 / 2 * penalty
+    assert parts.loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert parts.penalty.item() == pytest.approx(penalty.item(), rel=1e-5)
+    own = [p for p in critic.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(loss, own, materialize_grads=True) for loss in (parts.loss, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_curve_of_a_lazy_penalty_keeps_its_last_value(tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm="r3gan", lazy=2, n_critic=1))
+    real, fake = torch.randn(2, 16, 2).unbind()
+    due, between = (trainer.system.critic_parts(real, fake) for _ in range(2))
+    assert due.penalty > 0
+    assert between.penalty == due.penalty
+    assert between.loss.item() == pytest.approx(between.adversarial.item())
+
+
+def test_a_generated_sample_without_a_real_one_is_refused(tiny: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"--generator-batch-size: .*, got 8, with 16 real"):
+        tiny(algorithm="r3gan", generator_batch_size=8)
 
 
 def test_a_lazy_penalty_weighs_over_an_interval_what_a_steady_one_does(tiny: MakeConfig) -> None:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gptrainer.reproduce import cli, report, runner, store
@@ -25,6 +27,7 @@ from gptrainer.reproduce.experiment import (
     Settings,
     Size,
     Table,
+    interval_of_mean,
 )
 from gptrainer.reproduce.experiments import NAMES, every, find
 from gptrainer.reproduce.pictures import Panel, Picture, panel
@@ -74,12 +77,55 @@ def findings_of(*sizes: float) -> list[Findings]:
         pytest.param(Bound(1, 2), (2.1,), "failed", id="beyond the far end"),
         pytest.param(Bound(at_most=1, of="the mean"), (0.5, 1.1), "held", id="the mean within"),
         pytest.param(Bound(at_most=1, of="the mean"), (0.5, 1.6), "failed", id="the mean beyond"),
+        pytest.param(Bound(at_most=1, of="the mean"), (0.7, 0.8, 0.8, 0.9), "held", id="four seeds, by the mean"),
+        pytest.param(Bound(at_most=1, of="the mean"), (0.5, 0.6, 0.7, 0.8, 0.9), "held", id="the interval within"),
+        pytest.param(Bound(at_most=1, of="the mean"), (0.5, 0.6, 0.7, 0.8, 1.9), "undecided", id="the interval across"),
+        pytest.param(Bound(at_least=1, of="the mean"), (0.1, 0.7, 0.8, 1.9, 1.9), "undecided", id="across from below"),
+        pytest.param(Bound(at_most=1, of="the mean"), (1.5, 1.6, 1.7, 1.8, 1.9), "failed", id="the interval above"),
+        pytest.param(Bound(at_least=2, of="the mean"), (1.5, 1.6, 1.7, 1.8, 1.9), "failed", id="the interval below"),
+        pytest.param(Bound(0.9, 1.1, of="the mean"), (0, 0.5, 1, 1.5, 2), "undecided", id="the bound in the interval"),
+        pytest.param(Bound(at_most=1), (0.5, 0.6, 0.7, 0.8, 1.9), "failed", id="one of five above the bound"),
+        pytest.param(Bound(at_most=1, of="the mean"), (0.5,) * 4 + (math.nan,), "failed", id="no number among five"),
+        pytest.param(Bound(at_most=1), (-math.inf,), "failed", id="infinite"),
         pytest.param(Bound(at_most=1), (math.nan,), "failed", id="no number"),
         pytest.param(Bound(at_most=1), (), "not run", id="no seed"),
     ],
 )
 def test_a_verdict_follows_from_the_bound(bound: Bound, sizes: tuple[float, ...], verdict: str) -> None:
     assert claim(bound).judge(findings_of(*sizes), "full").verdict == verdict
+
+
+def test_the_interval_of_a_mean_is_student_s() -> None:
+    low, high = interval_of_mean((1.0, 2.0, 3.0, 4.0, 5.0))
+    assert (low + high) / 2 == pytest.approx(3)
+    assert (high - low) / 2 == pytest.approx(2.776445 * math.sqrt(2.5 / 5))  # t table: 4 degrees of freedom, 97.5 %
+    assert interval_of_mean((2.0, 2.0)) == (2, 2)
+    with pytest.raises(ValueError, match="values: expected at least two, got 1"):
+        interval_of_mean((2.0,))
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        low, high = interval_of_mean(random.normal(3, 2, 5).tolist())
+        covered += low <= 3 <= high
+    assert 0.93 < covered / 2000 < 0.97  # four standard errors
+
+
+def test_an_undecided_claim_has_its_interval_in_the_report_and_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = made_up(Counting(), claim(Bound(at_most=3.5, of="the mean")))
+    monkeypatch.setattr(runner, "run", lambda *_, **__: [runner.Outcome(experiment, findings_of(1, 2, 3, 4, 5))])
+    assert cli.main(["--out", str(tmp_path), "--strict"]) == 0
+    assert "undecided: It is small (the size: 3, interval 1.04 to 4.96, to be at most 3.5)" in capsys.readouterr().out
+    (one,) = json.loads((tmp_path / "report.json").read_text())["experiments"]
+    assert one["claims"][0]["verdict"] == "undecided"
+    assert one["claims"][0]["interval"] == pytest.approx([1.03676, 4.96324], abs=1e-4)
+    html = re.sub(r"<[^>]+>", "", (tmp_path / "report.html").read_text())
+    assert "1 undecided" in html
+    assert "95% interval 1.04 to 4.96" in html
 
 
 def test_a_measure_that_is_missing_fails_its_claim() -> None:
@@ -104,6 +150,7 @@ def test_mean_and_spread_are_over_the_seeds() -> None:
     judgement = claim(Bound(at_most=9)).judge(findings_of(1, 2, 3), "full")
     assert (judgement.mean, judgement.spread) == (2, 1)
     assert claim(Bound(at_most=9)).judge(findings_of(1), "full").spread == 0
+    assert math.isnan(claim(Bound(at_most=9)).judge(findings_of(1, math.nan), "full").spread)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -303,11 +350,23 @@ def test_a_failed_claim_gives_exit_code_1_under_strict_alone(
 
 
 def test_known_failures_head_the_report_with_their_cause(tmp_path: Path) -> None:
-    experiment = made_up(Counting(), claim(Bound(at_most=1), if_failed="the budget is too small"))
+    known = replace(claim(Bound(at_most=1), if_failed="the budget is too small"), design="more steps")
+    experiment = made_up(Counting(), known)
     page, data = report.write(tmp_path, report.sections([runner.Outcome(experiment, findings_of(9))], "full"), "full")
-    assert json.loads(data.read_text())["known_failures"] == {"It is small": "the budget is too small"}
+    assert json.loads(data.read_text())["known_failures"] == {
+        "It is small": {"cause": "the budget is too small", "design": "more steps"}
+    }
     html = page.read_text()
-    assert 0 < html.index("the budget is too small") < html.index("<nav")
+    assert 0 < html.index("Known failures") < html.index("the budget is too small") < html.index("<nav")
+    assert html.index("more steps") < html.index("<nav")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_known_failure_has_a_design_that_could_hold_and_seeds_for_an_interval(name: str) -> None:
+    experiment = find(name)
+    for one in experiment.known_failures:
+        assert one.design
+        assert one.bound.by_interval([0.0] * experiment.seeds["full"])
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(

@@ -13,7 +13,7 @@ from gptrainer.cli import parse
 from gptrainer.loop import Trainer
 from gptrainer.processes import Processes
 
-SYSTEMS = ("gan", "gan-noise", "wgan", "wgan-gp", "r1", "r2", "unrolled")
+SYSTEMS = ("gan", "gan-noise", "wgan", "wgan-gp", "r1", "r2", "r3gan", "unrolled")
 
 
 def train(processes: Processes, system: str, out: str, *more: str) -> None:

@@ -10,7 +10,7 @@ from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedCTGAN
 from gptrainer.algorithms.system import Setup, System
 from gptrainer.algorithms.unrolled import UnrolledGAN
 from gptrainer.algorithms.wgan import WGANGP, ct_gan, wgan
-from gptrainer.algorithms.zero_centred import ZeroCentred
+from gptrainer.algorithms.zero_centred import R3GAN, ZeroCentred
 from gptrainer.config import TrainConfig
 
 __all__ = ["BUILDERS", "Setup", "System", "build_system"]
@@ -26,6 +26,7 @@ BUILDERS: dict[str, Callable[[Any, Setup], System]] = {
     "ct-gan": ct_gan,
     "r1": ZeroCentred,
     "r2": ZeroCentred,
+    "r3gan": R3GAN,
     "dragan": dragan,
     "unrolled": UnrolledGAN,
     "ssl-ct-gan": SemiSupervisedCTGAN,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import gpkernels
 from gptrainer.algorithms.system import Setup, System, adam
@@ -59,7 +55,7 @@ class Hinge(System):
     estimate = "total_variation_estimate"
 
     def __init__(self, config: HingeConfig, setup: Setup) -> None:
-        loss = ScoreLoss(setup.critic, hinge_loss)
+        loss = gpkernels.CriticLoss(setup.critic, objective="hinge", penalty="none")
         super().__init__(config, setup, loss, gpkernels.wgan_generator_loss, adam(config, setup))
 
     def estimated(self, adversarial: Tensor) -> Tensor:
@@ -73,42 +69,12 @@ class LSGAN(System):
     estimate = "triangular_estimate"
 
     def __init__(self, config: LSGANConfig, setup: Setup) -> None:
-        loss = ScoreLoss(setup.critic, least_squares_loss)
-        super().__init__(config, setup, loss, lambda fake: (fake - 1).square().mean(), adam(config, setup))
+        loss = gpkernels.CriticLoss(setup.critic, objective="least-squares", penalty="none")
+        super().__init__(config, setup, loss, gpkernels.least_squares_generator_loss, adam(config, setup))
 
     def estimated(self, adversarial: Tensor) -> Tensor:
         """Half the triangular discrimination, int (p - q)^2 / (p + q) / 2 >= 1 - 2L, equal for the best critic."""
         return 1 - 2 * adversarial
-
-
-class Losses(NamedTuple):
-    """The loss of a critic without a penalty, for ``Parts``."""
-
-    loss: Tensor
-    adversarial: Tensor
-
-
-class ScoreLoss(nn.Module):
-    """A critic's loss from its scores of real and generated samples."""
-
-    def __init__(self, critic: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.critic, self.loss = critic, loss
-
-    def forward(self, real: Tensor, fake: Tensor) -> Losses:
-        """Compute the loss of real and fake, (N, *)."""
-        loss = self.loss(self.critic(real), self.critic(fake))
-        return Losses(loss, loss.detach())
-
-
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """mean max(0, 1 - real) + mean max(0, 1 + fake), of scores."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-def least_squares_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """mean (real - 1)^2 + mean fake^2, of scores."""
-    return (real - 1).square().mean() + fake.square().mean()
 
 
 def _logistic(setup: Setup) -> gpkernels.CriticLoss:

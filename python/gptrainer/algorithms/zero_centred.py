@@ -1,16 +1,19 @@
-"""R1 and R2: zero-centred penalties on real or generated data, at every step or lazily."""
+"""R1, R2 and R3GAN: zero-centred penalties on real and generated data, at every step or lazily."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import gpkernels
 from gpkernels.critic.parts import CriticLossParts
 from gptrainer.algorithms.system import Setup, System, adam
 from gptrainer.systems import R1Config
+
+PENALTIES = {"r1": ("r1",), "r2": ("r2",), "r3gan": ("r1", "r2")}
 
 
 class ZeroCentred(System):
@@ -21,9 +24,17 @@ class ZeroCentred(System):
     corrected for the fewer terms (Karras et al. 2020, appendix B).
     """
 
+    objective = "gan"
+
     def __init__(self, config: R1Config, setup: Setup) -> None:
         lazy = config.lazy
-        loss = LazyPenalty(setup.critic, config.algorithm, config.gamma / 2 * lazy, setup.together)
+        loss = gpkernels.CriticLoss(
+            setup.critic,
+            objective=self.objective,
+            penalty=dict.fromkeys(PENALTIES[config.algorithm], config.gamma / 2),
+            penalty_every=lazy,
+            together=setup.together,
+        )
         optimisers = adam(config, setup, lazy)
         super().__init__(config, setup, loss, gpkernels.nonsaturating_generator_loss, optimisers, ("penalty",))
         self.n_critic = config.n_critic
@@ -36,11 +47,12 @@ class ZeroCentred(System):
         self.critic_steps = step * self.n_critic
 
     def critic_parts(self, real: Tensor, fake: Tensor) -> CriticLossParts:
+        """Compute the loss; its penalty is the sum of those of the last step that had any."""
         due = self.critic_steps % self.lazy == 0
         self.critic_steps += 1
-        parts: CriticLossParts = self.critic_loss(real, fake, due)
+        parts: CriticLossParts = self.critic_loss(real, fake, with_penalty=due)
         if due:
-            self.last_penalty = parts.penalty
+            self.last_penalty = torch.stack(list(parts.penalty.values())).sum()
         return parts._replace(penalty=self.last_penalty)
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,17 +63,17 @@ class ZeroCentred(System):
         self.last_penalty = state["last_penalty"]
 
 
-class LazyPenalty(nn.Module):
-    """The critic's loss, with the penalty only when it is due; one module, for DistributedDataParallel."""
+class R3GAN(ZeroCentred):
+    """Huang et al. 2024, eq. 2 and Algorithm 1: critic and generator of pairs, both penalties."""
 
-    def __init__(self, critic: nn.Module, penalty: str, weight: float, together: bool) -> None:
-        super().__init__()
-        self.with_penalty = gpkernels.CriticLoss(
-            critic, objective="gan", penalty=penalty, penalty_weight=weight, together=together
-        )
-        self.without = gpkernels.CriticLoss(critic, objective="gan", penalty="none")
+    objective = "relativistic"
+    estimate = "relativistic_estimate"
 
-    def forward(self, real: Tensor, fake: Tensor, due: bool) -> CriticLossParts:
-        """Compute the loss of real and fake, (N, *)."""
-        parts: CriticLossParts = (self.with_penalty if due else self.without)(real, fake)
-        return parts
+    def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.no_grad():
+            real_scores = self.critic(real)
+        return gpkernels.relativistic_generator_loss(real_scores, self.critic(fake))
+
+    def estimated(self, adversarial: Tensor) -> Tensor:
+        """log 2 - L, at most a divergence, equal for the best critic (Jolicoeur-Martineau 2020, theorem 3.1)."""
+        return math.log(2) - adversarial

@@ -56,18 +56,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_results(sections: Sequence[report.Section]) -> int:
-    """Print the tally of each experiment and the claims that failed; return the number of these."""
+    """Print the tally of each experiment and the claims that did not hold; return the number of those that failed."""
     failures = 0
     for section in sections:
         print(f"{section.experiment.name:<22} {section.tally}")
         for judged in section.claims:
-            if judged.judgement.verdict == "failed":
-                failures += 1
+            verdict, interval = judged.judgement.verdict, judged.judgement.interval
+            if verdict in ("failed", "undecided"):
+                failures += verdict == "failed"
                 measured = report.number(judged.judgement.mean)
+                if interval:
+                    measured += f", interval {report.number(interval[0])} to {report.number(interval[1])}"
+                wanted = f"{'not ' if verdict == 'failed' else 'to be '}{judged.claim.bound}"
                 cause = f"; {judged.judgement.reason}" if judged.judgement.reason else ""
-                print(
-                    f"  failed: {judged.claim.text} ({judged.claim.what}: {measured}, not {judged.claim.bound}{cause})"
-                )
+                print(f"  {verdict}: {judged.claim.text} ({judged.claim.what}: {measured}, {wanted}{cause})")
     return failures
 
 
@@ -97,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small sizes: minutes on two cores, where the full set takes up to two hours",
+        help="small sizes: minutes on two cores, where the full set takes hours",
     )
     parser.add_argument(
         "--out",

@@ -9,11 +9,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from scipy.stats import t as student
+
 from gptrainer.reproduce.pictures import Picture
 
-Verdict = Literal["held", "failed", "not run"]
+Verdict = Literal["held", "failed", "undecided", "not run"]
 Size = Literal["quick", "full"]
 Settings = Mapping[str, Any]
+CONFIDENCE = 0.95
+FEWEST = 5  # seeds for an interval: of three it is wider than most effects
 
 
 class NotRun(Exception):
@@ -28,18 +32,45 @@ class Findings:
     series: dict[str, Any] = field(default_factory=dict)
 
 
+def interval_of_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Confidence interval of the mean of two or more independent values, by Student's t distribution."""
+    if len(values) < 2:
+        raise ValueError(f"values: expected at least two, got {len(values)}")
+    half = float(student.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
 @dataclass(frozen=True)
 class Bound:
-    """Closed interval in which a measured number has to lie for its claim to hold."""
+    """Closed interval in which a measured number has to lie for its claim to hold.
+
+    of: "the mean" is judged by its confidence interval where there are FEWEST seeds or more, and is undecided where an
+    end of the bound lies within that interval.
+    """
 
     at_least: float = -math.inf
     at_most: float = math.inf
     of: Literal["every seed", "the mean"] = "every seed"
 
-    def holds(self, values: Sequence[float]) -> bool:
-        """Whether the values over the seeds lie in the bound; NaN never does."""
-        judged = [fmean(values)] if self.of == "the mean" else values
-        return all(self.at_least <= value <= self.at_most for value in judged)
+    def judge(self, values: Sequence[float]) -> Verdict:
+        """Judge the values over the seeds. NaN and infinity fail."""
+        if not _finite(values):
+            return "failed"
+        if self.of == "every seed":
+            return "held" if all(value in self for value in values) else "failed"
+        if not self.by_interval(values):
+            return "held" if fmean(values) in self else "failed"
+        low, high = interval_of_mean(values)
+        if low in self and high in self:
+            return "held"
+        return "failed" if high < self.at_least or low > self.at_most else "undecided"
+
+    def by_interval(self, values: Sequence[float]) -> bool:
+        """Whether the values are judged by the confidence interval of their mean."""
+        return self.of == "the mean" and len(values) >= FEWEST and _finite(values)
+
+    def __contains__(self, value: float) -> bool:
+        return self.at_least <= value <= self.at_most
 
     def __str__(self) -> str:
         ends = [f"at least {self.at_least:g}"] if self.at_least > -math.inf else []
@@ -53,7 +84,8 @@ class Claim:
 
     measure: the name in ``Findings.measures``; what: that number in words, with its unit; picture: the name of the
     picture that shows it; only_full: the reason why the quick size cannot show it, if there is one; if_failed: the
-    known cause of its failure in the full set (the code, the budget or the claim), if it is known to fail.
+    known cause of its failure in the full set (the code, the budget or the claim), if it is known to fail; design: the
+    experiment on two cores that could show the published effect in its place.
     """
 
     text: str
@@ -65,6 +97,7 @@ class Claim:
     picture: str = ""
     only_full: str = ""
     if_failed: str = ""
+    design: str = ""
 
     def judge(self, findings: Sequence[Findings], size: Size) -> Judgement:
         """Judge the claim by the findings of all seeds."""
@@ -73,18 +106,23 @@ class Claim:
         values = tuple(one.measures.get(self.measure, math.nan) for one in findings)
         if size == "quick" and self.only_full:
             return Judgement("not run", values, f"judged only in the full set: {self.only_full}")
-        if self.bound.holds(values):
-            return Judgement("held", values)
-        return Judgement("failed", values, self.if_failed if size == "full" else "")
+        verdict = self.bound.judge(values)
+        interval = interval_of_mean(values) if self.bound.by_interval(values) else None
+        cause = self.if_failed if size == "full" and verdict != "held" else ""
+        return Judgement(verdict, values, cause, interval)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, and the values over the seeds that it follows from."""
+    """A verdict, and the values over the seeds that it follows from.
+
+    interval: the confidence interval of their mean, where the claim is judged by it.
+    """
 
     verdict: Verdict
     values: tuple[float, ...] = ()
     reason: str = ""
+    interval: tuple[float, float] | None = None
 
     @property
     def mean(self) -> float:
@@ -92,8 +130,14 @@ class Judgement:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; 0 for a single seed."""
+        """Standard deviation over the seeds; 0 for a single seed, NaN where a value is not finite."""
+        if not _finite(self.values):
+            return math.nan
         return stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+def _finite(values: Sequence[float]) -> bool:
+    return all(math.isfinite(value) for value in values)
 
 
 @dataclass(frozen=True)

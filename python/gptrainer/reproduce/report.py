@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import gpkernels
 from gptrainer.files import replacing
-from gptrainer.reproduce.experiment import Claim, Exhibits, Experiment, Judgement, Size
+from gptrainer.reproduce.experiment import CONFIDENCE, Claim, Exhibits, Experiment, Judgement, Size, Verdict
 from gptrainer.reproduce.pictures import Picture
 from gptrainer.reproduce.runner import Outcome
 
@@ -55,7 +55,7 @@ def sections(outcomes: Sequence[Outcome], size: Size) -> list[Section]:
 def tally(claims: Sequence[Judged]) -> str:
     """Count the claims by verdict."""
     counts = Counter(judged.judgement.verdict for judged in claims)
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("held", "failed", "not run") if counts[verdict])
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
 
 
 def write(out: Path, sections: Sequence[Section], size: Size) -> tuple[Path, Path]:
@@ -73,7 +73,12 @@ def write(out: Path, sections: Sequence[Section], size: Size) -> tuple[Path, Pat
     )
     environment.filters["number"] = number
     html = environment.get_template("report.html.j2").render(
-        sections=sections, facts=facts, size=size, summary=tally(everything), known_failures=known
+        sections=sections,
+        facts=facts,
+        size=size,
+        summary=tally(everything),
+        known_failures=known,
+        confidence=f"{CONFIDENCE:.0%}",
     )
     with replacing(page) as part:
         part.write_text(html, encoding="utf-8")
@@ -83,7 +88,9 @@ def write(out: Path, sections: Sequence[Section], size: Size) -> tuple[Path, Pat
                 {
                     **facts,
                     "size": size,
-                    "known_failures": {claim.text: claim.if_failed for _, claim in known},
+                    "known_failures": {
+                        claim.text: {"cause": claim.if_failed, "design": claim.design} for _, claim in known
+                    },
                     "experiments": [_as_json(section) for section in sections],
                 },
                 indent=1,
@@ -141,6 +148,7 @@ def _as_json(section: Section) -> dict[str, Any]:
                 "measured": judged.claim.what,
                 "bound": f"{judged.claim.bound}, {judged.claim.bound.of}",
                 "values": [_finite(value) for value in judged.judgement.values],
+                "interval": judged.judgement.interval,
                 "verdict": judged.judgement.verdict,
                 "reason": judged.judgement.reason,
             }

@@ -22,6 +22,11 @@ PLAIN_HOLDS_MODES = (
     "generator without unrolling holds several modes at a time, too"
 )
 
+LONGER = (
+    "the authors' rates for their 25,000 steps, both systems: about 40 minutes of one core for each of five seeds, "
+    "six times the present run"
+)
+
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
     """Train the same networks at the same rates with 0 and with 5 unrolled steps."""
@@ -107,7 +112,7 @@ EXPERIMENT = Experiment(
         "quick": {"steps": 280, "batch": 128, "rates": 1.0, "reach": 0.2},
         "full": {"steps": 4000, "batch": 512, "rates": 6.0, "reach": 0.1},
     },
-    seeds={"quick": 1, "full": 2},
+    seeds={"quick": 1, "full": 5},
     measure=measure,
     claims=(
         Claim(
@@ -135,10 +140,11 @@ EXPERIMENT = Experiment(
             "one or few at a time",
             "advantage",
             "modes at a time, with less without",
-            Bound(at_least=2),
+            Bound(at_least=2, of="the mean"),
             "ring",
             only_full="280 steps are the first encounter with the ring",
             if_failed=PLAIN_HOLDS_MODES,
+            design=LONGER,
         ),
         Claim(
             "Without unrolling the generator moves from mode to mode",
@@ -146,10 +152,11 @@ EXPERIMENT = Experiment(
             "rotates through the modes",
             "visited",
             "modes visited in all, less modes at a time",
-            Bound(at_least=2),
+            Bound(at_least=2, of="the mean"),
             "ring",
             only_full="280 steps do not get that far",
             if_failed=PLAIN_HOLDS_MODES,
+            design=LONGER,
         ),
     ),
     exhibit=exhibit,
