@@ -109,7 +109,8 @@ def main() -> None:
         batch = torch.randint(len(rows), (BATCH,))
         condition = one_hot[batch]
         with torch.no_grad():
-            fake = drawn(*generator(condition), condition)
+            columns, logits = generator(condition)
+            fake = drawn(columns, logits, condition)
         parts = critic_loss(torch.cat([rows[batch], condition, condition], 1), fake)
         critic_optimiser.zero_grad()
         parts.loss.backward()

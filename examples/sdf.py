@@ -47,9 +47,9 @@ class Field(nn.Module):
             for i, (before, after) in enumerate(pairwise(sizes))
         )
         self.top = nn.Linear(width, 1)
-        for layer in self.layers:
-            nn.init.normal_(layer.weight, 0.0, (2 / layer.out_features) ** 0.5)
-            nn.init.zeros_(layer.bias)
+        for weight, bias in (layer.parameters() for layer in self.layers):
+            nn.init.normal_(weight, 0.0, (2 / len(weight)) ** 0.5)
+            nn.init.zeros_(bias)
         nn.init.normal_(self.top.weight, (pi / width) ** 0.5, 1e-5)
         nn.init.constant_(self.top.bias, -0.7)
 
@@ -73,15 +73,15 @@ def true_distance(x: Tensor) -> Tensor:
 
 
 def mesh(field: nn.Module, size: int = 64, steps: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Return vertices and quads of f = 0: a vertex for each grid cell that it crosses, moved onto it by the gradient."""
+    """Return vertices and quads of f = 0: a vertex for each cell that it crosses, moved onto it by the gradient."""
     axis = torch.linspace(-1, 1, size)
     with torch.no_grad():
         grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
         inside = torch.cat([field(part) for part in grid.split(1 << 16)]).reshape(size, size, size).numpy() < 0
     inside = np.pad(inside, 1).astype(int)  # the surface is closed
-    within = sum(inside[a : a + size + 1, b : b + size + 1, c : c + size + 1] for a, b, c in np.ndindex(2, 2, 2))
-    crossed = (within > 0) & (within < 8)
-    number = crossed.cumsum().reshape(crossed.shape) - 1
+    corners = [inside[a : a + size + 1, b : b + size + 1, c : c + size + 1] for a, b, c in np.ndindex(2, 2, 2)]
+    crossed = np.min(corners, 0) < np.max(corners, 0)
+    number = np.cumsum(crossed).reshape(crossed.shape) - 1
     faces = []
     for i, u, v in np.eye(3, dtype=int)[[[0, 1, 2], [1, 2, 0], [2, 0, 1]]]:  # an edge along i has four cells around it
         change = np.diff(inside, axis=int(i.argmax()))

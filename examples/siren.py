@@ -11,7 +11,8 @@ the third term needs, too. On the curve the value and the gradient come from one
     python examples/siren.py                    # about half a minute
     python examples/siren.py --steps 100
 
-Writes the field's level lines and its error to ``siren.png``. The curve is a flower of five petals, r = 0.5 + 0.15 cos 5φ.
+The curve is a flower of five petals, r = 0.5 + 0.15 cos 5φ. Writes level lines of the field and its error to
+``siren.png``.
 """
 
 from __future__ import annotations

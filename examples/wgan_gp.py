@@ -64,8 +64,8 @@ def draw(critic: nn.Module, real: Tensor, fake: Tensor, path: Path) -> None:
         scores = critic(torch.stack([x, y], 2).reshape(-1, 2)).reshape(128, 128)
     plt.figure(figsize=(5, 5))
     plt.contourf(x.numpy(), y.numpy(), scores.numpy(), 24, alpha=0.6)
-    plt.scatter(*real.T.numpy(), s=6, color="orange", label="real")
-    plt.scatter(*fake.T.numpy(), s=6, color="green", label="generated")
+    plt.scatter(real[:, 0], real[:, 1], s=6, color="orange", label="real")
+    plt.scatter(fake[:, 0], fake[:, 1], s=6, color="green", label="generated")
     plt.legend(loc="upper right")
     plt.savefig(path, dpi=120, bbox_inches="tight")
 
