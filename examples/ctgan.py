@@ -141,7 +141,7 @@ def main() -> None:
     for j, ax in enumerate(axes.flat):
         ax.hist([table[:, j], made[:, j]], 24, label=["real", "generated"])
         ax.set_title(names[j])
-    axes[0, 0].legend()
+    axes[0, 0].legend(loc="upper right")
     plt.savefig(options.out / "ctgan.png", dpi=120, bbox_inches="tight")
 
 

@@ -35,7 +35,7 @@ import gpkernels as gpk
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BATCH, GAMMA, LATENT, WIDTH, SAMPLES = 64, 1.0, 64, 32, 26000
+BATCH, GAMMA, LATENT, WIDTH, SAMPLES = 64, 0.1, 64, 32, 26000
 
 
 class Block(nn.Module):
@@ -101,7 +101,7 @@ def main() -> None:
 
     critic, generator = make_critic(), make_generator()
     critic_loss = gpk.CriticLoss(critic, objective="relativistic", penalty={"r1": GAMMA / 2, "r2": GAMMA / 2})
-    optimisers = [torch.optim.Adam(net.parameters(), lr=5e-4, betas=(0.0, 0.99)) for net in (critic, generator)]
+    optimisers = [torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.0, 0.99)) for net in (critic, generator)]
     for step in range(1, options.steps + 1):
         real = digits[torch.randint(len(digits), (BATCH, 3))]
         with torch.no_grad():
