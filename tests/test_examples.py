@@ -1,0 +1,57 @@
+"""Every program of examples/ runs in a few steps, prints finite results and writes its files."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+import installed
+
+EXAMPLES = sorted((installed.ROOT / "examples").glob("*.py"))
+README = (installed.ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)(?![\w.]*\w)", re.IGNORECASE)
+
+# What each is given, where that is not SHORT.
+SHORT = ("--steps", "4")
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "siren": ("--steps", "20"),
+}
+# What each writes.
+WRITES: dict[str, set[str]] = {
+    "ctgan": {"ctgan.csv", "ctgan.png"},
+    "r3gan": {"r3gan.csv", "r3gan.png"},
+    "sdf": {"sdf.obj", "sdf.png"},
+    "siren": {"siren.png"},
+    "wgan_gp": {"wgan_gp.csv", "wgan_gp.png"},
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_prints_finite_results_and_writes_its_files(path: Path, tmp_path: Path) -> None:
+    arguments = ARGUMENTS.get(path.stem, SHORT)
+    done = installed.run(str(path), *arguments, "--out", str(tmp_path / "out"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    numbers = [float(number) for number in NUMBER.findall(done.stdout)]
+    assert numbers, done.stdout
+    assert all(math.isfinite(number) for number in numbers), done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]  # it writes nowhere else
+    written = {file.name for file in (tmp_path / "out").iterdir() if file.stat().st_size > 100}
+    assert written == WRITES.get(path.stem, written)
+    assert any(name.startswith(path.stem) for name in written)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_says_what_it_shows_and_is_listed(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert text.startswith('"""')
+    assert f"python examples/{path.name}" in text.split('"""')[1]
+    assert f"]({path.name})" in README
+
+
+def test_numbers_that_are_not_finite_are_found() -> None:
+    found = NUMBER.findall("step 3: loss 1.5e-3, R1 nan, R2 -inf, information 8x8, 61.5 %")
+    assert found == ["3", "1.5e-3", "nan", "-inf", "61.5"]
