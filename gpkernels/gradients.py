@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
-from gpkernels.critic.double_backward import transformed
+from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gradient import Inputs, value_and_gradient
 from gpkernels.ops.checks import check_floating
 
@@ -109,7 +109,7 @@ def gradient_of(
     model: Model, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "model"
 ) -> tuple[Any, Any]:
     """Return the output of a model, an argument of that name, and the gradient at its inputs, without checks."""
-    eagerly = lambda: value_and_gradient(model, inputs, args, kwargs, name)  # noqa: E731
+    eagerly = lambda: value_and_gradient(model, inputs, args, kwargs, name, depth() > 0)  # noqa: E731
     if transformed():
         return _by_transform(model, inputs, args, kwargs, name)
     if is_compiling():

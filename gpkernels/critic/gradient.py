@@ -17,7 +17,6 @@ from torch.autograd import Function
 from gpkernels import backends
 from gpkernels.critic.by_autograd import plainly
 from gpkernels.critic.call import scores_of, uncompiled
-from gpkernels.critic.double_backward import depth
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import Graph, native
 from gpkernels.critic.parts import constant_scores
@@ -186,11 +185,17 @@ known = Cache()
 
 
 def value_and_gradient(
-    model: Callable[..., Any], inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
+    model: Callable[..., Any],
+    inputs: Inputs,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    name: str,
+    any_order: bool = False,
 ) -> tuple[Any, Any]:
     """Return the model's output, and the gradient of its summed scores at the inputs, in their structure.
 
-    Where grad mode is on, both have a graph to the weights, and to the inputs that require gradients.
+    Where grad mode is on, both have a graph to the weights, and to the inputs that require gradients. any_order:
+    whether it is to be differentiable more than once.
     """
     graph, dual = torch.is_grad_enabled(), dual_level() >= 0
     with torch.enable_grad():
@@ -199,7 +204,7 @@ def value_and_gradient(
         with uncompiled():
             output = model(inputs.filled(moved), *args, **kwargs)
         made = Made.of(output, moved, name)
-        left = not graph or dual or depth() or backends.program is None or plainly.has(model, moved[0])
+        left = not graph or dual or any_order or backends.program is None or plainly.has(model, moved[0])
         found = None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start)
         outputs, gradients = found or _by_autograd(made, graph, name)
     return made.filled(outputs), inputs.gradients(gradients)
