@@ -13,6 +13,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from runpy import run_path
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ class StableCritic(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1), StableBlock(channels, channels)]
         widths = [channels * 2**i for i in range(int(math.log2(size)) - 1)]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.AvgPool2d(3, 2, 1), StableBlock(before, after)]
         self.body = nn.Sequential(*layers)
         self.top = nn.Linear(widths[-1] * 16, classes)

@@ -6,8 +6,7 @@ Formulas (Karras et al. 2020, "Analyzing and improving the image quality of Styl
     L(G) = E softplus(-D(G(z, y), y)),    D(x, y) = <phi(x), v(y)> / sqrt(d)
 
 R1 is taken in every 16th step only, with 16 times its weight. The critic has weights scaled at run time, residual
-blocks, the standard deviation over groups of samples as a further channel, and a projection on an embedding of the
-label. Labels reach it as `critic_args`.
+blocks, minibatch standard deviation, and a projection on an embedding of the label, which it gets as `critic_args`.
 
     python examples/conditional_r1.py --out out    # about a minute; needs scikit-learn; writes conditional_r1.png
 """
@@ -34,8 +33,7 @@ activation = nn.LeakyReLU(0.2)
 class Linear(nn.Linear):
     """Linear layer with an equalised learning rate: weights of unit variance, scaled in each call."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -49,7 +47,7 @@ class Conv(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__(inputs, outputs, kernel, padding=kernel // 2)
         nn.init.normal_(self.weight)
-        nn.init.zeros_(self.bias)
+        self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight / math.sqrt(self.weight[0].numel()), self.bias, padding=self.padding)
@@ -82,9 +80,8 @@ class Critic(nn.Module):
         super().__init__()
         self.first = Conv(colours, channels, 1)
         self.blocks = nn.Sequential(*[Block(channels) for _ in range(int(math.log2(size)) - 2)])
-        self.last = Conv(channels + 1, channels, 3)
-        self.features, self.projection = Linear(16 * channels, width), Linear(width, width)
-        self.embedding = nn.Embedding(CLASSES, width)
+        self.last, self.features = Conv(channels + 1, channels, 3), Linear(16 * channels, width)
+        self.projection, self.embedding = Linear(width, width), nn.Embedding(CLASSES, width)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         h = self.blocks(activation(self.first(x)))
@@ -115,9 +112,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    targets = torch.tensor(digits.target)
+    images, targets = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    images = images.float().view(-1, 1, 8, 8) / 8 - 1
     critic, generator, every, gamma, batch = Critic(), Generator(), 16, 1.0, 64
     critic_loss = gpkernels.CriticLoss(
         critic, objective="gan", penalty="r1", penalty_weight=gamma / 2, penalty_every=every
@@ -146,8 +142,8 @@ def main() -> None:
         samples = generator(torch.randn(len(labels), LATENT), labels)
     accuracy = LogisticRegression(max_iter=1000).fit(images.flatten(1), targets).score(samples.flatten(1), labels)
     print(f"a classifier of real digits finds the label of {accuracy:.1%} of the samples")
-    rows = samples.view(CLASSES, 48, 8, 8)[:, :12]
-    plt.imsave(options.out / "conditional_r1.png", rows.permute(0, 2, 1, 3).reshape(80, 96), cmap="gray")
+    rows = samples.view(CLASSES, 48, 8, 8)[:, :12].permute(0, 2, 1, 3).reshape(80, 96)
+    plt.imsave(options.out / "conditional_r1.png", rows.kron(torch.ones(5, 5)), cmap="gray")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ class PairDistances(nn.Module):
 
     def __init__(self, atoms: int) -> None:
         super().__init__()
-        first, second = torch.triu_indices(atoms, atoms, 1)
-        self.register_buffer("first", first)
-        self.register_buffer("second", second)
+        self.first, self.second = (nn.Buffer(index) for index in torch.triu_indices(atoms, atoms, 1))
 
     def forward(self, positions: Tensor) -> Tensor:
         difference = positions[:, self.first] - positions[:, self.second]
@@ -48,7 +46,7 @@ class EnergyModel(nn.Module):
     def __init__(self, atoms: int, basis: int = 24, width: int = 64, cutoff: float = 4.0) -> None:
         super().__init__()
         self.distances = PairDistances(atoms)
-        self.register_buffer("centres", torch.linspace(0.7, cutoff, basis))
+        self.centres = nn.Buffer(torch.linspace(0.7, cutoff, basis))
         self.sharpness = (basis / cutoff) ** 2
         self.mlp = nn.Sequential(nn.Linear(basis, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.readout = nn.Linear(width, 1)
@@ -77,7 +75,7 @@ def sampled(n: int, temperature: float = 0.3, time_step: float = 2e-3) -> tuple[
     bipyramid = torch.cat(
         [torch.stack([ring.cos(), ring.sin(), 0 * ring], 1), torch.tensor([[0, 0, 0.6], [0, 0, -0.6]])]
     )
-    positions = 1.0 * bipyramid.expand(n, ATOMS, 3)
+    positions = bipyramid.expand(n, ATOMS, 3)
     for _ in range(500):
         force = forces(lennard_jones, positions)[1].clamp(-50, 50)
         positions = positions + time_step * force + (2 * temperature * time_step) ** 0.5 * torch.randn_like(positions)
@@ -134,11 +132,11 @@ def main() -> None:
     print(f"molecular dynamics: total energy {total.mean():.3f}, its deviation {total.std():.1e}")
     with (options.out / "force_field.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("time", "potential", "total", "true_total"), *rows])
-    time, potential, learnt, true = zip(*rows, strict=True)
-    plt.plot(time, potential, label="potential, learnt")
-    plt.plot(time, learnt, label="total, learnt: conserved")
-    plt.plot(time, true, label="total, Lennard-Jones along the same path")
+    time, _, learnt, true = torch.tensor(rows).T
+    plt.plot(time, learnt - learnt[0], label="learnt, which the dynamics conserves")
+    plt.plot(time, true - true[0], label="Lennard-Jones, along the same path")
     plt.xlabel("time")
+    plt.ylabel("total energy, less its first value")
     plt.legend()
     plt.savefig(options.out / "force_field.png")
 

@@ -19,7 +19,6 @@ import importlib
 import inspect
 import math
 import re
-import string
 from collections import Counter
 from pathlib import Path
 
@@ -32,8 +31,8 @@ import gpkernels
 MODULES = (
     "argparse collections csv datetime decimal functools json logging os random re shutil statistics string typing"
 )
-ALPHABET = " " + string.ascii_lowercase
-LENGTH, CRITIC_STEPS, BATCH = 12, 5, 32
+ALPHABET = " abcdefghijklmnopqrstuvwxyz"
+LENGTH, CHANNELS, CRITIC_STEPS, BATCH = 12, 48, 5, 32
 
 
 def docstrings() -> str:
@@ -49,9 +48,8 @@ def docstrings() -> str:
 
 def lines_of(text: str) -> Tensor:
     """Indices of the characters of every line that begins with a word, (lines, LENGTH)."""
-    starts = [match.start() for match in re.finditer(r"\b\w", text[:-LENGTH])]
     indices = torch.tensor([ALPHABET.index(character) for character in text])
-    return torch.stack([indices[start : start + LENGTH] for start in starts])
+    return torch.stack([indices[m.start() : m.start() + LENGTH] for m in re.finditer(r"\b\w", text[:-LENGTH])])
 
 
 def text_of(rows: Tensor) -> list[str]:
@@ -110,7 +108,6 @@ def divergence(p: dict[str, float], q: dict[str, float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="of the generator")
-    parser.add_argument("--channels", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -119,12 +116,10 @@ def main() -> None:
 
     lines = lines_of(docstrings())
     real_shares = [shares(text_of(lines), n) for n in (1, 2, 3)]
-    critic, generator = Critic(options.channels), Generator(options.channels)
+    critic, generator = Critic(CHANNELS), Generator(CHANNELS)
     critic_loss = gpkernels.CriticLoss(critic)  # WGAN-GP with a weight of 10
-    critic_optimizer, generator_optimizer = (
-        torch.optim.Adam(network.parameters(), 1e-3, (0.5, 0.9)) for network in (critic, generator)
-    )
-    print(f"{len(lines)} lines of {LENGTH} characters")
+    critic_optimizer = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9))
+    generator_optimizer = torch.optim.Adam(generator.parameters(), 1e-3, (0.5, 0.9))
     rows = []
     for step in range(options.steps):
         for _ in range(CRITIC_STEPS):
@@ -145,7 +140,7 @@ def main() -> None:
             divergences = [divergence(shares(samples, n), real) for n, real in enumerate(real_shares, 1)]
             rows.append((step, -parts.adversarial.item(), *divergences))
             print("step {}  distance {:.2f}  divergence of 1-, 2-, 3-grams {:.3f} {:.3f} {:.3f}".format(*rows[-1]))
-    print("\n".join(samples[:10]))
+    print(" | ".join(samples[:12]))
     (options.out / "language.txt").write_text("\n".join(samples), encoding="utf-8")
     with (options.out / "language.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("step", "distance", "js1", "js2", "js3"), *rows])

@@ -7,7 +7,7 @@ Formula (Chen et al. 2024, "Learning smooth humanoid locomotion through Lipschit
 Here the first term is behaviour cloning of a noisy teacher that balances an inverted pendulum; with reinforcement
 learning it is PPO's loss instead. `value_and_input_gradient` gives log pi and its gradient from one call of the policy.
 
-    python examples/policy_smoothness.py --out out    # some ten seconds; writes policy_smoothness.csv and .png
+    python examples/policy_smoothness.py --out out    # about half a minute; writes policy_smoothness.csv and .png
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def rolled_out(policy: GaussianPolicy, length: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--weight", type=float, default=0.001, help="of the penalty")
+    parser.add_argument("--weight", type=float, default=0.0005, help="of the penalty")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -117,7 +117,7 @@ def main() -> None:
         angle = angles[100:].abs().mean().item()
         rows.append((weight, change, jerk, angle))
         print(
-            f"weight {weight:<6}  |change of action| {change:.3f}  |second difference| {jerk:.3f}  |angle| {angle:.3f}"
+            f"weight {weight:<7}  |change of action| {change:.3f}  |second difference| {jerk:.3f}  |angle| {angle:.3f}"
         )
         plt.plot(TIME_STEP * torch.arange(100), taken[:100, 0], label=f"weight {weight}")
     plt.xlabel("seconds")
