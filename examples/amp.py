@@ -10,7 +10,7 @@ ones would bind in some of them only: observations are normalised first, and the
 
 The expert is a synthetic gait. The policy is driven by a clock and trained through the reward, where AMP uses PPO.
 
-    python examples/amp.py --out out    # about half a minute; writes amp.csv and amp.png
+    python examples/amp.py --out out    # about a minute; writes amp.csv and amp.png
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ A real line is rows of one-hot characters, a generated one is rows of a softmax:
 the generator learns through the softmax, without sampling. Both networks are residual, of convolutions along the line.
 Printed are the Jensen-Shannon divergences between n-grams of samples and of the text, which the paper plots.
 
-    python examples/language.py --out out    # a minute or two; writes language.csv and language.txt
+    python examples/language.py --out out    # about a minute; writes language.csv and language.txt
 """
 
 from __future__ import annotations
