@@ -136,6 +136,50 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", CRITICS)
+@pytest.mark.parametrize("objective", ["hinge", "least-squares", "relativistic"])
+def test_objectives_with_several_penalties_are_those_of_the_cpu(objective: str, kind: str) -> None:
+    make, shape = CRITICS[kind]
+    torch.manual_seed(0)
+    critic = make()
+    on_device = make().to(DEVICE)
+    on_device.load_state_dict(critic.state_dict())
+    options = {"objective": objective, "penalty": {"r1": 0.5, "r2": 0.25}}
+    losses = gpk.CriticLoss(critic, **options), gpk.CriticLoss(on_device, **options)
+    for _ in range(5):
+        real, fake = torch.randn(2, *shape)
+        found = []
+        for loss, device in zip(losses, (torch.device("cpu"), DEVICE), strict=True):
+            value = loss(real.to(device), fake.to(device)).loss
+            weights = list(loss.critic.parameters())
+            found.append([value, *torch.autograd.grad(value, weights, allow_unused=True)])
+        for exact, ours in zip(*found, strict=True):
+            assert (exact is None) == (ours is None)
+            if exact is not None:
+                torch.testing.assert_close(ours.cpu(), exact, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+def test_the_gradient_as_a_value_is_that_of_the_cpu(kind: str) -> None:
+    make, shape = CRITICS[kind]
+    torch.manual_seed(0)
+    critic = make()
+    on_device = make().to(DEVICE)
+    on_device.load_state_dict(critic.state_dict())
+    for _ in range(4):
+        x = torch.randn(shape)
+        found = []
+        for model, device in ((critic, torch.device("cpu")), (on_device, DEVICE)):
+            given = x.to(device).requires_grad_()
+            value, gradient = gpk.value_and_input_gradient(model, given)
+            loss = (gradient.flatten(1).norm(dim=1) - 1).abs().mean() + value.square().mean()
+            found.append([gradient, *torch.autograd.grad(loss, [given, *model.parameters()], allow_unused=True)])
+        for exact, ours in zip(*found, strict=True):
+            assert (exact is None) == (ours is None)
+            if exact is not None:
+                torch.testing.assert_close(ours.detach().cpu(), exact.detach(), rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", CRITICS)
 def test_a_critic_step_is_that_of_the_cpu(kind: str) -> None:
     """In every call: looked at, watched, traced and by a program. Nothing waits for the device after that."""
     make, shape = CRITICS[kind]
