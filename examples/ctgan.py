@@ -10,7 +10,7 @@ The generator is given the class as a one-hot vector, draws it by a Gumbel softm
 cross entropy where it differs. Kept simple: one discrete column, and continuous columns as normal scores (quantiles) in
 place of mode-specific normalisation.
 
-    python examples/ctgan.py                    # about a minute
+    python examples/ctgan.py                    # about two minutes
     python examples/ctgan.py --steps 20
 
 The table is scikit-learn's breast cancer data, 569 rows. Writes as many generated ones to ``ctgan.csv`` and histograms

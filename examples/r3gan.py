@@ -11,8 +11,8 @@ of an image, 1000 modes. As in the literature a classifier, trained here, names 
 printed are the modes hit at least once, and the KL divergence of the modes' frequencies from the uniform distribution.
 Noise hits many modes, too, so look at both and at the picture.
 
-    python examples/r3gan.py                    # minutes
-    python examples/r3gan.py --steps 100
+    python examples/r3gan.py                    # several minutes
+    python examples/r3gan.py --steps 800        # 866 modes, KL 0.95
 
 Writes real and generated samples to ``r3gan.png``, and each mode's count to ``r3gan.csv``.
 """
