@@ -338,6 +338,18 @@ def test_bad_input_names_the_argument() -> None:
         gpk.input_gradient(lambda x: "no", x)
 
 
+@pytest.mark.parametrize("name", ["gradient", "penalty", "loss"])
+def test_inference_mode_is_named_as_the_reason(name: str) -> None:
+    model, x = nn.Linear(3, 1), torch.randn(4, 3)
+    calls = {
+        "gradient": lambda: gpk.input_gradient(model, x),
+        "penalty": lambda: gpk.r1_penalty(model, x),
+        "loss": lambda: gpk.CriticLoss(model)(x, x),
+    }
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.* use torch.no_grad"):
+        calls[name]()
+
+
 def test_no_model_is_kept_alive() -> None:
     import gc
     import weakref

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, gradient_norm_penalty
@@ -58,8 +59,10 @@ def points_of(points: Tensor | Between) -> Tensor:
     return points.points() if isinstance(points, Between) else points
 
 
-def constant_scores(name: str = "critic") -> ValueError:
+def constant_scores(name: str = "critic") -> Exception:
     """Return the error for scores that do not depend on the input; name: of the argument that gives them."""
+    if torch.is_inference_mode_enabled():
+        return RuntimeError(f"{name}: torch.inference_mode() records no gradients; use torch.no_grad()")
     return ValueError(f"{name}: expected scores that depend on the input, got scores that do not")
 
 
