@@ -230,6 +230,12 @@ class CriticLoss(nn.Module):
         Returns:
             CriticLossParts: the loss and its parts.
         """
+        if is_compiling() and self._seen.untraced is self.critic:
+            from gpkernels.critic.traced import outside
+
+            more = {"critic_args": critic_args, "critic_kwargs": critic_kwargs, "with_penalty": with_penalty}
+            parts: CriticLossParts = outside(self.forward, real, fake, eps=eps, **more)
+            return parts
         composed = transformed() or (depth() and not is_compiling())
         if composed or is_compiling() or not isinstance(real, Tensor) or not isinstance(fake, Tensor):
             real, fake = self._checked(real, fake, eps)
@@ -238,11 +244,6 @@ class CriticLoss(nn.Module):
         given = self._given(real, fake, eps, task, tuple(critic_args), dict(critic_kwargs or {}))
         if composed:
             return self._composed(given, task, weights)
-        if is_compiling() and self._seen.untraced is self.critic:
-            from gpkernels.critic.traced import outside
-
-            parts: CriticLossParts = outside(self._eagerly, given, task, tuple(weights.values()))
-            return parts
         if is_compiling():
             return self._in_graph(given, task, tuple(weights.values()))
         return self._eagerly(given, task, tuple(weights.values()))

@@ -123,7 +123,8 @@ class _Shelf:
         if _others_look_on() or dual_level() >= 0:
             return None
         logged = None if log is None else log.native()
-        if how.native is None:
+        if how.native is None or how.options is not chosen():
+            how.options = chosen()
             alone = PENALTY if how.task.adversarial is None else LOSS
             how.native = backends.program.How(
                 how.places, how.moves, how.task.pack, self._tag(how.task, how.calls), alone
@@ -209,7 +210,8 @@ class How:
         self.moves = [any(penalised for _, penalised in call) for call in calls]
         losses = [None if task.adversarial is None else task.adversarial.of(call[0][0]) for call in calls]
         self.kinds = [-1 if loss is None else loss[0] for loss in losses]
-        self.native: Any = None  # the same for ``_Shelf.step``
+        self.native: Any = None  # the same for ``_Shelf.step``, under the options in force
+        self.options: Any = None
 
 
 PLACES = {"fake": 0, "real": 1, "again": 1}

@@ -80,9 +80,9 @@ def step_in_graph(
 
 
 @disable
-def outside(function: Callable[..., Any], *args: Any) -> Any:
+def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a function gives that the compiler leaves alone."""
-    return function(*args)
+    return function(*args, **kwargs)
 
 
 @allow_in_graph

@@ -77,7 +77,7 @@ def check_number(name: str, value: object) -> float:
 def check_finite(name: str, value: object) -> float:
     """The value as a float; TypeError or ValueError unless it is a finite number."""
     value = check_number(name, value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # nor NaN; also traceable where it is symbolic
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
 
