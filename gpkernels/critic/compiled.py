@@ -1,7 +1,7 @@
-"""Programs compiled by Inductor: who asked for it, and how a list of calls becomes one function.
+"""Compilation of programs by Inductor: the setting, and the conversion of a list of calls to one function.
 
-The critic's forward stays as its author wrote it; what goes through its graph afterwards is a list of ATen calls of
-known shapes, which a compiler takes as it is, without a trace or guards.
+The critic's forward is not compiled. The passes over its graph are a list of ATen calls of known shapes, which needs
+neither a trace nor guards.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.compiler import is_compiling
 
 from gpkernels import private
 
-_compiling = Lock()  # neither the trace nor the generated code's cache is made for several threads
+_compiling = Lock()  # neither tracing nor the code cache is thread-safe
 
 
 class Options:
-    """Inductor's options, told apart by what they say."""
+    """Options of Inductor, compared by value."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = dict(values)
@@ -37,14 +37,24 @@ class Options:
         return hash(self._key)
 
 
-_everywhere: Options | None = None  # what set_compile_passes chose
-_chosen: ContextVar[Options | None] = ContextVar("gpkernels.compile_passes")  # what compile_passes chose, where it did
+_everywhere: Options | None = None  # set by set_compile_passes
+_chosen: ContextVar[Options | None] = ContextVar("gpkernels.compile_passes")  # set by compile_passes
 
 
 def set_compile_passes(options: bool | Mapping[str, Any] = True) -> None:
-    """Choose for the process whether the passes of penalties and ``CriticLoss`` are compiled; off at first.
+    """Set whether Inductor compiles the passes of penalties and :class:`CriticLoss`, for the whole process.
 
-    See ``compile_passes``, which chooses for a thread.
+    It is off by default. :func:`compile_passes`, which says what is compiled, takes precedence in its thread.
+
+    Args:
+        options (bool or Mapping): True, or options as ``torch.compile(options=...)`` takes them; False: off.
+
+    Raises:
+        TypeError: ``options`` is neither.
+        ValueError: an option is unknown to Inductor.
+
+    Example:
+        >>> gpkernels.set_compile_passes(False)
     """
     global _everywhere
     _everywhere = _checked(options)
@@ -52,22 +62,29 @@ def set_compile_passes(options: bool | Mapping[str, Any] = True) -> None:
 
 @contextmanager
 def compile_passes(options: bool | Mapping[str, Any] = True) -> Iterator[None]:
-    """Have Inductor compile the passes of penalties and ``CriticLoss`` that are called inside.
+    """Context manager in which Inductor compiles the passes of penalties and :class:`CriticLoss`.
 
-    The critic is called as it is; what computes the penalty and the gradients from its graph is compiled in the third
-    call with one signature (shapes, dtypes, the graph's form), and equals what is not compiled to rounding. A failure
-    of the compiler raises. The choice is this thread's or async task's own; ``set_compile_passes`` chooses for the
-    process. Inside ``torch.compile`` it changes nothing, as the passes are in the compiled graph there.
+    The critic is called as it is; the computation of the penalty and of the gradients from its graph is compiled in the
+    third call with one signature (shapes, dtypes, structure of the graph). Results equal the uncompiled ones up to
+    rounding. Errors of the compiler are raised. The setting applies to the current thread or async task;
+    :func:`set_compile_passes` applies to the process. It has no effect inside ``torch.compile``, whose graph contains
+    the passes.
 
     Args:
-        options: True, or options of Inductor as ``torch.compile(options=...)`` takes them; False for none of it.
+        options (bool or Mapping): True, or options as ``torch.compile(options=...)`` takes them; False: off.
+
+    Returns:
+        Iterator: for the ``with`` statement.
 
     Raises:
-        TypeError, ValueError: naming the option.
+        TypeError: ``options`` is neither.
+        ValueError: an option is unknown to Inductor.
 
     Example:
+        >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+        >>> critic_loss = gpkernels.CriticLoss(critic)
         >>> with gpkernels.compile_passes():
-        ...     parts = loss(real, fake)
+        ...     critic_loss(torch.randn(8, 2), torch.randn(8, 2)).loss.backward()
     """
     if is_compiling():
         yield
@@ -80,7 +97,7 @@ def compile_passes(options: bool | Mapping[str, Any] = True) -> Iterator[None]:
 
 
 def chosen() -> Options | None:
-    """The options that programs are compiled with in this thread now; None where they are not."""
+    """Return the options that apply in this thread; None where programs are not compiled."""
     return _chosen.get(_everywhere)
 
 
