@@ -1,18 +1,15 @@
-"""Measure whole training steps of real programs beside their formulas in plain PyTorch.
-
-    .venv/bin/python bench/programs_more.py [--program NAME] [--seconds S]
+"""Further programs for bench/programs.py, most of them examples, beside their formulas in plain PyTorch.
 
 A step is the loss, its weight gradients and Adam. Plain PyTorch is written as these programs write it: the gradient is
-taken of the scores that the loss uses too, where they do that. Both sides run in turns on one thread; the table has the
-minimum CPU time of each, and how far eager's and ours' medians are above it. Before that, the gradients are compared.
+taken of the scores that the loss uses too, where they do that. The gradients of both sides are compared first.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from runpy import run_path
@@ -23,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpkernels as gpk
-from gpkernels.bench import machine
-from gpkernels.bench.clock import time_in_turns
 from gpkernels.zoo import mlp
 
 Loss = Callable[[], Tensor]
@@ -182,7 +177,7 @@ def language(n: int) -> Program:
     return of_critic(named["Critic"](64, length=32, blocks=5), plain, (real, fake))
 
 
-PROGRAMS: dict[str, Callable[[], Program]] = {
+MODELS: dict[str, Callable[[], Program]] = {
     "AMP, N 4096": lambda: amp(4096),
     "AMP, N 512": lambda: amp(512),
     "force field, N 64": lambda: force_field(64),
@@ -193,17 +188,19 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
 }
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def step_of(model: nn.Module, loss: Loss) -> Callable[[], None]:
-    """Return a training step of the model."""
+def step_of(model: nn.Module, loss: Loss) -> Callable[[], Tensor]:
+    """Return a training step of the model, which gives its loss."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
 
-    def step() -> None:
+    def step() -> Tensor:
         optimizer.zero_grad()
-        loss().backward()
+        value = loss()
+        value.backward()
         optimizer.step()
+        return value.detach()
 
     return step
 
@@ -223,30 +220,12 @@ def compare(name: str, program: Program) -> None:
             raise RuntimeError(f"{name}: gradients differ by {error:.1e} of the largest")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", action="append", choices=PROGRAMS, help="measure this program (default: all)")
-    parser.add_argument("--seconds", type=float, default=10, metavar="S", help="per call to measure (default: 10)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    machine.keep_freed_memory()
-    cpu = torch.device("cpu")
-    print(f"{machine.processor()}, torch {torch.__version__}, load {machine.load():.1f}")
-    print(f"{'program':<26}{'eager, ms':>10}{'ours, ms':>10}{'eager / ours':>14}{'spreads':>14}{'rounds':>8}")
-    for name in options.program or PROGRAMS:
-        torch.manual_seed(0)
-        program = PROGRAMS[name]()
-        compare(name, program)
-        models = {"eager": copy.deepcopy(program.model), "ours": copy.deepcopy(program.model)}
-        losses = {"eager": program.plain(models["eager"]), "ours": program.ours(models["ours"])}
-        found = time_in_turns({side: step_of(models[side], losses[side]) for side in models}, cpu, options.seconds)
-        eager, ours = found["eager"], found["ours"]
-        print(
-            f"{name:<26}{eager.cpu / 1e3:10.2f}{ours.cpu / 1e3:10.2f}{eager.cpu / ours.cpu:14.2f}"
-            f"{f'{eager.spread:.0%}, {ours.spread:.0%}':>14}{eager.rounds:8}",
-            flush=True,
-        )
+def steps(name: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return our step and the plain one, of copies of one model."""
+    program = MODELS[name]()
+    compare(name, program)
+    ours, plain = copy.deepcopy(program.model), copy.deepcopy(program.model)
+    return step_of(ours, program.ours(ours)), step_of(plain, program.plain(plain))
 
 
-if __name__ == "__main__":
-    main()
+PROGRAMS = {name: partial(steps, name) for name in MODELS}
