@@ -55,6 +55,7 @@ class Halves:
         self.places = [self.plan.inputs.get(number) for number in inputs]
         self.generic = any(call.rule is None and not call.leaf for call in self.plan.calls)
         self.kept: list[tuple[int, int]] = []  # calls and outputs whose cotangents backward needs
+        self.sloped: list[int] = []  # calls whose first derivative is kept, too
         self.finishes = Cache(16)  # signatures of backward, by the cotangents that are given
 
     def pull(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
@@ -65,9 +66,10 @@ class Halves:
         passes = Passes(plan, tensors[count:], outsider)
         found = passes.pull({plan.outputs[self.score]: torch.ones_like(scores)})
         gradients = [None if p is None else found[p] if p in found else _zeros(plan, p) for p in self.places]
-        deltas = passes.deltas
+        deltas, slopes = passes.deltas, passes.slopes()
         self.kept = [(i, nr) for i in sorted(deltas) for nr, u in enumerate(deltas[i]) if u is not None]
-        kept = [deltas[i][nr] for i, nr in self.kept]
+        self.sloped = [i for i in sorted(slopes) if i in deltas]
+        kept = [*(deltas[i][nr] for i, nr in self.kept), *(slopes[i] for i in self.sloped)]
         return [*apart(gradients, [*tensors, *kept]), *kept]
 
     def finish(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
@@ -79,8 +81,12 @@ class Halves:
         values, gradients = tensors[:count], tensors[count : count + inputs]
         kept = count + inputs + plan.saved_count
         passes = Passes(plan, tensors[count + inputs : kept], outsider)
-        for (i, nr), u in zip(self.kept, tensors[kept:], strict=True):
+        sloped = kept + len(self.kept)
+        for (i, nr), u in zip(self.kept, tensors[kept:sloped], strict=True):
             passes.deltas.setdefault(i, [None] * len(plan.calls[i].outputs))[nr] = u
+        for i, slope in zip(self.sloped, tensors[sloped:], strict=True):
+            assert slope is not None
+            passes.give_slope(i, slope)
         directions = {p: v for p, v in zip(self.places, gradients, strict=True) if p is not None and v is not None}
         if directions:
             passes.push(directions)

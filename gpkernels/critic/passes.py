@@ -406,6 +406,16 @@ class Passes:
             known = self._cut[i, which] = self._cut_down(i, which)
         return known
 
+    def slopes(self) -> dict[int, Tensor]:
+        """First derivatives of elementwise calls that were computed once for all passes, where no rows are plain."""
+        found = {i: saved.notes.get("slopes") for (i, _), saved in self._cut.items()}
+        return {i: both[0] for i, both in found.items() if both is not None}
+
+    def give_slope(self, i: int, slope: Tensor) -> None:
+        """Use a first derivative that is known; whatever computes it again is then unused."""
+        notes = self._saved(i, ALL).notes
+        notes["slopes"] = slope, notes["slopes"][1]
+
     def _cut_down(self, i: int, which: str) -> Saved:
         call = self.plan.calls[i]
         rule, cuts = self.plan.variant(i, which)
