@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.call import Pass, Plain
-from gpkernels.critic.parts import Task, constant_scores
+from gpkernels.critic.parts import Task, constant_scores, rows_of_group
 from gpkernels.ops.consistency import consistency_term_reference
 from gpkernels.ops.relativistic_loss import relativistic_loss_reference
 from gpkernels.ops.score_loss import score_loss_reference
@@ -37,8 +37,7 @@ def by_autograd(
     for one in passes:
         g = at_batch.get(id(one.x)) if one.wants else None
         plain = [name for name, penalised in one.groups if not penalised]
-        size = len(one.x) // len(one.groups)
-        samples += [] if g is None else [(name, g.narrow(0, i * size, size)) for i, name in enumerate(plain)]
+        samples += [] if g is None else [(name, rows_of_group(g, one.groups, name)) for name in plain]
     return values, gradients, samples
 
 
@@ -84,11 +83,7 @@ plainly = _Plainly()
 
 
 def _rows(one: Pass | Plain, output: int, name: str) -> Tensor:
-    x = one.outputs[output]
-    if len(one.groups) == 1:
-        return x
-    size = x.shape[0] // len(one.groups)
-    return x.narrow(0, [group for group, _ in one.groups].index(name) * size, size)
+    return rows_of_group(one.outputs[output], one.groups, name)
 
 
 def _scores(passes: Sequence[Pass | Plain], task: Task) -> tuple[Tensor | None, Tensor | None]:
@@ -130,9 +125,7 @@ def penalties_of(one: Pass | Plain, task: Task) -> list[tuple[str, Tensor]]:
     if gradient is None:
         raise constant_scores()
     found = []
-    size = gradient.shape[0] // len(one.groups)
-    for k, (name, so) in enumerate(one.groups):
-        if so:
-            own = gradient if size == gradient.shape[0] else gradient.narrow(0, k * size, size)
-            found.append((name, task.penalties[task.penalty(name)][1].of(own, task.pack)))
+    for name in penalised:
+        own = rows_of_group(gradient, one.groups, name)
+        found.append((name, task.penalties[task.penalty(name)][1].of(own, task.pack)))
     return found

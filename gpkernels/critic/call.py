@@ -142,7 +142,6 @@ class Plain(NamedTuple):
     """A call whose graph is not read; fields as in ``Pass``."""
 
     groups: tuple[tuple[str, bool], ...]
-    each: int
     x: Tensor
     outputs: list[Tensor]
 
@@ -173,7 +172,7 @@ def call_plainly(
         if scores.numel() * pack < len(x) * bool(pack) or (group.penalised and not scores.requires_grad):
             Pass(critic, [group], False, x, 0, output, pack)  # raises
         outputs = [scores] if features is None else [scores, features]
-        found.append(Plain(((group.name, group.penalised),), len(x), x, outputs))
+        found.append(Plain(((group.name, group.penalised),), x, outputs))
     return found
 
 

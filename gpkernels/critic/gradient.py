@@ -51,7 +51,7 @@ class Halves:
 
     def __init__(self, key: Any, score: int, inputs: Sequence[int], wanted: Sequence[bool], rows: int | None) -> None:
         moving = {number: wants for number, wants in zip(inputs, wanted, strict=True) if number >= 0}
-        self.plan, self.score, self.rows = Plan(key, moving, rows, 0), score, rows
+        self.plan, self.score = Plan(key, moving, rows, 0), score
         self.places = [self.plan.inputs.get(number) for number in inputs]
         self.generic = any(call.rule is None and not call.leaf for call in self.plan.calls)
         self.kept: list[tuple[int, int]] = []  # calls and outputs whose cotangents backward needs
@@ -65,7 +65,10 @@ class Halves:
         assert scores is not None
         passes = Passes(plan, tensors[count:], outsider)
         found = passes.pull({plan.outputs[self.score]: torch.ones_like(scores)})
-        gradients = [None if p is None else found[p] if p in found else _zeros(plan, p) for p in self.places]
+        gradients = [
+            None if p is None else found[p] if p in found else plan.calls[p[0]].outputs[p[1]].zeros()
+            for p in self.places
+        ]
         deltas, slopes = passes.deltas, passes.slopes()
         self.kept = [(i, nr) for i in sorted(deltas) for nr, u in enumerate(deltas[i]) if u is not None]
         self.sloped = [i for i in sorted(slopes) if i in deltas]
@@ -103,7 +106,7 @@ class Halves:
                 sums[number] = at_inputs[place]
         for call in plan.calls:  # zeros where PyTorch has zeros
             if call.leaf and call.trains and (seeds or call.sent) and call.number not in sums:
-                sums[call.number] = _zeros(plan, (plan.calls.index(call), 0))
+                sums[call.number] = call.outputs[0].zeros()
         return apart([sums.get(number) for number in range(plan.leaves)], tensors)
 
     def _scale(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
@@ -115,11 +118,6 @@ class Halves:
             return None
         (seed,) = seeds.values()
         return seed.reshape(plan.rows) if seed.numel() == plan.rows else None
-
-
-def _zeros(plan: Plan, place: Place) -> Tensor:
-    meta = plan.calls[place[0]].outputs[place[1]]
-    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
 
 
 def _flat(x: Any) -> tuple[list[Any], Any]:

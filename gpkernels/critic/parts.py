@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -57,6 +58,14 @@ class Between(NamedTuple):
 def points_of(points: Tensor | Between) -> Tensor:
     """Return points as a tensor, computing interpolates."""
     return points.points() if isinstance(points, Between) else points
+
+
+def rows_of_group(x: Tensor, groups: Sequence[tuple[str, bool]], name: str) -> Tensor:
+    """Return a group's part of a tensor in which all groups of a call are one after the other."""
+    if len(groups) == 1:
+        return x
+    size = x.shape[0] // len(groups)
+    return x.narrow(0, [group for group, _ in groups].index(name) * size, size)
 
 
 def constant_scores(name: str = "critic") -> Exception:

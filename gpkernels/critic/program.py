@@ -71,7 +71,7 @@ class Untraceable(Exception):
 
 
 class Cheaply(TorchDispatchMode):
-    """Makes calls in the cheapest way."""
+    """Dispatch mode that runs calls in the cheapest way."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -81,7 +81,7 @@ def step_in_graph(
 
 @disable
 def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a function gives that the compiler leaves alone."""
+    """Call a function that the compiler does not trace."""
     return function(*args, **kwargs)
 
 
@@ -114,7 +114,7 @@ def _passes(
         # The gradients cannot be attached to the weights, or the calls made here are not recorded.
         if backends.program is None or not (is_compiling() or watched()):
             calls = zip(names, batches, outputs, strict=True)
-            plain = [Plain(tuple(groups), len(x) // len(groups), x, list(some)) for groups, x, some in calls]
+            plain = [Plain(tuple(groups), x, list(some)) for groups, x, some in calls]
             loss, *others = losses(plain, task, weights)
             assert loss is not None
             return loss, *(zero() if x is None else x.detach() for x in others)
@@ -141,7 +141,7 @@ def gradient_in_graph(
 ) -> tuple[Any, Any]:
     """Return a model's output and its scores' gradient at the inputs; ``otherwise``: as in ``step_in_graph``."""
     if not is_compiling():
-        found: tuple[Any, Any] = disable(otherwise)()
+        found: tuple[Any, Any] = outside(otherwise)
         return found
     moved = [_batch([x], True) for x in inputs.tensors]
     with torch.enable_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.curved import CurvedPasses
-from gpkernels.critic.parts import Task
+from gpkernels.critic.parts import Task, rows_of_group
 from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import Outsider
@@ -53,10 +53,7 @@ class _One:
 
     def rows(self, x: Tensor, name: str) -> Tensor:
         """Return a group's part of scores, features or the gradient at the batch."""
-        if len(self.groups) == 1:
-            return x
-        size = x.shape[0] // len(self.groups)
-        return x.narrow(0, [n for n, _ in self.groups].index(name) * size, size)
+        return rows_of_group(x, self.groups, name)
 
 
 def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: Outsider) -> list[Tensor | None]:
@@ -219,7 +216,7 @@ def _one_pass(
         return values, [None if gradient is None or not one.wants else one.rows(gradient, n) for n, _ in one.groups]
     meta = one.plan.x_meta
     if gradient is None:
-        gradient = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+        gradient = meta.zeros()
     count = meta.shape[0]
     at_points = gradient if gradient.shape[0] == count else gradient.narrow(0, gradient.shape[0] - count, count)
     directions = []
@@ -278,8 +275,7 @@ def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
         if number in sums:
             gradients.append(_lowered(sums[number], known.scale))
         elif number in blank and number not in known.x:
-            zeros = blank[number]
-            gradients.append(torch.zeros(zeros.shape, dtype=zeros.dtype, device=zeros.device))
+            gradients.append(blank[number].zeros())
         else:
             gradients.append(None)
     return gradients

@@ -37,6 +37,9 @@ class Meta(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
 
 class Layout(NamedTuple):
     """Position of the samples in a value: along ``axis``, ``block`` entries each."""
