@@ -117,9 +117,10 @@ class CriticLoss(nn.Module):
         pack (int): consecutive samples with one score and one norm (PacGAN), a divisor of :math:`N`. Default: 1.
         together (bool, optional): whether real, fake and penalised samples are processed as one batch. As one batch,
             dropout draws one mask for all samples, buffers are updated once, and rounding may differ in the last bit;
-            separately, the critic is called as in plain PyTorch, in the order fake, real, penalised. Groups are
-            separate without a penalty, with further inputs and for batches of different sizes. Default: one batch from
-            the third call on, if the samples were independent in the first two.
+            separately, the critic is called as in plain PyTorch, in the order fake, real, penalised; R1 and R2 share
+            the calls that score their samples. Groups are separate without a penalty, with further inputs and for
+            batches of different sizes. Default: one batch from the third call on, if the samples were independent in
+            the first two.
 
     Shape:
         - real, fake: :math:`(N, *)`, of one shape; batch sizes may differ unless the objective is relativistic or a
@@ -329,7 +330,7 @@ class CriticLoss(nn.Module):
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 
         wants = task.gradients and (given.real.requires_grad or given.fake.requires_grad)
-        groups = sorted(groups_of(self.critic, given, task, wants), key=lambda group: group.penalised)
+        groups = sorted(groups_of(given, task, wants), key=lambda group: group.penalised)
         joined = bool(task.penalties) and given.joinable
         calls = [groups] if self.together and joined else [[group] for group in groups]
         found = step_in_graph(

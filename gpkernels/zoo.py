@@ -131,7 +131,11 @@ def plain_points(real: Tensor, fake: Tensor, eps: Tensor, penalty: str) -> Tenso
 def plain_penalty(critic: nn.Module, points: Tensor, target: float = 1.0, one_sided: bool = False) -> Tensor:
     """Compute mean (|grad D| - target)^2 at points by double backward."""
     points = points.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(first(critic(points)).sum(), points, create_graph=True)
+    return _penalty_on(first(critic(points)), points, target, one_sided)
+
+
+def _penalty_on(scores: Tensor, points: Tensor, target: float, one_sided: bool = False) -> Tensor:
+    (grad,) = torch.autograd.grad(scores.sum(), points, create_graph=True)
     if target == 0:
         return grad.flatten(1).square().sum(1).mean()
     excess = grad.flatten(1).norm(2, dim=1) - target
@@ -147,13 +151,23 @@ def plain_loss(
     penalty: str = "wgan-gp",
     weight: float = 10.0,
 ) -> Tensor:
-    """Compute the critic's whole loss by double backward, in the order of calls of an unbatched ``CriticLoss``."""
-    on_fake, on_real = first(critic(fake)), first(critic(real))
+    """Compute the critic's whole loss by double backward, in the order of calls of an unbatched ``CriticLoss``.
+
+    R1 and R2 share the call that scores their samples, as in the code of Mescheder et al. and of Karras et al., unless
+    gradients at the samples are wanted.
+    """
+    shared = penalty in ("r1", "r2") and not (real.requires_grad or fake.requires_grad)
+    samples = {"r2": fake, "r1": real}
+    if shared:
+        samples[penalty] = samples[penalty].detach().requires_grad_()
+    on_fake, on_real = [first(critic(x)) for x in samples.values()]
     if objective == "wgan":
         loss = on_fake.mean() - on_real.mean()
     else:
         loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
     if penalty == "none":
         return loss
+    if shared:
+        return loss + weight * _penalty_on(on_real if penalty == "r1" else on_fake, samples[penalty], 0.0)
     target = 1.0 if penalty == "wgan-gp" else 0.0
     return loss + weight * plain_penalty(critic, plain_points(real, fake, eps, penalty), target)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpkernels.critic.by_autograd import losses, penalties_of, plainly
 from gpkernels.critic.call import Group, call, call_plainly
@@ -106,8 +106,8 @@ def step_at_once(
     real, fake = given.real, given.fake
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
-    shares = _shares(critic, task)
-    apart, joint = _hows(task, shares)
+    shares = task.shares
+    apart, joint = _hows(task)
     tensors = fake, real, *[_place_of(name, given, shares) for name, _ in task.penalties]
     more = given.args, given.kwargs
     if not together and task.gradients and plainly.has(critic, real):
@@ -150,7 +150,7 @@ def critic_step(
     """
     real, fake = given.real, given.fake
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
-    groups = groups_of(critic, given, task, wants)
+    groups = groups_of(given, task, wants)
     if task.gradients and not (wants or together) and plainly.has(critic, real):
         before = () if begun is None else begun.before
         called = call_plainly(critic, groups, given.args, given.kwargs, task.pack, before)
@@ -189,9 +189,9 @@ def named(penalties: Sequence[Tensor], task: Task, like: Tensor) -> Any:
     return penalties[0] if penalties else like.new_zeros(())
 
 
-def groups_of(critic: Any, given: Batches, task: Task, wants: bool) -> list[Group]:
+def groups_of(given: Batches, task: Task, wants: bool) -> list[Group]:
     """Return the groups of the critic's calls, in the usual order. wants: whether scored samples require gradients."""
-    shares = () if wants else _shares(critic, task)
+    shares = () if wants else task.shares
     groups = [Group("fake", given.fake, "r2" in shares), Group("real", given.real, "r1" in shares)]
     if task.consistency is not None:
         groups.append(Group("again", given.real, False))
@@ -209,19 +209,13 @@ def _place_of(name: str, given: Batches, shares: Sequence[str]) -> Any:
     return given.real if name == "r1" else given.fake if name == "r2" else given.points[name]
 
 
-def _shares(critic: Any, task: Task) -> tuple[str, ...]:
-    """Return the penalties that share the pass of the scores; none for critics that a pass may change."""
-    shares = task.shares
-    return () if shares and _changes_in_passes(critic) else shares
-
-
 @lru_cache(64)
-def _hows(task: Task, shares: tuple[str, ...]) -> tuple[How, How]:
+def _hows(task: Task) -> tuple[How, How]:
     """Describe the calls of separate groups in the usual order, and of one batch."""
-    groups = [("fake", "r2" in shares), ("real", "r1" in shares)]
+    groups = [("fake", "r2" in task.shares), ("real", "r1" in task.shares)]
     if task.consistency is not None:
         groups.append(("again", False))
-    groups += [(name, True) for name, _ in task.penalties if name not in shares]
+    groups += [(name, True) for name, _ in task.penalties if name not in task.shares]
     apart = How(task, tuple([(group,) for group in groups]))
     return apart, How(task, (tuple(sorted(groups, key=lambda group: group[1])),))
 
@@ -361,8 +355,3 @@ def _merged(inputs: Sequence[tuple[str, Tensor]], real: Tensor, fake: Tensor) ->
         if own and x.requires_grad:
             found.append((x, sum(own[1:], own[0]).to(x.dtype)))
     return found
-
-
-def _changes_in_passes(critic: Any) -> bool:
-    """Whether a pass may change the critic, as spectral norm does: it is in training and has buffers."""
-    return isinstance(critic, nn.Module) and critic.training and any(True for _ in critic.buffers())

@@ -263,16 +263,19 @@ class BatchNorm(PerChannel):
     def _jacobian(self, u: Tensor, s: Saved) -> Tensor:
         if not self.training:
             return u * self._slopes(s)
-        # Where u and x are not laid out alike, PyTorch 2.13 gives wrong numbers for a single sample.
-        there, x = (v.to(s[0].dtype).contiguous(memory_format=layout_of(s[0])) for v in (u, s[0]))
         options = (True, self.eps, [True, False, False])
-        back: Tensor = aten.native_batch_norm_backward(there, x, None, None, None, *s[2:4], *options)[0]
+        back: Tensor = aten.native_batch_norm_backward(*self._alike(u, s[0]), None, None, None, *s[2:4], *options)[0]
         return back
+
+    @staticmethod
+    def _alike(u: Tensor, x: Tensor) -> list[Tensor]:
+        """Lay out a cotangent and the input alike: otherwise PyTorch 2.13 gives wrong numbers for a single sample."""
+        return [v.to(x.dtype).contiguous(memory_format=layout_of(x)) for v in (u, x)]
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, weight, mean, inverse, *running = s
-        options = (self.training, self.eps, list(wanted))
-        return aten.native_batch_norm_backward(c[0], x, weight, *(running or (None, None)), mean, inverse, *options)
+        ends = *(running or (None, None)), mean, inverse, self.training, self.eps, list(wanted)
+        return aten.native_batch_norm_backward(*self._alike(c[0], x), weight, *ends)  # type: ignore[arg-type]
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
         if self.training or t[1] is None:
