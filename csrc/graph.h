@@ -32,6 +32,7 @@ inline at::Tensor handle_of(const Edge& edge) {
 struct Names {
   std::vector<py::object> saved, constants;  // attributes
   const Typed* typed = nullptr;              // the same past Python
+  bool indexes = false;                      // whether the saved tensors are indices
 };
 
 class Reader {
@@ -42,6 +43,7 @@ class Reader {
       const py::tuple both = attributes.cast<py::tuple>();
       for (const py::handle& attribute : both[0]) names.saved.push_back(interned(attribute));
       for (const py::handle& attribute : both[1]) names.constants.push_back(interned(attribute));
+      names.indexes = both[2].cast<bool>();
       names.typed = typed_of(name.cast<std::string>(), both[0].cast<Attributes>(), both[1].cast<Attributes>());
       names_.emplace(name.cast<std::string>(), std::move(names));
     }
@@ -158,6 +160,7 @@ class Reader {
       return;
     }
     const py::object wrapped = wrapped_in_python(node);
+    const size_t before = to.saved.size();
     for (const py::object& attribute : found->second.saved) {
       const py::object value = wrapped.attr(attribute);
       if (PyTuple_Check(value.ptr())) {
@@ -168,6 +171,22 @@ class Reader {
       }
     }
     for (const py::object& attribute : found->second.constants) key.constant(wrapped.attr(attribute));
+    if (found->second.indexes) key.number(index_by_row({to.saved.begin() + before, to.saved.end()}));
+  }
+
+  // As in graph.py.
+  static bool index_by_row(const std::vector<at::Tensor>& indices) {
+    if (indices.empty() || !indices[0].defined()) return false;
+    const at::Tensor& first = indices[0];
+    if (!first.is_cpu() || first.scalar_type() != at::kLong || first.dim() != 1 ||
+        first.key_set().has(c10::DispatchKey::Python))
+      return false;
+    for (const at::Tensor& other : indices)
+      if (other.defined() && (other.scalar_type() != at::kLong || other.sizes() != first.sizes())) return false;
+    const auto* numbers = first.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < first.numel(); ++i)
+      if (numbers[i * first.stride(0)] != i) return false;
+    return true;
   }
 
   static void tensor(const py::handle& x, Key& key, Found& to) {

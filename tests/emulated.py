@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -59,8 +60,16 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = unchanged, 
     ]
     folder = ROOT / "build" / "emulated" / f"{flavour}-{key}"
     library = folder / "emulated.so"
-    if library.exists():
-        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may run tests
+        if not library.exists():
+            _compile(library, texts, sources, flavour)
+    return library
+
+
+def _compile(library: Path, texts: dict[str, str], sources: list[Path], flavour: str) -> None:
+    folder = library.parent
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -79,9 +88,10 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = unchanged, 
     # PyTorch's headers take longer than the kernels: a compiler reads them once for half of the sources.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_together, filter(None, [sources[::2], sources[1::2], [RUNTIME]])))
-    link = [str(compiler()), "-shared", *for_linker, "-o", str(library), *map(str, objects)]
+    linked = library.with_suffix(".linked")
+    link = [str(compiler()), "-shared", *for_linker, "-o", str(linked), *map(str, objects)]
     run([*link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"])
-    return library
+    linked.rename(library)
 
 
 def run(command: list[str]) -> None:

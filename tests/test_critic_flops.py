@@ -71,6 +71,22 @@ def test_r1_adds_its_real_part_to_four(setting: tuple[nn.Module, Tensor, Tensor,
     assert not count.zeros
 
 
+def test_labels_that_pick_a_logit_of_each_row_keep_r1_at_four() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp(64, 256, 256, 10)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return self.body(x)[torch.arange(len(x)), labels]
+
+    critic, real, fake, labels = Picks(), torch.randn(16, 64), torch.randn(16, 64), torch.arange(16) % 10
+    unit = counted(lambda: critic(real, labels)).flops
+    loss = gpk.CriticLoss(critic, objective="gan", penalty="r1")
+    count = counted(lambda: torch.autograd.grad(loss(real, fake, critic_args=(labels,)).loss, weights(critic)))
+    assert count.flops <= 7.05 * unit  # of which the fake scores take 3
+
+
 def test_the_consistency_term_adds_three() -> None:
     critic = Featured(256, 0.5)
     real, fake = torch.randn(32, 6), torch.randn(32, 6)

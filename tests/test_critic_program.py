@@ -266,3 +266,18 @@ def test_critics_that_differ_in_a_constant_alone_have_programs_of_their_own(laye
             ours = gpk.gradient_penalty(critic, real, fake, eps=eps)
             exact = plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp"))
             assert_same(gradients(ours, critic), gradients(exact, critic))
+
+
+def test_a_program_is_of_indices_that_count_the_rows_or_not(loop: str) -> None:
+    body = mlp(8, 16, 16, 4).double()
+
+    def critic(x: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        return body(x)[rows, labels]
+
+    loss, rows = gpk.CriticLoss(critic, objective="gan", penalty="r1"), torch.arange(6)
+    real, fake, _ = batch(6, 8)
+    for own in [rows, rows, rows.flip(0), rows, rows.flip(0), rows.flip(0), torch.zeros_like(rows), rows]:
+        args = own, torch.randint(4, (6,))
+        ours = loss(real, fake, critic_args=args).loss
+        exact = plain_loss(lambda x, args=args: critic(x, *args), real, fake, torch.empty(0), "gan", "r1")
+        assert_exactly_as(ours, exact, body)

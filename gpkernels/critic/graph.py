@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -34,6 +35,11 @@ class _Reader:
         self.rule = rule
         self.saved = self._of([f"_saved_{name}" for name in rule.saved])
         self.constants = self._of([f"_saved_{name}" for name in rule.constants])
+
+    def all_constants(self, node: Any, saved: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Return the constants of a node in a hashable form, whose saved tensors were read."""
+        constants: tuple[Any, ...] = _hashable(self.constants(node))
+        return (*constants, index_by_row(saved)) if self.rule.indexes else constants
 
     @staticmethod
     def _of(names: Sequence[str]) -> Any:
@@ -96,7 +102,7 @@ class Graph:
         # A Python number among the operands is saved as a wrapped number, which tracing would turn into a constant; a
         # copy is an ordinary tensor.
         self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
-        return name, outputs, parents, _hashable(reader.constants(node)), tuple([_meta(x) for x in flat])
+        return name, outputs, parents, reader.all_constants(node, flat), tuple([_meta(x) for x in flat])
 
 
 def _trains(node: Any) -> bool:
@@ -134,6 +140,16 @@ def _in_order(roots: Sequence[Edge], start: int, places: dict[Edge, int]) -> lis
     return order
 
 
+def index_by_row(indices: Sequence[Tensor | None]) -> bool:
+    """Whether the first index counts the rows and the others have a number for each; False where a device has them."""
+    first, *others = indices
+    if type(first) is not Tensor or first.device.type != "cpu" or first.dtype != torch.int64 or first.dim() != 1:
+        return False
+    if any(x is not None and (x.dtype != torch.int64 or x.shape != first.shape) for x in others):
+        return False
+    return torch.equal(first, torch.arange(len(first)))
+
+
 def _meta(x: Tensor | None) -> Any:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
@@ -149,18 +165,19 @@ def rule_of(node: Any) -> tuple[Rule, tuple[Tensor, ...]]:
     """Return the rule of one node, and the saved tensors that it reads."""
     reader = _READERS[node.name()]
     inputs = [None if p is None else _full_meta(p._input_metadata[nr]) for p, nr in node.next_functions]
-    constants = _hashable(reader.constants(node))
-    return reader.rule(constants, inputs, [_full_meta(m) for m in node._input_metadata]), reader.saved(node)
+    saved = reader.saved(node)
+    constants = reader.all_constants(node, saved[0] if reader.rule.indexes else saved)
+    return reader.rule(constants, inputs, [_full_meta(m) for m in node._input_metadata]), saved
 
 
 def _full_meta(meta: Any) -> Meta:
     return Meta(tuple(meta.shape), meta.dtype, meta.device)
 
 
-def attributes() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return the attributes that are read of each kind of node: (saved tensors, constants)."""
+def attributes() -> dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]]:
+    """Return what is read of each kind of node: saved tensors, constants, and whether the tensors index by row."""
     return {
-        name: (tuple([f"_saved_{n}" for n in rule.saved]), tuple([f"_saved_{n}" for n in rule.constants]))
+        name: (tuple([f"_saved_{n}" for n in rule.saved]), tuple([f"_saved_{n}" for n in rule.constants]), rule.indexes)
         for name, rule in RULES.items()
     }
 

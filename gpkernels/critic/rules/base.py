@@ -73,6 +73,7 @@ class Rule:
     constants: ClassVar[tuple[str, ...]] = ()
     origins: ClassVar[tuple[int, ...]] = ()
     sends: ClassVar[bool] = False
+    indexes: ClassVar[bool] = False  # whether a last constant says that the saved tensors index row by row
     flat: bool = False  # whether every tangent of the output is zero
     shared_operand: ClassVar[int | None] = None  # argument, saved first, whose tangent enters the weight gradient
 

@@ -8,25 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Rule, Saved, Shapes, Tensors, Wanted
+from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Wanted
 from gpkernels.critic.rules.shapes import Along
 
 aten = torch.ops.aten
 
 
 class Index(Rule):
+    """y = x[i, j, ...]. Where i counts the rows, as in ``logits[torch.arange(n), labels]``, samples are independent."""
+
     names = ("IndexBackward0",)
-    saved, origins = ("indices",), ()
+    saved, origins, indexes = ("indices",), (), True
+
+    def set_up(self, by_row: bool) -> None:
+        self.by_row = by_row
+
+    def _indices(self, s: Saved, rows: Tensor) -> list[Any]:
+        """Return the indices, of all rows or of some; rows: a tensor with as many."""
+        return [torch.arange(rows.shape[0], device=rows.device), *list(s)[1:]] if self.by_row else list(s)
 
     def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
         x, cotangent = self.inputs[0], c[0]
         assert x is not None
         assert cotangent is not None
-        zeros = cotangent.new_zeros(x.shape)
-        return (aten._index_put_impl_(zeros, list(s), cotangent, True, True),)
+        zeros = cotangent.new_zeros((cotangent.shape[0], *x.shape[1:]) if self.by_row else x.shape)
+        return (aten._index_put_impl_(zeros, self._indices(s, cotangent), cotangent, True, True),)
 
     def push(self, s: Saved, t: Tensors) -> Tensors:
-        return (aten.index(t[0], list(s)),)
+        assert t[0] is not None
+        return (aten.index(t[0], self._indices(s, t[0])),)
+
+    def layout(self, layouts: Layouts) -> Layout | None:
+        if not self.by_row or layouts[0] != Layout(0, 1):
+            raise Mixed
+        return layouts[0]
+
+    def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
+        return [None if out is None or s is None else out for s in shapes]
 
 
 class Gather(Along):
