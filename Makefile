@@ -9,7 +9,7 @@ train: install  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
 
 test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 reproduce: install  ## reproduce published results, in minutes; fail if a claim does: runs/reproduce/report.html
 	$(BIN)/gpkernels reproduce --quick --strict

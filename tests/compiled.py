@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from emulated import alone
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -80,12 +84,27 @@ def _row(match: re.Match[str]) -> dict[str, Any]:
     }
 
 
+def _compile() -> list[dict[str, Any]]:
+    """A row for each variant of each kernel and architecture; the objects stay, and are made anew after a change."""
+    texts = [path.read_text() for path in sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir()])]
+    key = hashlib.sha256(repr((torch.__version__, release(), ARCHITECTURES, texts)).encode()).hexdigest()
+    known = OBJECTS / "resources.json"
+    with alone(OBJECTS):
+        if known.exists():
+            there, rows = json.loads(known.read_text())
+            if there == key:
+                return rows
+        known.unlink(missing_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = [row for rows in pool.map(compile_half, HALVES) for row in rows]
+        known.write_text(json.dumps([key, rows]))
+        return rows
+
+
 @cache
 def resources() -> list[dict[str, Any]]:
     """A row for each kernel and architecture: how many variants, and the most that one of them needs."""
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [row for rows in pool.map(compile_half, HALVES) for row in rows]
+    found = _compile()
     table: dict[tuple[str, str], dict[str, Any]] = {}
     for row in found:
         known = table.setdefault((row["kernel"], row["target"]), {**row, "variants": 0})

@@ -8,8 +8,9 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,19 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = unchanged, 
     ]
     folder = ROOT / "build" / "emulated" / f"{flavour}-{key}"
     library = folder / "emulated.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may run tests
+    with alone(folder):
         if not library.exists():
             _compile(library, texts, sources, flavour)
     return library
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder, as several may run tests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _compile(library: Path, texts: dict[str, str], sources: list[Path], flavour: str) -> None:
