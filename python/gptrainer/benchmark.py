@@ -1,25 +1,27 @@
-"""Whole training iterations: the trainer's own beside plain PyTorch's on the same networks."""
+"""The trainer beside plain PyTorch: whole iterations on the same networks, and the critic step of a run."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpkernels.bench.clock import Call
+import gpkernels
+from gpkernels.bench.clock import Call, time_in_turns
 from gpkernels.bench.counts import bare_products
 from gpkernels.bench.trial import EAGER, OURS, Trial
 from gpkernels.zoo import plain_loss
-from gptrainer import parts
 from gptrainer.config import TrainConfig
+from gptrainer.data import load_batches
 from gptrainer.loop import Trainer
-from gptrainer.processes import Processes
-from gptrainer.systems import AdamConfig, WGANConfig, WGANGPConfig, configure
+from gptrainer.systems import AdamConfig, WGANConfig, configure
 
 SUITE = "train"
 CASES: dict[str, dict[str, Any]] = {
@@ -27,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "wgan-gp, digits": {"algorithm": "wgan-gp", "data": "digits"},
     "wgan, 8 Gaussians, MLP 128": {"algorithm": "wgan", "data": "8gaussians"},
 }
+SECONDS = 0.5  # of timing a run's critic step, for each of the two
+COMPARED = {"wgan": ("wgan", "none"), "wgan-gp": ("wgan", "wgan-gp"), "r1": ("gan", "r1"), "r2": ("gan", "r2")}
 
 
 def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
@@ -50,7 +54,7 @@ def trial(case: str, device: torch.device, options: dict[str, Any], **place: Any
     folder = tempfile.TemporaryDirectory(prefix="gpkernels-bench-")
     config = configure(**options, device=device.type, out=Path(folder.name))
     trainer = Trainer(config)
-    plain = PlainTrainer(config, *(copy.deepcopy(trainer.networks[name]) for name in ("generator", "critic")))
+    plain = PlainTrainer(config, copy.deepcopy(trainer.generator), copy.deepcopy(trainer.critic))
 
     def ours() -> object:
         return folder, trainer.train_step()  # the folder lives as long as the call
@@ -66,13 +70,11 @@ class PlainTrainer:
     def __init__(self, config: TrainConfig, generator: nn.Module, critic: nn.Module) -> None:
         self.config, self.generator, self.critic = config, generator, critic
         self.device = torch.device(config.device)
-        self.batches = parts.batches(config, Processes(), self.device)
-        make: Callable[..., torch.optim.Optimizer] = torch.optim.RMSprop
-        options: dict[str, Any] = {"lr": config.lr}
+        self.batches = load_batches(config.data, config.batch_size, config.seed, self.device)
+        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.RMSprop, lr=config.lr)
         if isinstance(config, AdamConfig):
-            make, options["betas"] = torch.optim.Adam, config.betas
-        self.critic_optimiser = make(critic.parameters(), **options)
-        self.generator_optimiser = make(generator.parameters(), **options)
+            make = partial(torch.optim.Adam, lr=config.lr, betas=config.betas)
+        self.critic_optimiser, self.generator_optimiser = (make(net.parameters()) for net in (critic, generator))
 
     def step(self) -> None:
         """Take one iteration."""
@@ -81,10 +83,8 @@ class PlainTrainer:
             with torch.no_grad():
                 fake = self.generator(self.noise())
             eps = torch.rand(len(real), device=self.device)
-            penalty, weight = "none", 0.0
-            if isinstance(self.config, WGANGPConfig):
-                penalty, weight = "wgan-gp", self.config.penalty_weight
-            loss = plain_loss(self.critic, real, fake, eps, "wgan", penalty, weight)
+            weight = getattr(self.config, "penalty_weight", 0.0)
+            loss = plain_loss(self.critic, real, fake, eps, "wgan", "wgan-gp" if weight else "none", weight)
             self.critic_optimiser.zero_grad()
             loss.backward()
             self.critic_optimiser.step()
@@ -100,3 +100,39 @@ class PlainTrainer:
     def noise(self) -> Tensor:
         """Draw latent points, (N, latent)."""
         return torch.randn(self.config.batch_size, self.config.latent, device=self.device)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Milliseconds: the least over the rounds, of CPU time on a CPU. gradient_difference: relative to the largest."""
+
+    ours_ms: float
+    plain_ms: float
+    speedup: float
+    gradient_difference: float
+
+
+def compare(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor) -> Comparison | None:
+    """Compare the critic's loss with its weight gradients, at penalty weight 10; None for other systems than COMPARED.
+
+    real, fake: (N, *).
+    """
+    if config.algorithm not in COMPARED:
+        return None
+    objective, penalty = COMPARED[config.algorithm]
+    eps = torch.rand(len(real), generator=torch.Generator().manual_seed(config.seed)).to(real)
+    interpolates = {"eps": eps} if penalty == "wgan-gp" else {}
+    critic = copy.deepcopy(critic)
+    loss = gpkernels.CriticLoss(critic, objective=objective, penalty=penalty)
+
+    def ours() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(real, fake, **interpolates).loss, list(critic.parameters()))
+
+    def plain() -> tuple[Tensor, ...]:
+        value = plain_loss(critic, real, fake, eps, objective, penalty)
+        return torch.autograd.grad(value, list(critic.parameters()))
+
+    a, b = (torch.cat([g.flatten() for g in gradients()]) for gradients in (ours, plain))
+    times = time_in_turns({OURS: ours, EAGER: plain}, real.device, SECONDS)
+    ours_ms, plain_ms = (times[name].cpu / 1e3 for name in (OURS, EAGER))
+    return Comparison(ours_ms, plain_ms, plain_ms / ours_ms, ((a - b).abs().max() / b.abs().max()).item())

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gpkernels.arguments import UserError
-from gptrainer import logs, parts
+from gptrainer import logs
 from gptrainer.algorithms import Setup, build_system
 from gptrainer.checkpoint import Checkpoints
 from gptrainer.config import FREE_ON_RESUME, TrainConfig
+from gptrainer.data import load_batches
 from gptrainer.divergence import check_losses, check_weights
-from gptrainer.interruption import Interruption, Stopped, interruptions
-from gptrainer.metrics import mean_gradient_norm
-from gptrainer.models import sample
+from gptrainer.interruption import Stopped, interruptions
+from gptrainer.metrics import build_quality, mean_gradient_norm
+from gptrainer.models import build_models, evaluating, mixes_samples, sample
 from gptrainer.processes import Draws, Processes, local_device
 
 BOOST, BOOST_FIRST, BOOST_EVERY = 100, 25, 500  # critic steps, and the generator steps that have as many
@@ -42,16 +44,32 @@ class Trainer:
         saved = self._load() if config.resume else None
         # Independent streams: networks, noise, dropout (torch's own), data order, measurements.
         torch.manual_seed(config.seed)
-        self.generator, self.critic = parts.networks(config, self.processes, self.device)
+        self.generator, self.critic = self._build_networks()
         noise_seed, dropout_seed = torch.randint(2**62, (2,)).tolist()
         self.draws = Draws(self.processes, noise_seed, self.device)
         torch.manual_seed(dropout_seed + self.processes.rank)
-        self.system = build_system(config, Setup(self.generator, self.critic, self.processes, self.draws))
-        self.averages = parts.averages(config, self.networks)
+        setup = Setup(self.generator, self.critic, self.processes, self.draws)
+        self.system = build_system(config, setup)
+        self.averages: dict[str, AveragedModel] = {}
+        if config.ema:
+            mean = get_ema_multi_avg_fn(config.ema)
+            self.averages = {name: AveragedModel(net, multi_avg_fn=mean) for name, net in self.networks.items()}
         # The generator is constant between its steps: one pass serves n_critic batches, unless it mixes samples.
-        self.batches_a_pass = 1 if parts.mixes_samples(self.generator) else config.n_critic
-        self.batches = parts.batches(config, self.processes, self.device)
-        self.quality = parts.quality(config, self.device)
+        self.batches_a_pass = 1 if mixes_samples(self.generator) else config.n_critic
+        self.batches = load_batches(
+            config.data,
+            config.batch_size,
+            config.seed,
+            self.device,
+            data_dir=config.data_dir,
+            limit=config.limit,
+            shard=(self.processes.rank, self.processes.size),
+        )
+        generated = config.resolved("generator_batch_size")
+        if generated % self.processes.size:
+            expected = f"a multiple of the {self.processes.size} processes"
+            raise UserError(f"--generator-batch-size: expected {expected}, got {generated}")
+        self.quality = build_quality(config.data, config.latent, config.seed, self.device, data_dir=config.data_dir)
         self.step = 0
         self.critic_curve: dict[str, list[float]] = {"step": []}
         self.quality_curve: dict[str, list[float]] = {"step": []}
@@ -61,6 +79,22 @@ class Trainer:
         self.events = logs.EventLog(self.out, first, config.tensorboard and self.processes.writes)
         if saved is None:
             self._measure_quality()
+
+    def _build_networks(self) -> tuple[nn.Module, nn.Module]:
+        """Build (generator, critic) from torch's global generator.
+
+        With several processes BatchNorm is over the rows of all of them, which PyTorch supports on GPUs only.
+        """
+        config, several = self.config, self.processes.size > 1
+        batch_norm = config.critic_norm == "batch"
+        built = build_models(config.data, config.latent, config.width, network=config.network, batch_norm=batch_norm)
+        if several and self.device.type == "cpu" and any(map(mixes_samples, built)):
+            note = "on a CPU, BatchNorm uses the rows of each process alone: losses differ from one process's"
+            self.processes.say(note)
+        elif several:
+            built = tuple(nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in built)
+        generator, critic = built
+        return generator.to(self.device), critic.to(self.device)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -74,9 +108,9 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step. Raises Stopped after Ctrl-C or SIGTERM, with everything saved."""
         steps = self.config.steps
-        with interruptions() as interruption, self._progress_bar() as bar:
+        with interruptions() as received, self._progress_bar() as bar:
             while self.step < steps:
-                metrics, stop = self._agreed(self.train_step(), interruption)
+                metrics, stop = self._agreed(self.train_step(), stop=bool(received))
                 check_losses(metrics, self.step, self.networks)
                 if self.step % self.config.log_every == 0:
                     self._log(metrics)
@@ -86,7 +120,7 @@ class Trainer:
                 if self.step % self.config.checkpoint_every == 0 or self.step == steps or stop:
                     self.save()
                 if stop:
-                    raise Stopped(interruption.signal)
+                    raise Stopped(received[0] if received else signal.SIGINT)
         self.events.close()
 
     def train_step(self) -> dict[str, Tensor]:
@@ -184,12 +218,12 @@ class Trainer:
         boosted = self.config.critic_boost and (self.step < BOOST_FIRST or self.step % BOOST_EVERY == 0)
         return BOOST if boosted else self.config.n_critic
 
-    def _agreed(self, metrics: dict[str, Tensor], interruption: Interruption) -> tuple[dict[str, float], bool]:
+    def _agreed(self, metrics: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
         """Average metrics over the processes; whether any of them has to stop."""
         values = [value.double() for value in metrics.values()]
-        mine = torch.stack([*values, torch.full_like(values[0], float(interruption.requested))])
-        *means, stop = self.processes.mean(mine).tolist()
-        return dict(zip(metrics, means, strict=True)), stop > 0
+        mine = torch.stack([*values, torch.full_like(values[0], float(stop))])
+        *means, stops = self.processes.mean(mine).tolist()
+        return dict(zip(metrics, means, strict=True)), stops > 0
 
     def _log(self, metrics: dict[str, float]) -> None:
         points = torch.Generator().manual_seed(self.config.seed + self.step)
@@ -224,17 +258,6 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.processes.writes,
         )
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode for the duration of a block."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
 
 
 def _summary(measured: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptrainer import checkpoint, logs, loop, parts
+from gptrainer import checkpoint, logs, loop
 from gptrainer.cli import main, parse
 from gptrainer.files import pack
 from gptrainer.systems import configure
@@ -204,7 +204,7 @@ def test_ctrl_c_before_the_first_step_ends_with_130_too(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parts, "build_quality", stop)
+    monkeypatch.setattr(loop, "build_quality", stop)
     assert main([*QUICK, "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "gpkernels train: stopped\n"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gptrainer.comparison import compare
+from gptrainer.benchmark import compare
 from gptrainer.config import TrainConfig
 from gptrainer.data import load_digits
 from gptrainer.models import build_models

@@ -8,7 +8,7 @@ import torch
 from unmeasured import NoQuality
 
 from gpkernels.arguments import UserError
-from gptrainer import parts
+from gptrainer import loop
 from gptrainer.cli import parse
 from gptrainer.loop import Trainer
 from gptrainer.processes import Processes
@@ -27,7 +27,7 @@ def train(processes: Processes, system: str, out: str, *more: str) -> None:
 def main(out: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    parts.build_quality = lambda *_, **__: NoQuality()  # type: ignore[assignment]
+    loop.build_quality = lambda *_, **__: NoQuality()  # type: ignore[assignment]
     processes = Processes.join(torch.device("cpu"))
     for system in SYSTEMS:
         train(processes, system, f"{out}/{system}", "--steps", "6")

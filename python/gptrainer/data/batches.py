@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.arguments import UserError
+from gptrainer.data.images import Indexed
 
 Shard = tuple[int, int]
 """(rank, world size). A process gets the rows rank::world of each batch."""
@@ -27,19 +28,11 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Samples(Protocol):
-    """Samples that are indexed by a tensor: a tensor, or images on disk."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, chosen: Tensor, /) -> Tensor: ...
-
-
 class ShuffledBatches:
     """Full batches of samples, shuffled in each epoch, with U[0, noise) added to each element."""
 
     def __init__(
-        self, samples: Samples, batch_size: int, seed: int, shard: Shard = (0, 1), *, noise: float = 0.0
+        self, samples: Indexed, batch_size: int, seed: int, shard: Shard = (0, 1), *, noise: float = 0.0
     ) -> None:
         if batch_size > len(samples):
             raise UserError(f"--batch-size: expected at most the {len(samples)} samples of the data, got {batch_size}")

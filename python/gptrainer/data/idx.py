@@ -32,18 +32,15 @@ def load_fashion_mnist(folder: Path | None, split: str) -> ImageSet:
 def _read(folder: Path, name: str, dims: int) -> Tensor:
     """Read a compressed IDX file of bytes, or map a plain one."""
     plain, packed = folder / name, folder / f"{name}.gz"
+    if not plain.is_file() and not packed.is_file():
+        raise UserError(
+            f"--data-dir: fashion-mnist needs {name} or {name}.gz, and {folder} has neither; install Debian's "
+            "package dataset-fashion-mnist, or name a folder with the four IDX files"
+        )
     try:
         if plain.is_file():
-            # Copy on write, since torch expects writable arrays.
-            content: np.ndarray = np.memmap(plain, np.uint8, mode="c")
-        elif packed.is_file():
-            content = np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8)
-        else:
-            raise UserError(
-                f"--data-dir: fashion-mnist needs {name} or {name}.gz, and {folder} has neither; install Debian's "
-                "package dataset-fashion-mnist, or name a folder with the four IDX files"
-            )
-        return _parse(content, dims)
+            return _parse(np.memmap(plain, np.uint8, mode="c"), dims)  # copy on write: torch wants writable arrays
+        return _parse(np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8), dims)
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise UserError(f"--data-dir: {name} in {folder} is damaged: {error}") from error
 

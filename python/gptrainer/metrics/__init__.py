@@ -8,8 +8,15 @@ import torch
 
 from gptrainer.data import DATASETS
 from gptrainer.metrics.classifier import Classifier, train_classifier
-from gptrainer.metrics.distances import Moments, frechet_distance, inception_score, mode_coverage, wasserstein_1
-from gptrainer.metrics.gradients import gradient_norms, mean_gradient_norm
+from gptrainer.metrics.distances import (
+    Moments,
+    frechet_distance,
+    gradient_norms,
+    inception_score,
+    mean_gradient_norm,
+    mode_coverage,
+    wasserstein_1,
+)
 from gptrainer.metrics.quality import ImageQuality, PointsQuality, Quality
 
 __all__ = [

@@ -52,7 +52,7 @@ class ImageQuality:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         halves = [Moments.of(features[half.numpy()]) for half in order.chunk(2)]
         self.facts = {
-            "classifier_held_out_accuracy": self.classifier.accuracy,
+            "classifier_held_out_accuracy": self.classifier.accuracy.item(),
             "frechet_distance_of_real_halves": frechet_distance(*halves),
             "images_in_a_real_half": len(features) // 2,
             **self._score(features, "inception_score_of_real_images"),
