@@ -1,11 +1,10 @@
-"""The trainer beside plain PyTorch: whole iterations on the same networks, and the critic step of a run."""
+"""Whole training iterations: the trainer's own beside plain PyTorch's on the same networks."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import gpkernels
-from gpkernels.bench.clock import Call, time_in_turns
+from gpkernels.bench.clock import Call
 from gpkernels.bench.counts import bare_products
 from gpkernels.bench.trial import EAGER, OURS, Trial
 from gpkernels.zoo import plain_loss
@@ -29,8 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     "wgan-gp, digits": {"algorithm": "wgan-gp", "data": "digits"},
     "wgan, 8 Gaussians, MLP 128": {"algorithm": "wgan", "data": "8gaussians"},
 }
-SECONDS = 0.5  # of timing a run's critic step, for each of the two
-COMPARED = {"wgan": ("wgan", "none"), "wgan-gp": ("wgan", "wgan-gp"), "r1": ("gan", "r1"), "r2": ("gan", "r2")}
 
 
 def trials(device: torch.device, quick: bool) -> Iterator[Trial]:
@@ -100,39 +96,3 @@ class PlainTrainer:
     def noise(self) -> Tensor:
         """Draw latent points, (N, latent)."""
         return torch.randn(self.config.batch_size, self.config.latent, device=self.device)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Milliseconds: the least over the rounds, of CPU time on a CPU. gradient_difference: relative to the largest."""
-
-    ours_ms: float
-    plain_ms: float
-    speedup: float
-    gradient_difference: float
-
-
-def compare(config: TrainConfig, critic: nn.Module, real: Tensor, fake: Tensor) -> Comparison | None:
-    """Compare the critic's loss with its weight gradients, at penalty weight 10; None for other systems than COMPARED.
-
-    real, fake: (N, *).
-    """
-    if config.algorithm not in COMPARED:
-        return None
-    objective, penalty = COMPARED[config.algorithm]
-    eps = torch.rand(len(real), generator=torch.Generator().manual_seed(config.seed)).to(real)
-    interpolates = {"eps": eps} if penalty == "wgan-gp" else {}
-    critic = copy.deepcopy(critic)
-    loss = gpkernels.CriticLoss(critic, objective=objective, penalty=penalty)
-
-    def ours() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss(real, fake, **interpolates).loss, list(critic.parameters()))
-
-    def plain() -> tuple[Tensor, ...]:
-        value = plain_loss(critic, real, fake, eps, objective, penalty)
-        return torch.autograd.grad(value, list(critic.parameters()))
-
-    a, b = (torch.cat([g.flatten() for g in gradients()]) for gradients in (ours, plain))
-    times = time_in_turns({OURS: ours, EAGER: plain}, real.device, SECONDS)
-    ours_ms, plain_ms = (times[name].cpu / 1e3 for name in (OURS, EAGER))
-    return Comparison(ours_ms, plain_ms, plain_ms / ours_ms, ((a - b).abs().max() / b.abs().max()).item())

@@ -31,6 +31,11 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
+    def shard(self) -> tuple[int, int]:
+        """(rank, size)."""
+        return self.rank, self.size
+
+    @property
     def writes(self) -> bool:
         """Whether this process writes files and messages."""
         return self.rank == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from safetensors.torch import save_file
 
 import gpkernels
 from gptrainer import plots
-from gptrainer.benchmark import compare
 from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.files import replacing
 from gptrainer.logs import CSV_NAME
@@ -29,7 +27,6 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
     seconds: duration of training since start or resume.
     """
     config, facts = trainer.config, trainer.quality.facts
-    comparison = compare(config, trainer.critic, *next(trainer.next_batches(1)))
     quality = trainer.quality_curve
     if quality["step"][-1] != trainer.step:
         last = {"step": trainer.step, **trainer.measure()}
@@ -41,10 +38,8 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
         "threads": torch.get_num_threads(),
         "steps": trainer.step,
         "quality": {"start": start, "end": end, **facts},
-        "gradient_difference": comparison and comparison.gradient_difference,
         "curves": {"critic": trainer.critic_curve, "quality": quality},
-        # All that differs in a second run with the same seed.
-        "timing": {"seconds": seconds, "critic_step": comparison and asdict(comparison)},
+        "seconds": seconds,
     }
     paths = {
         "samples": trainer.out / "samples.png",
@@ -63,17 +58,11 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
     _plot_samples(paths["samples"], title, trainer)
     estimate, target = trainer.system.estimate, TARGETS.get(config.algorithm)
     plots.plot_curves(paths["curves"], title, estimate, trainer.critic_curve, quality, facts, target)
-    lines = [f"{name:<8} {path}" for name, path in paths.items()]
-    lines += [f"{_words(name)} {start[name]:.4g} -> {end[name]:.4g}" for name in end]
-    lines += [f"({_words(name)} {value:.4g})" for name, value in facts.items()]
-    if comparison is not None:
-        clock = "CPU time" if trainer.device.type == "cpu" else f"time on {trainer.device}"
-        lines += [
-            f"critic loss and gradients {comparison.speedup:.2f}x as fast as plain PyTorch: {comparison.ours_ms:.2f} "
-            f"ms against {comparison.plain_ms:.2f} ms ({clock})",
-            f"largest relative difference of their gradients {comparison.gradient_difference:.1e}",
-        ]
-    return lines
+    return [
+        *(f"{name:<8} {path}" for name, path in paths.items()),
+        *(f"{_words(name)} {start[name]:.4g} -> {end[name]:.4g}" for name in end),
+        *(f"({_words(name)} {value:.4g})" for name, value in facts.items()),
+    ]
 
 
 def _words(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from unmeasured import NoQuality
 
-from gptrainer import benchmark, loop
+from gptrainer import loop
 from gptrainer.config import TrainConfig
 from gptrainer.metrics import classifier, quality
 from gptrainer.systems import configure
@@ -33,7 +33,6 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for every test but the one on the classifier itself."""
     monkeypatch.setattr(classifier, "EPOCHS", 2)
     monkeypatch.setattr(quality, "POINTS_TRANSPORTED", 100)
-    monkeypatch.setattr(benchmark, "SECONDS", 0.01)
 
 
 @pytest.fixture(scope="session")

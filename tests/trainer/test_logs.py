@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,8 @@ def test_tensorboard_gets_scalars_and_images_and_a_resumed_run_continues_them(tm
 def test_without_tensorboard_the_run_goes_on_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     log = EventLog(tmp_path, 0, wanted=True)
     log.scalars("critic", {"loss": 1.0}, 1)
     log.samples(torch.zeros(4, 2), 1)

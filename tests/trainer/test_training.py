@@ -121,13 +121,8 @@ def test_a_run_writes_pictures_numbers_and_weights_and_says_where(
         assert str(out / name) in told
     for name in ("samples.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert "as fast as plain PyTorch" in told
-    assert "largest relative difference of their gradients" in told
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics.keys() == {
-        "config", "versions", "threads", "steps", "quality", "gradient_difference", "curves", "timing",
-    }  # fmt: skip
-    assert metrics["gradient_difference"] < 1e-5
+    assert metrics.keys() == {"config", "versions", "threads", "steps", "quality", "curves", "seconds"}
     assert metrics["curves"]["quality"]["step"] == [0, 5, 10, 12]
     on_points = {"share_within_4_sigma", "modes_covered", "wasserstein_1"}
     measures = {"frechet_distance", "inception_score"} if data == "digits" else on_points
@@ -142,7 +137,7 @@ def test_the_same_seed_gives_the_same_metrics_but_for_the_time(tmp_path: Path) -
     for name in ("one", "two"):
         assert main(["wgan-gp", *quick, "--out", str(tmp_path / name)]) == 0
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-        del metrics["timing"], metrics["config"]["out"]
+        del metrics["seconds"], metrics["config"]["out"]
         written.append(metrics)
     assert written[0] == written[1]
 

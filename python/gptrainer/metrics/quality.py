@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gptrainer.data import DATASETS, MIXTURES, POINTS, ImageSet, load_images
+from gptrainer.data import DATASETS, MIXTURES, POINTS, load_images
 from gptrainer.metrics.cache import classifier_of
 from gptrainer.metrics.distances import Moments, frechet_distance, inception_score, mode_coverage, wasserstein_1
 from gptrainer.models import sample
@@ -46,8 +46,8 @@ class ImageQuality:
         self.classifier = classifier_of(data, train)
         self.labelled = train.labels is not None
         self.latent = _latent_points(latent, seed, IMAGES).to(device)
-        images = _measured(data, train, data_dir)
-        features = self.classifier.features(images)
+        real = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
+        features = self.classifier.features(real[torch.arange(min(REAL_IMAGES, len(real)))])
         self.real = Moments.of(features)
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         halves = [Moments.of(features[half.numpy()]) for half in order.chunk(2)]
@@ -98,12 +98,6 @@ class PointsQuality:
             return distance
         share, modes = mode_coverage(points, self.mixture)
         return {self.name: share, "modes_covered": modes, **distance}
-
-
-def _measured(data: str, train: ImageSet, data_dir: Path | None) -> Tensor:
-    """Select the real images of the comparison."""
-    chosen = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
-    return chosen[torch.arange(min(REAL_IMAGES, len(chosen)))]
 
 
 def _latent_points(latent: int, seed: int, n: int) -> Tensor:
