@@ -56,7 +56,7 @@ class Trainer:
             self.averages = {name: AveragedModel(net, multi_avg_fn=mean) for name, net in self.networks.items()}
         # The generator is constant between its steps: one pass serves n_critic batches, unless it mixes samples.
         self.batches_a_pass = 1 if mixes_samples(self.generator) else config.n_critic
-        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "shard": self.processes.shard}
+        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "shard": self.processes}
         self.batches = load_batches(config.data, config.batch_size, config.seed, self.device, **options)
         generated = config.resolved("generator_batch_size")
         if generated % self.processes.size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptrainer.algorithms.system import Estimate
 from gptrainer.files import replacing
 
 Curve = Mapping[str, Sequence[float]]
@@ -40,15 +40,6 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-
-ESTIMATES: dict[str, tuple[str, str, float | None]] = {
-    "js_estimate": ("Jensen-Shannon divergence", "log 2 \N{MINUS SIGN} L/2 (nats)", math.log(2)),
-    "total_variation_estimate": ("total variation", "1 \N{MINUS SIGN} L/2", 1.0),
-    "triangular_estimate": ("triangular discrimination, halved", "1 \N{MINUS SIGN} 2 L", 1.0),
-    "relativistic_estimate": ("relativistic divergence", "log 2 \N{MINUS SIGN} L (nats)", math.log(2)),
-    "wasserstein_estimate": ("Wasserstein distance", "E D(real) \N{MINUS SIGN} E D(fake)", None),
-}
-"""What a critic estimates, the formula, and the value for disjoint distributions."""
 
 
 @contextmanager
@@ -169,7 +160,7 @@ def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, critic: n
 def plot_curves(
     path: Path,
     title: str,
-    estimate: str,
+    estimate: Estimate,
     critic: Curve,
     quality: Curve,
     facts: Mapping[str, float],
@@ -177,19 +168,18 @@ def plot_curves(
 ) -> None:
     """Three panels over the generator's steps, and a fourth where the critic is itself a classifier.
 
-    estimate: the name of the critic's estimate among its curves. target: the gradient norm that the penalty asks for.
+    estimate: the critic's, among its curves. target: the gradient norm that the penalty asks for.
     """
     rows = 4 if "held_out_error" in quality else 3
     with figure(path, 9.5, 3.2 * rows) as fig:
         fig.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold")
         top, middle, bottom, *more = fig.subplots(rows, 1, sharex=True)
-        what, formula, most = ESTIMATES[estimate]
-        _noisy(top, critic, estimate, BLUE)
-        top.set(title=f"The critic's estimate of the {what}", ylabel=formula)
-        if most is None:
-            top.set_ylim(bottom=min(0.0, top.get_ylim()[0]))
+        _noisy(top, critic, estimate.name, BLUE)
+        top.set(title=f"The critic's estimate of the {estimate.divergence}", ylabel=estimate.formula)
+        if estimate.most:
+            _reference(top, estimate.most, "disjoint distributions")
         else:
-            _reference(top, most, "disjoint distributions")
+            top.set_ylim(bottom=min(0.0, top.get_ylim()[0]))
         _noisy(middle, critic, "gradient_norm", ORANGE)
         middle.set(title="The critic's slope between real and generated samples", ylabel="mean gradient norm")
         if target is not None:

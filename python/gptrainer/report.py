@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import gpkernels
 from gptrainer import plots
+from gptrainer.algorithms.system import ESTIMATES
 from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.files import replacing
 from gptrainer.logs import CSV_NAME
@@ -56,7 +57,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
         part.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     title = f"{config.algorithm} on {config.data}, after {trainer.step:,} generator steps"
     _plot_samples(paths["samples"], title, trainer)
-    estimate, target = trainer.system.estimate, TARGETS.get(config.algorithm)
+    estimate, target = ESTIMATES[config.objective], TARGETS.get(config.algorithm)
     plots.plot_curves(paths["curves"], title, estimate, trainer.critic_curve, quality, facts, target)
     return [
         *(f"{name:<8} {path}" for name, path in paths.items()),

@@ -21,19 +21,29 @@ Metrics = dict[str, Tensor]
 
 
 class Estimate(NamedTuple):
-    """Estimate offset - slope L of a divergence by a critic's loss L, equal for the best critic and at most it."""
+    """Estimate most - slope L of a divergence by a critic's loss L, equal for the best critic and otherwise less.
+
+    most: the value for disjoint distributions, 0 if it is unbounded.
+    """
 
     name: str
-    offset: float
+    divergence: str
+    formula: str
+    most: float
     slope: float
 
 
 ESTIMATES = {
-    "gan": Estimate("js_estimate", math.log(2), 0.5),  # Goodfellow et al. 2014, theorem 1
-    "hinge": Estimate("total_variation_estimate", 1.0, 0.5),  # Lim and Ye 2017, theorem 1
-    "least-squares": Estimate("triangular_estimate", 1.0, 2.0),  # half of int (p - q)^2 / (p + q)
-    "relativistic": Estimate("relativistic_estimate", math.log(2), 1.0),  # Jolicoeur-Martineau 2020, theorem 3.1
-    "wgan": Estimate("wasserstein_estimate", 0.0, 1.0),  # Arjovsky et al. 2017, eq. 2
+    # Goodfellow et al. 2014, theorem 1
+    "gan": Estimate("js_estimate", "Jensen-Shannon divergence", "log 2 − L/2 (nats)", math.log(2), 0.5),
+    # Lim and Ye 2017, theorem 1
+    "hinge": Estimate("total_variation_estimate", "total variation", "1 − L/2", 1.0, 0.5),
+    # Half of the integral of (p - q)^2 / (p + q)
+    "least-squares": Estimate("triangular_estimate", "triangular discrimination, halved", "1 − 2 L", 1.0, 2.0),
+    # Jolicoeur-Martineau 2020, theorem 3.1
+    "relativistic": Estimate("relativistic_estimate", "relativistic divergence", "log 2 − L (nats)", math.log(2), 1.0),
+    # Arjovsky et al. 2017, eq. 2
+    "wgan": Estimate("wasserstein_estimate", "Wasserstein distance", "E D(real) − E D(fake)", 0.0, 1.0),
 }
 
 
@@ -135,7 +145,7 @@ class System:
     def estimated(self, adversarial: Tensor) -> Tensor:
         """Estimate it by the adversarial part of the critic's loss."""
         estimate = ESTIMATES[self.config.objective]
-        return estimate.offset - estimate.slope * adversarial
+        return estimate.most - estimate.slope * adversarial
 
     @property
     def scorer(self) -> nn.Module:

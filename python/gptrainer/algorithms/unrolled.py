@@ -53,7 +53,7 @@ def look_ahead(
     taken = int(state[0]["step"]) if state[0] else 0
     for step in range(taken + 1, taken + steps + 1):
         loss = critic_loss(critic, weights, real, fake)
-        grads = [processes.differentiable_mean(g) for g in grad(loss, list(weights.values()), create_graph=True)]
+        grads = [processes.mean(g) for g in grad(loss, list(weights.values()), create_graph=True)]
         means = [first * m + (1 - first) * g for m, g in zip(means, grads, strict=True)]
         squares = [second * v + (1 - second) * g * g for v, g in zip(squares, grads, strict=True)]
         weights = {

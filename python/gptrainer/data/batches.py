@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,6 @@ from gptrainer.data.images import Indexed
 Shard = tuple[int, int]
 """(rank, world size). A process gets the rows rank::world of each batch."""
 AHEAD = 2
-
-
-class Batches(Protocol):
-    """Endless batches that resume from a state."""
-
-    def next(self) -> Tensor: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class ShuffledBatches:
@@ -92,7 +82,7 @@ class SampledBatches:
 class Prefetched:
     """Batches that a thread prepares in advance. The state is that of the last batch returned."""
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
+    def __init__(self, batches: ShuffledBatches, device: torch.device) -> None:
         self.batches, self.device = batches, device
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: deque[Future[tuple[Tensor, dict[str, Any]]]] = deque()
@@ -116,3 +106,7 @@ class Prefetched:
 
     def _make(self) -> tuple[Tensor, dict[str, Any]]:
         return self.batches.next(), self.batches.state_dict()
+
+
+Batches = ShuffledBatches | SampledBatches | Prefetched
+"""Endless batches that resume from a state."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,17 +18,6 @@ IMAGES = 2000
 REAL_IMAGES = 10_000
 POINTS_COUNTED = 2500
 POINTS_TRANSPORTED = 1000
-
-
-class Quality(Protocol):
-    """A measure of a generator on fixed latent points."""
-
-    name: str
-    """The main measure, a key of what ``measure`` returns."""
-    facts: dict[str, float]
-    """Reference values."""
-
-    def measure(self, generator: nn.Module) -> dict[str, float]: ...
 
 
 class ImageQuality:
