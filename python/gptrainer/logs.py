@@ -41,12 +41,12 @@ def write_csv(path: Path, *curves: Curve) -> None:
 
 
 class EventLog:
-    """Scalars and images for TensorBoard, if it is wanted and installed; otherwise every method does nothing."""
+    """Scalars and images for TensorBoard, if enabled and installed; otherwise every method does nothing."""
 
-    def __init__(self, folder: Path, first: int, wanted: bool) -> None:
+    def __init__(self, folder: Path, first: int, enabled: bool) -> None:
         """first: the first step; events that an earlier process wrote from there on are hidden."""
         self.writer: SummaryWriter | None = None
-        if wanted:
+        if enabled:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:

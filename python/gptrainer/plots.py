@@ -18,6 +18,7 @@ from gptrainer.files import replacing
 Curve = Mapping[str, Sequence[float]]
 INK, SOFT, PAPER = "#1f2933", "#8a94a0", "#fcfbf7"
 BLUE, ORANGE, GREEN, PURPLE = "#2563a8", "#d9622b", "#2f8f6b", "#7b4fa3"
+DPI = 160
 SMALLEST = 64
 """Pixels that an image is at least enlarged towards."""
 STYLE: Any = {
@@ -44,13 +45,13 @@ STYLE: Any = {
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure in our style, written to ``path`` at the end. Inches, at 160 dots each."""
+    """A figure in our style, written to ``path`` at the end. Inches, at DPI dots each."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        fig = Figure(figsize=(width, height), dpi=160)
+        fig = Figure(figsize=(width, height), dpi=DPI)
         fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
         FigureCanvasAgg(fig)
         yield fig

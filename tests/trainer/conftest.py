@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from unmeasured import NoQuality
 
-from gptrainer import loop
+from gptrainer import loop, plots
 from gptrainer.config import TrainConfig
 from gptrainer.metrics import classifier, quality
 from gptrainer.systems import configure
@@ -30,9 +30,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough for every test but the one on the classifier itself."""
+    """Small classifiers, samples and pictures: enough for every test but the one on the classifier itself."""
     monkeypatch.setattr(classifier, "EPOCHS", 2)
     monkeypatch.setattr(quality, "POINTS_TRANSPORTED", 100)
+    monkeypatch.setattr(plots, "DPI", 40)
 
 
 @pytest.fixture(scope="session")

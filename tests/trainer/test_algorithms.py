@@ -75,8 +75,8 @@ def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig)
         "lsgan": F.mse_loss(scores, torch.ones_like(scores)),
         "r3gan": F.softplus(trainer.critic(real) - scores).mean(),
     }.get(name, -F.logsigmoid(scores).mean())
-    told = trainer.system.generator_step(latent, real)["generator_loss"]
-    assert told.item() == pytest.approx(published.item(), rel=1e-5)
+    loss = trainer.system.generator_step(latent, real)["generator_loss"]
+    assert loss.item() == pytest.approx(published.item(), rel=1e-5)
 
 
 def test_the_js_estimate_of_scores_that_tell_nothing_is_zero_and_of_perfect_ones_log_2(tiny: MakeConfig) -> None:
@@ -271,8 +271,8 @@ def test_the_critic_of_ct_gan_drops_units_in_every_pass_of_training(tiny: MakeCo
     trainer = Trainer(tiny(algorithm="ct-gan"))
     x = torch.randn(16, 2)
     assert not torch.equal(trainer.critic(x), trainer.critic(x))
-    told = trainer.system.metrics(trainer.system.critic_step(x, torch.randn(16, 2)))
-    assert told["consistency"] > 0
+    metrics = trainer.system.metrics(trainer.system.critic_step(x, torch.randn(16, 2)))
+    assert metrics["consistency"] > 0
 
 
 def test_the_semi_supervised_loss_is_its_plain_spelling() -> None:

@@ -55,7 +55,7 @@ def test_without_tensorboard_the_run_goes_on_with_a_note(
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    log = EventLog(tmp_path, 0, wanted=True)
+    log = EventLog(tmp_path, 0, enabled=True)
     log.scalars("critic", {"loss": 1.0}, 1)
     log.samples(torch.zeros(4, 2), 1)
     log.close()
@@ -64,13 +64,13 @@ def test_without_tensorboard_the_run_goes_on_with_a_note(
 
 
 def test_tensorboard_is_not_imported_unless_it_is_wanted(tmp_path: Path) -> None:
-    EventLog(tmp_path, 0, wanted=False).scalars("critic", {"loss": 1.0}, 1)
+    EventLog(tmp_path, 0, enabled=False).scalars("critic", {"loss": 1.0}, 1)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("samples", [torch.rand(70, 3, 8, 8) * 2 - 1, torch.rand(9, 1, 8, 8), torch.rand(50, 1)])
 def test_images_of_either_range_and_points_on_a_line_are_logged(samples: torch.Tensor, tmp_path: Path) -> None:
-    log = EventLog(tmp_path, 0, wanted=True)
+    log = EventLog(tmp_path, 0, enabled=True)
     log.samples(samples, 5)
     log.close()
     tags = events(tmp_path / logs.TENSORBOARD_NAME).Tags()
@@ -98,9 +98,9 @@ def test_help_fits_a_terminal_and_names_every_system(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(name in told for name in SYSTEMS)
-    assert "--list" in told
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in SYSTEMS)
+    assert "--list" in printed
 
 
 @pytest.mark.parametrize("algorithm", SYSTEMS)

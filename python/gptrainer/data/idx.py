@@ -21,11 +21,11 @@ UNSIGNED_BYTES = 8
 
 def load_fashion_mnist(folder: Path | None, split: str) -> ImageSet:
     """Load 28x28 images in [0, 1], 60,000 for training and 10,000 held out."""
-    place, prefix = folder or DEBIAN, PREFIX[split]
-    pixels = _read(place, f"{prefix}-images-idx3-ubyte", 3)
-    labels = _read(place, f"{prefix}-labels-idx1-ubyte", 1).long()
+    folder, prefix = folder or DEBIAN, PREFIX[split]
+    pixels = _read(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read(folder, f"{prefix}-labels-idx1-ubyte", 1).long()
     if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max() > 9:
-        raise UserError(f"--data-dir: the {prefix} files in {place} are not those of Fashion-MNIST")
+        raise UserError(f"--data-dir: the {prefix} files in {folder} are not those of Fashion-MNIST")
     return ImageSet(pixels.unsqueeze(1), labels, 10)
 
 
