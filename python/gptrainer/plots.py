@@ -47,13 +47,11 @@ STYLE: Any = {
 def figure(path: Path, width: float, height: float) -> Iterator[Any]:
     """A figure in our style, written to ``path`` at the end. Inches, at DPI dots each."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         fig = Figure(figsize=(width, height), dpi=DPI)
         fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-        FigureCanvasAgg(fig)
         yield fig
         with replacing(path) as part:
             fig.savefig(part, format="png")

@@ -78,8 +78,9 @@ def _plot_samples(path: Path, title: str, trainer: Trainer) -> None:
     if isinstance(trainer.quality, ImageQuality):
         real_images = load_images(config.data, data_dir=config.data_dir)
         real = real_images[torch.randperm(len(real_images), generator=random)[: len(latent)]]
-        first, second = (trainer.quality.classifier.classify(images) for images in (generated, real))
-        plots.plot_images(path, title, generated, real, DATASETS[config.data].range, (first, second))
+        classify, labelled = trainer.quality.classifier.classify, trainer.quality.labelled
+        classes = (classify(generated), classify(real)) if labelled else None
+        plots.plot_images(path, title, generated, real, DATASETS[config.data].range, classes)
         return
     real = POINTS[config.data](1000, random)
     plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line
