@@ -244,11 +244,7 @@ IMAGES = {"betas": (0.0, 0.9), "penalty_weight": 10.0, "noise": 0.3}
 PLANE = {**TOY, "latent": 2, "noise": 0.5}
 DCGAN = {**IMAGES, "steps": 20_000, "batch_size": 64, "latent": 128, "width": 64}
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "8gaussians": PLANE,
-    "25gaussians": PLANE,
-    "swissroll": PLANE,
-    "ring": PLANE,
-    "lines": PLANE,
+    **dict.fromkeys(("8gaussians", "25gaussians", "swissroll", "ring", "lines"), PLANE),
     "dirac": {**TOY, "latent": 1, "noise": 1.0},
     "digits": {**IMAGES, "steps": 2000, "batch_size": 48, "latent": 10, "width": 256},
     "fashion-mnist": {**DCGAN, "batch_size": 50},

@@ -77,10 +77,7 @@ class PointsQuality:
             self.facts["modes"] = len(self.mixture.centres)
 
     def measure(self, generator: nn.Module) -> dict[str, float]:
-        return self.measure_points(sample(generator, self.latent).cpu())
-
-    def measure_points(self, points: Tensor) -> dict[str, float]:
-        """Measure points, (N, d)."""
+        points = sample(generator, self.latent).cpu()
         distance = {"wasserstein_1": wasserstein_1(points[:POINTS_TRANSPORTED], self.real)}
         if self.mixture is None:
             return distance
