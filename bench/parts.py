@@ -57,7 +57,7 @@ def _no_loop() -> None:
 
 
 def _no_shelf() -> None:
-    run._others_look_on = lambda: True
+    run._native_path_is_off = lambda: True
 
 
 def _no_native_by_autograd() -> None:
@@ -65,7 +65,7 @@ def _no_native_by_autograd() -> None:
 
 
 def _no_by_autograd() -> None:
-    by_autograd.plainly.add = lambda *args: None  # type: ignore[method-assign]
+    by_autograd.left_to_autograd.add = lambda *args: None  # type: ignore[method-assign]
 
 
 def _no_programs() -> None:

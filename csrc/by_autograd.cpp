@@ -96,7 +96,7 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
     const py::gil_scoped_release released;
     const at::NoGradGuard no_graph;
     const at::AutoDispatchBelowADInplaceOrView below;
-    const c10::impl::ExcludeDispatchKeyGuard plainly(c10::autocast_dispatch_keyset);
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (!scored.empty()) own = score_loss(scored, scored_kinds, unit);
     if (gradient.defined()) of_gradient = penalty(gradient, ends, weight);
     const at::Tensor &a = own.value, &b = of_gradient.value;

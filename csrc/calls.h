@@ -149,7 +149,7 @@ class Caller {
   // Concatenates parts, to a leaf that requires grad where it moves; undefined where a part is, or they differ.
   static at::Tensor batch(const std::vector<at::Tensor>& parts, const std::vector<size_t>& places, bool moves) {
     const at::NoGradGuard no_graph;
-    const c10::impl::ExcludeDispatchKeyGuard plainly(c10::autocast_dispatch_keyset);
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     std::vector<at::Tensor> rows;
     for (const size_t place : places) {
       const at::Tensor& x = parts.at(place);

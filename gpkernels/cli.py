@@ -199,9 +199,9 @@ def _penalty(options: argparse.Namespace, mine: tuple[torch.nn.Module, list[int]
     torch.manual_seed(0)
     real, fake = torch.randn(mine[1]), 0.3 + 0.7 * torch.randn(mine[1])
     with critic_errors(options):
-        told = lint_penalty(function, mine[0], real, fake)
-    print(f"{options.penalty}: {told}")
-    return 1 if told.findings else 0
+        lint = lint_penalty(function, mine[0], real, fake)
+    print(f"{options.penalty}: {lint}")
+    return 1 if lint.findings else 0
 
 
 def _among(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> Sequence[str]:

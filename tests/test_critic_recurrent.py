@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gpkernels as gpk
 from comparing import gradients
-from gpkernels.critic.by_autograd import plainly
+from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.graph import Graph
 from gpkernels.critic.rules import RULES
 from gpkernels.zoo import plain_loss
@@ -72,7 +72,7 @@ def test_a_step_is_exact(reads: str, options: dict[str, Any]) -> None:
     nodes = {node.name() for node, _ in Graph([critic(torch.randn(2, 5, 3))]).nodes}
     assert NODE in nodes
     assert NODE in RULES
-    assert not plainly.has(critic, torch.zeros(4, 5, 3))
+    assert not left_to_autograd.has(critic, torch.zeros(4, 5, 3))
 
 
 @pytest.mark.parametrize("weights", [True, False])

@@ -202,7 +202,7 @@ class _Linear:
         return self._of((self.grad * noise).flatten(1).sum(1).square().mean())
 
     def _of(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        return _told(value, self.weights, retain_graph=True)
+        return _value_and_gradient(value, self.weights, retain_graph=True)
 
 
 def _rows(precision: str, critic: nn.Module, real: Tensor, sigmas: Sequence[float], draws: int) -> list[Row]:
@@ -214,7 +214,7 @@ def _rows(precision: str, critic: nn.Module, real: Tensor, sigmas: Sequence[floa
     def found(penalty: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16) if automatic else nullcontext():
             value = penalty()
-        return _told(value, weights)
+        return _value_and_gradient(value, weights)
 
     with _twice_differentiable():
         value, gradients = found(lambda: gpk.r1_penalty(low, x))
@@ -231,7 +231,7 @@ def _rows(precision: str, critic: nn.Module, real: Tensor, sigmas: Sequence[floa
     return rows + [Row(precision, sigma, *(e.found() for e in errors)) for sigma, errors in sums.items()]
 
 
-def _told(value: Tensor, weights: Sequence[Tensor], retain_graph: bool = False) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(value: Tensor, weights: Sequence[Tensor], retain_graph: bool = False) -> tuple[Tensor, Tensor]:
     """Return the value and its weight gradients as one vector, in float64."""
     found = torch.autograd.grad(value, weights, allow_unused=True, retain_graph=retain_graph)
     parts = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]

@@ -52,8 +52,8 @@ def _draw(axes: Any, rows: list[Row], kind: str, colour: str) -> None:
     errors: dict[float, Errors] = {row.sigma: getattr(row, kind) for row in rows if row.sigma is not None}
     axes.plot([*errors], [abs(e.bias) for e in errors.values()], color=colour)
     for sigma, error in errors.items():
-        told = abs(error.bias) > 2 * error.uncertainty
-        axes.plot(sigma, abs(error.bias), color=colour, marker="o", markersize=4, fillstyle="full" if told else "none")
+        filled = "full" if abs(error.bias) > 2 * error.uncertainty else "none"
+        axes.plot(sigma, abs(error.bias), color=colour, marker="o", markersize=4, fillstyle=filled)
     axes.plot([*errors], [e.spread for e in errors.values()], color=colour, linestyle="--")
     for row in rows:
         if row.sigma is None:

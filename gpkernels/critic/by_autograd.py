@@ -59,7 +59,7 @@ def losses(passes: Sequence[Pass | Plain], task: Task, weights: Sequence[Tensor 
         return (sum(terms[1:], terms[0]) if terms else None), own, term, *values
 
 
-class _Plainly:
+class _LeftToAutograd:
     """Registry of critics whose losses are left to autograd, by training mode, for batches up to a size."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ def _training(critic: Any) -> bool:
     return bool(getattr(critic, "training", False))
 
 
-plainly = _Plainly()
+left_to_autograd = _LeftToAutograd()
 
 
 def _rows(one: Pass | Plain, output: int, name: str) -> Tensor:

@@ -100,11 +100,11 @@ class Pass:
         """Read the graph: nodes, saved tensors, leaves, the batch among them, and the key."""
         roots = [u for u in self.outputs if u.requires_grad]
         self._read(roots)
-        self.told = True  # whether the native reader finds the same graph
+        self.native_matches = True  # whether the native reader finds the same graph
         if (
             self.x_leaf is None and self.start and self.x.requires_grad
         ):  # made in another thread, which has its own sequence numbers
-            self.start, self.told = 0, False
+            self.start, self.native_matches = 0, False
             self._read(roots)
         if self.x_leaf is None and any(penalised for _, penalised in self.groups):
             raise constant_scores()
@@ -126,14 +126,14 @@ def call(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     pack: int = 1,
-    looks_on: Watch | Check | None = None,
+    observer: Watch | Check | None = None,
 ) -> Pass:
     """Call the critic once with all samples of the given groups."""
     x = _batch([points_of(g.x) for g in groups], wants or any(g.penalised for g in groups))
     start = 0 if backends.program is None else next_sequence_number()
-    if isinstance(looks_on, Watch):
-        looks_on.follow(x)
-    with torch.enable_grad(), uncompiled(), looks_on or nullcontext():
+    if isinstance(observer, Watch):
+        observer.follow(x)
+    with torch.enable_grad(), uncompiled(), observer or nullcontext():
         output = critic(x, *args, **(kwargs or {}))
     return Pass(critic, groups, wants, x, start, output, pack)
 
@@ -146,7 +146,7 @@ class Plain(NamedTuple):
     outputs: list[Tensor]
 
 
-def call_plainly(
+def call_each_group(
     critic: Any,
     groups: Sequence[Group],
     args: Sequence[Any] = (),

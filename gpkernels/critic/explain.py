@@ -113,7 +113,7 @@ class _Explainer:
 
     def _calls(self) -> tuple[list[Call], dict[int, int]]:
         """Return the calls, and the index of the call of each node of the graph."""
-        claims, told = self._claims()
+        claims, has_flops = self._claims()
         members: dict[Any, list[int]] = {}
         for i, call in enumerate(self.plan.calls):
             if call.moves and not call.leaf:
@@ -132,7 +132,7 @@ class _Explainer:
             counted.add(id(claim))
             rows.update(dict.fromkeys(places, len(calls)))
             layer = "" if claim is None else claim.layer
-            calls.append(Call(layer, name, self._way_of(places), flops if told else None))
+            calls.append(Call(layer, name, self._way_of(places), flops if has_flops else None))
         return calls, rows
 
     def _claims(self) -> tuple[list[Claim | None], bool]:

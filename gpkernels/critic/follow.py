@@ -107,7 +107,7 @@ class Follow(TorchFunctionMode):
         super().__init__()
         self.names = names
         self.claims: dict[Any, Claim] = {}
-        self._stack, self._count, self._told = [""], 0, 0
+        self._stack, self._count, self._claimed = [""], 0, 0
         self._flops = Flops()
 
     @contextmanager
@@ -162,8 +162,8 @@ class Follow(TorchFunctionMode):
                 if isinstance(x, Tensor):
                     self._walk([y.grad_fn for y in (x, x._base) if y is not None], fresh)
         if fresh:
-            claim = Claim(self._count, self._stack[-1], function, self._flops.total - self._told)
-            self._count, self._told = self._count + 1, self._flops.total
+            claim = Claim(self._count, self._stack[-1], function, self._flops.total - self._claimed)
+            self._count, self._claimed = self._count + 1, self._flops.total
             self.claims.update(dict.fromkeys(fresh, claim))
 
     def _walk(self, roots: Iterable[Any], fresh: list[Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gpkernels import backends
-from gpkernels.critic.by_autograd import plainly
+from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import Graph, native
@@ -208,7 +208,7 @@ def value_and_gradient(
         with uncompiled():
             output = model(inputs.filled(moved), *args, **kwargs)
         made = Made.of(output, moved, name)
-        left = not graph or dual or any_order or backends.program is None or plainly.has(model, moved[0])
+        left = not graph or dual or any_order or backends.program is None or left_to_autograd.has(model, moved[0])
         found = None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start)
         outputs, gradients = found or _by_autograd(made, graph, name)
     return made.filled(outputs), inputs.gradients(gradients)
@@ -247,7 +247,7 @@ def _recorded(
     outsider: Any = None
     if of.generic:
         if of.plan.leaves_too_much():
-            plainly.add(model, inputs[0].numel())
+            left_to_autograd.add(model, inputs[0].numel())
         graph = Graph(outputs, start)
         ends = frozenset(i for i, call in enumerate(of.plan.calls) if call.leaf)
         outsider = Outsider(graph.nodes, ends, again=True)

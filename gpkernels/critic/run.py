@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from gpkernels import backends
 from gpkernels.critic import program
-from gpkernels.critic.by_autograd import by_autograd, plainly
+from gpkernels.critic.by_autograd import by_autograd, left_to_autograd
 from gpkernels.critic.call import Group, Pass, call, uncompiled
 from gpkernels.critic.compiled import chosen
 from gpkernels.critic.generic import Outsider
@@ -45,7 +45,7 @@ class Signed:
                 if numbers.setdefault(id(leaf), len(self.leaves)) == len(self.leaves):
                     self.leaves.append(leaf)
             mine.append(tuple([numbers[id(leaf)] for leaf in one.leaves]))
-        self.told = all(one.told for one in passes)
+        self.native_matches = all(one.native_matches for one in passes)
         self.hooked = backends.program is not None and any(
             native().hooked([u for u in one.outputs if u.requires_grad], one.start) for one in passes
         )
@@ -120,7 +120,7 @@ class _Shelf:
 
         tensors: fake, real, and the points of the penalties; a ``Between`` as a tuple.
         """
-        if _others_look_on() or dual_level() >= 0:
+        if _native_path_is_off() or dual_level() >= 0:
             return None
         logged = None if log is None else log.native()
         if how.native is None or how.options is not chosen():
@@ -148,7 +148,7 @@ class _Shelf:
         """
         task = how.task
         own = task.adversarial
-        if _others_look_on() or dual_level() >= 0 or task.consistency is not None or len(task.penalties) > 1:
+        if _native_path_is_off() or dual_level() >= 0 or task.consistency is not None or len(task.penalties) > 1:
             return None
         if own is not None and (own.paired or own.real_target or own.fake_target):
             return None
@@ -164,7 +164,7 @@ class _Shelf:
 
         None: the native path does not apply.
         """
-        if _others_look_on():
+        if _native_path_is_off():
             return None
         tag = self._tag(task, tuple([(*one.groups, ("wants", one.wants)) for one in passes]))
         found = native().run([(one.outputs, one.x, one.start) for one in passes], tag, list(numbers))
@@ -177,7 +177,9 @@ class _Shelf:
     def keep(self, key: bytes | None, signed: Signed) -> None:
         """Add the signature's program to the native cache, if it runs without Python."""
         known = signed.signature.program
-        if key is None or known is None or not signed.told or signed.hooked or not all(map(_is_plain, signed.leaves)):
+        if key is None or known is None or signed.hooked:
+            return
+        if not signed.native_matches or not all(map(_is_plain, signed.leaves)):
             return
         if len(known.parts) == 1 and known.parts[0].native is not None:
             native().add(key, known.parts[0].native)
@@ -268,13 +270,13 @@ def run(
         if look is not None:
             look(signed)
         if any(signed.known.generic) and any(plan.leaves_too_much() for plan in signed.known.plans):
-            plainly.add(passes[0].critic, passes[0].x.numel() // len(passes[0].groups))
+            left_to_autograd.add(passes[0].critic, passes[0].x.numel() // len(passes[0].groups))
         results = signed.run(numbers)
     shelf.keep(key, signed)
     return results
 
 
-def _others_look_on() -> bool:
+def _native_path_is_off() -> bool:
     """Whether the native path is unavailable or must not be used."""
     return backends.program is None or backends.forced() is not None or is_compiling()
 

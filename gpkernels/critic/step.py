@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpkernels.critic.by_autograd import losses, penalties_of, plainly
-from gpkernels.critic.call import Group, call, call_plainly
+from gpkernels.critic.by_autograd import left_to_autograd, losses, penalties_of
+from gpkernels.critic.call import Group, call, call_each_group
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
 from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, Signed, made, numbers_of, run, shelf
@@ -44,7 +44,7 @@ def penalty_at_once(
     how = _how_of_a_penalty(task)
     given = None, None, points if isinstance(points, Tensor) else tuple(points)
     more = tuple(args), dict(kwargs or {})
-    if plainly.has(critic, batch):
+    if left_to_autograd.has(critic, batch):
         found = shelf.by_autograd(critic, given, how, (1.0,), *more)
         return Begun(False, found, None) if isinstance(found, list) else found
     found = shelf.step(critic, given, how, (1.0,), None, *more)
@@ -68,8 +68,8 @@ def penalty_on_gradient(
         return found
     before, key = ((), None) if found is None else (found.before, found.key)
     groups = [Group("points", points, True)]
-    if task.gradients and plainly.has(critic, points if isinstance(points, Tensor) else points.real):
-        (one,) = call_plainly(critic, groups, tuple(args), kwargs, task.pack, before)
+    if task.gradients and left_to_autograd.has(critic, points if isinstance(points, Tensor) else points.real):
+        (one,) = call_each_group(critic, groups, tuple(args), kwargs, task.pack, before)
         ((_, value),) = penalties_of(one, task)
         return value
     with torch.no_grad():
@@ -110,7 +110,7 @@ def step_at_once(
     apart, joint = _hows(task)
     tensors = fake, real, *[_place_of(name, given, shares) for name, _ in task.penalties]
     more = given.args, given.kwargs
-    if not together and task.gradients and plainly.has(critic, real):
+    if not together and task.gradients and left_to_autograd.has(critic, real):
         found = shelf.by_autograd(critic, tensors, apart, weights, *more)
         if isinstance(found, list):
             return Begun(False, found, None)
@@ -151,9 +151,9 @@ def critic_step(
     real, fake = given.real, given.fake
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
     groups = groups_of(given, task, wants)
-    if task.gradients and not (wants or together) and plainly.has(critic, real):
+    if task.gradients and not (wants or together) and left_to_autograd.has(critic, real):
         before = () if begun is None else begun.before
-        called = call_plainly(critic, groups, given.args, given.kwargs, task.pack, before)
+        called = call_each_group(critic, groups, given.args, given.kwargs, task.pack, before)
         loss, *parts = losses(called, task, weights)
         assert loss is not None
         return _parts([loss, *(None if x is None else x.detach().clone() for x in parts)], task)

@@ -49,9 +49,9 @@ class PenaltyLint:
     findings: list[Finding]
 
     def __str__(self) -> str:
-        told = f"its values are {self.factor:.4g} x {self.formula}" if self.formula else ""
-        lines = [told] * bool(told) + [f"mistake: {finding}" for finding in self.findings]
-        return "\n".join(lines if self.findings else [f"{told}, and so are its weight gradients"])
+        values = f"its values are {self.factor:.4g} x {self.formula}" if self.formula else ""
+        lines = [values] * bool(values) + [f"mistake: {finding}" for finding in self.findings]
+        return "\n".join(lines if self.findings else [f"{values}, and so are its weight gradients"])
 
 
 def lint_penalty(
@@ -90,7 +90,7 @@ def lint_penalty(
     if len(real) < LEAST:
         raise ValueError(f"real: expected at least {LEAST} samples, got {len(real)}")
     with torch.enable_grad():
-        return _Lint(function, critic, real.detach(), fake.detach()).told()
+        return _Lint(function, critic, real.detach(), fake.detach()).run()
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Lint:
             raise ValueError("critic: expected scores with an input gradient, got one of zero")
         self.unit = 1 / float(norm)
 
-    def told(self) -> PenaltyLint:
+    def run(self) -> PenaltyLint:
         trials = [self._trial(i) for i in range(len(SLOPES))]
         if not any(trial.points is not None for trial in trials):
             return PenaltyLint("", 0.0, [_uncalled()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ from gpkernels.bench.clock import Call
 from gpkernels.bench.counts import bare_products
 from gpkernels.bench.trial import EAGER, OURS, Trial
 from gpkernels.zoo import plain_loss
-from gptrainer import parts
 from gptrainer.config import TrainConfig
+from gptrainer.data import load_batches
 from gptrainer.loop import Trainer
-from gptrainer.processes import Processes
-from gptrainer.systems import AdamConfig, WGANConfig, WGANGPConfig, configure
+from gptrainer.systems import AdamConfig, WGANConfig, configure
 
 SUITE = "train"
 CASES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def trial(case: str, device: torch.device, options: dict[str, Any], **place: Any
     folder = tempfile.TemporaryDirectory(prefix="gpkernels-bench-")
     config = configure(**options, device=device.type, out=Path(folder.name))
     trainer = Trainer(config)
-    plain = PlainTrainer(config, *(copy.deepcopy(trainer.networks[name]) for name in ("generator", "critic")))
+    plain = PlainTrainer(config, copy.deepcopy(trainer.generator), copy.deepcopy(trainer.critic))
 
     def ours() -> object:
         return folder, trainer.train_step()  # the folder lives as long as the call
@@ -66,13 +66,11 @@ class PlainTrainer:
     def __init__(self, config: TrainConfig, generator: nn.Module, critic: nn.Module) -> None:
         self.config, self.generator, self.critic = config, generator, critic
         self.device = torch.device(config.device)
-        self.batches = parts.batches(config, Processes(), self.device)
-        make: Callable[..., torch.optim.Optimizer] = torch.optim.RMSprop
-        options: dict[str, Any] = {"lr": config.lr}
+        self.batches = load_batches(config.data, config.batch_size, config.seed, self.device)
+        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.RMSprop, lr=config.lr)
         if isinstance(config, AdamConfig):
-            make, options["betas"] = torch.optim.Adam, config.betas
-        self.critic_optimiser = make(critic.parameters(), **options)
-        self.generator_optimiser = make(generator.parameters(), **options)
+            make = partial(torch.optim.Adam, lr=config.lr, betas=config.betas)
+        self.critic_optimiser, self.generator_optimiser = (make(net.parameters()) for net in (critic, generator))
 
     def step(self) -> None:
         """Take one iteration."""
@@ -81,10 +79,8 @@ class PlainTrainer:
             with torch.no_grad():
                 fake = self.generator(self.noise())
             eps = torch.rand(len(real), device=self.device)
-            penalty, weight = "none", 0.0
-            if isinstance(self.config, WGANGPConfig):
-                penalty, weight = "wgan-gp", self.config.penalty_weight
-            loss = plain_loss(self.critic, real, fake, eps, "wgan", penalty, weight)
+            weight = getattr(self.config, "penalty_weight", 0.0)
+            loss = plain_loss(self.critic, real, fake, eps, "wgan", "wgan-gp" if weight else "none", weight)
             self.critic_optimiser.zero_grad()
             loss.backward()
             self.critic_optimiser.step()

@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields
-from functools import partial, reduce
-from operator import or_
-from typing import Annotated, Any, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 import tyro
+from tyro.extras import subcommand_type_from_defaults
 
 from gpkernels.arguments import UserError
 from gptrainer.checkpoint import NAME
@@ -58,7 +58,10 @@ def main(argv: Sequence[str]) -> int:
         processes.say(f"{PROGRAM}: {error.filename or 'a file'}: {error.strerror or error}")
         return 2
     except KeyboardInterrupt as stop:
-        processes.say(f"{PROGRAM}: stopped{_progress(trainer, stop)}")
+        note = "stopped" if trainer is None else f"stopped at step {trainer.step}"
+        if trainer is not None and trainer.checkpoints.path.is_file():
+            note += f"; use --resume to continue from {trainer.checkpoints.path}"
+        processes.say(f"{PROGRAM}: {note}")
         return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
     finally:
         processes.leave()
@@ -66,12 +69,15 @@ def main(argv: Sequence[str]) -> int:
 
 def listing() -> str:
     """Describe each system, data set and network on a line of its own."""
-    width = max(map(len, (*SYSTEMS, *DATASETS, *NETWORKS)))
-    systems = [f"  {name:<{width}}  {system.__doc__}" for name, system in SYSTEMS.items()]
-    data = [f"  {name:<{width}}  {data.description}" for name, data in DATASETS.items()]
-    networks = [f"  {name:<{width}}  {network.description}" for name, network in NETWORKS.items()]
-    title = f"{PROGRAM} SYSTEM --data DATA --network NETWORK"
-    return "\n".join([title, "", "SYSTEM", *systems, "", "DATA", *data, "", "NETWORK", *networks])
+    tables = {
+        "SYSTEM": {name: str(system.__doc__) for name, system in SYSTEMS.items()},
+        "DATA": {name: data.description for name, data in DATASETS.items()},
+        "NETWORK": {name: network.description for name, network in NETWORKS.items()},
+    }
+    lines = [f"{PROGRAM} SYSTEM --data DATA --network NETWORK"]
+    for heading, texts in tables.items():
+        lines += ["", heading, *(f"  {name:<16} {text}" for name, text in texts.items())]
+    return "\n".join(lines)
 
 
 def parse(argv: Sequence[str]) -> TrainConfig | None:
@@ -105,11 +111,7 @@ def _systems(argv: Sequence[str]) -> Any:
     named = early.parse_known_args(argv)[0]
     data = named.data if named.data in DATASETS else "digits"  # tyro complains of an unknown name
     network = named.network if named.network in NETWORKS else None
-    options: list[Any] = [
-        Annotated[system, tyro.conf.subcommand(name, default=configure(name, data, network=network))]
-        for name, system in SYSTEMS.items()
-    ]
-    return reduce(or_, options)
+    return subcommand_type_from_defaults({name: configure(name, data, network=network) for name in SYSTEMS})
 
 
 def _one_line(message: str) -> str:
@@ -139,11 +141,3 @@ def _prepare(config: TrainConfig) -> Processes:
     if not config.resume and (config.out / NAME).is_file():
         processes.say(f"starting over in {config.out}; use --resume to continue from its checkpoint")
     return processes
-
-
-def _progress(trainer: Trainer | None, stop: KeyboardInterrupt) -> str:
-    if trainer is None:
-        return ""
-    path = trainer.checkpoints.path
-    saved = isinstance(stop, Stopped) or path.is_file()
-    return f" at step {trainer.step}" + (f"; use --resume to continue from {path}" if saved else "")

@@ -47,6 +47,13 @@ class TrainConfig:
     """Options of every system. ``gptrainer.systems.configure`` supplies those without a default here."""
 
     algorithm: ClassVar[str]
+    objective: ClassVar[str] = "gan"
+    """Adversarial part of the critic's loss."""
+    generator_loss: ClassVar[str] = "nonsaturating"
+    """Generator's loss."""
+    terms: ClassVar[tuple[str, ...]] = ()
+    """Parts of the critic's loss beyond the adversarial one that get a curve."""
+
     data: Annotated[Data, arg(metavar="DATA")]
     """The data set; `gpkernels train --list` describes them."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
@@ -108,6 +115,10 @@ class TrainConfig:
                 value = getattr(self, name, None)
                 if value is not None and not valid(value) and not (name in self.follows and value == 0):
                     raise UserError(f"{flag(name)}: expected {expected}, got {value}")
+
+    def loss_options(self) -> dict[str, Any]:
+        """Options of the critic's loss, a ``CriticLoss``."""
+        return {"objective": self.objective, "penalty": "none"}
 
     def resolved(self, name: str) -> Any:
         """Value of an option, or of the one that it follows."""

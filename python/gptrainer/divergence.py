@@ -16,22 +16,18 @@ def check_losses(losses: Mapping[str, float], step: int, networks: Mapping[str, 
     """Raise UserError naming the loss, the step and the weights if a loss is not finite or out of bounds."""
     for name, value in losses.items():
         if not math.isfinite(value) or abs(value) > LIMIT:
-            what = name.replace("_", " ")
-            raise UserError(f"the run diverged: {what} is {value:g} at step {step}, {_weights(networks)}")
+            broken = " and ".join(_broken(networks)) or "all weights are finite"
+            raise UserError(f"the run diverged: {name.replace('_', ' ')} is {value:g} at step {step}, {broken}")
 
 
 def check_weights(networks: Mapping[str, nn.Module], step: int) -> None:
     """Raise UserError naming the network and the weight if a weight is not finite."""
-    if any(_first_broken(network) for network in networks.values()):
-        raise UserError(f"the run diverged at step {step}: {_weights(networks)}")
+    broken = _broken(networks)
+    if broken:
+        raise UserError(f"the run diverged at step {step}: {' and '.join(broken)}")
 
 
-def _weights(networks: Mapping[str, nn.Module]) -> str:
-    broken = {name: weight for name, network in networks.items() if (weight := _first_broken(network))}
-    if not broken:
-        return "all weights are finite"
-    return " and ".join(f"the {name}'s weights are not finite (first {weight})" for name, weight in broken.items())
-
-
-def _first_broken(network: nn.Module) -> str | None:
-    return next((name for name, p in network.state_dict().items() if not p.isfinite().all()), None)
+def _broken(networks: Mapping[str, nn.Module]) -> list[str]:
+    """Name the networks with weights that are not finite, with the first of these."""
+    bad = {name: [w for w, p in net.state_dict().items() if not p.isfinite().all()] for name, net in networks.items()}
+    return [f"the {name}'s weights are not finite (first {weights[0]})" for name, weights in bad.items() if weights]

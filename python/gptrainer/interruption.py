@@ -17,31 +17,23 @@ class Stopped(KeyboardInterrupt):
         self.signal = number
 
 
-class Interruption:
-    """Whether a stop is requested, and by which signal."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.signal: int = signal.SIGINT
-
-
 @contextmanager
-def interruptions() -> Iterator[Interruption]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the step; the same signal again stops at once."""
-    interruption = Interruption()
+def interruptions() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM as requests to stop after the step; the same signal again stops at once."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield interruption
+        yield received
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, _: FrameType | None) -> None:
         signal.signal(number, before[signal.Signals(number)])
-        interruption.requested, interruption.signal = True, number
+        received.append(number)
 
     for number in before:
         signal.signal(number, request)
     try:
-        yield interruption
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

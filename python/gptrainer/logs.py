@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,17 +41,18 @@ def write_csv(path: Path, *curves: Curve) -> None:
 
 
 class EventLog:
-    """Scalars and images for TensorBoard, if it is wanted and installed; otherwise every method does nothing."""
+    """Scalars and images for TensorBoard, if enabled and installed; otherwise every method does nothing."""
 
-    def __init__(self, folder: Path, first: int, wanted: bool) -> None:
+    def __init__(self, folder: Path, first: int, enabled: bool) -> None:
         """first: the first step; events that an earlier process wrote from there on are hidden."""
         self.writer: SummaryWriter | None = None
-        if wanted and importlib.util.find_spec("tensorboard") is None:
-            print("no TensorBoard log: install it with pip install 'gpkernels[tensorboard]'", file=sys.stderr)
-        elif wanted:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
+        if enabled:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                print("no TensorBoard log: install it with pip install 'gpkernels[tensorboard]'", file=sys.stderr)
+            else:
+                self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Log one point of a curve for each name."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gpkernels.arguments import UserError
-from gptrainer import logs, parts
+from gptrainer import logs
 from gptrainer.algorithms import Setup, build_system
 from gptrainer.checkpoint import Checkpoints
 from gptrainer.config import FREE_ON_RESUME, TrainConfig
+from gptrainer.data import load_batches
 from gptrainer.divergence import check_losses, check_weights
-from gptrainer.interruption import Interruption, Stopped, interruptions
-from gptrainer.metrics import mean_gradient_norm
-from gptrainer.models import sample
+from gptrainer.interruption import Stopped, interruptions
+from gptrainer.metrics import build_quality, mean_gradient_norm
+from gptrainer.models import build_models, evaluating, mixes_samples, sample
 from gptrainer.processes import Draws, Processes, local_device
 
 BOOST, BOOST_FIRST, BOOST_EVERY = 100, 25, 500  # critic steps, and the generator steps that have as many
@@ -42,16 +44,25 @@ class Trainer:
         saved = self._load() if config.resume else None
         # Independent streams: networks, noise, dropout (torch's own), data order, measurements.
         torch.manual_seed(config.seed)
-        self.generator, self.critic = parts.networks(config, self.processes, self.device)
+        self.generator, self.critic = self._build_networks()
+        self.networks = {"critic": self.critic, "generator": self.generator}
         noise_seed, dropout_seed = torch.randint(2**62, (2,)).tolist()
         self.draws = Draws(self.processes, noise_seed, self.device)
         torch.manual_seed(dropout_seed + self.processes.rank)
         self.system = build_system(config, Setup(self.generator, self.critic, self.processes, self.draws))
-        self.averages = parts.averages(config, self.networks)
+        self.averages: dict[str, AveragedModel] = {}
+        if config.ema:
+            mean = get_ema_multi_avg_fn(config.ema)
+            self.averages = {name: AveragedModel(net, multi_avg_fn=mean) for name, net in self.networks.items()}
         # The generator is constant between its steps: one pass serves n_critic batches, unless it mixes samples.
-        self.batches_a_pass = 1 if parts.mixes_samples(self.generator) else config.n_critic
-        self.batches = parts.batches(config, self.processes, self.device)
-        self.quality = parts.quality(config, self.device)
+        self.batches_a_pass = 1 if mixes_samples(self.generator) else config.n_critic
+        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "shard": self.processes}
+        self.batches = load_batches(config.data, config.batch_size, config.seed, self.device, **options)
+        generated = config.resolved("generator_batch_size")
+        if generated % self.processes.size:
+            expected = f"a multiple of the {self.processes.size} processes"
+            raise UserError(f"--generator-batch-size: expected {expected}, got {generated}")
+        self.quality = build_quality(config.data, config.latent, config.seed, self.device, data_dir=config.data_dir)
         self.step = 0
         self.critic_curve: dict[str, list[float]] = {"step": []}
         self.quality_curve: dict[str, list[float]] = {"step": []}
@@ -62,10 +73,20 @@ class Trainer:
         if saved is None:
             self._measure_quality()
 
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """Both networks by name."""
-        return {"critic": self.critic, "generator": self.generator}
+    def _build_networks(self) -> tuple[nn.Module, nn.Module]:
+        """Build (generator, critic) from torch's global generator.
+
+        With several processes BatchNorm is over the rows of all of them, which PyTorch supports on GPUs only.
+        """
+        config, several = self.config, self.processes.size > 1
+        options: dict[str, Any] = {"network": config.network, "batch_norm": config.critic_norm == "batch"}
+        built = build_models(config.data, config.latent, config.width, **options)
+        if several and self.device.type == "cuda":
+            built = tuple(nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in built)
+        elif several and any(map(mixes_samples, built)):
+            self.processes.say("on a CPU, BatchNorm uses the rows of each process alone, so losses differ from one's")
+        generator, critic = built
+        return generator.to(self.device), critic.to(self.device)
 
     def evaluated(self, name: str) -> nn.Module:
         """The network of a name as it is measured: its moving average, where the run has one."""
@@ -74,19 +95,28 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step. Raises Stopped after Ctrl-C or SIGTERM, with everything saved."""
         steps = self.config.steps
-        with interruptions() as interruption, self._progress_bar() as bar:
+        bar = tqdm(
+            total=steps,
+            initial=self.step,
+            desc=f"{self.config.algorithm} on {self.config.data}",
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file should get few lines
+            dynamic_ncols=True,
+            disable=not self.processes.writes,
+        )
+        with interruptions() as received, bar:
             while self.step < steps:
-                metrics, stop = self._agreed(self.train_step(), interruption)
+                metrics, stop = self._agreed(self.train_step(), stop=bool(received))
                 check_losses(metrics, self.step, self.networks)
                 if self.step % self.config.log_every == 0:
                     self._log(metrics)
                 if self.step % self.config.eval_every == 0:
-                    bar.set_postfix_str(_summary(self._measure_quality()), refresh=False)
+                    bar.set_postfix(self._measure_quality(), refresh=False)
                 bar.update()
                 if self.step % self.config.checkpoint_every == 0 or self.step == steps or stop:
                     self.save()
                 if stop:
-                    raise Stopped(interruption.signal)
+                    raise Stopped(received[0] if received else signal.SIGINT)
         self.events.close()
 
     def train_step(self) -> dict[str, Tensor]:
@@ -126,16 +156,16 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, and the curves."""
+        on_gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "config": self.config.settings(),
             "step": self.step,
-            "generator": self.generator.state_dict(),
-            "critic": self.critic.state_dict(),
+            **{name: network.state_dict() for name, network in self.networks.items()},
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
             "system": self.system.state_dict(),
             "data": self.batches.state_dict(),
             "noise": self.draws.generator.get_state(),
-            "rng": self.processes.gather(self._random_state()),
+            "rng": self.processes.gather((torch.get_rng_state(), on_gpu)),
             "critic_curve": self.critic_curve,
             "quality_curve": self.quality_curve,
         }
@@ -160,36 +190,33 @@ class Trainer:
                 raise UserError(f"--resume: the run in {self.out} has {processes} processes, not {self.processes.size}")
             self.step = saved["step"]
             self.critic_curve, self.quality_curve = saved["critic_curve"], saved["quality_curve"]
-            self.generator.load_state_dict(saved["generator"])
-            self.critic.load_state_dict(saved["critic"])
+            for name, network in self.networks.items():
+                network.load_state_dict(saved[name])
             for name, average in self.averages.items():
                 average.load_state_dict(saved["averages"][name])
             self.system.load_state_dict(saved["system"])
             self.batches.load_state_dict(saved["data"])
             self.draws.generator.set_state(saved["noise"])
-            random, on_device = saved["rng"][self.processes.rank]
+            random, on_gpu = saved["rng"][self.processes.rank]
             torch.set_rng_state(random)
-            if self.device.type == "cuda" and on_device is not None:
-                torch.cuda.set_rng_state(on_device, self.device)
+            if self.device.type == "cuda" and on_gpu is not None:
+                torch.cuda.set_rng_state(on_gpu, self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise self._foreign() from error
 
     def _foreign(self) -> UserError:
         return UserError(f"--resume: {self.checkpoints.path} does not hold a run of this version")
 
-    def _random_state(self) -> tuple[Tensor, Tensor | None]:
-        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-
     def _critic_steps(self) -> int:
         boosted = self.config.critic_boost and (self.step < BOOST_FIRST or self.step % BOOST_EVERY == 0)
         return BOOST if boosted else self.config.n_critic
 
-    def _agreed(self, metrics: dict[str, Tensor], interruption: Interruption) -> tuple[dict[str, float], bool]:
+    def _agreed(self, metrics: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
         """Average metrics over the processes; whether any of them has to stop."""
         values = [value.double() for value in metrics.values()]
-        mine = torch.stack([*values, torch.full_like(values[0], float(interruption.requested))])
-        *means, stop = self.processes.mean(mine).tolist()
-        return dict(zip(metrics, means, strict=True)), stop > 0
+        mine = torch.stack([*values, torch.full_like(values[0], float(stop))])
+        *means, stops = self.processes.mean(mine).tolist()
+        return dict(zip(metrics, means, strict=True)), stops > 0
 
     def _log(self, metrics: dict[str, float]) -> None:
         points = torch.Generator().manual_seed(self.config.seed + self.step)
@@ -209,33 +236,8 @@ class Trainer:
         measured = self.measure()
         logs.append(self.quality_curve, self.step, measured)
         self.events.scalars("quality", measured, self.step)
-        points = torch.Generator().manual_seed(self.config.seed)
-        latent = torch.randn(1024, self.config.latent, generator=points).to(self.device)
-        self.events.samples(sample(self.evaluated("generator"), latent), self.step)
+        if self.config.tensorboard:
+            points = torch.Generator().manual_seed(self.config.seed)
+            latent = torch.randn(1024, self.config.latent, generator=points).to(self.device)
+            self.events.samples(sample(self.evaluated("generator"), latent), self.step)
         return measured
-
-    def _progress_bar(self) -> Any:
-        return tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            desc=f"{self.config.algorithm} on {self.config.data}",
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file should get few lines
-            dynamic_ncols=True,
-            disable=not self.processes.writes,
-        )
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode for the duration of a block."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
-
-
-def _summary(measured: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in measured.items())

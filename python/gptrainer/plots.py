@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptrainer.algorithms.system import Estimate
 from gptrainer.files import replacing
 
 Curve = Mapping[str, Sequence[float]]
 INK, SOFT, PAPER = "#1f2933", "#8a94a0", "#fcfbf7"
 BLUE, ORANGE, GREEN, PURPLE = "#2563a8", "#d9622b", "#2f8f6b", "#7b4fa3"
+DPI = 160
 SMALLEST = 64
 """Pixels that an image is at least enlarged towards."""
 STYLE: Any = {
@@ -41,27 +42,16 @@ STYLE: Any = {
     "ytick.color": INK,
 }
 
-ESTIMATES: dict[str, tuple[str, str, float | None]] = {
-    "js_estimate": ("Jensen-Shannon divergence", "log 2 \N{MINUS SIGN} L/2 (nats)", math.log(2)),
-    "total_variation_estimate": ("total variation", "1 \N{MINUS SIGN} L/2", 1.0),
-    "triangular_estimate": ("triangular discrimination, halved", "1 \N{MINUS SIGN} 2 L", 1.0),
-    "relativistic_estimate": ("relativistic divergence", "log 2 \N{MINUS SIGN} L (nats)", math.log(2)),
-    "wasserstein_estimate": ("Wasserstein distance", "E D(real) \N{MINUS SIGN} E D(fake)", None),
-}
-"""What a critic estimates, the formula, and the value for disjoint distributions."""
-
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure in our style, written to ``path`` at the end. Inches, at 160 dots each."""
+    """A figure in our style, written to ``path`` at the end. Inches, at DPI dots each."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        fig = Figure(figsize=(width, height), dpi=160)
+        fig = Figure(figsize=(width, height), dpi=DPI)
         fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-        FigureCanvasAgg(fig)
         yield fig
         with replacing(path) as part:
             fig.savefig(part, format="png")
@@ -97,16 +87,15 @@ def image_grid(images: Tensor, span: tuple[float, float], chosen: Tensor) -> Any
         images = F.pad(images, (1, 1, 1, 1))  # a stroke at the edge of an image fades out instead of being cut
     scale = max(1, SMALLEST // images.shape[2])  # small images are enlarged smoothly
     large = F.interpolate(images, scale_factor=scale, mode="bicubic").clamp(0, 1)
-    _, channels, height, width = large.shape
-    blank = torch.full((channels, height, width), float(channels > 1))  # the paper's colour
-    tiles = torch.stack([large[i] if i >= 0 else blank for i in chosen.flatten().tolist()])
-    tiles = tiles.unflatten(0, chosen.shape).permute(0, 3, 1, 4, 2)  # row, height, column, width, channel
-    return tiles.reshape(chosen.shape[0] * height, chosen.shape[1] * width, channels).squeeze(-1).numpy()
+    blank = torch.full_like(large[:1], float(large.shape[1] > 1))  # the paper's colour, at index -1
+    tiles = torch.cat([large, blank])[chosen].permute(0, 3, 1, 4, 2)  # row, height, column, width, channel
+    return tiles.flatten(2, 3).flatten(0, 1).squeeze(-1).numpy()
 
 
 def _in_order(available: int) -> Tensor:
     """(10, 10) indices of the first images, or as many full rows of ten as there are."""
-    return torch.arange(min(10, max(1, available // 10)) * min(10, available)).view(-1, min(10, available))
+    columns = min(10, available)
+    return torch.arange(min(10, available // columns) * columns).view(-1, columns)
 
 
 def _by_class(labels: Tensor, last: int) -> Tensor:
@@ -170,7 +159,7 @@ def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, critic: n
 def plot_curves(
     path: Path,
     title: str,
-    estimate: str,
+    estimate: Estimate,
     critic: Curve,
     quality: Curve,
     facts: Mapping[str, float],
@@ -178,14 +167,19 @@ def plot_curves(
 ) -> None:
     """Three panels over the generator's steps, and a fourth where the critic is itself a classifier.
 
-    estimate: the name of the critic's estimate among its curves. target: the gradient norm that the penalty asks for.
+    estimate: the critic's, among its curves. target: the gradient norm that the penalty asks for.
     """
     rows = 4 if "held_out_error" in quality else 3
     with figure(path, 9.5, 3.2 * rows) as fig:
         fig.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold")
         top, middle, bottom, *more = fig.subplots(rows, 1, sharex=True)
-        _estimate_panel(top, estimate, critic)
-        _noisy(middle, critic.get("step", ()), critic.get("gradient_norm", ()), ORANGE)
+        _noisy(top, critic, estimate.name, BLUE)
+        top.set(title=f"The critic's estimate of the {estimate.divergence}", ylabel=estimate.formula)
+        if estimate.most:
+            _reference(top, estimate.most, "disjoint distributions")
+        else:
+            top.set_ylim(bottom=min(0.0, top.get_ylim()[0]))
+        _noisy(middle, critic, "gradient_norm", ORANGE)
         middle.set(title="The critic's slope between real and generated samples", ylabel="mean gradient norm")
         if target is not None:
             _reference(middle, target, f"target {target:g}")
@@ -197,63 +191,33 @@ def plot_curves(
         fig.align_ylabels()
 
 
-def _estimate_panel(ax: Any, name: str, critic: Curve) -> None:
-    _noisy(ax, critic.get("step", ()), critic.get(name, ()), BLUE)
-    what, formula, most = ESTIMATES[name]
-    ax.set(title=f"The critic's estimate of the {what}", ylabel=formula)
-    if most is None:
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    else:
-        _reference(ax, most, "disjoint distributions")
-
-
 def _quality_panel(ax: Any, quality: Curve, facts: Mapping[str, float]) -> None:
+    line: Any = {"linewidth": 2, "marker": "o", "markersize": 4, "color": GREEN}
+    if "modes_covered" in quality:
+        share = 100 * np.asarray(quality["share_within_4_sigma"])
+        modes = 100 / facts["modes"] * np.asarray(quality["modes_covered"])
+        label = f"modes covered, of {facts['modes']:.0f}"
+        ax.plot(quality["step"], modes, color=PURPLE, linewidth=2, drawstyle="steps-post", label=label)
+        ax.plot(quality["step"], share, label="samples within $4\\sigma$ of a mode", **line)
+        ax.set(title="Sample quality: how many modes are found", ylabel="share (%)", ylim=(-3, 105))
+        ax.legend(loc="lower right", frameon=False)
+        return
+    name, what, same = "wasserstein_1", "exact Wasserstein distance to the data", "two samples of the data"
     if "frechet_distance" in quality:
-        _distance_panel(ax, quality, "frechet_distance", "Fréchet distance to real images")
-        half = facts["images_in_a_real_half"]
-        _reference(ax, facts["frechet_distance_of_real_halves"], f"two halves of the real images, {half:,.0f} each")
-    elif "modes_covered" in quality:
-        _coverage_panel(ax, quality, facts["modes"])
-    else:
-        _distance_panel(ax, quality, "wasserstein_1", "exact Wasserstein distance to the data")
-        if facts["wasserstein_1_of_real_halves"] > 0:
-            _reference(ax, facts["wasserstein_1_of_real_halves"], "two samples of the data")
-
-
-def _distance_panel(ax: Any, quality: Curve, name: str, what: str) -> None:
-    ax.plot(quality["step"], quality[name], color=GREEN, linewidth=2, marker="o", markersize=4)
+        name, what = "frechet_distance", "Fréchet distance to real images"
+        same = f"two halves of the real images, {facts['images_in_a_real_half']:,.0f} each"
+    ax.plot(quality["step"], quality[name], **line)
     if min(quality[name]) > 0:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
     ax.set(title=f"Sample quality: {what} (lower is better)", ylabel=what.partition(" to ")[0])
+    if facts[f"{name}_of_real_halves"] > 0:
+        _reference(ax, facts[f"{name}_of_real_halves"], same)
 
 
-def _coverage_panel(ax: Any, quality: Curve, all_modes: float) -> None:
-    share = 100 * np.asarray(quality["share_within_4_sigma"])
-    modes = 100 / all_modes * np.asarray(quality["modes_covered"])
-    ax.plot(
-        quality["step"],
-        modes,
-        color=PURPLE,
-        linewidth=2,
-        drawstyle="steps-post",
-        label=f"modes covered, of {all_modes:.0f}",
-    )
-    ax.plot(
-        quality["step"],
-        share,
-        color=GREEN,
-        linewidth=2,
-        marker="o",
-        markersize=4,
-        label="samples within $4\\sigma$ of a mode",
-    )
-    ax.set(title="Sample quality: how many modes are found", ylabel="share (%)", ylim=(-3, 105))
-    ax.legend(loc="lower right", frameon=False)
-
-
-def _noisy(ax: Any, steps: Sequence[float], values: Sequence[float], color: str) -> None:
+def _noisy(ax: Any, curve: Curve, name: str, color: str) -> None:
     """Every measured value, and a running median over a twentieth of them."""
+    steps, values = curve.get("step", ()), curve.get(name, ())
     ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
     if len(values) < 3:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 import gpkernels
 
 
-class Processes:
+class Processes(NamedTuple):
     """The processes that ``torchrun`` started, or a single one. Each has every size-th row of a joint batch."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    rank: int = 0
+    size: int = 1
 
     @classmethod
     def join(cls, device: torch.device) -> Processes:
@@ -54,20 +54,10 @@ class Processes:
         return DistributedDataParallel(module) if self.size > 1 else module
 
     def mean(self, values: Tensor) -> Tensor:
-        """Average over the processes, without a graph."""
-        if self.size > 1:
-            values = values.clone()
-            dist.all_reduce(values)
-            values /= self.size
-        return values
-
-    def differentiable_mean(self, values: Tensor) -> Tensor:
-        """Average over the processes, with a graph through all of them."""
-        if self.size == 1:
+        """Average over the processes; a graph goes through all of them."""
+        if self.size == 1 or dist.group.WORLD is None:
             return values
-        everyone = dist.group.WORLD
-        assert everyone is not None
-        return all_reduce(values, "sum", everyone) / self.size
+        return all_reduce(values, "sum", dist.group.WORLD) / self.size
 
     def gather(self, value: Any) -> list[Any]:
         """Gather the values of all processes, by rank."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from safetensors.torch import save_file
 
 import gpkernels
 from gptrainer import plots
-from gptrainer.comparison import Comparison, compare
+from gptrainer.algorithms.system import ESTIMATES
 from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.files import replacing
 from gptrainer.logs import CSV_NAME
-from gptrainer.loop import Trainer, evaluating
+from gptrainer.loop import Trainer
 from gptrainer.metrics import ImageQuality
-from gptrainer.models import sample
+from gptrainer.models import evaluating, sample
 
 TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0, "r3gan": 0.0}  # of the gradient norm
 
@@ -28,19 +27,20 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
 
     seconds: duration of training since start or resume.
     """
-    comparison = compare(trainer.config, trainer.critic, *next(trainer.next_batches(1)))
-    quality = _quality_to_the_end(trainer)
+    config, facts = trainer.config, trainer.quality.facts
+    quality = trainer.quality_curve
+    if quality["step"][-1] != trainer.step:
+        last = {"step": trainer.step, **trainer.measure()}
+        quality = {name: [*values, last[name]] for name, values in quality.items()}
     start, end = ({name: values[at] for name, values in quality.items() if name != "step"} for at in (0, -1))
     metrics: dict[str, Any] = {
-        "config": trainer.config.settings(),
+        "config": config.settings(),
         "versions": {"gpkernels": gpkernels.__version__, "torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "steps": trainer.step,
-        "quality": {"start": start, "end": end, **trainer.quality.facts},
-        "gradient_difference": comparison.gradient_difference if comparison else None,
+        "quality": {"start": start, "end": end, **facts},
         "curves": {"critic": trainer.critic_curve, "quality": quality},
-        # All that differs in a second run with the same seed.
-        "timing": {"seconds": seconds, "critic_step": _timing(comparison)},
+        "seconds": seconds,
     }
     paths = {
         "samples": trainer.out / "samples.png",
@@ -49,58 +49,28 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
         "metrics": trainer.out / "metrics.json",
         "weights": trainer.out / "generator.safetensors",
     }
-    _write_weights(paths["weights"], trainer)
-    _write_json(paths["metrics"], metrics)
-    _plot_samples(paths["samples"], trainer)
-    plots.plot_curves(
-        paths["curves"],
-        _title(trainer),
-        trainer.system.estimate,
-        trainer.critic_curve,
-        quality,
-        trainer.quality.facts,
-        target=TARGETS.get(trainer.config.algorithm),
-    )
+    about = {name: str(getattr(config, name)) for name in ("algorithm", "data", "network", "latent", "width", "seed")}
+    weights = {name: value.contiguous().cpu() for name, value in trainer.evaluated("generator").state_dict().items()}
+    with replacing(paths["weights"]) as part:
+        save_file(weights, part, metadata=about)
+    with replacing(paths["metrics"]) as part:
+        part.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    title = f"{config.algorithm} on {config.data}, after {trainer.step:,} generator steps"
+    _plot_samples(paths["samples"], title, trainer)
+    estimate, target = ESTIMATES[config.objective], TARGETS.get(config.algorithm)
+    plots.plot_curves(paths["curves"], title, estimate, trainer.critic_curve, quality, facts, target)
     return [
         *(f"{name:<8} {path}" for name, path in paths.items()),
-        *_quality_lines(trainer, start, end),
-        *(_comparison_lines(comparison, trainer.device) if comparison else ()),
+        *(f"{_words(name)} {start[name]:.4g} -> {end[name]:.4g}" for name in end),
+        *(f"({_words(name)} {value:.4g})" for name, value in facts.items()),
     ]
-
-
-def _quality_to_the_end(trainer: Trainer) -> dict[str, list[float]]:
-    """The curve of sample quality, extended to the last step."""
-    curve = trainer.quality_curve
-    if curve["step"][-1] == trainer.step:
-        return curve
-    last = {"step": trainer.step, **trainer.measure()}
-    return {name: [*values, last[name]] for name, values in curve.items()}
-
-
-def _quality_lines(trainer: Trainer, start: dict[str, float], end: dict[str, float]) -> list[str]:
-    """One line for each measure, then reference values in parentheses."""
-    measured = [f"{_words(name)} {start[name]:.4g} -> {end[name]:.4g}" for name in end]
-    return [*measured, *(f"({_words(name)} {value:.4g})" for name, value in trainer.quality.facts.items())]
 
 
 def _words(name: str) -> str:
     return name.replace("_", " ").replace("frechet", "Frechet")
 
 
-def _timing(comparison: Comparison | None) -> dict[str, Any] | None:
-    return None if comparison is None else asdict(comparison) | {"speedup": comparison.speedup}
-
-
-def _comparison_lines(comparison: Comparison, device: torch.device) -> list[str]:
-    clock = "CPU time in one thread" if device.type == "cpu" else f"time on {device}"
-    return [
-        f"critic loss and gradients {comparison.speedup:.2f}x as fast as plain PyTorch: {comparison.ours_ms:.2f} ms "
-        f"against {comparison.plain_ms:.2f} ms ({clock})",
-        f"largest relative difference of their gradients {comparison.gradient_difference:.1e}",
-    ]
-
-
-def _plot_samples(path: Path, trainer: Trainer) -> None:
+def _plot_samples(path: Path, title: str, trainer: Trainer) -> None:
     config = trainer.config
     random = torch.Generator().manual_seed(config.seed + 1)
     latent = torch.randn(1000, config.latent, generator=random).to(trainer.device)
@@ -108,28 +78,11 @@ def _plot_samples(path: Path, trainer: Trainer) -> None:
     if isinstance(trainer.quality, ImageQuality):
         real_images = load_images(config.data, data_dir=config.data_dir)
         real = real_images[torch.randperm(len(real_images), generator=random)[: len(latent)]]
-        classes = [trainer.quality.classifier.classify(images) for images in (generated, real)]
-        span = DATASETS[config.data].range
-        plots.plot_images(path, _title(trainer), generated, real, span, (classes[0], classes[1]))
+        classify, labelled = trainer.quality.classifier.classify, trainer.quality.labelled
+        classes = (classify(generated), classify(real)) if labelled else None
+        plots.plot_images(path, title, generated, real, DATASETS[config.data].range, classes)
         return
     real = POINTS[config.data](1000, random)
     plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line
     with evaluating(trainer.critic):
-        plot(path, _title(trainer), generated, real, trainer.system.scorer, trainer.device)
-
-
-def _title(trainer: Trainer) -> str:
-    return f"{trainer.config.algorithm} on {trainer.config.data}, after {trainer.step:,} generator steps"
-
-
-def _write_weights(path: Path, trainer: Trainer) -> None:
-    weights = {name: value.contiguous().cpu() for name, value in trainer.evaluated("generator").state_dict().items()}
-    names = ("algorithm", "data", "network", "latent", "width", "seed")
-    about = {name: str(getattr(trainer.config, name)) for name in names}
-    with replacing(path) as part:
-        save_file(weights, part, metadata=about)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        plot(path, title, generated, real, trainer.system.scorer, trainer.device)

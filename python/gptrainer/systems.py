@@ -39,6 +39,7 @@ class GANConfig(DCGANConfig):
     """Minimax game, whose generator gradient vanishes (Goodfellow et al. 2014)."""
 
     algorithm: ClassVar[str] = "gan"
+    generator_loss: ClassVar[str] = "saturating"
     critic_norm: Norm = "batch"
 
 
@@ -47,6 +48,7 @@ class NSGANConfig(GANConfig):
     """Non-saturating game: the generator minimises -log D (Goodfellow et al. 2014)."""
 
     algorithm: ClassVar[str] = "nsgan"
+    generator_loss: ClassVar[str] = "nonsaturating"
 
 
 @settings
@@ -66,6 +68,8 @@ class HingeConfig(GANConfig):
     """Hinge loss of the critic's scores (Lim and Ye 2017)."""
 
     algorithm: ClassVar[str] = "hinge"
+    objective: ClassVar[str] = "hinge"
+    generator_loss: ClassVar[str] = "wgan"
 
 
 @settings
@@ -73,6 +77,8 @@ class LSGANConfig(GANConfig):
     """Least squares, with targets 1 and 0 for the critic's scores (Mao et al. 2017)."""
 
     algorithm: ClassVar[str] = "lsgan"
+    objective: ClassVar[str] = "least-squares"
+    generator_loss: ClassVar[str] = "least-squares"
 
 
 @settings
@@ -80,6 +86,8 @@ class WGANConfig(TrainConfig):
     """RMSprop, weights clipped after each step (Arjovsky et al. 2017)."""
 
     algorithm: ClassVar[str] = "wgan"
+    objective: ClassVar[str] = "wgan"
+    generator_loss: ClassVar[str] = "wgan"
     lr: float = 5e-5
     batch_size: int = 64
     n_critic: int = 5
@@ -93,6 +101,9 @@ class WGANGPConfig(AdamConfig):
     """Adam and a gradient penalty, two- or one-sided (Gulrajani et al. 2017)."""
 
     algorithm: ClassVar[str] = "wgan-gp"
+    terms: ClassVar[tuple[str, ...]] = ("penalty",)
+    objective: ClassVar[str] = "wgan"
+    generator_loss: ClassVar[str] = "wgan"
     lr: float = 1e-4
     n_critic: int = 5
     penalty_weight: Weight
@@ -100,16 +111,26 @@ class WGANGPConfig(AdamConfig):
     one_sided: bool = False
     """Penalise only gradient norms above 1."""
 
+    def loss_options(self) -> dict[str, Any]:
+        return {"penalty_weight": self.penalty_weight, "one_sided": self.one_sided}
+
 
 @settings
 class CTGANConfig(WGANGPConfig):
     """WGAN-GP with a consistency term between two dropout passes (Wei et al. 2018)."""
 
     algorithm: ClassVar[str] = "ct-gan"
+    terms: ClassVar[tuple[str, ...]] = ("penalty", "consistency")
     consistency_weight: float = 2.0
     """Weight of the consistency term, lambda_2."""
     consistency_margin: float = 0.0
     """Inconsistency that is not penalised, M."""
+
+    def loss_options(self) -> dict[str, Any]:
+        # As their code trains: lambda_2 max(0, (D' - D'')^2 + 0.1 mean_j (D_' - D_'')^2 - M/lambda_2).
+        weight = self.consistency_weight
+        margin = self.consistency_margin / weight if weight else 0.0
+        return {**super().loss_options(), "consistency_weight": weight, "consistency_margin": margin}
 
 
 @settings
@@ -118,6 +139,8 @@ class R1Config(AdamConfig):
 
     # The paper uses RMSprop with alpha .99: Adam with these betas, but for its bias correction.
     algorithm: ClassVar[str] = "r1"
+    penalties: ClassVar[tuple[str, ...]] = ("r1",)
+    terms: ClassVar[tuple[str, ...]] = ("penalty",)
     lr: float = 1e-4
     betas: Betas = (0.0, 0.99)
     n_critic: int = 1
@@ -127,12 +150,17 @@ class R1Config(AdamConfig):
     lazy: int = 1
     """Critic steps from one penalty to the next; StyleGAN2 uses 16."""
 
+    def loss_options(self) -> dict[str, Any]:
+        penalty = dict.fromkeys(self.penalties, self.gamma / 2)
+        return {"objective": self.objective, "penalty": penalty, "penalty_every": self.lazy}
+
 
 @settings
 class R2Config(R1Config):
     """Non-saturating game with a zero-centred penalty on generated data (Mescheder et al. 2018)."""
 
     algorithm: ClassVar[str] = "r2"
+    penalties: ClassVar[tuple[str, ...]] = ("r2",)
 
 
 @settings
@@ -141,6 +169,8 @@ class R3GANConfig(R1Config):
 
     # The paper's first values for CIFAR-10, which it then lets fall.
     algorithm: ClassVar[str] = "r3gan"
+    objective: ClassVar[str] = "relativistic"
+    penalties: ClassVar[tuple[str, ...]] = ("r1", "r2")
     lr: float = 2e-4
     generator_batch_size: int = 0
     """Samples in a generator batch: those of --batch-size, as each is scored beside a real one."""
@@ -159,10 +189,15 @@ class DRAGANConfig(DCGANConfig):
     """Non-saturating game with a gradient penalty around real data (Kodali et al. 2017)."""
 
     algorithm: ClassVar[str] = "dragan"
+    terms: ClassVar[tuple[str, ...]] = ("penalty",)
     penalty_weight: Weight = 10.0
     """Weight of the gradient penalty."""
     scale: float = 0.5
     """Distance from the data at which gradients are penalised, in standard deviations of the data."""
+
+    def loss_options(self) -> dict[str, Any]:
+        weight, scale = self.penalty_weight, self.scale
+        return {"objective": "gan", "penalty": "dragan", "penalty_weight": weight, "dragan_scale": scale}
 
 
 @settings
@@ -183,6 +218,7 @@ class SemiSupervisedConfig(AdamConfig):
     """Critic that classifies from few labels (Wei et al. 2018, Salimans et al. 2016)."""
 
     algorithm: ClassVar[str] = "ssl-ct-gan"
+    terms: ClassVar[tuple[str, ...]] = ("labelled_loss", "consistency")
     lr: float = 3e-3
     betas: Betas = (0.5, 0.999)
     n_critic: int = 1
@@ -208,11 +244,7 @@ IMAGES = {"betas": (0.0, 0.9), "penalty_weight": 10.0, "noise": 0.3}
 PLANE = {**TOY, "latent": 2, "noise": 0.5}
 DCGAN = {**IMAGES, "steps": 20_000, "batch_size": 64, "latent": 128, "width": 64}
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "8gaussians": PLANE,
-    "25gaussians": PLANE,
-    "swissroll": PLANE,
-    "ring": PLANE,
-    "lines": PLANE,
+    **dict.fromkeys(("8gaussians", "25gaussians", "swissroll", "ring", "lines"), PLANE),
     "dirac": {**TOY, "latent": 1, "noise": 1.0},
     "digits": {**IMAGES, "steps": 2000, "batch_size": 48, "latent": 10, "width": 256},
     "fashion-mnist": {**DCGAN, "batch_size": 50},

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from unmeasured import NoQuality
 
-from gptrainer import comparison, parts
+from gptrainer import loop, plots
 from gptrainer.config import TrainConfig
 from gptrainer.metrics import classifier, quality
 from gptrainer.systems import configure
@@ -30,10 +30,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough for every test but the one on the classifier itself."""
+    """Small classifiers, samples and pictures: enough for every test but the one on the classifier itself."""
     monkeypatch.setattr(classifier, "EPOCHS", 2)
     monkeypatch.setattr(quality, "POINTS_TRANSPORTED", 100)
-    monkeypatch.setattr(comparison, "SECONDS", 0.01)
+    monkeypatch.setattr(plots, "DPI", 40)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_quality(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests in which nothing depends on what samples are worth."""
-    monkeypatch.setattr(parts, "build_quality", lambda *_, **__: NoQuality())
+    monkeypatch.setattr(loop, "build_quality", lambda *_, **__: NoQuality())
 
 
 @pytest.fixture

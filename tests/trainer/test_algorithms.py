@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import gpkernels
 from gpkernels.arguments import UserError
-from gptrainer.algorithms import BUILDERS
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
 from gptrainer.algorithms.unrolled import critic_loss, look_ahead
 from gptrainer.algorithms.wgan import WithFeatures
@@ -64,10 +63,6 @@ def test_systems_train_on_every_set_of_points(name: str, data: str, tiny: MakeCo
     assert all(math.isfinite(x) for values in trainer.critic_curve.values() for x in values)
 
 
-def test_every_system_of_the_list_can_be_built() -> None:
-    assert BUILDERS.keys() == SYSTEMS.keys()
-
-
 @pytest.mark.parametrize("name", ["gan", "nsgan", "r1", "dragan", "wgan-gp", "hinge", "lsgan", "r3gan"])
 def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig) -> None:
     trainer = Trainer(tiny(algorithm=name))
@@ -80,8 +75,8 @@ def test_the_generator_minimises_its_published_loss(name: str, tiny: MakeConfig)
         "lsgan": F.mse_loss(scores, torch.ones_like(scores)),
         "r3gan": F.softplus(trainer.critic(real) - scores).mean(),
     }.get(name, -F.logsigmoid(scores).mean())
-    told = trainer.system.generator_step(latent, real)["generator_loss"]
-    assert told.item() == pytest.approx(published.item(), rel=1e-5)
+    loss = trainer.system.generator_step(latent, real)["generator_loss"]
+    assert loss.item() == pytest.approx(published.item(), rel=1e-5)
 
 
 def test_the_js_estimate_of_scores_that_tell_nothing_is_zero_and_of_perfect_ones_log_2(tiny: MakeConfig) -> None:
@@ -276,8 +271,8 @@ def test_the_critic_of_ct_gan_drops_units_in_every_pass_of_training(tiny: MakeCo
     trainer = Trainer(tiny(algorithm="ct-gan"))
     x = torch.randn(16, 2)
     assert not torch.equal(trainer.critic(x), trainer.critic(x))
-    told = trainer.system.metrics(trainer.system.critic_step(x, torch.randn(16, 2)))
-    assert told["consistency"] > 0
+    metrics = trainer.system.metrics(trainer.system.critic_step(x, torch.randn(16, 2)))
+    assert metrics["consistency"] > 0
 
 
 def test_the_semi_supervised_loss_is_its_plain_spelling() -> None:

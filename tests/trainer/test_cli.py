@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptrainer import checkpoint, logs, loop, parts
+from gptrainer import checkpoint, logs, loop, report
 from gptrainer.cli import main, parse
 from gptrainer.files import pack
 from gptrainer.systems import configure
@@ -52,9 +52,9 @@ def test_a_mistake_gives_one_line_and_exit_code_2(
 ) -> None:
     out = [] if not argv else ["--out", str(tmp_path / "run")]
     assert main([*argv, *out]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    (line,) = told.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
     assert line.startswith("gpkernels train: ")
     assert said in line
     assert not (tmp_path / "run").exists()
@@ -88,9 +88,9 @@ def test_the_penalty_weight_can_be_called_lambda() -> None:
 
 def test_help_names_every_option_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["wgan-gp", "--help"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in ("--data", "--steps", "--resume", "--lambda", "--out", "--seed", "--device"):
-        assert name in told
+        assert name in printed
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +180,11 @@ def test_a_run_folder_that_cannot_be_made_gives_one_line(tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_finishes_the_step_saves_and_ends_with_128_and_its_number(
-    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    no_quality: None,
 ) -> None:
     step = loop.Trainer.train_step
 
@@ -193,7 +197,8 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_128_and_its_number(
     assert main([*QUICK, "--out", str(tmp_path)]) == 128 + number
     assert "stopped at step 2" in capsys.readouterr().err.splitlines()[-1]
     assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
-    monkeypatch.undo()
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
+    monkeypatch.setattr(report, "write_report", lambda *_: [])
     assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 0
     assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 3
 
@@ -204,7 +209,7 @@ def test_ctrl_c_before_the_first_step_ends_with_130_too(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parts, "build_quality", stop)
+    monkeypatch.setattr(loop, "build_quality", stop)
     assert main([*QUICK, "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "gpkernels train: stopped\n"
 

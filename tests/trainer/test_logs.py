@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,9 @@ def test_tensorboard_gets_scalars_and_images_and_a_resumed_run_continues_them(tm
 def test_without_tensorboard_the_run_goes_on_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
-    log = EventLog(tmp_path, 0, wanted=True)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    log = EventLog(tmp_path, 0, enabled=True)
     log.scalars("critic", {"loss": 1.0}, 1)
     log.samples(torch.zeros(4, 2), 1)
     log.close()
@@ -65,13 +64,13 @@ def test_without_tensorboard_the_run_goes_on_with_a_note(
 
 
 def test_tensorboard_is_not_imported_unless_it_is_wanted(tmp_path: Path) -> None:
-    EventLog(tmp_path, 0, wanted=False).scalars("critic", {"loss": 1.0}, 1)
+    EventLog(tmp_path, 0, enabled=False).scalars("critic", {"loss": 1.0}, 1)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("samples", [torch.rand(70, 3, 8, 8) * 2 - 1, torch.rand(9, 1, 8, 8), torch.rand(50, 1)])
 def test_images_of_either_range_and_points_on_a_line_are_logged(samples: torch.Tensor, tmp_path: Path) -> None:
-    log = EventLog(tmp_path, 0, wanted=True)
+    log = EventLog(tmp_path, 0, enabled=True)
     log.samples(samples, 5)
     log.close()
     tags = events(tmp_path / logs.TENSORBOARD_NAME).Tags()
@@ -99,9 +98,9 @@ def test_help_fits_a_terminal_and_names_every_system(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(name in told for name in SYSTEMS)
-    assert "--list" in told
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in SYSTEMS)
+    assert "--list" in printed
 
 
 @pytest.mark.parametrize("algorithm", SYSTEMS)

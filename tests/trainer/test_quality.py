@@ -110,7 +110,7 @@ def test_a_classifier_is_trained_once_and_then_read_bit_for_bit(trainings: list[
     assert cached(tmp_path).is_relative_to(tmp_path / "gpkernels" / "classifiers")
     assert (trained.features(images.images) == read.features(images.images)).all()
     assert trained.accuracy == read.accuracy
-    assert not any(p.requires_grad for p in (*read.body.parameters(), *read.head.parameters()))
+    assert not any(p.requires_grad for p in read.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -180,9 +180,9 @@ def test_without_a_cache_folder_named_it_is_in_the_users_home(
 
 @pytest.mark.parametrize(("shape", "places"), [((1, 8, 8), 4), ((1, 28, 28), 7), ((3, 32, 32), 8), ((3, 64, 64), 8)])
 def test_classifiers_see_images_of_every_size_at_no_more_than_8x8_places(shape: tuple[int, ...], places: int) -> None:
-    body, head = classifier.untrained(shape, 10)
-    assert body[:-3](torch.zeros(2, *shape)).shape[1:] == (32, places, places)
-    assert head(body(torch.zeros(2, *shape))).shape == (2, 10)
+    untrained = classifier.Classifier(shape, 10)
+    assert untrained.body[:-3](torch.zeros(2, *shape)).shape[1:] == (32, places, places)
+    assert untrained(torch.zeros(2, *shape)).shape == (2, 10)
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"needs {DEBIAN}, of Debian's package dataset-fashion-mnist")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptrainer import checkpoint
+from gptrainer import checkpoint, plots
 from gptrainer.cli import main
 from gptrainer.config import TrainConfig
 from gptrainer.files import replacing
@@ -106,28 +106,22 @@ def test_no_critic_has_batch_norm() -> None:
         assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in critic.modules())
 
 
-@pytest.mark.parametrize("data", ["digits", "8gaussians"])
-@pytest.mark.parametrize("algorithm", ["wgan", "wgan-gp"])
+@pytest.mark.parametrize(("algorithm", "data"), [("wgan", "8gaussians"), ("wgan-gp", "digits")])
 def test_a_run_writes_pictures_numbers_and_weights_and_says_where(
     algorithm: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     quick = ("--steps", "12", "--width", "8", "--batch-size", "16", "--n-critic", "1", "--eval-every", "5")
     assert main([algorithm, "--data", data, "--out", str(out), "--seed", "3", *quick]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     files = {"samples.png", "curves.png", "curves.csv", "metrics.json", "generator.safetensors"}
     assert {path.name for path in out.iterdir()} == files | {checkpoint.NAME}
     for name in files:
-        assert str(out / name) in told
+        assert str(out / name) in printed
     for name in ("samples.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert "as fast as plain PyTorch" in told
-    assert "largest relative difference of their gradients" in told
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics.keys() == {
-        "config", "versions", "threads", "steps", "quality", "gradient_difference", "curves", "timing",
-    }  # fmt: skip
-    assert metrics["gradient_difference"] < 1e-5
+    assert metrics.keys() == {"config", "versions", "threads", "steps", "quality", "curves", "seconds"}
     assert metrics["curves"]["quality"]["step"] == [0, 5, 10, 12]
     on_points = {"share_within_4_sigma", "modes_covered", "wasserstein_1"}
     measures = {"frechet_distance", "inception_score"} if data == "digits" else on_points
@@ -136,13 +130,15 @@ def test_a_run_writes_pictures_numbers_and_weights_and_says_where(
     generator.load_state_dict(load_file(out / "generator.safetensors"))
 
 
-def test_the_same_seed_gives_the_same_metrics_but_for_the_time(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_metrics_but_for_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for plot in ("plot_points", "plot_curves"):
+        monkeypatch.setattr(plots, plot, lambda *_: None)
     quick = ("--data", "8gaussians", "--steps", "3", "--width", "8", "--batch-size", "16", "--seed", "3")
     written = []
     for name in ("one", "two"):
         assert main(["wgan-gp", *quick, "--out", str(tmp_path / name)]) == 0
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-        del metrics["timing"], metrics["config"]["out"]
+        del metrics["seconds"], metrics["config"]["out"]
         written.append(metrics)
     assert written[0] == written[1]
 

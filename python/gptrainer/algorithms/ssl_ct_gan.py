@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpkernels
-from gptrainer.algorithms.system import Setup, System, adam
-from gptrainer.data import load_images
-from gptrainer.labels import LabelledBatches, error_rate
+from gpkernels.arguments import UserError
+from gptrainer.algorithms.system import Setup, System
+from gptrainer.data import ImageSet, ShuffledBatches, load_images
+from gptrainer.models import sample
 from gptrainer.models.semi_supervised import Classifier
 from gptrainer.systems import SemiSupervisedConfig
 
@@ -62,16 +63,12 @@ class SemiSupervisedCTGAN(System):
     (Salimans et al. 2016, section 3.1)."""
 
     def __init__(self, config: SemiSupervisedConfig, setup: Setup) -> None:
-        loss = SemiSupervisedLoss(setup.critic, config.consistency_weight)
-        terms = ("labelled_loss", "consistency")
-        super().__init__(config, setup, loss, gpkernels.saturating_generator_loss, adam(config, setup), terms)
+        super().__init__(config, setup, SemiSupervisedLoss(setup.critic, config.consistency_weight))
+        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit}
+        train = load_images(config.data, **options)
+        self.held_out = load_images(config.data, split="held-out", **options)
         device = setup.draws.device
-        train, self.held_out = (
-            load_images(config.data, data_dir=config.data_dir, split=part, limit=config.limit)
-            for part in ("train", "held-out")
-        )
-        per_class, size = config.labels_per_class, config.batch_size
-        self.labelled = LabelledBatches(train, per_class, size, config.seed, device)
+        self.labelled = LabelledBatches(train, config.labels_per_class, config.batch_size, config.seed, device)
         if isinstance(setup.critic, Classifier):
             setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(device))
 
@@ -83,7 +80,7 @@ class SemiSupervisedCTGAN(System):
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
         critic: Any = self.critic
         real_mean, fake_mean = (critic.with_features(x)[1].mean(0) for x in (real, fake))
-        both = self.processes.differentiable_mean(torch.stack([real_mean, fake_mean]))
+        both = self.processes.mean(torch.stack([real_mean, fake_mean]))
         return (both[0] - both[1]).square().mean()
 
     @property
@@ -91,11 +88,35 @@ class SemiSupervisedCTGAN(System):
         return nn.Sequential(self.critic, LogSumExp())
 
     def measure(self, critic: nn.Module) -> dict[str, float]:
-        return {"held_out_error": error_rate(critic, self.held_out, self.draws.device)}
+        logits = sample(critic, self.held_out.images.to(self.draws.device)).cpu()
+        assert self.held_out.labels is not None
+        return {"held_out_error": logits.argmax(1).ne(self.held_out.labels).double().mean().item()}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"labelled": self.labelled.state_dict()}
+        return super().state_dict() | {"labelled": self.labelled.order.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.labelled.load_state_dict(state["labelled"])
+        self.labelled.order.load_state_dict(state["labelled"])
+
+
+class LabelledBatches:
+    """Endless batches of the few labelled images of each class."""
+
+    def __init__(self, data: ImageSet, per_class: int, size: int, seed: int, device: torch.device) -> None:
+        if data.labels is None:
+            raise UserError("--data: ssl-ct-gan needs images with labels")
+        shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        of_class = [shuffled[data.labels[shuffled] == label] for label in data.labels.unique()]
+        fewest = min(map(len, of_class))
+        if per_class > fewest:
+            expected = f"at most {fewest}, the size of the smallest class"
+            raise UserError(f"--labels-per-class: expected {expected}, got {per_class}")
+        chosen = torch.cat([indices[:per_class] for indices in of_class])
+        self.images, self.labels = data[chosen].to(device), data.labels[chosen].to(device)
+        self.order = ShuffledBatches(torch.arange(len(chosen)), min(size, len(chosen)), seed)
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Return images, (n, C, H, W), and labels, (n,)."""
+        chosen = self.order.next().to(self.labels.device)
+        return self.images[chosen], self.labels[chosen]

@@ -6,19 +6,53 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
+import gpkernels
+from gpkernels.optim import RMSprop
 from gptrainer.config import TrainConfig
-from gptrainer.optimiser import Adam
-from gptrainer.parts import mixes_samples
+from gptrainer.models import mixes_samples
 from gptrainer.processes import Draws, Processes
-from gptrainer.systems import AdamConfig
+from gptrainer.systems import AdamConfig, R1Config, WGANConfig
 
 Metrics = dict[str, Tensor]
 """Scalars of a step by name, without a graph."""
-Optimisers = tuple[torch.optim.Optimizer, torch.optim.Optimizer]
-"""The critic's and the generator's."""
+
+
+class Estimate(NamedTuple):
+    """Estimate most - slope L of a divergence by a critic's loss L, equal for the best critic and otherwise less.
+
+    most: the value for disjoint distributions, 0 if it is unbounded.
+    """
+
+    name: str
+    divergence: str
+    formula: str
+    most: float
+    slope: float
+
+
+ESTIMATES = {
+    # Goodfellow et al. 2014, theorem 1
+    "gan": Estimate("js_estimate", "Jensen-Shannon divergence", "log 2 − L/2 (nats)", math.log(2), 0.5),
+    # Lim and Ye 2017, theorem 1
+    "hinge": Estimate("total_variation_estimate", "total variation", "1 − L/2", 1.0, 0.5),
+    # Half of the integral of (p - q)^2 / (p + q)
+    "least-squares": Estimate("triangular_estimate", "triangular discrimination, halved", "1 − 2 L", 1.0, 2.0),
+    # Jolicoeur-Martineau 2020, theorem 3.1
+    "relativistic": Estimate("relativistic_estimate", "relativistic divergence", "log 2 − L (nats)", math.log(2), 1.0),
+    # Arjovsky et al. 2017, eq. 2
+    "wgan": Estimate("wasserstein_estimate", "Wasserstein distance", "E D(real) − E D(fake)", 0.0, 1.0),
+}
+
+
+GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "saturating": gpkernels.saturating_generator_loss,
+    "nonsaturating": gpkernels.nonsaturating_generator_loss,
+    "wgan": gpkernels.wgan_generator_loss,
+    "least-squares": gpkernels.least_squares_generator_loss,
+}
 
 
 class Parts(Protocol):
@@ -39,48 +73,35 @@ class Setup(NamedTuple):
     processes: Processes
     draws: Draws
 
-    @property
-    def together(self) -> bool:
-        """Whether all samples go through the critic as one batch: fixed, so that a resumed run repeats its bits."""
-        return not mixes_samples(self.critic)
+    def critic_loss(self, config: TrainConfig, critic: nn.Module | None = None) -> gpkernels.CriticLoss:
+        """Build the loss of the critic, or of a module that wraps it.
+
+        Whether all samples are one batch is fixed, so that a resumed run repeats its bits.
+        """
+        together = not mixes_samples(self.critic)
+        return gpkernels.CriticLoss(critic or self.critic, together=together, **config.loss_options())
 
 
 class System:
-    """A critic loss and a generator loss, each with its optimiser. Subclasses override what differs.
+    """A critic loss and a generator loss, each with its optimiser. Subclasses override what differs."""
 
-    critic_loss: a module that maps (real, fake) to ``Parts``. generator_loss: of the critic's scores on
-    generated samples. terms: parts beyond the adversarial one that get a curve.
-    """
-
-    estimate = "js_estimate"
-    """Name of the divergence that the critic's loss estimates."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        setup: Setup,
-        critic_loss: nn.Module,
-        generator_loss: Callable[[Tensor], Tensor],
-        optimisers: Optimisers,
-        terms: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, config: TrainConfig, setup: Setup, critic_loss: nn.Module | None = None) -> None:
+        """critic_loss: maps (real, fake) to ``Parts``, by default the ``CriticLoss`` of the config."""
         self.generator, self.critic, self.processes, self.draws = setup
-        self.critic_loss = setup.processes.parallel(critic_loss)
+        self.config = config
+        self.critic_loss = setup.processes.parallel(critic_loss or setup.critic_loss(config))
         self.parallel_generator = setup.processes.parallel(setup.generator)
-        self.generator_loss = generator_loss
         self.generator_weights = [p for p in setup.generator.parameters() if p.requires_grad]
-        self.critic_optimiser, self.generator_optimiser = optimisers
-        self.terms = terms
-        self.decay_steps = config.decay_steps
-        self._rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+        self.critic_optimiser, self.generator_optimiser = optimisers(config, setup)
+        self.optimisers = {"critic": self.critic_optimiser, "generator": self.generator_optimiser}
+        self._rates = {name: optimiser.param_groups[0]["lr"] for name, optimiser in self.optimisers.items()}
 
     def begin_step(self, step: int) -> None:
         """Set what depends on the number of steps already taken."""
-        if self.decay_steps:
-            left = max(0.0, 1 - step / self.decay_steps)
-            for optimiser, rates in zip(self._optimisers().values(), self._rates, strict=True):
-                for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                    group["lr"] = rate * left
+        if self.config.decay_steps:
+            left = max(0.0, 1 - step / self.config.decay_steps)
+            for name, optimiser in self.optimisers.items():
+                optimiser.param_groups[0]["lr"] = self._rates[name] * left
 
     def critic_step(self, real: Tensor, fake: Tensor) -> Parts:
         """Update the critic once; return the parts of its loss before the update, for ``metrics``."""
@@ -92,7 +113,7 @@ class System:
 
     def metrics(self, parts: Parts) -> Metrics:
         """Metrics of a critic step."""
-        losses = {term: getattr(parts, term) for term in self.terms}
+        losses = {term: getattr(parts, term) for term in self.config.terms}
         return {self.estimate: self.estimated(parts.adversarial), "critic_loss": parts.loss.detach(), **losses}
 
     def generator_step(self, latent: Tensor, real: Tensor) -> Metrics:
@@ -110,15 +131,21 @@ class System:
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
         """Compute what the generator minimises."""
-        return self.generator_loss(self.critic(self.critic_input(fake)))
+        return GENERATOR_LOSSES[self.config.generator_loss](self.critic(self.critic_input(fake)))
 
     def critic_input(self, x: Tensor) -> Tensor:
         """Transform a batch into what the critic is given."""
         return x
 
+    @property
+    def estimate(self) -> str:
+        """Name of the divergence that the critic's loss estimates."""
+        return ESTIMATES[self.config.objective].name
+
     def estimated(self, adversarial: Tensor) -> Tensor:
-        """JS >= log 2 - L/2, equal for the best critic (Goodfellow et al. 2014, theorem 1)."""
-        return math.log(2) - adversarial / 2
+        """Estimate it by the adversarial part of the critic's loss."""
+        estimate = ESTIMATES[self.config.objective]
+        return estimate.most - estimate.slope * adversarial
 
     @property
     def scorer(self) -> nn.Module:
@@ -131,32 +158,28 @@ class System:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, except for the networks."""
-        return {name: optimiser.state_dict() for name, optimiser in self._optimisers().items()}
+        return {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a ``state_dict``."""
-        for name, optimiser in self._optimisers().items():
+        for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state[name])
 
-    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"critic": self.critic_optimiser, "generator": self.generator_optimiser}
 
+def optimisers(config: TrainConfig, setup: Setup) -> tuple[Optimizer, Optimizer]:
+    """Build the critic's optimiser and the generator's.
 
-class WassersteinSystem(System):
-    """A system whose critic estimates the Wasserstein distance."""
-
-    estimate = "wasserstein_estimate"
-
-    def estimated(self, adversarial: Tensor) -> Tensor:
-        """E D(real) - E D(fake) (Arjovsky et al. 2017, eq. 2)."""
-        return -adversarial
-
-
-def adam(config: AdamConfig, setup: Setup, lazy: int = 1) -> Optimisers:
-    """Adam for both networks, the critic's corrected for a penalty at every lazy-th step only (Karras et al. 2020)."""
+    RMSprop with clipping for WGAN; otherwise Adam, the critic's corrected for a lazy penalty (Karras et al. 2020).
+    """
+    critic, generator = setup.critic.parameters(), setup.generator.parameters()
+    rate, generator_rate = config.lr, config.resolved("generator_lr")
+    if isinstance(config, WGANConfig):
+        return RMSprop(critic, lr=rate, clip=config.clip), RMSprop(generator, lr=generator_rate)
+    assert isinstance(config, AdamConfig)
+    lazy = config.lazy if isinstance(config, R1Config) else 1
     share = lazy / (lazy + 1) if lazy > 1 else 1.0
     first, second = config.betas
     return (
-        Adam(setup.critic.parameters(), config.lr * share, (first**share, second**share)),
-        Adam(setup.generator.parameters(), config.resolved("generator_lr"), config.betas),
+        Adam(critic, rate * share, (first**share, second**share), fused=True),
+        Adam(generator, generator_rate, config.betas, fused=True),
     )

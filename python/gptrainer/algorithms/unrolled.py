@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
-from torch.optim import Adam
+from torch.optim import Optimizer
 
 import gpkernels
-from gptrainer.algorithms.system import Setup, System, adam
+from gptrainer.algorithms.system import Setup, System
 from gptrainer.processes import Processes
 from gptrainer.systems import UnrolledConfig
 
@@ -23,14 +23,11 @@ class UnrolledGAN(System):
     """
 
     def __init__(self, config: UnrolledConfig, setup: Setup) -> None:
-        loss = gpkernels.CriticLoss(setup.critic, objective="gan", penalty="none")
-        super().__init__(config, setup, loss, gpkernels.saturating_generator_loss, adam(config, setup))
+        super().__init__(config, setup)
         self.unroll = config.unroll
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
-        optimiser = self.critic_optimiser
-        assert isinstance(optimiser, Adam)
-        weights = look_ahead(self.critic, optimiser, real, fake, self.unroll, self.processes)
+        weights = look_ahead(self.critic, self.critic_optimiser, real, fake, self.unroll, self.processes)
         return -critic_loss(self.critic, weights, real, fake)
 
 
@@ -41,7 +38,7 @@ def critic_loss(critic: nn.Module, weights: Weights, real: Tensor, fake: Tensor)
 
 
 def look_ahead(
-    critic: nn.Module, optimiser: Adam, real: Tensor, fake: Tensor, steps: int, processes: Processes
+    critic: nn.Module, optimiser: Optimizer, real: Tensor, fake: Tensor, steps: int, processes: Processes
 ) -> Weights:
     """Compute the critic's weights after steps of its optimiser on one batch, differentiable in the batch.
 
@@ -56,7 +53,7 @@ def look_ahead(
     taken = int(state[0]["step"]) if state[0] else 0
     for step in range(taken + 1, taken + steps + 1):
         loss = critic_loss(critic, weights, real, fake)
-        grads = [processes.differentiable_mean(g) for g in grad(loss, list(weights.values()), create_graph=True)]
+        grads = [processes.mean(g) for g in grad(loss, list(weights.values()), create_graph=True)]
         means = [first * m + (1 - first) * g for m, g in zip(means, grads, strict=True)]
         squares = [second * v + (1 - second) * g * g for v, g in zip(squares, grads, strict=True)]
         weights = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,10 +9,8 @@ from torch import Tensor
 
 import gpkernels
 from gpkernels.critic.parts import CriticLossParts
-from gptrainer.algorithms.system import Setup, System, adam
+from gptrainer.algorithms.system import Setup, System
 from gptrainer.systems import R1Config
-
-PENALTIES = {"r1": ("r1",), "r2": ("r2",), "r3gan": ("r1", "r2")}
 
 
 class ZeroCentred(System):
@@ -24,21 +21,9 @@ class ZeroCentred(System):
     corrected for the fewer terms (Karras et al. 2020, appendix B).
     """
 
-    objective = "gan"
-
     def __init__(self, config: R1Config, setup: Setup) -> None:
-        lazy = config.lazy
-        loss = gpkernels.CriticLoss(
-            setup.critic,
-            objective=self.objective,
-            penalty=dict.fromkeys(PENALTIES[config.algorithm], config.gamma / 2),
-            penalty_every=lazy,
-            together=setup.together,
-        )
-        optimisers = adam(config, setup, lazy)
-        super().__init__(config, setup, loss, gpkernels.nonsaturating_generator_loss, optimisers, ("penalty",))
-        self.n_critic = config.n_critic
-        self.lazy = lazy
+        super().__init__(config, setup)
+        self.n_critic, self.lazy = config.n_critic, config.lazy
         self.critic_steps = 0
         self.last_penalty = torch.zeros(())
 
@@ -66,14 +51,7 @@ class ZeroCentred(System):
 class R3GAN(ZeroCentred):
     """Huang et al. 2024, eq. 2 and Algorithm 1: critic and generator of pairs, both penalties."""
 
-    objective = "relativistic"
-    estimate = "relativistic_estimate"
-
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
         with torch.no_grad():
             real_scores = self.critic(real)
         return gpkernels.relativistic_generator_loss(real_scores, self.critic(fake))
-
-    def estimated(self, adversarial: Tensor) -> Tensor:
-        """log 2 - L, at most a divergence, equal for the best critic (Jolicoeur-Martineau 2020, theorem 3.1)."""
-        return math.log(2) - adversarial

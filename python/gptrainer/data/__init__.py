@@ -12,10 +12,9 @@ import torch
 from gpkernels.arguments import UserError
 from gptrainer.data.batches import Batches, Prefetched, SampledBatches, Shard, ShuffledBatches
 from gptrainer.data.cifar import load_cifar10
-from gptrainer.data.digits import load_digits
 from gptrainer.data.folder import load_folder
 from gptrainer.data.idx import load_fashion_mnist
-from gptrainer.data.images import ImageSet
+from gptrainer.data.images import ImageSet, load_digits
 from gptrainer.data.points import MIXTURES, POINTS, Mixture
 
 __all__ = [
@@ -24,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 Split = Literal["train", "held-out"]
+UNIT, SIGNED = (0.0, 1.0), (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DataSet:
     description: str
     kind: Literal["points", "images"]
     shape: tuple[int, ...]
-    range: tuple[float, float] = (0.0, 1.0)
+    range: tuple[float, float] = UNIT
     classes: int = 0
     tested: bool = False
 
@@ -49,14 +49,10 @@ DATASETS = {
     "lines": DataSet("the segment (0, u), u uniform in [0, 1]", "points", (2,)),
     "dirac": DataSet("all mass at 0", "points", (1,)),
     "digits": DataSet("1,797 handwritten digits, with scikit-learn", "images", (1, 8, 8), classes=10),
-    "fashion-mnist": DataSet(
-        "70,000 pictures of clothes, from IDX files", "images", (1, 28, 28), classes=10, tested=True
-    ),
-    "cifar10": DataSet(
-        "60,000 photographs in ten classes, from local files", "images", (3, 32, 32), (-1.0, 1.0), 10, tested=True
-    ),
-    "folder": DataSet("any folder of images, cropped to squares of 64 pixels", "images", (3, 64, 64), (-1.0, 1.0)),
-    "folder32": DataSet("any folder of images, cropped to squares of 32 pixels", "images", (3, 32, 32), (-1.0, 1.0)),
+    "fashion-mnist": DataSet("70,000 pictures of clothes, from IDX files", "images", (1, 28, 28), UNIT, 10, True),
+    "cifar10": DataSet("60,000 photographs in ten classes, from local files", "images", (3, 32, 32), SIGNED, 10, True),
+    "folder": DataSet("any folder of images, cropped to squares of 64 pixels", "images", (3, 64, 64), SIGNED),
+    "folder32": DataSet("any folder of images, cropped to squares of 32 pixels", "images", (3, 32, 32), SIGNED),
 }
 
 _LOADERS: dict[str, Callable[[Path | None, Split], ImageSet]] = {

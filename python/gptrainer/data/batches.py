@@ -5,41 +5,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpkernels.arguments import UserError
+from gptrainer.data.images import Indexed
 
 Shard = tuple[int, int]
 """(rank, world size). A process gets the rows rank::world of each batch."""
 AHEAD = 2
 
 
-class Batches(Protocol):
-    """Endless batches that resume from a state."""
-
-    def next(self) -> Tensor: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Samples(Protocol):
-    """Samples that are indexed by a tensor: a tensor, or images on disk."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, chosen: Tensor, /) -> Tensor: ...
-
-
 class ShuffledBatches:
     """Full batches of samples, shuffled in each epoch, with U[0, noise) added to each element."""
 
     def __init__(
-        self, samples: Samples, batch_size: int, seed: int, shard: Shard = (0, 1), *, noise: float = 0.0
+        self, samples: Indexed, batch_size: int, seed: int, shard: Shard = (0, 1), *, noise: float = 0.0
     ) -> None:
         if batch_size > len(samples):
             raise UserError(f"--batch-size: expected at most the {len(samples)} samples of the data, got {batch_size}")
@@ -99,7 +82,7 @@ class SampledBatches:
 class Prefetched:
     """Batches that a thread prepares in advance. The state is that of the last batch returned."""
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
+    def __init__(self, batches: ShuffledBatches, device: torch.device) -> None:
         self.batches, self.device = batches, device
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: deque[Future[tuple[Tensor, dict[str, Any]]]] = deque()
@@ -123,3 +106,7 @@ class Prefetched:
 
     def _make(self) -> tuple[Tensor, dict[str, Any]]:
         return self.batches.next(), self.batches.state_dict()
+
+
+Batches = ShuffledBatches | SampledBatches | Prefetched
+"""Endless batches that resume from a state."""

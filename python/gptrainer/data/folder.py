@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from gpkernels.arguments import UserError
-from gptrainer.data.images import ImageSet, Scaling, digest
+from gptrainer.data.images import ImageSet, Scaling
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -22,14 +21,15 @@ def load_folder(folder: Path | None, size: int) -> ImageSet:
     """Load the central squares of all images below a folder, in [-1, 1]; subfolders are classes if all are in one."""
     if folder is None or not folder.is_dir():
         raise UserError(f"--data-dir: expected a folder of images, got {folder or 'none'}")
-    names = np.array(sorted(_names(folder)))
-    if not len(names):
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in ENDINGS]
+    names = sorted(str(file) for file in files if not file.name.startswith("."))
+    if not names:
         raise UserError(f"--data-dir: no image ({', '.join(ENDINGS)}) found in {folder}")
-    tops = np.array([Path(name).parts[0] if os.sep in name else "" for name in names])
+    tops = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
     classes, labels = np.unique(tops, return_inverse=True)
     known = len(classes) > 1 and "" not in classes
     return ImageSet(
-        FolderPixels(folder, names, size),
+        FolderPixels(folder, np.array(names), size),
         torch.from_numpy(labels) if known else None,
         len(classes) if known else 0,
         Scaling(low=-1.0, high=1.0),
@@ -51,11 +51,15 @@ class FolderPixels:
         squares = list(self.decoders.map(partial(decode, size=self.size), paths))
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
+    def subset(self, chosen: Tensor) -> FolderPixels:
+        """The images with these indices, (n,)."""
+        return FolderPixels(self.folder, self.names[chosen.numpy()], self.size)
+
     def fingerprint(self) -> str:
-        """Hash of names, sizes and modification times; the images are not read."""
+        """Names, sizes and modification times; the images are not read."""
         files = [(str(name), (self.folder / name).stat()) for name in self.names]
         listing = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in files)
-        return digest(f"{self.folder.resolve()} {self.size}\n{listing}")
+        return f"{self.folder.resolve()} {self.size}\n{listing}"
 
 
 def decode(path: Path, size: int) -> np.ndarray:
@@ -66,12 +70,3 @@ def decode(path: Path, size: int) -> np.ndarray:
             return np.array(ImageOps.fit(image.convert("RGB"), (size, size)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"--data-dir: {path} cannot be read as an image: {error}") from error
-
-
-def _names(folder: Path) -> list[str]:
-    return [
-        str((Path(place) / name).relative_to(folder))
-        for place, _, files in os.walk(folder)
-        for name in files
-        if name.lower().endswith(ENDINGS) and not name.startswith(".")
-    ]

@@ -21,29 +21,26 @@ UNSIGNED_BYTES = 8
 
 def load_fashion_mnist(folder: Path | None, split: str) -> ImageSet:
     """Load 28x28 images in [0, 1], 60,000 for training and 10,000 held out."""
-    place, prefix = folder or DEBIAN, PREFIX[split]
-    pixels = _read(place, f"{prefix}-images-idx3-ubyte", 3)
-    labels = _read(place, f"{prefix}-labels-idx1-ubyte", 1).long()
+    folder, prefix = folder or DEBIAN, PREFIX[split]
+    pixels = _read(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read(folder, f"{prefix}-labels-idx1-ubyte", 1).long()
     if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max() > 9:
-        raise UserError(f"--data-dir: the {prefix} files in {place} are not those of Fashion-MNIST")
+        raise UserError(f"--data-dir: the {prefix} files in {folder} are not those of Fashion-MNIST")
     return ImageSet(pixels.unsqueeze(1), labels, 10)
 
 
 def _read(folder: Path, name: str, dims: int) -> Tensor:
     """Read a compressed IDX file of bytes, or map a plain one."""
     plain, packed = folder / name, folder / f"{name}.gz"
+    if not plain.is_file() and not packed.is_file():
+        raise UserError(
+            f"--data-dir: fashion-mnist needs {name} or {name}.gz, and {folder} has neither; install Debian's "
+            "package dataset-fashion-mnist, or name a folder with the four IDX files"
+        )
     try:
         if plain.is_file():
-            # Copy on write, since torch expects writable arrays.
-            content: np.ndarray = np.memmap(plain, np.uint8, mode="c")
-        elif packed.is_file():
-            content = np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8)
-        else:
-            raise UserError(
-                f"--data-dir: fashion-mnist needs {name} or {name}.gz, and {folder} has neither; install Debian's "
-                "package dataset-fashion-mnist, or name a folder with the four IDX files"
-            )
-        return _parse(content, dims)
+            return _parse(np.memmap(plain, np.uint8, mode="c"), dims)  # copy on write: torch wants writable arrays
+        return _parse(np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8), dims)
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise UserError(f"--data-dir: {name} in {folder} is damaged: {error}") from error
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-class Pixels(Protocol):
-    """Images as bytes, (N, C, H, W), indexed by a tensor. Other types than Tensor have a ``fingerprint()``."""
+class Indexed(Protocol):
+    """Samples that are indexed by a tensor: a tensor, or images on disk, which have ``subset`` and ``fingerprint``."""
 
     def __len__(self) -> int: ...
 
@@ -33,27 +33,13 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A subset of the pixels, in the order of ``indices``."""
-
-    pixels: Pixels
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, chosen: Tensor, /) -> Tensor:
-        return self.pixels[self.indices[chosen]]
-
-    def fingerprint(self) -> str:
-        return digest(self.pixels, self.indices)
-
-
-@dataclass(frozen=True)
 class ImageSet:
-    """labels: (N,) from 0 to classes - 1, or None. Indexed by a tensor it returns floats, (n, C, H, W)."""
+    """Images as bytes, (N, C, H, W), which are floats once indexed by a tensor.
 
-    pixels: Pixels
+    labels: (N,) from 0 to classes - 1, or None.
+    """
+
+    pixels: Indexed
     labels: Tensor | None
     classes: int
     scaling: Scaling = Scaling()
@@ -71,21 +57,23 @@ class ImageSet:
 
     def subset(self, chosen: Tensor) -> ImageSet:
         """The images with these indices, (n,)."""
-        labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, pixels=Chosen(self.pixels, chosen), labels=labels)
+        pixels: Any = self.pixels
+        fewer = pixels[chosen] if isinstance(pixels, Tensor) else pixels.subset(chosen)
+        return replace(self, pixels=fewer, labels=None if self.labels is None else self.labels[chosen])
 
     def fingerprint(self) -> str:
-        """Hash of images and labels."""
-        return digest(self.pixels, "" if self.labels is None else self.labels, repr(self.scaling))
+        """Hash of images, labels and scaling; of images on disk only the names, sizes and times are hashed."""
+        pixels: Any = self.pixels
+        total = blake2b(repr(self.scaling).encode(), digest_size=16)
+        for part in (pixels if isinstance(pixels, Tensor) else pixels.fingerprint(), self.labels):
+            total.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+        return total.hexdigest()
 
 
-def digest(*parts: Any) -> str:
-    """Hash of tensors, texts and pixels."""
-    total = blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Tensor):
-            total.update(repr(tuple(part.shape)).encode())
-            total.update(part.numpy().tobytes())
-        else:
-            total.update((part if isinstance(part, str) else part.fingerprint()).encode())
-    return total.hexdigest()
+def load_digits() -> ImageSet:
+    """Load scikit-learn's 1,797 handwritten digits of 8x8 pixels with 17 shades, scaled to [0, 1]."""
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    pixels = torch.tensor(bunch.images, dtype=torch.uint8).unsqueeze(1)
+    return ImageSet(pixels, torch.tensor(bunch.target, dtype=torch.int64), 10, Scaling(levels=16))

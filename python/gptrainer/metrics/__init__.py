@@ -8,17 +8,26 @@ import torch
 
 from gptrainer.data import DATASETS
 from gptrainer.metrics.classifier import Classifier, train_classifier
-from gptrainer.metrics.distances import Moments, frechet_distance, inception_score, mode_coverage, wasserstein_1
-from gptrainer.metrics.gradients import gradient_norms, mean_gradient_norm
-from gptrainer.metrics.quality import ImageQuality, PointsQuality, Quality
+from gptrainer.metrics.distances import (
+    Moments,
+    frechet_distance,
+    gradient_norms,
+    inception_score,
+    mean_gradient_norm,
+    mode_coverage,
+    wasserstein_1,
+)
+from gptrainer.metrics.quality import ImageQuality, PointsQuality
 
 __all__ = [
-    "Classifier", "ImageQuality", "Moments", "PointsQuality", "Quality", "build_quality", "frechet_distance",
+    "Classifier", "ImageQuality", "Moments", "PointsQuality", "build_quality", "frechet_distance",
     "gradient_norms", "inception_score", "mean_gradient_norm", "mode_coverage", "train_classifier", "wasserstein_1",
 ]  # fmt: skip
 
 
-def build_quality(data: str, latent: int, seed: int, device: torch.device, *, data_dir: Path | None = None) -> Quality:
+def build_quality(
+    data: str, latent: int, seed: int, device: torch.device, *, data_dir: Path | None = None
+) -> ImageQuality | PointsQuality:
     """Build the measure of a data set. The classifier of images is trained once and then cached."""
     if DATASETS[data].kind == "images":
         return ImageQuality(data, latent, seed, device, data_dir)

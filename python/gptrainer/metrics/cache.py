@@ -9,14 +9,14 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptrainer.data import ImageSet
 from gptrainer.files import Damaged, pack, replacing, unpack
 from gptrainer.metrics import classifier
-from gptrainer.metrics.classifier import Classifier, frozen, shape_of, train_classifier, untrained
+from gptrainer.metrics.classifier import Classifier, shape_of, train_classifier
 
-VERSION = 2
+VERSION = 3
 SEED = 0
 MOST = 50_000
 NOTEWORTHY = 10_000
@@ -25,15 +25,27 @@ NOTEWORTHY = 10_000
 def classifier_of(name: str, images: ImageSet) -> Classifier:
     """Load the classifier of a data set from the cache, or train and cache it. A damaged file is replaced."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "gpkernels" / "classifiers" / f"{name}-{_key(images)}.pt"
-    data = _training_set(images)
-    cached = _load(path, data)
-    if cached is not None:
-        return cached
+    shape = shape_of(images)
+    with torch.device("meta"):  # for which no random number is drawn
+        cached = Classifier(shape, images.classes or 4)
+    settings = (VERSION, SEED, MOST, classifier.EPOCHS, classifier.IMAGES_SHOWN, classifier.BATCH)
+    key = blake2b(f"{settings} {cached} {images.fingerprint()}".encode(), digest_size=8).hexdigest()
+    path = Path(base) / "gpkernels" / "classifiers" / f"{name}-{key}.pt"
+    try:
+        cached.load_state_dict(unpack(path.read_bytes()), assign=True)
+        return cached.requires_grad_(False)
+    except (Damaged, OSError, TypeError, RuntimeError):
+        data = _training_set(images)
     if len(data) > NOTEWORTHY:
         print(f"training the classifier of {name} once, for {path}", file=sys.stderr)
     trained = train_classifier(data, SEED)
-    _save(path, trained)
+    own = path.with_stem(f"{path.stem}-{os.getpid()}")  # parallel processes train the same classifier
+    try:
+        with replacing(own) as part:
+            part.write_bytes(pack(trained.state_dict()))
+        own.replace(path)
+    except OSError as error:  # the run does not need the cache
+        print(f"the classifier cannot be cached in {path.parent}: {error.strerror}", file=sys.stderr)
     return trained
 
 
@@ -59,39 +71,3 @@ def _training_set(images: ImageSet) -> ImageSet:
     if images.labels is not None:
         return images
     return replace(images, pixels=Rotated(images), labels=torch.arange(len(images)) % 4, classes=4)
-
-
-def _key(images: ImageSet) -> str:
-    """Hash of everything that a trained classifier depends on."""
-    settings = (VERSION, SEED, MOST, classifier.EPOCHS, classifier.IMAGES_SHOWN, classifier.BATCH)
-    network = _without_weights(images, images.classes or 4)
-    return blake2b(f"{settings} {network} {images.fingerprint()}".encode(), digest_size=8).hexdigest()
-
-
-def _load(path: Path, data: ImageSet) -> Classifier | None:
-    try:
-        state = unpack(path.read_bytes())
-        network = _without_weights(data, data.classes)
-        network.load_state_dict(state["weights"], assign=True)
-        return frozen(network["body"], network["head"], float(state["accuracy"]))
-    except (Damaged, OSError, KeyError, TypeError, ValueError, RuntimeError):
-        return None
-
-
-def _without_weights(data: ImageSet, classes: int) -> nn.ModuleDict:
-    """The network on the meta device, for which no random number is drawn."""
-    shape = shape_of(data)
-    with torch.device("meta"):
-        body, head = untrained(shape, classes)
-    return nn.ModuleDict({"body": body, "head": head})
-
-
-def _save(path: Path, trained: Classifier) -> None:
-    weights = nn.ModuleDict({"body": trained.body, "head": trained.head}).state_dict()
-    own = path.with_stem(f"{path.stem}-{os.getpid()}")  # parallel processes train the same classifier
-    try:
-        with replacing(own) as part:
-            part.write_bytes(pack({"weights": weights, "accuracy": trained.accuracy}))
-        own.replace(path)
-    except OSError as error:  # the run does not need the cache
-        print(f"the classifier cannot be cached in {path.parent}: {error.strerror}", file=sys.stderr)

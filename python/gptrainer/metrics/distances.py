@@ -1,4 +1,4 @@
-"""Measures of a set of samples, or of two."""
+"""Measures of a set of samples, or of two, and of a critic's slope."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import linalg
-from torch import Tensor
+from torch import Tensor, nn
 
+import gpkernels
 from gptrainer.data import Mixture
 
 Array = NDArray[np.float64]
@@ -58,3 +59,14 @@ def mode_coverage(points: Tensor, mixture: Mixture, least: float = 20 / 2500) ->
     """Share of points within 4 sigma of a mode, and number of modes with at least a share ``least`` of the points."""
     near = torch.cdist(points, mixture.centres) < 4 * mixture.sigma
     return near.any(dim=1).double().mean().item(), int((near.double().mean(dim=0) >= least).sum())
+
+
+def gradient_norms(critic: nn.Module, points: Tensor) -> Tensor:
+    """Compute |grad D| at each point, (N,). points: (N, *)."""
+    return gpkernels.input_gradient(critic, points).detach().flatten(1).norm(dim=1)
+
+
+def mean_gradient_norm(critic: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator) -> float:
+    """Estimate E |grad D| at interpolates of real and fake."""
+    eps = torch.rand(len(real), generator=generator).to(real)
+    return gradient_norms(critic, gpkernels.interpolate(real, fake, eps)).mean().item()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gptrainer.data import DATASETS, MIXTURES, POINTS, ImageSet, load_images
+from gptrainer.data import DATASETS, MIXTURES, POINTS, load_images
 from gptrainer.metrics.cache import classifier_of
 from gptrainer.metrics.distances import Moments, frechet_distance, inception_score, mode_coverage, wasserstein_1
 from gptrainer.models import sample
@@ -19,17 +18,6 @@ IMAGES = 2000
 REAL_IMAGES = 10_000
 POINTS_COUNTED = 2500
 POINTS_TRANSPORTED = 1000
-
-
-class Quality(Protocol):
-    """A measure of a generator on fixed latent points."""
-
-    name: str
-    """The main measure, a key of what ``measure`` returns."""
-    facts: dict[str, float]
-    """Reference values."""
-
-    def measure(self, generator: nn.Module) -> dict[str, float]: ...
 
 
 class ImageQuality:
@@ -46,13 +34,13 @@ class ImageQuality:
         self.classifier = classifier_of(data, train)
         self.labelled = train.labels is not None
         self.latent = _latent_points(latent, seed, IMAGES).to(device)
-        images = _measured(data, train, data_dir)
-        features = self.classifier.features(images)
+        real = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
+        features = self.classifier.features(real[torch.arange(min(REAL_IMAGES, len(real)))])
         self.real = Moments.of(features)
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         halves = [Moments.of(features[half.numpy()]) for half in order.chunk(2)]
         self.facts = {
-            "classifier_held_out_accuracy": self.classifier.accuracy,
+            "classifier_held_out_accuracy": self.classifier.accuracy.item(),
             "frechet_distance_of_real_halves": frechet_distance(*halves),
             "images_in_a_real_half": len(features) // 2,
             **self._score(features, "inception_score_of_real_images"),
@@ -89,21 +77,12 @@ class PointsQuality:
             self.facts["modes"] = len(self.mixture.centres)
 
     def measure(self, generator: nn.Module) -> dict[str, float]:
-        return self.measure_points(sample(generator, self.latent).cpu())
-
-    def measure_points(self, points: Tensor) -> dict[str, float]:
-        """Measure points, (N, d)."""
+        points = sample(generator, self.latent).cpu()
         distance = {"wasserstein_1": wasserstein_1(points[:POINTS_TRANSPORTED], self.real)}
         if self.mixture is None:
             return distance
         share, modes = mode_coverage(points, self.mixture)
         return {self.name: share, "modes_covered": modes, **distance}
-
-
-def _measured(data: str, train: ImageSet, data_dir: Path | None) -> Tensor:
-    """Select the real images of the comparison."""
-    chosen = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
-    return chosen[torch.arange(min(REAL_IMAGES, len(chosen)))]
 
 
 def _latent_points(latent: int, seed: int, n: int) -> Tensor:

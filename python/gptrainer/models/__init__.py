@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,11 +13,9 @@ from torch import Tensor, nn
 from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS, DataSet
 from gptrainer.models import closed_form, dcgan, mlp, resnet, semi_supervised
-from gptrainer.models.layers import CT_DROPOUT
+from gptrainer.models.layers import CT_DROPOUT, Pair
 
-__all__ = ["NETWORKS", "Network", "build_models", "default_network", "sample"]
-
-Pair = tuple[nn.Module, nn.Module]
+__all__ = ["NETWORKS", "Network", "build_models", "default_network", "evaluating", "mixes_samples", "sample"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,9 @@ def _of_shape(*shape: int) -> Callable[[DataSet], bool]:
 
 ANY = _of_shape()
 PLANAR, LINEAR, PIXELS_32 = _of_shape(2), _of_shape(1), _of_shape(32, 32)
+CT = partial(dcgan.build, dropout=CT_DROPOUT)
+CT_MLP = partial(mlp.build, dropout=CT_DROPOUT)
+CT_RESNET = partial(resnet.build, dropout=resnet.CT_DROPOUT)
 NETWORKS = {
     "mlp": Network("three hidden layers; for points those of WGAN-GP", 2, 512, ANY, mlp.build),
     "mlp12": Network("a critic of 12 hidden layers (WGAN-GP, fig. 1b)", 2, 512, PLANAR, mlp.build_deep),
@@ -47,23 +49,9 @@ NETWORKS = {
     "dcgan": Network("convolutions: WGAN-GP's at 28 and 32 pixels, WGAN's at 64", 128, 64, _convolutional, dcgan.build),
     "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, _convolutional, dcgan.build_mlp),
     "resnet": Network("WGAN-GP's residual networks", 128, 128, PIXELS_32, resnet.build),
-    "ct": Network(
-        "as dcgan, else mlp, with CT-GAN's dropout in the critic",
-        128,
-        64,
-        ANY,
-        partial(dcgan.build, dropout=CT_DROPOUT),
-    ),
-    "ct-mlp": Network(
-        "as mlp, with CT-GAN's dropout in the critic", 2, 512, ANY, partial(mlp.build, dropout=CT_DROPOUT)
-    ),
-    "ct-resnet": Network(
-        "as resnet, with CT-GAN's dropout in the critic",
-        128,
-        128,
-        PIXELS_32,
-        partial(resnet.build, dropout=resnet.CT_DROPOUT),
-    ),
+    "ct": Network("as dcgan, else mlp, with CT-GAN's dropout in the critic", 128, 64, ANY, CT),
+    "ct-mlp": Network("as mlp, with CT-GAN's dropout in the critic", 2, 512, ANY, CT_MLP),
+    "ct-resnet": Network("as resnet, with CT-GAN's dropout in the critic", 128, 128, PIXELS_32, CT_RESNET),
     "semi-supervised": Network(
         "CT-GAN's classifier and generator", 100, 250, lambda data: data.classes > 0, semi_supervised.build
     ),
@@ -79,9 +67,7 @@ def default_network(data: str) -> str:
     return "dcgan" if _convolutional(DATASETS[data]) else "mlp"
 
 
-def build_models(
-    data: str, latent: int, width: int, *, network: str | None = None, batch_norm: bool = False
-) -> tuple[nn.Module, nn.Module]:
+def build_models(data: str, latent: int, width: int, *, network: str | None = None, batch_norm: bool = False) -> Pair:
     """Build (generator, critic) for a data set, initialised from torch's global generator.
 
     batch_norm: the convolutional networks as the papers have them under weight clipping and in plain GANs, with
@@ -94,11 +80,23 @@ def build_models(
     return NETWORKS[name].build(DATASETS[data], latent, width, batch_norm)
 
 
-def sample(generator: nn.Module, latent: Tensor, chunk: int = 1024) -> Tensor:
-    """Generate samples in evaluation mode, without a graph, in chunks that bound memory."""
-    training = generator.training
-    generator.eval()
-    with torch.no_grad():
-        samples = torch.cat([generator(part) for part in latent.split(chunk)])
-    generator.train(training)
-    return samples
+def mixes_samples(network: nn.Module) -> bool:
+    """Whether a sample's output depends on the rest of its batch."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode for the duration of a block."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def sample(network: nn.Module, inputs: Tensor, chunk: int = 1024) -> Tensor:
+    """Compute a network's outputs in evaluation mode, without a graph, in chunks that bound memory."""
+    with evaluating(network), torch.no_grad():
+        return torch.cat([network(part) for part in inputs.split(chunk)])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gptrainer.data import DataSet
+from gptrainer.models.layers import Pair
 from gptrainer.models.mlp import dense
 
 
@@ -34,12 +35,12 @@ class Point(nn.Module):
         return self.theta.expand(len(latent), 1)
 
 
-def build_line(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
+def build_line(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build the line at 1 and a critic of three hidden layers."""
     return Line(), nn.Sequential(*dense([*data.shape, width, width, width, 1], nn.ReLU()))
 
 
-def build_dirac(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
+def build_dirac(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build the point at 1 and the critic psi x with psi = 1."""
     critic = nn.Linear(1, 1, bias=False)
     nn.init.ones_(critic.weight)

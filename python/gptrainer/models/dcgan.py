@@ -9,9 +9,7 @@ from torch import nn
 
 from gptrainer.data import DataSet
 from gptrainer.models import mlp
-from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range, transposed
-
-Pair = tuple[nn.Module, nn.Module]
+from gptrainer.models.layers import FeatureCritic, Pair, convolution, linear, to_range, transposed
 
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
@@ -29,9 +27,7 @@ def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: 
 def build_mlp(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build a generator of three hidden layers, without BatchNorm and with unbounded output, and DCGAN's critic."""
     sizes = [latent, width, width, width, math.prod(data.shape)]
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     generator = nn.Sequential(*layers[:-1], nn.Unflatten(1, data.shape))
     return generator, _critic(data, max(1, width // 8), batch_norm)
 
@@ -64,31 +60,26 @@ def _critic(data: DataSet, width: int, batch_norm: bool, dropout: float = 0.0) -
     if data.shape[-1] == 64:
         return _critic_64(data, width, batch_norm, dropout)
     layers: list[nn.Module] = []
-    for channels, out in ((data.shape[0], width), (width, 2 * width), (2 * width, 4 * width)):
+    for channels, out in pairwise([data.shape[0], width, 2 * width, 4 * width]):
         layers.append(convolution(channels, out, 5, stride=2))
         layers += _after(out, batch_norm and channels != data.shape[0], dropout)
     return FeatureCritic(*layers, nn.Flatten(), linear(4 * width * 16, 1))
 
 
 def _generator_64(data: DataSet, latent: int, width: int) -> nn.Module:
-    channels = [8 * width, 4 * width, 2 * width, width]
     layers: list[nn.Module] = [nn.Unflatten(1, (latent, 1, 1)), nn.ConvTranspose2d(latent, 8 * width, 4, bias=False)]
-    for i, n in enumerate(channels):
-        m = channels[i + 1] if i < 3 else data.shape[0]
+    for n, m in pairwise([8 * width, 4 * width, 2 * width, width, data.shape[0]]):
         layers += [nn.BatchNorm2d(n), nn.ReLU(), nn.ConvTranspose2d(n, m, 4, 2, 1, bias=False)]
     return nn.Sequential(*layers, to_range(data)).apply(_init_64)
 
 
 def _critic_64(data: DataSet, width: int, batch_norm: bool, dropout: float) -> FeatureCritic:
-    channels = [data.shape[0], width, 2 * width, 4 * width, 8 * width]
     layers: list[nn.Module] = []
-    for i in range(4):
-        layers.append(nn.Conv2d(channels[i], channels[i + 1], 4, 2, 1, bias=False))
-        layers += _after(channels[i + 1], batch_norm and i > 0, dropout)
+    for n, m in pairwise([data.shape[0], width, 2 * width, 4 * width, 8 * width]):
+        layers.append(nn.Conv2d(n, m, 4, 2, 1, bias=False))
+        layers += _after(m, batch_norm and n != data.shape[0], dropout)
     # The code's last layer is a convolution over all of the 4x4 pixels left, which is this one.
-    head = nn.Linear(8 * width * 16, 1, bias=False)
-    nn.init.normal_(head.weight, 0.0, 0.02)
-    return FeatureCritic(*layers, nn.Flatten(), head).apply(_init_64)
+    return FeatureCritic(*layers, nn.Flatten(), nn.Linear(8 * width * 16, 1, bias=False)).apply(_init_64)
 
 
 def _after(channels: int, batch_norm: bool, dropout: float) -> list[nn.Module]:
@@ -99,7 +90,7 @@ def _after(channels: int, batch_norm: bool, dropout: float) -> list[nn.Module]:
 
 def _init_64(layer: nn.Module) -> None:
     """Initialise convolutions by N(0, .02), BatchNorm's scale by N(1, .02) and its shift by 0."""
-    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(layer.weight, 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm2d):
         nn.init.normal_(layer.weight, 1.0, 0.02)

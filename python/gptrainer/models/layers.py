@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from gptrainer.data import DataSet
 
+Pair = tuple[nn.Module, nn.Module]
+"""A generator and a critic."""
 CT_DROPOUT = 0.5  # after each activation, except in residual networks
 
 
@@ -27,23 +29,27 @@ class SameConv2d(nn.Conv2d):
     """TensorFlow's padding "SAME": outputs of ceil(size / stride), the odd pixel of padding below and to the right."""
 
     def forward(self, input: Tensor) -> Tensor:
-        height, width = (_padding(*args) for args in zip(input.shape[2:], self.kernel_size, self.stride, strict=True))
-        if height[0] == height[1] and width[0] == width[1]:
-            return F.conv2d(input, self.weight, self.bias, self.stride, (height[0], width[0]))
-        return F.conv2d(F.pad(input, (*width, *height)), self.weight, self.bias, self.stride)
+        sizes = zip(input.shape[2:], self.kernel_size, self.stride, strict=True)
+        (up, down), (left, right) = (_padding(*size) for size in sizes)
+        if (up, left) == (down, right):
+            return F.conv2d(input, self.weight, self.bias, self.stride, (up, left))
+        return super().forward(F.pad(input, (left, right, up, down)))
 
 
 class SameConvTranspose2d(nn.ConvTranspose2d):
     """The transpose of such a convolution: outputs of size * stride."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        full = F.conv_transpose2d(input, self.weight, None, self.stride)
-        height, width = (size * stride for size, stride in zip(input.shape[2:], self.stride, strict=True))
-        (top, _), (left, _) = (
-            _padding(*args) for args in zip((height, width), self.kernel_size, self.stride, strict=True)
-        )
-        output = full[:, :, top : top + height, left : left + width]
-        return output if self.bias is None else output + self.bias.view(-1, 1, 1)
+        output = super().forward(input)
+        for dim, size, kernel, stride in zip((2, 3), input.shape[2:], self.kernel_size, self.stride, strict=True):
+            output = output.narrow(dim, _padding(size * stride, kernel, stride)[0], size * stride)
+        return output
+
+
+def _padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Padding (before, after)."""
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
 
 
 class GaussianNoise(nn.Module):
@@ -55,9 +61,6 @@ class GaussianNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.sigma * torch.randn(x.shape, device=x.device, dtype=x.dtype) if self.training else x
-
-    def extra_repr(self) -> str:
-        return f"sigma={self.sigma}"
 
 
 class Uniform(nn.Module):
@@ -87,22 +90,16 @@ def convolution(channels: int, out: int, kernel: int, stride: int = 1, *, he: bo
     return layer
 
 
-def transposed(channels: int, out: int, kernel: int, stride: int = 2, *, he: bool = True) -> SameConvTranspose2d:
+def transposed(channels: int, out: int, kernel: int, stride: int = 2) -> SameConvTranspose2d:
     """Transposed convolution initialised as in the WGAN-GP code, with a fan-in of 1 / stride^2 of the kernel."""
     layer = SameConvTranspose2d(channels, out, kernel, stride)
-    _uniform(layer, channels * kernel**2 / stride**2, out * kernel**2, he)
+    _uniform(layer, channels * kernel**2 / stride**2, out * kernel**2)
     return layer
 
 
-def _uniform(layer: nn.Conv2d | nn.ConvTranspose2d, fan_in: float, fan_out: float, he: bool) -> None:
+def _uniform(layer: nn.Conv2d | nn.ConvTranspose2d, fan_in: float, fan_out: float, he: bool = True) -> None:
     """Initialise with variance 4 / (fan_in + fan_out), or half of that (Glorot), and bias 0."""
     bound = math.sqrt(3 * (4 if he else 2) / (fan_in + fan_out))
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-
-
-def _padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Padding (before, after)."""
-    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2

@@ -8,9 +8,8 @@ from itertools import pairwise
 from torch import nn
 
 from gptrainer.data import DataSet
-from gptrainer.models.layers import FeatureCritic, to_range
+from gptrainer.models.layers import FeatureCritic, Pair, to_range
 
-Pair = tuple[nn.Module, nn.Module]
 DEPTH = 12
 
 

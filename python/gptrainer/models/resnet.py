@@ -7,9 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from gptrainer.data import DataSet
-from gptrainer.models.layers import FeatureCritic, convolution, linear, to_range
+from gptrainer.models.layers import FeatureCritic, Pair, convolution, linear, to_range
 
-Pair = tuple[nn.Module, nn.Module]
 Dropout = tuple[float, float, float]
 CT_DROPOUT: Dropout = (0.2, 0.5, 0.5)  # Wei et al. 2018
 

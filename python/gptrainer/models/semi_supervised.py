@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from gptrainer.data import DataSet
-from gptrainer.models.layers import FeatureCritic, GaussianNoise, Uniform, to_range
+from gptrainer.models.layers import FeatureCritic, GaussianNoise, Pair, Uniform, to_range
 
 INPUT_SIGMA, HIDDEN_SIGMA = 0.3, 0.5
 BATCH_NORM_EPS = 1e-6
@@ -40,7 +40,7 @@ class Classifier(FeatureCritic):
                     x = layer(x)
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
+def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build (generator, classifier). width: of the narrowest hidden layers, 250 in the code."""
     return _generator(data, latent, 2 * width), _classifier(data, width)
 

@@ -9,7 +9,8 @@ import torch
 
 from gptrainer import plots
 from gptrainer.data import load_images
-from gptrainer.loop import Trainer, evaluating
+from gptrainer.loop import Trainer
+from gptrainer.models import evaluating
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
 from gptrainer.reproduce.training import start, train

@@ -17,7 +17,7 @@ from critics import plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import Calls, Cubed
 from gpkernels.critic import plan
-from gpkernels.critic.by_autograd import plainly
+from gpkernels.critic.by_autograd import left_to_autograd
 
 N, WIDTH = 5, 6
 
@@ -83,7 +83,7 @@ def test_every_critic_has_pytorchs_numbers(name: str, penalty: str, way: str) ->
         ours = gpk.r1_penalty(critic, real) if penalty == "r1" else gpk.gradient_penalty(critic, real, fake, **given)
         exact = plain_penalty(critic, points, 0.0 if penalty == "r1" else 1.0)
         assert_exactly_as(ours, exact, critic)
-    assert plainly.has(critic, real)
+    assert left_to_autograd.has(critic, real)
 
 
 @pytest.mark.parametrize("penalty", ["wgan-gp", "r1", "r2", "none"])
@@ -98,7 +98,7 @@ def test_a_whole_loss_has_pytorchs_numbers_in_every_call(objective: str, penalty
         parts = loss(real, fake, eps=eps if penalty == "wgan-gp" else None)
         assert critic.calls == (3 if penalty == "wgan-gp" else 2)
         assert_exactly_as(parts.loss, exact, critic)
-        assert plainly.has(critic, real)
+        assert left_to_autograd.has(critic, real)
         assert not any(x.requires_grad for x in parts[1:])
 
 
@@ -129,8 +129,8 @@ def test_evaluation_is_told_from_training_and_nothing_is_kept_alive() -> None:
     critic = Critic().double()
     points, _, _ = batch(N, WIDTH)
     gpk.r1_penalty(critic, points)
-    assert plainly.has(critic, points)
-    assert not plainly.has(critic.eval(), points)
+    assert left_to_autograd.has(critic, points)
+    assert not left_to_autograd.has(critic.eval(), points)
     found = weakref.ref(critic)
     del critic
     gc.collect()
@@ -153,7 +153,7 @@ def test_a_critic_with_much_to_multiply_goes_by_its_graph(monkeypatch: pytest.Mo
     for _ in range(3):
         points, _, _ = batch(N, WIDTH)
         assert_exactly_as(gpk.r1_penalty(critic, points), plain_penalty(critic, points, 0.0), critic)
-    assert not plainly.has(critic, points)
+    assert not left_to_autograd.has(critic, points)
 
 
 def test_a_larger_batch_is_judged_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +163,14 @@ def test_a_larger_batch_is_judged_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             points, _, _ = batch(rows, WIDTH)
             assert_exactly_as(gpk.r1_penalty(critic, points), plain_penalty(critic, points, 0.0), critic)
-        assert plainly.has(critic, points) == left
+        assert left_to_autograd.has(critic, points) == left
 
 
 def settled(critic: nn.Module) -> Any:
     """The critic once it is left to autograd."""
     points, _, _ = batch(N, WIDTH)
     gpk.r1_penalty(critic.double(), points)
-    assert plainly.has(critic, points)
+    assert left_to_autograd.has(critic, points)
     return critic
 
 
@@ -179,7 +179,7 @@ def test_points_are_rows_of_coordinates_in_an_eikonal_loss(way: str) -> None:
     points, _, _ = batch(N, 2, WIDTH)
     x = points.clone().requires_grad_()
     (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    plainly.add(critic, points.numel())
+    left_to_autograd.add(critic, points.numel())
     assert_exactly_as(gpk.eikonal_loss(critic, points), (g.norm(dim=-1) - 1).square().mean(), critic)
 
 
@@ -204,7 +204,7 @@ def test_a_loss_scale_keeps_what_half_precision_would_round_away() -> None:
     exact = Critic().double()
     exact.load_state_dict(half.state_dict())
     points = torch.randn(rows, WIDTH).half()
-    plainly.add(half, points.numel())
+    left_to_autograd.add(half, points.numel())
     (wanted,) = torch.autograd.grad(plain_penalty(exact, points.double(), 0.0), exact.first.weight)
     losses = gpk.r1_penalty(half, points), plain_penalty(half, points, 0.0)
     found = [torch.autograd.grad(loss * scale, half.first.weight)[0].double() / scale for loss in losses]
@@ -315,7 +315,7 @@ def test_a_call_that_was_made_is_not_made_again() -> None:
 def test_autocast_is_the_users() -> None:
     critic = settled(Critic()).float()
     real, fake, eps = batch(64, WIDTH, dtype=torch.float32)
-    plainly.add(critic, real.numel())
+    left_to_autograd.add(critic, real.numel())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = gpk.CriticLoss(critic)(real, fake, eps=eps).loss
         exact = plain_loss(critic, real, fake, eps)
