@@ -6,6 +6,7 @@ are bound without a Python wrapper: most are called in every call of an op or of
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -26,6 +27,19 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
+from gpkernels.version import OLDEST_TORCH
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """Parse the first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+if release_of(torch.__version__) < release_of(OLDEST_TORCH):
+    raise ImportError(
+        f"gpkernels needs PyTorch {OLDEST_TORCH} or later, and this is {torch.__version__}; pip install --upgrade torch"
+    )
+
 # --- on the hot path --------------------------------------------------------------------------------------------------
 
 # Whether any argument requires a gradient, and whether a torch.func transform is active: no public query is as cheap.
@@ -42,8 +56,17 @@ dispatch_mode: Callable[[], Any] = _python_dispatch._get_current_dispatch_mode
 
 # --- elsewhere --------------------------------------------------------------------------------------------------------
 
+
 # State that PyTorch propagates to autograd's worker threads, which ContextVars do not reach.
-carry: Callable[[str, object], None] = torch._C._stash_obj_in_tls
+def carry(key: str, value: object) -> None:
+    """Store a value in PyTorch's thread-local state."""
+    if not _counts_what_it_carries:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
+
+
+# PyTorch 2.11 releases a reference to the value that it never took.
+_counts_what_it_carries = release_of(torch.__version__) >= (2, 13)
 is_carried: Callable[[str], bool] = torch._C._is_key_in_tls
 carried: Callable[[str], Any] = torch._C._get_obj_in_tls
 # Whether an op has a kernel of its own for a dispatch key.

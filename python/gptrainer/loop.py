@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gpkernels.arguments import UserError
 from gptrainer import logs, parts
@@ -215,6 +214,8 @@ class Trainer:
         return measured
 
     def _progress_bar(self) -> Any:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
         return tqdm(
             total=self.config.steps,
             initial=self.step,

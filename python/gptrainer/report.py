@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import gpkernels
 from gptrainer import plots
@@ -127,7 +127,7 @@ def _write_weights(path: Path, trainer: Trainer) -> None:
     names = ("algorithm", "data", "network", "latent", "width", "seed")
     about = {name: str(getattr(trainer.config, name)) for name in names}
     with replacing(path) as part:
-        save_file(weights, part, metadata=about)
+        part.write_bytes(save(weights, metadata=about))  # save_file would make a file that only its owner reads
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
