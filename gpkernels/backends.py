@@ -311,7 +311,8 @@ def forced() -> str | None:
 def unavailable(name: str) -> str | None:
     """Return why a backend cannot run here, with the remedy; None if it can."""
     if name == "cpu" and extension is None:
-        return f"the C++ kernels are not loaded ({extension_error}); build them with a C++20 compiler: GPKERNELS_BUILD=cpu {REBUILD}"
+        cure = f"build them with a C++20 compiler: GPKERNELS_BUILD=cpu {REBUILD}"
+        return f"the C++ kernels are not loaded ({extension_error}); {cure}"
     if name == "cuda" and cuda_error is not None:
         return (
             f"the CUDA kernels are not loaded ({cuda_error}); build them with nvcc and a PyTorch for CUDA: "

@@ -81,7 +81,7 @@ def table(results: Sequence[Result]) -> str:
     for r in results:
         groups.setdefault((r.backend, r.name, _check(r), r.dtype), []).append(r)
     lines = [
-        "largest difference from float64: absolute; relative to float64's norm; relative, of plain PyTorch in the dtype",
+        "largest difference from float64: absolute; relative to its norm; the same of plain PyTorch in this dtype",
         f"{'backend':<10} {'op or critic':<28} {'check':<32} {'dtype':<9} {'cases':>5} "
         f"{'absolute':>9} {'relative':>9} {'PyTorch':>9}  verdict",
     ]
