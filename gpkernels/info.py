@@ -23,7 +23,7 @@ def facts() -> dict[str, Any]:
         "gpkernels": __version__,
         "torch": torch.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "system": f"{platform.platform()}, {' '.join(platform.libc_ver())}".rstrip(", "),
+        "system": platform.platform(),
         "processor": f"{processor()}, {torch.get_num_threads()} threads",
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "backend": backends.forced() or "auto",
