@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels as gpk
-from gpkernels import arguments, cli
+from gpkernels import arguments, backends, cli
 from gpkernels.verify import cases, critics, training
 
 QUICK = ["verify", "--quick", "--verbose", "--backend", "reference"]
@@ -54,6 +54,15 @@ def test_a_summary_has_a_line_for_each_backend_and_dtype_and_what_fails(
     assert page.splitlines()[1].split()[4] != "0"
     assert page.count("FAILED") == page.count("again: gpkernels verify") == int(page.splitlines()[1].split()[4])
     assert page.splitlines()[-1].endswith(f"cases, {page.count('FAILED')} failed")
+
+
+@pytest.mark.skipif(backends.extension is None, reason="the extension is not built")
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name.startswith("penalty")])
+def test_the_cpu_kernels_of_penalties_pass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms that are denormal, among others."""
+    assert cli.main(["verify", "--quick", "--backend", "cpu", "--op", name, "--dtype", "float32"]) == 0, (
+        capsys.readouterr().out
+    )
 
 
 def test_penalties_and_training_agree_with_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
