@@ -29,17 +29,22 @@ class Parser(argparse.ArgumentParser):
 
 def check_folder(option: str, path: Path) -> None:
     """Raise UserError unless files can be written to a folder, which need not exist yet; leaves nothing behind."""
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    _check_files_in(path, option, path)
+
+
+def _check_files_in(folder: Path, option: str, path: Path) -> None:
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        if new:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror or error}") from None
     finally:
-        for folder in new:
+        for parent in new:
             with suppress(OSError):
-                folder.rmdir()
+                parent.rmdir()
 
 
 def check_file(option: str, path: Path | None) -> None:
@@ -50,7 +55,7 @@ def check_file(option: str, path: Path | None) -> None:
         with written(option, path), path.open("ab"):
             pass
     else:
-        check_folder(option, path.parent)
+        _check_files_in(path.parent, option, path)
 
 
 @contextmanager

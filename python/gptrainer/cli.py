@@ -141,7 +141,8 @@ def _prepare(config: TrainConfig) -> Processes:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: expected a device available to torch, got {config.device} ({reason})") from None
     processes = Processes.join(device)
-    check_folder("--out", config.out)
+    if processes.writes:
+        check_folder("--out", config.out)
     if not config.resume and (config.out / NAME).is_file():
         processes.say(f"starting over in {config.out}; use --resume to continue from its checkpoint")
     return processes
