@@ -6,7 +6,6 @@ are bound without a Python wrapper: most are called in every call of an op or of
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -58,15 +57,7 @@ dispatch_mode: Callable[[], Any] = _python_dispatch._get_current_dispatch_mode
 
 
 # State that PyTorch propagates to autograd's worker threads, which ContextVars do not reach.
-def carry(key: str, value: object) -> None:
-    """Store a value in PyTorch's thread-local state."""
-    if not _counts_what_it_carries:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
-    torch._C._stash_obj_in_tls(key, value)
-
-
-# PyTorch 2.11 releases a reference to the value that it never took.
-_counts_what_it_carries = release_of(torch.__version__) >= (2, 13)
+carry: Callable[[str, object], None] = torch._C._stash_obj_in_tls
 is_carried: Callable[[str], bool] = torch._C._is_key_in_tls
 carried: Callable[[str], Any] = torch._C._get_obj_in_tls
 # Whether an op has a kernel of its own for a dispatch key.
