@@ -1,23 +1,23 @@
-# What a person types. Every target makes .venv first, once.
+# What a person types. Every target makes what it needs of .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test reproduce verify bench test-gpu lint format install clean
+.PHONY: train test reproduce verify bench test-gpu test-dist dist lint format install clean
 
-train: install  ## train a WGAN-GP on handwritten digits and show what it made
+train: .venv/installed  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n logical --dist worksteal
 
-reproduce: install  ## reproduce published results, in minutes; fail if a claim does: runs/reproduce/report.html
+reproduce: .venv/installed  ## reproduce published results, in minutes; fail if a claim does: runs/reproduce/report.html
 	$(BIN)/gpkernels reproduce --quick --strict
 
-verify: install  ## every op, penalty and a training run against plain PyTorch in float64
+verify: .venv/installed  ## every op, penalty and a training run against plain PyTorch in float64
 	$(BIN)/gpkernels verify
 
-bench: install  ## times beside eager PyTorch's and the machine's limits: runs/bench.html
+bench: .venv/installed  ## times beside eager PyTorch's and the machine's limits: runs/bench.html
 	$(BIN)/gpkernels bench --html runs/bench.html --json runs/bench.json
 
 test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer where that is there
@@ -28,6 +28,12 @@ test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer wh
 	  done; \
 	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k is_that_of_the_cpu; \
 	fi
+
+dist: install  ## wheels with and without kernels and the source distribution, in dist/
+	$(BIN)/python tools/distribution.py
+
+test-dist: install  ## build and install what `make dist` makes
+	$(BIN)/python -m pytest -m slow tests/test_distribution.py
 
 lint: install  ## style, types and C++ format
 	$(BIN)/ruff check .
@@ -40,7 +46,11 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.* csrc/*/*.*
 
-install: .venv/installed  ## .venv with the package, editable, and its development tools
+install: .venv/development  ## .venv with the package, editable, and its development tools
+
+.venv/development: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
 
 .venv/requirements: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,7 +19,26 @@ from setuptools.command.build_ext import build_ext
 
 WANTED = os.environ.get("GPKERNELS_BUILD", "auto")
 FAST_PATHS = {"_direct": "small ops", "_program": "the steps of small critics"}
-NEEDS = ("torch", "pybind11", "cmake", "ninja")
+NEEDS = ("pybind11", "cmake", "ninja")
+UNBUILT = {"sdist", "egg_info"}  # commands that build nothing
+
+
+def check_torch() -> None:
+    """Exit with an error unless there is a PyTorch that the package runs on, before pip exchanges it for another."""
+    text = (Path(__file__).resolve().parent / "gpkernels" / "version.py").read_text(encoding="utf-8")
+    oldest = re.findall(r'OLDEST_TORCH = "([\d.]+)"', text)[0]
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        if WANTED == "none":
+            return
+        sys.exit(
+            "gpkernels: no torch in this build environment, which pip isolates unless told otherwise; with torch "
+            f"{oldest} or later installed: pip install pybind11 cmake ninja setuptools wheel && pip install "
+            "--no-build-isolation .   or, without native kernels: GPKERNELS_BUILD=none pip install ."
+        )
+    if [int(n) for n in found.split(".")[:2]] < [int(n) for n in oldest.split(".")]:
+        sys.exit(f"gpkernels: expected torch {oldest} or later, got {found}, which was left as it is; upgrade it first")
 
 
 def compiler() -> str | None:
@@ -37,15 +58,11 @@ def wants_extension() -> bool:
         sys.exit(f"GPKERNELS_BUILD: expected auto, cpu, cuda or none, got {WANTED!r}")
     if WANTED == "cuda" and nvcc() is None:
         sys.exit("GPKERNELS_BUILD=cuda: the build needs nvcc, the CUDA compiler; set CUDACXX if it is not on PATH")
+    if UNBUILT & set(sys.argv):
+        return False
+    check_torch()
     if WANTED == "none":
         return False
-    if importlib.util.find_spec("torch") is None:
-        sys.exit(
-            "gpkernels builds against the torch you run, which this build environment does not have. "
-            "Install torch, then:\n"
-            "  pip install pybind11 cmake ninja setuptools wheel && pip install --no-build-isolation .\n"
-            "or GPKERNELS_BUILD=none pip install .  for the package without native kernels."
-        )
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None and shutil.which(name) is None]
     if missing or compiler() is None:
         lack = [*missing, *([] if compiler() else ["a C++ compiler"])]
@@ -74,7 +91,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         made = [target.name, *(["_cuda.so"] if WANTED == "cuda" else [])]
         short = {name: target.name.replace("_C", name, 1) for name in FAST_PATHS}
-        for name, file in short.items():  # optional: they depend on internals of one PyTorch version
+        for name, file in short.items():  # optional: they depend on internals of one PyTorch release
             done = subprocess.run([cmake, "--build", str(build), "--target", name], env=environment)
             if done.returncode == 0 and (build / file).exists():
                 made.append(file)

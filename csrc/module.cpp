@@ -8,6 +8,7 @@ namespace {
 py::dict build_info() {
   py::dict facts;
   facts["torch"] = GPK_TORCH_VERSION;
+  facts["oldest_torch"] = GPK_OLDEST_TORCH;
   facts["compiler"] = GPK_COMPILER;
   facts["flags"] = GPK_FLAGS;
   facts["revision"] = GPK_REVISION;

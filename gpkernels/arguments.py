@@ -1,4 +1,4 @@
-"""Shared parts of the command lines: usage errors, and loading the critic that an option names."""
+"""Shared parts of the command lines: usage errors, files that are written, and the critic that an option names."""
 
 from __future__ import annotations
 
@@ -6,15 +6,69 @@ import argparse
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 
 class UserError(Exception):
     """A usage error: its text is printed as one line, and the command exits with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are UserError, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(message)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise UserError unless files can be written to a folder, which need not exist yet; leaves nothing behind."""
+    _check_files_in(path, option, path)
+
+
+def _check_files_in(folder: Path, option: str, path: Path) -> None:
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        if new:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror or error}") from None
+    finally:
+        for parent in new:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raise UserError unless a file can be written, in a folder that need not exist yet; None is no file."""
+    if path is None:
+        return
+    if path.exists():
+        with written(option, path), path.open("ab"):
+            pass
+    else:
+        _check_files_in(path.parent, option, path)
+
+
+@contextmanager
+def written(option: str, path: Path) -> Iterator[None]:
+    """Context manager that makes a file's folder; UserError where the file cannot be written.
+
+    ValueError is matplotlib's, for a format that it does not know.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextmanager

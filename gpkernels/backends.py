@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +28,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from gpkernels.private import carried, carry, has_kernel, is_carried, xpu_is_built
+from gpkernels.version import OLDEST_TORCH
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
-CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+FOLDER = Path(__file__).parent
+CUDA_LIBRARY = FOLDER / "_cuda.so"
+REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall --no-binary gpkernels gpkernels"
 GPUS = ("cuda", "xpu")  # device types; "cuda" includes ROCm
+NOT_BUILT = "the package was built without it"
 _everywhere = "auto"  # set by set_backend
 _chosen: ContextVar[str] = ContextVar("gpkernels.backend")  # set by backend
 _CARRIED = "gpkernels.backend"  # key of the choice in PyTorch's thread-local state
@@ -57,6 +63,7 @@ direct: Callable[[str, ContextVar[str], bool], Callable[..., Any]] | None = None
 deliver: Callable[..., Any] = declined  # (value, gradients, tensors): C++ twin of critic/deliver.py
 program: Any = None  # _program: runs programs and reads autograd's graph
 extension_error: str | None = None
+fast_path_error: str | None = "there are no C++ kernels"  # None once both modules of fast paths are loaded
 cuda_error: str | None = "the package was built without them"  # None once they are loaded
 
 
@@ -64,36 +71,84 @@ cuda_error: str | None = "the package was built without them"  # None once they 
 
 
 def load_extension() -> None:
-    """Load the native kernels; keep the error for ``info`` and for the message of a forced backend."""
-    global extension, extension_error, cuda_error, direct, deliver, program
+    """Load the native kernels; keep the error for ``info`` and for the message of a forced backend.
+
+    A binary that is there and cannot be used costs time, so that is a warning, too.
+    """
+    global extension, extension_error, fast_path_error, cuda_error, direct, deliver, program
     try:
         extension = importlib.import_module("gpkernels._C")
     except ModuleNotFoundError:
-        extension_error = "the package was built without it"
+        extension_error = _why_not_found()
     except (ImportError, OSError, RuntimeError) as error:
-        extension_error = " ".join(str(error).split())
+        extension_error = f"{_line(error)}; it is for PyTorch {OLDEST_TORCH} or later, and this is {torch.__version__}"
     else:
-        module = _load_fast_paths("_direct")
-        if module is not None:
-            direct, deliver = module.direct, module.deliver
-        program = _load_fast_paths("_program")
+        extension_error = None
+        fast_path_error = _load_fast_paths()
+    if extension_error not in (None, NOT_BUILT):
+        warnings.warn(
+            f"the C++ kernels of gpkernels are not loaded: {extension_error}. Ops run on the reference, which is "
+            f"slower. To build them: GPKERNELS_BUILD=cpu {REBUILD}",
+            stacklevel=2,
+        )
+    elif extension is not None and fast_path_error is not None:
+        warnings.warn(
+            f"the fast paths of gpkernels are not loaded: {fast_path_error}. Results are the same; small ops and steps "
+            f"of small critics are slower. To build them for this PyTorch: GPKERNELS_BUILD=cpu {REBUILD}",
+            stacklevel=2,
+        )
     if CUDA_LIBRARY.exists():
         try:
             torch.ops.load_library(str(CUDA_LIBRARY))
             cuda_error = None
         except (OSError, RuntimeError) as error:
-            cuda_error = " ".join(str(error).split())
+            cuda_error = _line(error)
 
 
-def _load_fast_paths(name: str) -> Any:
-    """Import a module of fast paths; None unless it was built for this very version of PyTorch."""
-    if extension.build_info()["torch"] != torch.__version__:  # loading it would not even be safe
-        return None
-    try:
-        module = importlib.import_module(f"gpkernels.{name}")
-    except (ImportError, OSError, RuntimeError):
-        return None
-    return module if torch.__version__ == module.TORCH else None
+def _load_fast_paths() -> str | None:
+    """Load the modules for one release of PyTorch; return the reason if one of them is missing."""
+    global direct, deliver, program
+    built = extension.build_info()["torch"]
+    if not same_release(built, torch.__version__):  # loading them would not even be safe
+        return f"they are for PyTorch {built}, and this is {torch.__version__}"
+    reasons, modules = [], {}
+    for name in ("_direct", "_program"):
+        try:
+            module = importlib.import_module(f"gpkernels.{name}")
+        except ModuleNotFoundError:
+            reasons.append(f"the package was built without {name}")
+        except (ImportError, OSError, RuntimeError) as error:
+            reasons.append(_line(error))
+        else:
+            if same_release(module.TORCH, torch.__version__):
+                modules[name] = module
+            else:
+                reasons.append(f"{name} is for PyTorch {module.TORCH}, and this is {torch.__version__}")
+    if "_direct" in modules:
+        direct, deliver = modules["_direct"].direct, modules["_direct"].deliver
+    program = modules.get("_program")
+    return "; ".join(reasons) or None
+
+
+def same_release(one: str, other: str) -> bool:
+    """Whether two versions of PyTorch have the same C++ interface, as builds of a release for different devices have.
+
+    Builds from source and nightly builds have it only if they are the same build.
+    """
+    releases = [re.fullmatch(r"(\d+\.\d+\.\d+)(\+(cpu|cu\d+|rocm[\d.]+|xpu))?", version) for version in (one, other)]
+    return one == other or (None not in releases and len({found and found[1] for found in releases}) == 1)
+
+
+def _why_not_found() -> str:
+    """Return why there is no module of kernels for this Python."""
+    others = sorted(path.name for path in FOLDER.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    if not others:
+        return NOT_BUILT
+    return f"{others[0]} is for another Python or system: this one loads _C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @cache
@@ -256,14 +311,12 @@ def forced() -> str | None:
 def unavailable(name: str) -> str | None:
     """Return why a backend cannot run here, with the remedy; None if it can."""
     if name == "cpu" and extension is None:
-        return (
-            f"the C++ kernels are not loaded ({extension_error}); build them with a C++20 compiler: "
-            "pip install --no-build-isolation -e ."
-        )
+        cure = f"build them with a C++20 compiler: GPKERNELS_BUILD=cpu {REBUILD}"
+        return f"the C++ kernels are not loaded ({extension_error}); {cure}"
     if name == "cuda" and cuda_error is not None:
         return (
             f"the CUDA kernels are not loaded ({cuda_error}); build them with nvcc and a PyTorch for CUDA: "
-            "GPKERNELS_BUILD=cuda pip install --no-build-isolation -e ."
+            f"GPKERNELS_BUILD=cuda {REBUILD}"
         )
     if name == "triton" and not has_triton():
         return "Triton is not installed; pip install triton, or use backend 'auto'"

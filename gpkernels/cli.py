@@ -7,9 +7,9 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,25 +17,45 @@ from typing import Any
 import torch
 
 from gpkernels import backends, info
-from gpkernels.arguments import UserError, count, critic_errors, load, load_critic, own_critic, shape_of
+from gpkernels.arguments import (
+    Parser,
+    UserError,
+    check_file,
+    count,
+    critic_errors,
+    load,
+    load_critic,
+    own_critic,
+    shape_of,
+    written,
+)
 
 # What the "train" extra installs, as it is imported.
 EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for a user's mistake."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; 0 on success, 2 for a user's mistake, and the shell's code of SIGPIPE where the reader is gone."""
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        return 141
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] in (["train"], ["reproduce"]):
         return _trainer(*arguments)
     if arguments[:1] == ["bench"]:
         from gpkernels.bench.cli import main as bench
 
         return bench(arguments[1:], {"train": _training_suite})
-    parser = argparse.ArgumentParser(prog="gpkernels", description="Exact gradient penalties in PyTorch, fast.")
+    parser = Parser(prog="gpkernels", description="Exact gradient penalties in PyTorch, fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     describe = commands.add_parser("info", help="print backends, versions and build facts")
-    describe.add_argument("--json", action="store_true", help="write every result to FILE")
+    describe.add_argument("--json", action="store_true", help="print JSON")
     describe.add_argument(
         "--kernels", action="store_true", help="print the resources that each GPU kernel needs on each target"
     )
@@ -62,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype", action="append", metavar="NAME", help="float64, float32, float16 or bfloat16 (default: all)"
     )
     numbers.add_argument("--json", type=Path, metavar="FILE", help="write every result to FILE")
+    numbers.add_argument("-v", "--verbose", action="store_true", help="print every check, not only those that fail")
     numbers.add_argument("--quick", action="store_true", help="two shapes per op and a shorter training run")
     numbers.add_argument("--critic", metavar="module:Class", help="test the penalties of this critic only")
     numbers.add_argument("--input", metavar="NxCxHxW", help="shape of its batch, such as 64x3x32x32")
@@ -73,11 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("bench", help="measure times against eager PyTorch and the machine's limits", add_help=False)
     commands.add_parser("train", help="train a GAN with these ops; `gpkernels train --help`", add_help=False)
     commands.add_parser("reproduce", help="reproduce published results", add_help=False)
-    options = parser.parse_args(arguments)
+    options = argparse.Namespace(command="")
     try:
+        parser.parse_args(arguments, options)
         return {"info": _info, "explain": _explain, "verify": _verify}[options.command](options)
     except UserError as mistake:
-        print(f"gpkernels {options.command}: {mistake}", file=sys.stderr)
+        print(f"{f'gpkernels {options.command}'.rstrip()}: {mistake}", file=sys.stderr)
         return 2
 
 
@@ -119,6 +141,8 @@ def _warn(options: argparse.Namespace, critic: Callable[..., Any], example: torc
 def _approximate(options: argparse.Namespace) -> int:
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot: needs matplotlib; install it with: pip install 'gpkernels[bench]'")
+    check_file("--json", options.json)
+    check_file("--plot", options.plot)
     from gpkernels.bench.approximate import DRAWS, SIGMAS, compare, write_json
 
     sigmas = SIGMAS if options.sigmas is None else tuple(_positive("--sigmas", s) for s in options.sigmas.split(","))
@@ -130,12 +154,12 @@ def _approximate(options: argparse.Namespace) -> int:
         found = compare(critic, real, sigmas, DRAWS if options.draws is None else options.draws)
     print(found)
     if options.json:
-        with _written("--json", options.json):
+        with written("--json", options.json):
             write_json(options.json, found)
     if options.plot:
         from gpkernels.bench.approximate_plot import plot
 
-        with _written("--plot", options.plot):
+        with written("--plot", options.plot):
             plot(options.plot, found, f"{options.critic}, {options.input}")
     return 0
 
@@ -148,15 +172,6 @@ def _positive(option: str, text: str) -> float:
     if not 0 < value < math.inf:
         raise UserError(f"{option}: expected numbers above 0, such as 0.01,0.1, got {text!r}")
     return value
-
-
-@contextmanager
-def _written(option: str, path: Path) -> Iterator[None]:
-    """A UserError for a file that cannot be written; ValueError is matplotlib's, for a format that it does not know."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -173,6 +188,7 @@ def _verify(options: argparse.Namespace) -> int:
     mine = own_critic(options)
     if options.penalty:
         return _penalty(options, mine)
+    check_file("--json", options.json)
     if mine:
         own = f"--critic {options.critic} --input {options.input}"
         _warn(options, mine[0], torch.randn(mine[1]))
@@ -180,11 +196,10 @@ def _verify(options: argparse.Namespace) -> int:
             results = list(run.check_own(*mine, options.critic, chosen))
     else:
         results = list(run.checks(chosen, names, dtypes, options.quick))
-    print(run.table(results))
-    failed = run.failures(results, own)
-    print("\n".join(failed) if failed else f"{len(results)} cases, none failed")
+    print(run.table(results) if options.verbose else run.summary(results))
+    print("\n".join([*(failed := run.failures(results, own)), run.verdict(results)]))
     if options.json:
-        with _written("--json", options.json):
+        with written("--json", options.json):
             run.write_json(options.json, results)
     return 1 if failed else 0
 
@@ -221,13 +236,17 @@ def _training_suite() -> ModuleType:
 
 
 def _trainer(command: str, *arguments: str) -> int:
+    place = "gptrainer.cli" if command == "train" else "gptrainer.reproduce.cli"
     # Asked beforehand: some are first imported when the run is over.
     missing = [name for name in ("gptrainer", *EXTRA) if importlib.util.find_spec(name) is None]
     if missing:
-        lack = ", ".join(missing)
-        print(f"gpkernels {command} needs {lack}; install it with: pip install 'gpkernels[train]'", file=sys.stderr)
-        return 2
-    place = "gptrainer.cli" if command == "train" else "gptrainer.reproduce.cli"
+        print(
+            f"gpkernels {command} needs {', '.join(missing)}; install it with: pip install 'gpkernels[train]'",
+            file=sys.stderr,
+        )
+        if not {"-h", "--help", "--list"} & set(arguments) or "gptrainer" in missing:
+            return 2
+        arguments = ("--list",) if command == "train" else arguments  # tyro writes its help
     code: int = importlib.import_module(place).main(arguments)
     return code
 

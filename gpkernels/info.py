@@ -22,14 +22,16 @@ def facts() -> dict[str, Any]:
     return {
         "gpkernels": __version__,
         "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+        "processor": f"{processor()}, {torch.get_num_threads()} threads",
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "backend": backends.forced() or "auto",
         "running": {device: backends.running(device) for device in ("cpu", *backends.GPUS)},
         "backends": {"reference": "available", **usable},
         "build": extension.build_info() if extension is not None else None,
         "build_error": backends.extension_error,
-        "direct": backends.direct is not None,
+        "fast_paths": backends.fast_path_error or "loaded",
         "instruction_set": extension.instruction_set() if extension is not None else None,
         "ops": {
             name: {device: backends.running_op(name, device) for device in ("cpu", *backends.GPUS)}
@@ -41,6 +43,16 @@ def facts() -> dict[str, Any]:
             "interpolate, score_loss and gradient_norm_penalty changed and relativistic_loss was written"
         ),
     }
+
+
+def processor() -> str:
+    """Return the CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def kernels() -> str:
@@ -59,17 +71,21 @@ def render() -> str:
     """Format the facts as text."""
     known = facts()
     lines = [
-        f"gpkernels {known['gpkernels']}, torch {known['torch']}, Python {known['python']}, {known['machine']}",
+        f"gpkernels {known['gpkernels']}, torch {known['torch']}, {known['python']}",
+        f"system: {known['system']}",
+        f"processor: {known['processor']}",
+        f"GPUs: {', '.join(known['gpus']) or 'none that PyTorch sees'}",
         f"backend: {known['backend']}; " + ", ".join(f"{d} tensors run on {b}" for d, b in known["running"].items()),
         *(f"  {name:<10} {state}" for name, state in known["backends"].items()),
     ]
     if known["build"]:
         build = known["build"]
         lines += [
-            f"extension: built with torch {build['torch']}, {build['compiler']}, revision {build['revision']}",
+            f"extension: for torch {build['oldest_torch']} or later; built with {build['torch']}, {build['compiler']}, "
+            f"revision {build['revision']}",
             f"  flags             {build['flags']}",
             f"  instruction sets  {', '.join(build['instruction_sets'])}; this machine runs {known['instruction_set']}",
-            f"  from Python       {'directly' if known['direct'] else 'through torch.ops, as no fast path is built'}",
+            f"  fast paths        {_fast_paths(known)}",
         ]
     else:
         lines.append(f"extension: not loaded: {known['build_error']}")
@@ -79,3 +95,9 @@ def render() -> str:
         lines.append(f"  {name:<32}" + "".join(f"{runs[device]:<12}" for device in devices).rstrip())
     lines += [known["hardware"]]
     return "\n".join(lines)
+
+
+def _fast_paths(known: dict[str, Any]) -> str:
+    if known["fast_paths"] == "loaded":
+        return f"loaded, for torch {known['build']['torch'].partition('+')[0]} only"
+    return f"not loaded: {known['fast_paths']}; to build them: GPKERNELS_BUILD=cpu {backends.REBUILD}"

@@ -139,12 +139,20 @@ class CriticLoss(nn.Module):
         RuntimeError: inside ``torch.compile``, ``penalty_every`` is not 1 and ``with_penalty`` is not given.
 
     Example:
+        Made once, and called in each critic step:
+
         >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+        >>> generator = torch.nn.Linear(8, 2)
+        >>> optimizer = torch.optim.Adam(critic.parameters(), lr=1e-4, betas=(0.0, 0.9))
         >>> critic_loss = gpkernels.CriticLoss(critic, objective="relativistic", penalty={"r1": 0.5, "r2": 0.5})
-        >>> parts = critic_loss(torch.randn(256, 2), torch.randn(256, 2))
-        >>> parts.loss.backward()
-        >>> sorted(parts.penalty)
-        ['r1', 'r2']
+        >>> for real in torch.randn(5, 256, 2):
+        ...     fake = generator(torch.randn(256, 8)).detach()
+        ...     parts = critic_loss(real, fake)
+        ...     optimizer.zero_grad()
+        ...     parts.loss.backward()
+        ...     optimizer.step()
+        >>> parts.loss.shape, sorted(parts.penalty)
+        (torch.Size([]), ['r1', 'r2'])
 
     References:
         Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, eq. 3. https://arxiv.org/abs/1704.00028

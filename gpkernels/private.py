@@ -26,6 +26,19 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
+from gpkernels.version import OLDEST_TORCH
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """Parse the first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+if release_of(torch.__version__) < release_of(OLDEST_TORCH):
+    raise ImportError(
+        f"gpkernels needs PyTorch {OLDEST_TORCH} or later, and this is {torch.__version__}; pip install --upgrade torch"
+    )
+
 # --- on the hot path --------------------------------------------------------------------------------------------------
 
 # Whether any argument requires a gradient, and whether a torch.func transform is active: no public query is as cheap.
@@ -41,6 +54,7 @@ function_modes: Callable[[], list[Any]] = overrides._get_current_function_mode_s
 dispatch_mode: Callable[[], Any] = _python_dispatch._get_current_dispatch_mode
 
 # --- elsewhere --------------------------------------------------------------------------------------------------------
+
 
 # State that PyTorch propagates to autograd's worker threads, which ContextVars do not reach.
 carry: Callable[[str, object], None] = torch._C._stash_obj_in_tls

@@ -10,6 +10,11 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    *("gpkernels", "python", "csrc", "tests", "docs", "bench", "examples"),
+    *("CMakeLists.txt", "MANIFEST.in", "setup.py", "pyproject.toml", "Makefile"),
+    *("requirements.txt", "requirements-dev.txt"),
+)
 SITE = sysconfig.get_paths()["purelib"]
 
 
@@ -38,9 +43,9 @@ def copy_package(to: Path) -> Path:
 
 
 def copy_tree(to: Path) -> Path:
-    """What a build reads, without what a build leaves."""
-    names = ("gpkernels", "python", "csrc", "CMakeLists.txt", "MANIFEST.in", "setup.py", "pyproject.toml")
-    for name in (*names, "LICENSE", "README.md", "CHANGELOG.md"):
+    """What a source distribution holds, without what a build leaves."""
+    to.mkdir(exist_ok=True)
+    for name in (*SOURCES, "LICENSE", *(path.name for path in ROOT.glob("*.md"))):
         source = ROOT / name
         if source.is_dir():
             ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")

@@ -197,7 +197,7 @@ def test_the_shell_has_defaults(measured: list[tuple]) -> None:
         (["--plot", "a.svg"], "--plot: expected with --approximate"),
         (["--approximate", "--sigmas", "0.1,0"], "--sigmas: expected numbers above 0, such as 0.01,0.1, got '0'"),
         (["--approximate", "--sigmas", "a"], "--sigmas: expected numbers above 0"),
-        (["--approximate", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: No such file"),
+        (["--approximate", "--json", "/dev/null/all.json"], "--json /dev/null/all.json: Not a dir"),
         (["--approximate", "--plot", "found.foo"], "--plot found.foo: Format 'foo' is not supported"),
     ],
     ids=["sigmas alone", "plot alone", "a sigma of 0", "letters", "no such folder", "no such format"],

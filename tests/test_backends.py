@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
 import sysconfig
 import threading
 import warnings
@@ -20,6 +25,7 @@ import gpkernels as gpk
 from gpkernels import backends, cli, info, ops, registration
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_op
 from gpkernels.ops.interpolate import interpolate_op
+from gpkernels.version import OLDEST_TORCH
 from installed import copy_package, output, run
 
 USE = """
@@ -32,6 +38,8 @@ optimizer = gpk.optim.RMSprop(critic.parameters(), clip=0.01)
 optimizer.step()
 assert max(p.abs().max() for p in critic.parameters()) <= 0.01
 """
+ROOT = Path(gpk.__file__).parent.parent
+PATH = os.pathsep.join((str(ROOT), str(ROOT / "python")))
 FACTS = "\nimport json; from gpkernels import info; print(json.dumps(info.facts()))"
 
 
@@ -55,11 +63,77 @@ def test_a_broken_extension_is_a_reason_and_no_error(tmp_path: Path, content: by
     facts = _facts(tmp_path)
     assert facts["running"]["cpu"] == "reference"
     assert name in facts["build_error"]
+    assert f"it is for PyTorch {OLDEST_TORCH} or later, and this is {torch.__version__}" in facts["build_error"]
     assert "\n" not in facts["build_error"]
     page = run("-m", "gpkernels.cli", "info", path=tmp_path)
     assert page.returncode == 0
     assert "not loaded" in page.stdout
     assert name in page.stdout
+
+
+def test_an_extension_for_another_python_is_named_with_what_this_one_loads(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    (tmp_path / "gpkernels/_C.cpython-27-mars.so").touch()
+    facts = _facts(tmp_path)
+    assert facts["build_error"].startswith("_C.cpython-27-mars.so is for another Python or system")
+    assert sysconfig.get_config_var("EXT_SUFFIX") in facts["build_error"]
+
+
+def test_an_extension_that_cannot_be_used_warns_once_with_the_cure_and_none_at_all_does_not(tmp_path: Path) -> None:
+    twice = "import gpkernels, importlib; importlib.import_module('gpkernels.backends')"
+    assert run("-c", twice, path=copy_package(tmp_path)).stderr == ""
+    (tmp_path / "gpkernels/_C.cpython-27-mars.so").touch()
+    said = run("-c", twice, path=tmp_path).stderr
+    assert said.count("UserWarning: the C++ kernels of gpkernels are not loaded") == 1
+    assert "GPKERNELS_BUILD=cpu pip install" in said
+
+
+OTHER = "import torch; torch.__version__ = '99.1.0+cpu'; "  # as another PyTorch would have it
+
+
+@pytest.mark.skipif(backends.program is None, reason="the fast paths are not built")
+def test_fast_paths_for_another_torch_are_a_warning_with_the_cure_and_info_has_the_reason() -> None:
+    done = run("-c", OTHER + "from gpkernels import cli, backends; assert backends.program is None; cli.main(['info'])")
+    assert done.returncode == 0, done.stderr
+    reason = f"they are for PyTorch {backends.extension.build_info()['torch']}, and this is 99.1.0+cpu"
+    assert done.stderr.count(f"the fast paths of gpkernels are not loaded: {reason}") == 1
+    assert "GPKERNELS_BUILD=cpu pip install" in done.stderr
+    assert f"fast paths        not loaded: {reason}" in done.stdout
+    assert "cpu        available" in done.stdout
+
+
+@pytest.mark.skipif(backends.extension is None, reason="the extension is not built")
+def test_fast_paths_that_are_not_built_are_named(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    (kernels,) = (Path(gpk.__file__).parent).glob("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+    shutil.copy2(kernels, tmp_path / "gpkernels")
+    facts = _facts(tmp_path)
+    assert facts["backends"]["cpu"] == "available"
+    assert facts["fast_paths"] == "the package was built without _direct; the package was built without _program"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2.13.0+cpu", "2.13.0+cu130", True),
+        ("2.13.0", "2.13.0+rocm7.1", True),
+        ("2.13.0+cpu", "2.13.1+cpu", False),
+        ("2.14.0a0+git1", "2.14.0a0+git2", False),
+        ("2.14.0a0+git1", "2.14.0a0+git1", True),
+        ("2.13.0", "2.13.0+git1", False),
+    ],
+)
+def test_builds_of_one_release_share_their_fast_paths(one: str, other: str, same: bool) -> None:
+    assert backends.same_release(one, other) is same
+
+
+def test_a_torch_that_is_too_old_is_refused_in_one_sentence() -> None:
+    done = run("-c", "import torch; torch.__version__ = '2.9.1'; import gpkernels")
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        f"ImportError: gpkernels needs PyTorch {OLDEST_TORCH} or later, and this is 2.9.1; pip install --upgrade torch"
+    )
 
 
 def test_the_environment_forces_the_reference() -> None:
@@ -354,10 +428,17 @@ def test_info_prints_a_page_and_json_that_agree(capsys: pytest.CaptureFixture[st
     assert facts["running"]["cpu"] == backends.running("cpu")
     assert cli.main(["info"]) == 0
     page = capsys.readouterr().out
-    for said in (torch.__version__, "reference", "have run on an NVIDIA H200", *facts["ops"]):
+    for said in (
+        torch.__version__,
+        info.processor(),
+        platform.platform(),
+        "reference",
+        "have run on an NVIDIA H200",
+        *facts["ops"],
+    ):
         assert said in page
     if facts["build"] is not None:
-        assert set(facts["build"]) == {"torch", "compiler", "flags", "revision", "instruction_sets"}
+        assert set(facts["build"]) == {"torch", "compiler", "flags", "revision", "instruction_sets", "oldest_torch"}
         assert facts["build"]["compiler"] in page
         assert facts["build"]["revision"] in page
         assert facts["instruction_set"] in page
@@ -378,7 +459,28 @@ def test_a_wrong_command_is_two_and_no_traceback(arguments: list[str]) -> None:
     done = run("-m", "gpkernels.cli", *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "usage: gpkernels" in done.stderr
+    assert done.stderr.startswith("gpkernels")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["", "--json", "--kernels"], ids=["page", "json", "kernels"])
+def test_a_reader_that_is_gone_is_no_traceback(option: str) -> None:
+    command = f"{sys.executable} -m gpkernels.cli info {option} | head -1; exit ${{PIPESTATUS[0]}}"
+    own = {**os.environ, "PYTHONPATH": str(Path(gpk.__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", command], env=own, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+def test_what_there_is_to_train_and_to_reproduce_is_listed_without_the_packages_for_it() -> None:
+    absent = f"import sys; sys.modules.update(dict.fromkeys({cli.EXTRA}))\nfrom gpkernels import cli\n"
+    for arguments, listed in ((["train", "--help"], "wgan-gp"), (["reproduce", "--list"], "dirac-gan")):
+        done = run("-c", absent + f"sys.exit(cli.main({arguments}))", path=PATH)
+        assert done.returncode == 0, done.stderr
+        assert listed in done.stdout
+        assert done.stderr.count("\n") == 1
+        assert all(package in done.stderr for package in cli.EXTRA)
 
 
 @pytest.mark.parametrize("package", [*cli.EXTRA, "gptrainer"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpkernels import cli
+from gpkernels import cli, info
 from gpkernels.bench import counts, jax_step, machine, ops, results, steps
 from gpkernels.bench.cases import CASES, Case
 from gpkernels.bench.clock import time_in_turns
@@ -61,7 +61,7 @@ def test_what_is_measured_is_written_as_table_csv_json_page_and_pictures(
     assert {"device", "threads", "torch", "gpkernels", "load"} <= whole["machine"].keys()
     assert [repr(row) for row in results.read(files["csv"])] == [repr(row) for row in results.read(files["json"])]
     lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
-    assert {line["device"] for line in lines} == {machine.processor()}
+    assert {line["device"] for line in lines} == {info.processor()}
     assert {line["torch"] for line in lines} == {torch.__version__}
     html = files["html"].read_text()
     for measured in whole["rows"]:
@@ -104,12 +104,17 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
         "a critic with another suite": (["ops", "--critic", "torch.nn:Identity", "--input", "2x2"], "expected steps"),
         "a shape that does not fit": (["--critic", "tests_bad:Bad", "--input", "2x2"], "tests_bad"),
         "results that are not there": (["--compare", "nowhere.csv", "nowhere.csv"], "nowhere.csv: No such file"),
+        "a file that cannot be written": (["ops", "--json", "/dev/null/a.json"], "--json /dev/null/a.json: "),
+        "a folder that cannot be made": (["ops", "--plots", "/dev/null/plots"], "--plots /dev/null/plots: Not a dir"),
+        "seconds that are no number": (["--seconds", "nan"], "--seconds: expected a number above 0, got nan"),
+        "no threads": (["--threads", "0"], "--threads: expected a whole number above 0, got 0"),
         "a device that is not there": (["--device", "cuda"], "expected an available device, got cuda"),
     }.values(),
     ids=[
         "a suite that is none", "a peer that is none", "a case that is none", "a critic without a shape",
         "a critic that is no module", "a critic with another suite", "a critic that is not there",
-        "results that are not there", "a device that is not there",
+        "results that are not there", "a file that cannot be written", "a folder that cannot be made",
+        "seconds that are no number", "no threads", "a device that is not there",
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -117,8 +122,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     if said.startswith("PyTorch sees") and torch.cuda.is_available():
         pytest.skip("there is such a device")
-    code, _, error = told(capsys, *arguments)
+    code, page, error = told(capsys, *arguments)
     assert code == 2
+    assert page == "", "nothing is measured, nor a heading printed"
     assert error.startswith("gpkernels bench: ")
     assert said in error
     assert len(error.strip().splitlines()) == 1

@@ -69,6 +69,18 @@ def test_both_examples_of_the_readme_run_and_give_the_same_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_the_loop_of_the_readme_trains_the_critic() -> None:
+    critic, generator = nn.Linear(6, 1), nn.Linear(8, 6)
+    before = [p.clone() for p in critic.parameters()]
+    names = {"torch": torch, "gpkernels": gpkernels, "critic": critic, "generator": generator}
+    names |= {"batches": torch.randn(3, 8, 6), "optimizer": torch.optim.SGD(critic.parameters(), lr=0.1)}
+    exec(example("for real in batches"), names)
+    assert not torch.equal(before[0], critic.weight)
+    assert generator.weight.grad is None
+    parts = names["parts"]
+    torch.testing.assert_close(parts.loss.detach(), parts.adversarial + 10 * parts.penalty + parts.consistency)
+
+
 def test_the_critic_loss_of_the_readme_is_the_sum_of_its_parts() -> None:
     critic = nn.Sequential(nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
     real, fake = torch.randn(8, 6), torch.randn(8, 6)

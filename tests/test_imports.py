@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up: a layer imports those in the lines above its own, and itself.
 ROOMS = (
-    ("version", "private", "zoo"),
+    ("version", "zoo"),
+    ("private",),
     ("backends",),
     ("ops",),
     ("triton", "optim"),
@@ -72,7 +73,7 @@ def test_nothing_is_imported_from_above(module: str) -> None:
 
 
 def test_backends_know_nothing_of_the_library() -> None:
-    assert set(IMPORTS["gpkernels.backends"]) <= {"gpkernels.private"}
+    assert set(IMPORTS["gpkernels.backends"]) <= {"gpkernels.private", "gpkernels.version"}
 
 
 def test_the_command_line_alone_knows_of_the_trainer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpkernels.version import __version__
+from gpkernels import backends
+from gpkernels.version import OLDEST_TORCH, __version__
 from installed import ROOT, SITE, copy_tree, output, run
 
 PACKAGES = ("gpkernels/__init__.py", "gpkernels/py.typed", "gptrainer/__init__.py", "gptrainer/py.typed")
@@ -56,6 +58,44 @@ def test_a_build_environment_without_torch_names_the_cure(tmp_path: Path) -> Non
     assert "torch" in done.stderr
     assert "GPKERNELS_BUILD=none" in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def _torch(folder: Path, version: str) -> str:
+    """A folder with the metadata of a PyTorch, for PYTHONPATH."""
+    about = folder / f"torch-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "none"])
+def test_a_build_beside_an_older_torch_stops_before_pip_replaces_it(wanted: str, tmp_path: Path) -> None:
+    """`dist_info` is the first command of a build, before pip resolves the package's dependencies."""
+    older = _torch(tmp_path, "2.9.1+cpu")
+    done = run("setup.py", "dist_info", path=older, cwd=copy_tree(tmp_path / "tree"), GPKERNELS_BUILD=wanted)
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"gpkernels: expected torch {OLDEST_TORCH} or later, got 2.9.1+cpu")
+
+
+def test_the_oldest_torch_is_the_same_everywhere() -> None:
+    assert f'dependencies = ["torch>={OLDEST_TORCH}"]' in (ROOT / "pyproject.toml").read_text()
+    if backends.extension is not None:
+        assert backends.extension.build_info()["oldest_torch"] == OLDEST_TORCH
+
+
+def test_requirements_agree_with_the_extras() -> None:
+    def names(text: str) -> set[str]:
+        return {name.lower() for name in re.findall(r"^([\w-]+)==", text, re.M)}
+
+    extras = dict(re.findall(r"^(train|tensorboard|bench) = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M))
+    training, development = ((ROOT / f"requirements{more}.txt").read_text() for more in ("", "-dev"))
+    assert {name.lower() for name in json.loads(extras["train"])} <= names(training)
+    assert "tensorboard" in names(development)
+    assert not names(training) & names(development)
+    assert not names(training) & {"tensorboard", "triton", "mypy", "ruff", "pytest"}
+    assert development.startswith("# What `make install` adds for development.\n-r requirements.txt\n")
 
 
 def test_without_a_compiler_auto_builds_without_kernels_and_cpu_says_what_is_missing() -> None:
@@ -68,7 +108,7 @@ def test_without_a_compiler_auto_builds_without_kernels_and_cpu_says_what_is_mis
 
 def test_a_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
-    done = run("setup.py", "-q", "sdist", path=SITE, cwd=tree, GPKERNELS_BUILD="none")
+    done = run("setup.py", "-q", "sdist", path=SITE, cwd=tree, PATH="/nonexistent")  # needs no tool
     assert done.returncode == 0, done.stderr
     (made,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(made) as archive:
@@ -76,6 +116,10 @@ def test_a_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> None:
     native = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert native <= names
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"} <= names
+    assert {"Makefile", "CONTRIBUTING.md", "requirements.txt", "requirements-dev.txt"} <= names
+    tests = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py")}
+    assert {"docs/architecture.md", "bench/parts.py", "examples/wgan_gp.py", *tests} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
 def test_a_wheel_without_kernels_is_pure_and_works(tmp_path: Path) -> None:
@@ -115,7 +159,7 @@ def test_a_wheel_has_kernels_and_works_from_anywhere(tmp_path: Path) -> None:
     assert trainer.startswith(str(tmp_path / "unpacked"))
     assert facts["running"]["cpu"] == "cpu"
     assert facts["build"]["torch"] == torch.__version__
-    assert facts["direct"] is True
+    assert facts["fast_paths"] == "loaded"
     assert "-march=native" not in facts["build"]["flags"]
     scripts = (tmp_path / f"unpacked/gpkernels-{__version__}.dist-info/entry_points.txt").read_text()
     assert "gpkernels = gpkernels.cli:main" in scripts

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels as gpk
-from gpkernels import arguments, cli
+from gpkernels import arguments, backends, cli
 from gpkernels.verify import cases, critics, training
 
-QUICK = ["verify", "--quick", "--backend", "reference"]
+QUICK = ["verify", "--quick", "--verbose", "--backend", "reference"]
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -33,6 +33,36 @@ def test_an_op_is_told_with_every_check_in_every_dtype(capsys: pytest.CaptureFix
     assert all(r["ok"] for r in results)
     assert {r["dtype"] for r in results} == set(cases.DTYPES)
     assert any(r["relative"] > 0 for r in results)
+
+
+def test_a_summary_has_a_line_for_each_backend_and_dtype_and_what_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["verify", "--quick", "--backend", "reference", "--op", "penalty_two_sided"]
+    assert cli.main([*given, "--dtype", "float64", "--dtype", "float32"]) == 0
+    header, double, single, legend, verdict = capsys.readouterr().out.splitlines()
+    assert header.split() == ["backend", "checked", "dtype", "cases", "failed", "largest", "relative", "error"]
+    assert double.split()[:3] == ["reference", "ops", "float64"]
+    assert single.split()[:3] == ["reference", "ops", "float32"]
+    assert double.split()[4] == "0"
+    assert "--verbose" in legend
+    assert verdict == f"{int(double.split()[3]) + int(single.split()[3])} cases, none failed"
+    case = cases.CASES["penalty_two_sided"]
+    monkeypatch.setitem(cases.CASES, "penalty_two_sided", replace(case, function=steep(case.function)))
+    assert cli.main([*given, "--dtype", "float64"]) == 1
+    page = capsys.readouterr().out
+    assert page.splitlines()[1].split()[4] != "0"
+    assert page.count("FAILED") == page.count("again: gpkernels verify") == int(page.splitlines()[1].split()[4])
+    assert page.splitlines()[-1].endswith(f"cases, {page.count('FAILED')} failed")
+
+
+@pytest.mark.skipif(backends.extension is None, reason="the extension is not built")
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name.startswith("penalty")])
+def test_the_cpu_kernels_of_penalties_pass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms that are denormal, among others."""
+    assert cli.main(["verify", "--quick", "--backend", "cpu", "--op", name, "--dtype", "float32"]) == 0, (
+        capsys.readouterr().out
+    )
 
 
 def test_penalties_and_training_agree_with_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +162,11 @@ def test_a_users_own_critic_is_verified(capsys: pytest.CaptureFixture[str], monk
         (["--critic", "torch.nn:ReLU"], "--critic and --input: expected both"),
         (["--critic", "torch.nn:ReLU", "--input", "8x4"], "torch.nn:ReLU on 8x4: "),
         (["--critic", "math:sqrt", "--input", "8x4"], "--critic: expected a torch.nn.Module"),
-        (["--op", "interpolate", "--dtype", "float64", "--json", "/nowhere/at/all.json"], "--json /nowhere"),
+        (
+            ["--op", "interpolate", "--dtype", "float64", "--json", "/dev/null/all.json"],
+            "--json /dev/null/all.json: Not a dir",
+        ),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
     ids=lambda x: x[0].lstrip("-") if isinstance(x, list) else x,
 )

@@ -1,4 +1,7 @@
 // gradient norm penalty: one pass over the rows gives norms, penalty and the coefficient that backward scales by.
+#include <cmath>
+#include <limits>
+
 #include "../formulas.h"
 #include "loops.h"
 
@@ -27,14 +30,15 @@ GPK_SIMD void scale_rows(const T* x, const A* scale, T* out, int64_t row_begin, 
   }
 }
 
-// Their sum. squared becomes the values.
+// Their sum. squared becomes the values. A norm so small that its coefficient is beyond `largest` counts as 0.
 template <bool kSquare>
-double finish_rows(double* squared, double* coefficients, int64_t rows, PenaltyOptions<double> options, double share) {
+double finish_rows(double* squared, double* coefficients, int64_t rows, PenaltyOptions<double> options, double share,
+                   double largest) {
   Sum sum;
   for (int64_t row = 0; row < rows; ++row) {
     const PenaltyRow<double> penalty = penalty_row<kSquare>(squared[row], options, share);
+    coefficients[row] = squared[row] < 1 && std::fabs(penalty.coefficient) > largest ? 0 : penalty.coefficient;
     squared[row] = penalty.value;
-    coefficients[row] = penalty.coefficient;
     sum += penalty.value;
   }
   return sum.value();
@@ -56,7 +60,9 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target,
   const PenaltyOptions<double> options{target, one_sided, power};
   const double share = reduction == kMean ? 1.0 / double(shape.rows) : 1.0;
   const auto finish = power == 2 ? &finish_rows<true> : &finish_rows<false>;
-  const double sum = finish(values.data(), coefficients.data(), shape.rows, options, share);
+  const double largest =
+      grad.scalar_type() == ScalarType::Double ? HUGE_VAL : double(std::numeric_limits<float>::max());
+  const double sum = finish(values.data(), coefficients.data(), shape.rows, options, share, largest);
   const Tensor coefficient = from_doubles(grad, coefficients.data(), shape.rows);
   if (reduction == kNone) return {from_doubles(grad, values.data(), shape.rows), coefficient};
   const double total = reduction == kMean ? sum / double(shape.rows) : sum;

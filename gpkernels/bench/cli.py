@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from gpkernels.arguments import UserError, count, critic_errors, own_critic
+from gpkernels.arguments import Parser, UserError, check_file, check_folder, count, critic_errors, own_critic, written
 from gpkernels.bench import machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
 
@@ -28,8 +29,8 @@ def main(argv: Sequence[str], others: Suites) -> int:
     others: further suites, imported on demand.
     """
     suites = {**SUITES, **others}
-    options = _parser(suites).parse_args(argv)
     try:
+        options = _parser(suites).parse_args(argv)
         return _compare(*options.compare) if options.compare else _bench(options, suites)
     except (UserError, results.Unreadable) as mistake:
         print(f"{PROGRAM}: {mistake}", file=sys.stderr)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str], others: Suites) -> int:
 
 
 def _parser(suites: Suites) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Measure ops, critic steps and training iterations against eager PyTorch and others, in one run. "
         "Times are the minimum CPU time of the process over many rounds; on a GPU, the time between events.",
@@ -86,30 +87,41 @@ def _bench(options: argparse.Namespace, suites: Suites) -> int:
     peers = _peers(options.peers)
     chosen = _trials(options, suites)  # rejects bad options before anything is measured
     pages = _pages() if options.html or options.plots else None
+    for option, path in (("--csv", options.csv), ("--json", options.json), ("--html", options.html)):
+        check_file(option, path)
+    if options.plots:
+        check_folder("--plots", options.plots)
     device = _device(options.device)
     torch.set_num_threads(options.threads)
     machine.keep_freed_memory()
+    wanted = _wanted(chosen(device), options.case)
     about = machine.facts(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(results.heading(), flush=True)
     rows: list[results.Row] = []
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    for trial in chosen(device):
-        if not options.case or any(part.lower() in trial.case.lower() for part in options.case):
-            measured = measure(trial, peers, device, seconds)
-            rows += measured.rows
-            for row in measured.rows:
-                print(results.line(row))
-            for peer, reason in measured.absent.items():
-                print(f"{trial.case:<46} {peer:<10} {reason}")
-            sys.stdout.flush()
-    if not rows:
-        raise UserError(f"--case: expected part of a case's name, got {' or '.join(options.case)}")
+    for trial in wanted:
+        measured = measure(trial, peers, device, seconds)
+        rows += measured.rows
+        for row in measured.rows:
+            print(results.line(row))
+        for peer, reason in measured.absent.items():
+            print(f"{trial.case:<46} {peer:<10} {reason}")
+        sys.stdout.flush()
     doubts = machine.warnings(about["load"], _stolen(rows, options))
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     _write(options, about, rows, doubts, pages)
     return 0
+
+
+def _wanted(trials: Iterator[Trial], parts: Sequence[str]) -> Iterator[Trial]:
+    """Select trials by parts of their names; UserError if there is none, before any is measured."""
+    found = (trial for trial in trials if not parts or any(part.lower() in trial.case.lower() for part in parts))
+    first = next(found, None)
+    if first is None:
+        raise UserError(f"--case: expected part of a case's name, got {' or '.join(parts)}")
+    return chain([first], found)
 
 
 def _trials(options: argparse.Namespace, suites: Suites) -> Callable[[torch.device], Iterator[Trial]]:
@@ -176,11 +188,8 @@ def _write(
         ("--plots", options.plots, lambda path: pages and pages.write_pictures(path, rows)),
     ):
         if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            with written(option, path):
                 write(path)
-            except OSError as error:
-                raise UserError(f"{option} {path}: {error.strerror or error}") from None
 
 
 def _compare(old: Path, new: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import gpkernels
+from gpkernels import info
 
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
 ASSUMED_CACHE = 32 << 20
@@ -20,7 +21,7 @@ ASSUMED_CACHE = 32 << 20
 def facts(device: torch.device) -> dict[str, Any]:
     """Collect device, versions, threads and load."""
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else info.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -30,16 +31,6 @@ def facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "load": round(load(), 2),
     }
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def load() -> float:

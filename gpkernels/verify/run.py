@@ -1,4 +1,4 @@
-"""Selection of checks, and their report: table, JSON, and commands that repeat failed cases."""
+"""Selection of checks, and their report: summary, table, JSON, and commands that repeat failed cases."""
 
 from __future__ import annotations
 
@@ -52,21 +52,48 @@ def check_own(critic: nn.Module, shape: Sequence[int], name: str, chosen: Sequen
             yield from check_critic(critic, shape, name, backend, dtype, device_of(backend))
 
 
+def summary(results: Sequence[Result]) -> str:
+    """Format the number of cases and the worst error of each backend and dtype."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for r in results:
+        what = {"penalty": "penalties", "training": "training"}.get(r.check, "ops")
+        groups.setdefault((r.backend, what, r.dtype), []).append(r)
+    lines = [f"{'backend':<10} {'checked':<10} {'dtype':<9} {'cases':>6} {'failed':>6}   largest relative error"]
+    for (backend, what, dtype), group in groups.items():
+        measured = [r for r in group if r.check not in ("same bits", "edge values")]
+        plain = _worst(measured, "plain")
+        beside = "" if math.isnan(plain) else f", plain PyTorch {_number(plain)}"
+        numbers = f"gpkernels {_number(_worst(measured, 'relative'))}{beside}"
+        failed = sum(not r.ok for r in group)
+        lines.append(f"{backend:<10} {what:<10} {dtype:<9} {len(group):>6} {failed:>6}   {numbers}")
+    return "\n".join([*lines, "Errors are differences from float64, over its norm; --verbose prints each check."])
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """Count the cases and those that failed."""
+    failed = sum(not r.ok for r in results)
+    return f"{len(results)} cases, {failed or 'none'} failed"
+
+
 def table(results: Sequence[Result]) -> str:
     """Format the worst of each check, name, backend and dtype."""
     groups: dict[tuple[str, str, str, str], list[Result]] = {}
     for r in results:
         groups.setdefault((r.backend, r.name, _check(r), r.dtype), []).append(r)
     lines = [
-        f"{'backend':<10} {'of':<28} {'check':<32} {'dtype':<9} {'cases':>5} "
-        f"{'absolute':>9} {'relative':>9} {'PyTorch':>9}"
+        "largest difference from float64: absolute; relative to its norm; the same of plain PyTorch in this dtype",
+        f"{'backend':<10} {'op or critic':<28} {'check':<32} {'dtype':<9} {'cases':>5} "
+        f"{'absolute':>9} {'relative':>9} {'PyTorch':>9}  verdict",
     ]
     for (backend, name, check, dtype), group in groups.items():
-        worst = (_worst(group, column) for column in ("absolute", "relative", "plain"))
-        numbers = " ".join(f"{'-' if math.isnan(x) else f'{x:.1e}':>9}" for x in worst)
-        verdict = "ok" if all(r.ok for r in group) else "FAILED"
-        lines.append(f"{backend:<10} {name:<28} {check:<32} {dtype:<9} {len(group):>5} {numbers}  {verdict}")
+        numbers = " ".join(f"{_number(_worst(group, column)):>9}" for column in ("absolute", "relative", "plain"))
+        found = "ok" if all(r.ok for r in group) else "FAILED"
+        lines.append(f"{backend:<10} {name:<28} {check:<32} {dtype:<9} {len(group):>5} {numbers}  {found}")
     return "\n".join(lines)
+
+
+def _number(x: float) -> str:
+    return "-" if math.isnan(x) else f"{x:.1e}"
 
 
 def _check(result: Result) -> str:

@@ -13,10 +13,8 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import tyro
-from tyro.extras import subcommand_type_from_defaults
 
-from gpkernels.arguments import UserError
+from gpkernels.arguments import UserError, check_folder
 from gptrainer.checkpoint import NAME
 from gptrainer.config import TrainConfig, flag
 from gptrainer.data import DATASETS
@@ -44,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         processes = _prepare(config)
         start = time.perf_counter()
         trainer = Trainer(config, processes)
+        if trainer.step >= config.steps:
+            processes.say(f"the run in {config.out} is finished, at step {trainer.step}; a larger --steps continues it")
         trainer.train()
         seconds = time.perf_counter() - start
         if processes.writes:
@@ -84,6 +84,8 @@ def parse(argv: Sequence[str]) -> TrainConfig | None:
     """Read a command line; None after --help, UserError with one line for what cannot be read."""
     if argv and not argv[0].startswith("-") and argv[0] not in SYSTEMS:
         raise UserError(f"SYSTEM: expected one of {', '.join(SYSTEMS)}, got {argv[0]}")
+    import tyro  # the list of systems can do without
+
     complaint = io.StringIO()
     read = partial(tyro.cli, prog=PROGRAM, description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,))
     try:
@@ -111,6 +113,8 @@ def _systems(argv: Sequence[str]) -> Any:
     named = early.parse_known_args(argv)[0]
     data = named.data if named.data in DATASETS else "digits"  # tyro complains of an unknown name
     network = named.network if named.network in NETWORKS else None
+    from tyro.extras import subcommand_type_from_defaults
+
     return subcommand_type_from_defaults({name: configure(name, data, network=network) for name in SYSTEMS})
 
 
@@ -138,6 +142,8 @@ def _prepare(config: TrainConfig) -> Processes:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: expected a device available to torch, got {config.device} ({reason})") from None
     processes = Processes.join(device)
+    if processes.writes:
+        check_folder("--out", config.out)
     if not config.resume and (config.out / NAME).is_file():
         processes.say(f"starting over in {config.out}; use --resume to continue from its checkpoint")
     return processes

@@ -8,16 +8,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import arg
-
 from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS
 from gptrainer.models import NETWORKS
 
 if TYPE_CHECKING:
+    from tyro.conf import arg as arg
+
     Data = str
     NetworkName = str
 else:
+    try:
+        from tyro.conf import arg
+    except ImportError:  # the options can be listed without it
+
+        def arg(**_: Any) -> None:
+            """Annotate an option for tyro."""
+
     Data = Literal[tuple(DATASETS)]
     NetworkName = Literal[tuple(NETWORKS)]
 Norm = Literal["none", "batch"]

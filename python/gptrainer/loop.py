@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gpkernels.arguments import UserError
 from gptrainer import logs
@@ -94,6 +93,8 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the last step. Raises Stopped after Ctrl-C or SIGTERM, with everything saved."""
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
         steps = self.config.steps
         bar = tqdm(
             total=steps,

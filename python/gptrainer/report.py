@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import gpkernels
 from gptrainer import plots
@@ -52,7 +52,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
     about = {name: str(getattr(config, name)) for name in ("algorithm", "data", "network", "latent", "width", "seed")}
     weights = {name: value.contiguous().cpu() for name, value in trainer.evaluated("generator").state_dict().items()}
     with replacing(paths["weights"]) as part:
-        save_file(weights, part, metadata=about)
+        part.write_bytes(save(weights, metadata=about))  # save_file would make a file that only its owner reads
     with replacing(paths["metrics"]) as part:
         part.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     title = f"{config.algorithm} on {config.data}, after {trainer.step:,} generator steps"

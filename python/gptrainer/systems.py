@@ -6,10 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from tyro.conf import arg
-
 from gpkernels.arguments import UserError
-from gptrainer.config import Norm, TrainConfig
+from gptrainer.config import Norm, TrainConfig, arg
 from gptrainer.models import NETWORKS, default_network
 
 Betas = tuple[float, float]

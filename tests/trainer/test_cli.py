@@ -175,7 +175,24 @@ def test_resuming_with_other_settings_names_the_first_that_differs(
 def test_a_run_folder_that_cannot_be_made_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main([*QUICK, "--out", str(tmp_path / "file" / "run")]) == 2
-    assert "Not a directory" in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"gpkernels train: --out {tmp_path / 'file' / 'run'}: Not a directory"
+
+
+def test_a_run_that_is_finished_says_so_and_that_more_steps_continue_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    assert "finished" not in capsys.readouterr().err
+    assert main([*QUICK, "--out", str(tmp_path), "--resume"]) == 0
+    said = f"the run in {tmp_path} is finished, at step 3; a larger --steps continues it"
+    assert said in capsys.readouterr().err.splitlines()
+
+
+def test_every_file_of_a_run_can_be_read_by_whom_its_neighbours_can(tmp_path: Path) -> None:
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "generator.safetensors").is_file()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

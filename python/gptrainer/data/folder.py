@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from gpkernels.arguments import UserError
@@ -64,6 +63,8 @@ class FolderPixels:
 
 def decode(path: Path, size: int) -> np.ndarray:
     """Decode the central square of an image to bytes, (size, size, 3)."""
+    from PIL import Image, ImageOps  # data sets are listed without it
+
     try:
         with Image.open(path) as image:
             image.draft("RGB", (size, size))  # a JPEG need not be decoded in full for a small picture

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg
 from torch import Tensor, nn
 
 import gpkernels
@@ -31,6 +30,8 @@ class Moments:
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6)."""
+    from scipy import linalg  # systems and experiments are listed without it
+
     # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), whose argument is symmetric: no complex rounding errors.
     values, vectors = linalg.eigh(a.covariance)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from gpkernels.arguments import UserError, count
+from gpkernels.arguments import Parser, UserError, check_folder, count
 from gptrainer.interruption import Stopped
-from gptrainer.reproduce import report, runner
+from gptrainer.reproduce import runner
 from gptrainer.reproduce.experiment import Context, Experiment, Size
 from gptrainer.reproduce.experiments import every, find
+
+if TYPE_CHECKING:
+    from gptrainer.reproduce.report import Section
 
 PROGRAM = "gpkernels reproduce"
 
@@ -34,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
         if options.list:
             _print_list(chosen)
             return 0
+        check_folder("--out", options.out)
+        from gptrainer.reproduce import report  # experiments are listed without its packages
+
         context = Context(options.data_dir)
         with _terminable():
             outcomes = runner.run(
@@ -55,8 +61,10 @@ def main(argv: Sequence[str]) -> int:
     return int(any(outcome.crashed for outcome in outcomes) or (options.strict and failures > 0))
 
 
-def _print_results(sections: Sequence[report.Section]) -> int:
+def _print_results(sections: Sequence[Section]) -> int:
     """Print the tally of each experiment and the claims that did not hold; return the number of those that failed."""
+    from gptrainer.reproduce.report import number
+
     failures = 0
     for section in sections:
         print(f"{section.experiment.name:<22} {section.tally}")
@@ -64,9 +72,9 @@ def _print_results(sections: Sequence[report.Section]) -> int:
             verdict, interval = judged.judgement.verdict, judged.judgement.interval
             if verdict in ("failed", "undecided"):
                 failures += verdict == "failed"
-                measured = report.number(judged.judgement.mean)
+                measured = number(judged.judgement.mean)
                 if interval:
-                    measured += f", interval {report.number(interval[0])} to {report.number(interval[1])}"
+                    measured += f", interval {number(interval[0])} to {number(interval[1])}"
                 wanted = f"{'not ' if verdict == 'failed' else 'to be '}{judged.claim.bound}"
                 cause = f"; {judged.judgement.reason}" if judged.judgement.reason else ""
                 print(f"  {verdict}: {judged.claim.text} ({judged.claim.what}: {measured}, {wanted}{cause})")
@@ -87,13 +95,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Reproduce published results and report a verdict on each claim.")
+    parser = Parser(prog=PROGRAM, description="Reproduce published results and report a verdict on each claim.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="names of experiments, or all (the default)")
     parser.add_argument("--list", action="store_true", help="list the experiments and exit")
     parser.add_argument(

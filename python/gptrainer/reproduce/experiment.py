@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from scipy.stats import t as student
-
 from gptrainer.reproduce.pictures import Picture
 
 Verdict = Literal["held", "failed", "undecided", "not run"]
@@ -34,6 +32,8 @@ class Findings:
 
 def interval_of_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Confidence interval of the mean of two or more independent values, by Student's t distribution."""
+    from scipy.stats import t as student  # experiments are listed without it
+
     if len(values) < 2:
         raise ValueError(f"values: expected at least two, got {len(values)}")
     half = float(student.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gptrainer.reproduce import store
 from gptrainer.reproduce.experiment import Context, Experiment, Findings, NotRun, Size
@@ -88,6 +87,8 @@ def run_task(task: Task) -> str:
 
 def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int], str]:
     """Run tasks; return the reasons of those that failed, by name and seed."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     failures: dict[tuple[str, int], str] = {}
     if not due:
         return failures

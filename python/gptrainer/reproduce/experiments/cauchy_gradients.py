@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 import gpkernels
@@ -25,6 +24,8 @@ SLOPE = 1.0  # of its gradient's error
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
     """Draw many independent errors of the discriminator; compute the generator's gradient for each."""
+    from scipy import stats  # the experiment is listed without it
+
     generator = build_models("lines", 2, settings["width"], network="mlp")[0]
     weights = list(generator.parameters())
     latent = torch.randn(settings["batch"], 2)
@@ -86,6 +87,8 @@ def _distances(samples: Array) -> Array:
 
     The scale is the median of the sizes, which for this distribution it is.
     """
+    from scipy import stats
+
     ordered = np.sort(samples / np.median(np.abs(samples), axis=0), axis=0)
     expected, steps = stats.cauchy.cdf(ordered), np.arange(len(ordered) + 1)[:, None] / len(ordered)
     return np.maximum(expected - steps[:-1], steps[1:] - expected).max(axis=0)
@@ -99,6 +102,8 @@ def _p_values(distances: Array, draws: int, resamples: int, seed: int) -> Array:
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
+    from scipy import stats
+
     shown = findings[0].series
     gradient = np.asarray(shown["gradient"])
     panels: list[pictures.Panel] = []

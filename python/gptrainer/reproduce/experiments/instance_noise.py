@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy import integrate
-from scipy.stats import norm
 
 import gpkernels
 from gptrainer import plots
@@ -67,11 +65,16 @@ def _discriminate(sigma: float, settings: Settings, seed: int) -> tuple[float, f
 
 def best_accuracy(sigma: float) -> float:
     """Best accuracy on two lines at distance 1 under noise: only the distance along x counts."""
+    from scipy.stats import norm  # the experiment is listed without it
+
     return float(norm.cdf(0.5 / sigma)) if sigma else 1.0
 
 
 def best_gradient(sigma: float) -> float:
     """|d/dtheta E log(1 - D*)| at distance 1: D* is the logistic function of (1/2 - x) / sigma^2."""
+    from scipy import integrate
+    from scipy.stats import norm
+
     if not sigma:
         return 0.0
     # d/dx log(1 - D*) = D* / sigma^2, at x = 1 + sigma e.

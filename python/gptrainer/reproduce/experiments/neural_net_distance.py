@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import ot
 import torch
 from torch import Tensor, nn
 
@@ -92,6 +91,8 @@ def _ring(n: int) -> Tensor:
 
 def finite_support(m: int, settings: Settings) -> tuple[float, float]:
     """Compare a normal distribution with m of its points by a small network and by exact transport."""
+    import ot  # the experiment is listed without it
+
     scale = DIMENSION**-0.5
     points = scale * torch.randn(m, DIMENSION)
     critic = nn.Sequential(nn.Linear(DIMENSION, 8), nn.ReLU(), nn.Linear(8, 1))
