@@ -28,7 +28,7 @@ def register_triton(library: torch.library.Library) -> None:
 
 
 def _later(name: str) -> Callable[..., Any]:
-    return lambda *args: triton_kernels().get(name, ALL[name].implementation)(*args)
+    return lambda *args: triton_kernels()[name](*args)
 
 
 backends.add_kernels("triton", triton_kernels)

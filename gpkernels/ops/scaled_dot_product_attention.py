@@ -97,7 +97,7 @@ def _attention(
             _dense(query), _dense(key), _dense(value), 0.0, is_causal, attn_mask=_added(attn_mask, query), scale=scale
         )
         if logsumexp.all():  # 0 for a row that sees no key, but also for one of NaN, whose output would be 0, too
-            return output, logsumexp.contiguous()
+            return output.transpose(1, 2).contiguous().transpose(1, 2), logsumexp.contiguous()
     output, logsumexp = blocks.attention(_matrices(query, key, value, attn_mask, is_causal, scale))
     return _tokens_first(output, query), logsumexp.view(query.shape[:3])
 
