@@ -15,6 +15,7 @@ from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
 from gpkernels.ops.instance_noise import add_instance_noise
 from gpkernels.ops.interpolate import interpolate
 from gpkernels.ops.relativistic_loss import relativistic_critic_loss, relativistic_generator_loss
+from gpkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from gpkernels.ops.score_loss import (
     gan_discriminator_loss,
     hinge_critic_loss,
@@ -59,6 +60,7 @@ __all__ = [
     "relativistic_critic_loss",
     "relativistic_generator_loss",
     "saturating_generator_loss",
+    "scaled_dot_product_attention",
     "set_backend",
     "set_compile_passes",
     "value_and_input_gradient",

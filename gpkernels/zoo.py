@@ -110,6 +110,40 @@ class Transformer(nn.Module):
         return self.top(h.mean(1))
 
 
+class VisionTransformer(nn.Module):
+    """Patches, a class token, blocks with LayerNorm in front and PyTorch's fused attention, Linear."""
+
+    def __init__(self, pixels: int = 32, patch: int = 4, width: int = 64, heads: int = 4, depth: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.first = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (pixels // patch) ** 2 + 1, width))
+        self.blocks = nn.Sequential(*(VisionBlock(width, heads) for _ in range(depth)))
+        self.top = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patches(x).flatten(2).transpose(1, 2)
+        h = torch.cat([self.first.expand(len(h), -1, -1), h], 1) + self.position
+        return self.top(self.blocks(h)[:, 0])
+
+
+class VisionBlock(nn.Module):
+    """Attention and an MLP, each added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        heads = self.qkv(self.norms[0](x)).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(n, tokens, width))
+        return x + self.mlp(self.norms[1](x))
+
+
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------
 
 

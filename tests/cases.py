@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gpkernels import ops
 from gpkernels.ops.score_loss import ScoreLoss
 
 
@@ -24,6 +25,7 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
         return torch.nn.functional.layer_norm(torch.randn(shape), shape[-1:], eps=0.0)
 
     return {
+        **_attention(),
         "interpolate": [(x, y, c3), (image, image.clone(), c2), (image, other, c2)],
         "interpolate_backward": [(x, c3, True, True), (image, c2, True, False), (x.t(), torch.rand(5), False, True)],
         "instance_noise": [(x, 0.5, None, key, True), (image, 0.5, torch.rand(1), key, False)],
@@ -72,3 +74,37 @@ def raw_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (weights, like, *([w.clone() for w in like] for _ in range(3)), *hyper, 0.9, True, 0.05),
         ],
     }
+
+
+def _attention() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of attention: fused by PyTorch, of another width, with each kind of mask."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    some_keys = torch.rand(2, 1, 1, 5) > 0.4
+    for width, length, mask, is_causal, dtype in (
+        (8, 6, None, False, torch.float32),
+        (8, 5, some_keys, False, torch.float32),
+        (3, 6, None, True, torch.float32),
+        (3, 4, torch.randn(4, 5), False, torch.float32),
+        (8, 7, None, True, torch.bfloat16),
+    ):
+        query, tq = (torch.randn(2, length, 3, 8, dtype=dtype).transpose(1, 2) for _ in range(2))
+        query = query.contiguous() if length == 7 else query
+        key, tk = (torch.randn(2, 3, 5, 8, dtype=dtype) for _ in range(2))
+        value, tv = (torch.randn(2, 3, 5, width, dtype=dtype) for _ in range(2))
+        constants, tangents = (mask, is_causal, 0.4), (tq, tk, tv)
+        name = "scaled_dot_product_attention"
+        call = (query, key, value)
+        kept = (*call, *ops.ALL[name].implementation(*call, *constants))
+        cotangent = torch.randn_like(kept[3])
+        known = ops.ALL[f"{name}_jvp"].implementation(*tangents, *kept, *constants)
+        for end, given in {
+            "": [(*call, *constants)],
+            "_backward": [(cotangent, *kept, *constants)],
+            "_jvp": [(*tangents, *kept, *constants)],
+            "_double_backward": [
+                (*tangents, cotangent, *kept, None, None, *constants),
+                (*tangents, cotangent, *kept, *known, *constants),
+            ],
+        }.items():
+            found.setdefault(name + end, []).extend(given)
+    return found

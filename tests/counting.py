@@ -10,6 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from gpkernels.ops.scaled_dot_product_attention import register_flops
+
+register_flops()
+
 
 class Count(TorchDispatchMode):
     """FLOPs by PyTorch's own registry, and the products that were given a zero operand."""

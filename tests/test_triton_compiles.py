@@ -66,8 +66,9 @@ def test_kernel_needs_what_the_table_says(row: tuple[str, ...], resources: dict)
 
     now, before = resources[row], tracked()[row]
     assert now["spills"] == 0
-    assert now["registers"] <= 128
-    assert now["shared"] <= 16384
+    of_tiles = row[0].startswith("scaled_dot_product_attention")
+    assert now["registers"] <= (512 if row[3].startswith("gfx") else 255) if of_tiles else 128
+    assert now["shared"] <= (65536 if of_tiles else 16384)
     if triton.__version__ == VERSION:
         assert {column: now[column] for column in COLUMNS[4:]} == before
 

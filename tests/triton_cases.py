@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkernels import ops
 from gpkernels.ops.score_loss import ScoreLoss
 from gpkernels.verify.cases import DTYPES, LAYOUTS, laid_out
 
@@ -97,6 +98,38 @@ def _of_groups(dtype: torch.dtype) -> dict[str, list[Arguments]]:
     }
 
 
+def _of_attention(dtype: torch.dtype) -> dict[str, list[Arguments]]:
+    """Arguments of attention: tiles that are cut off, each kind of mask, other widths, rows that see no key, NaN."""
+    some = torch.rand(2, 1, 19, 21) > 0.4
+    some[0, 0, 3] = False
+    added = torch.randn(1, 3, 1, 21).to(dtype)
+    found: dict[str, list[Arguments]] = {}
+    for length, keys, width, values, mask, is_causal in (
+        (19, 21, 16, 16, some, False),
+        (35, 18, 20, 5, None, True),
+        (2, 21, 8, 8, added, False),
+        (17, 40, 8, 33, None, True),
+        (5, 3, 257, 4, None, False),
+    ):
+        query, tq = (torch.randn(2, 3, length, width).to(dtype) for _ in range(2))
+        key, tk = (torch.randn(2, keys, 3, width).to(dtype).transpose(1, 2) for _ in range(2))
+        value, tv = (torch.randn(2, 3, keys, values).to(dtype) for _ in range(2))
+        call, constants, name = (query, key, value), (mask, is_causal, 0.3), "scaled_dot_product_attention"
+        kept = (*call, *ops.ALL[name].implementation(*call, *constants))
+        cotangent, tangents = torch.randn(kept[3].shape).to(dtype), (tq, tk, tv)
+        known = ops.ALL[f"{name}_jvp"].implementation(*tangents, *kept, *constants)
+        found.setdefault(name, []).append((*call, *constants))
+        found.setdefault(f"{name}_backward", []).append((cotangent, *kept, *constants))
+        found.setdefault(f"{name}_jvp", []).append((*tangents, *kept, *constants))
+        for tangent in ((None, None), known):
+            given = (*tangents, cotangent, *kept, *tangent, *constants)
+            found.setdefault(f"{name}_double_backward", []).append(given)
+    broken = torch.randn(1, 2, 4, 8).to(dtype)
+    broken[0, 0, 1, 2] = float("nan")
+    found["scaled_dot_product_attention"].append((broken, broken.nan_to_num(), broken.nan_to_num(), None, False, 0.3))
+    return found
+
+
 def _of_weights(dtype: torch.dtype) -> dict[str, list[Arguments]]:
     """Arguments of the ops that write in place: many parameters, of which some have gaps or another order."""
 
@@ -178,6 +211,7 @@ def cases() -> Iterator[tuple[str, str, Arguments]]:
         for shape, layout in PLACES_OF[kind]:
             yield from _named(f"{kind}, {shape}, {layout}", _of_rows(SHAPES[shape], layout, dtype))
         yield from _named(f"{kind} groups", _of_groups(dtype))
+        yield from _named(f"{kind} attention", _of_attention(dtype))
         yield from _named(f"{kind} weights", _of_weights(dtype))
         yield from _named(f"{kind} special values", _special(dtype))
 
@@ -239,7 +273,6 @@ def excess(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> tupl
 
 
 def run(op: str, arguments: Arguments, guard: str) -> tuple[float, float]:
-    from gpkernels import ops
     from gpkernels.triton import KERNELS
     from guarded import guarded, guarded_allocations
 
@@ -261,6 +294,7 @@ def refusals() -> dict[str, str]:
     from gpkernels.triton import KERNELS
 
     x, y, c, one = torch.randn(3, 4), torch.randn(3, 3), torch.rand(2), torch.tensor(1.0)
+    h, rows = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4)
     wrong: dict[str, list[Arguments]] = {
         "interpolate": [(x, y, torch.rand(3)), (x, x, c), (x, x.half(), torch.rand(3)), (x.int(), x.int(), c)],
         "interpolate_backward": [(x, c, True, True)],
@@ -292,6 +326,24 @@ def refusals() -> dict[str, str]:
         "affine_gradients": [(x, x), (x[None], y[None])],
         "mean_pool": [(x, 2, 2), (x, 0, 1), (one, 1, 1)],
         "mean_pool_backward": [(x, 0, 1)],
+        "scaled_dot_product_attention": [
+            (h, h[:, :1], h, None, False, 1.0),
+            (h, h, h[:, :, :3], None, False, 1.0),
+            (h, h.half(), h, None, False, 1.0),
+            (h[0], h[0], h[0], None, False, 1.0),
+            (h.int(), h.int(), h.int(), None, False, 1.0),
+            (h, h, h, torch.ones(4, 3), False, 1.0),
+        ],
+        "scaled_dot_product_attention_backward": [
+            (h[..., :2], h, h, h, h, rows, None, False, 1.0),
+            (h, h, h, h, h, rows[..., :2], None, False, 1.0),
+            (h, h, h, h, h[:, :1], rows, None, False, 1.0),
+        ],
+        "scaled_dot_product_attention_jvp": [(h, h, h[:, :1], h, h, h, h, rows, None, False, 1.0)],
+        "scaled_dot_product_attention_double_backward": [
+            (h, h[:, :1], h, h, h, h, h, h, rows, None, None, None, False, 1.0),
+            (h, h, h, h, h, h, h, h, rows, h, rows[..., :2], None, False, 1.0),
+        ],
         "clip_weights_": [([x.int()], 0.1)],
         "rmsprop_": [([x], [y], [x], [], [], 0.1, 0.9, 0.0, 0.0, 0.0, False, None)],
     }

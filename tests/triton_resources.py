@@ -54,7 +54,17 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         state = (lists[3] if centred else [], lists[4] if momentum else [])
         kernels["rmsprop_"](*lists[:3], *state, 1e-3, 0.99, 1e-8, 0.1, momentum, False, 0.01)
 
+    def attention(end: str, width: int = 64, *known: Any) -> Callable[[], Any]:
+        x, rows = torch.zeros(4, 4, 256, width, dtype=dtype), torch.zeros(4, 4, 256)
+        ours = {"": [x, x, x], "_backward": [*[x] * 5, rows], "_jvp": [*[x] * 7, rows]}
+        ours["_double_backward"] = [*[x] * 8, rows, x, rows]
+        return lambda: kernels[f"scaled_dot_product_attention{end}"](*ours[end], None, False, 0.125)
+
     return {
+        **{
+            f"scaled_dot_product_attention{end}": attention(end)
+            for end in ("", "_backward", "_jvp", "_double_backward")
+        },
         "interpolate": lambda: kernels["interpolate"](x, y, per_row),
         "interpolate of short rows": lambda: kernels["interpolate"](points, points, torch.zeros(256, dtype=wide)),
         "interpolate_backward": lambda: kernels["interpolate_backward"](x, per_row, True, True),

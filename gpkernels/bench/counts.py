@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from gpkernels.ops.scaled_dot_product_attention import register_flops
 from gpkernels.private import TorchDispatchMode, tree_leaves
 
 aten = torch.ops.aten
+register_flops()
 _NOTHING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten._unsafe_view}
 
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from gpkernels.critic.call import uncompiled
 from gpkernels.critic.graph import LEAF
+from gpkernels.ops.scaled_dot_product_attention import register_flops
 from gpkernels.private import TorchDispatchMode, tree_leaves, without_function_modes
 
 
@@ -80,6 +81,7 @@ class Flops(TorchDispatchMode):
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry  # deferred, as it imports Triton
 
+        register_flops()
         super().__init__()
         self.total, self.uncounted, self.registry = 0, "", flop_registry
 

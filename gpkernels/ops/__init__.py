@@ -23,6 +23,7 @@ from gpkernels.ops import (  # importing a module defines its ops
     mean_pool,
     normalise_curvature,
     relativistic_loss,
+    scaled_dot_product_attention,
     score_loss,
     weights,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "mean_pool",
     "normalise_curvature",
     "relativistic_loss",
+    "scaled_dot_product_attention",
     "score_loss",
     "weights",
 ]

@@ -18,6 +18,12 @@ from gpkernels.triton.interpolate import interpolate, interpolate_backward
 from gpkernels.triton.mean_pool import mean_pool, mean_pool_backward
 from gpkernels.triton.normalise_curvature import normalise_curvature
 from gpkernels.triton.relativistic_loss import relativistic_loss, relativistic_loss_backward
+from gpkernels.triton.scaled_dot_product_attention import (
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_backward,
+    scaled_dot_product_attention_double_backward,
+    scaled_dot_product_attention_jvp,
+)
 from gpkernels.triton.score_loss import score_loss, score_loss_backward
 from gpkernels.triton.weights import clip_weights_, rmsprop_
 
@@ -40,5 +46,9 @@ _LAUNCHERS: tuple[Callable[..., Any], ...] = (
     affine_gradients,
     mean_pool,
     mean_pool_backward,
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_backward,
+    scaled_dot_product_attention_jvp,
+    scaled_dot_product_attention_double_backward,
 )
 KERNELS: dict[str, Callable[..., Any]] = {launcher.__name__: launcher for launcher in _LAUNCHERS}

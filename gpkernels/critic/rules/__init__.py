@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpkernels.critic.rules import (
+    attention,
     images,
     moments,
     normalisation,
@@ -21,6 +22,7 @@ RULES: dict[str, type[Rule]] = {
     name: rule
     for family in (
         *(piecewise, smooth, pairs, products, shapes, reductions, images, normalisation, moments, softmax, recurrent),
+        attention,
     )
     for rule in family.RULES
     for name in rule.names

@@ -1,0 +1,143 @@
+"""Attention by PyTorch's fused kernels, which have no second derivative; ours keeps a number per row, too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
+from gpkernels.ops.scaled_dot_product_attention import (
+    scaled_dot_product_attention_backward_op,
+    scaled_dot_product_attention_double_backward_op,
+    scaled_dot_product_attention_jvp_op,
+    scaled_dot_product_attention_op,
+)
+
+# Straight to the dispatcher: a compiler is to see one call and not the blocks, whatever backend is forced.
+_forward, _pull, _push, _bend = (
+    op.overload
+    for op in (
+        scaled_dot_product_attention_op,
+        scaled_dot_product_attention_backward_op,
+        scaled_dot_product_attention_jvp_op,
+        scaled_dot_product_attention_double_backward_op,
+    )
+)
+
+
+class Attention(Rule):
+    """softmax(scale q k^T + mask) v; a group of query heads may share a head of keys and values."""
+
+    names = ("ScaledDotProductFlashAttentionForCpuBackward0",)
+    saved = ("query", "key", "value", "attn_mask", "output", "logsumexp")
+    constants = ("dropout_p", "is_causal", "scale")
+    sends = True
+
+    def set_up(self, dropout_p: float, is_causal: bool, scale: float | None) -> None:
+        if dropout_p:
+            raise Unfit("dropout within a fused kernel")
+        self.is_causal, self.scale = is_causal, scale
+
+    def curved(self, moving: Sequence[bool]) -> bool:
+        return True
+
+    def flops(self, shapes: Shapes) -> int:
+        query, key = shapes[:2]
+        return 0 if query is None or key is None else 2 * math.prod(query[:3]) * key[2] * (query[3] + self._width)
+
+    @property
+    def _width(self) -> int:
+        return self.outputs[0].shape[3]
+
+    def _rows(self, s: Saved, query: Tensor, key: Tensor, value: Tensor, constants: Any) -> tuple[Any, ...]:
+        """Return the output and its rows' logsumexp."""
+        return s[4], s[5]
+
+    def _call(self, s: Saved) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Return query, key, value, output, logsumexp, and the ops' constants."""
+        if "call" not in s.notes:
+            query, mask = s[0], s[3]
+            key, value = (self._spread(x) for x in s[1:3])
+            scale = 1 / math.sqrt(query.shape[3]) if self.scale is None else self.scale
+            constants = mask, self.is_causal, scale
+            s.notes["call"] = (query, key, value, *self._rows(s, query, key, value, constants)), constants
+        return s.notes["call"]
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Repeat heads of keys or values for each query head."""
+        groups = self.outputs[0].shape[1] // x.shape[1]
+        return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+    def _gathered(self, s: Saved, found: Sequence[Tensor], wanted: Wanted) -> list[Tensor | None]:
+        """Sum cotangents over the query heads that share a head."""
+        own = [
+            g if g.shape[1] == x.shape[1] else g.unflatten(1, (x.shape[1], -1)).sum(2)
+            for g, x in zip(found, s, strict=False)
+        ]
+        kept: list[Tensor | None] = [g if w else None for g, w in zip(own, wanted, strict=False)]
+        return kept + [None] * (len(self.inputs) - 3)
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        if c[0] is None:
+            return [None] * len(self.inputs)
+        kept, constants = self._call(s)
+        return self._gathered(s, _pull(c[0], *kept, *constants), wanted)
+
+    def _moved(self, s: Saved, t: Tensors) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """Return the tangents of query, key and value, and those of the output with the rows' mean of the scores'."""
+        known = s.notes.get("moved")
+        if known is not None and all(u is v for u, v in zip(known[0], t, strict=True)):
+            return known[1]
+        kept, constants = self._call(s)
+        tangents = tuple(
+            torch.zeros_like(x) if u is None else self._spread(u) for u, x in zip(t[:3], kept[:3], strict=True)
+        )
+        moved = tangents, _push(*tangents, *kept, *constants)
+        s.notes["moved"] = tuple(t), moved
+        return moved
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        return self._moved(s, t)[1][0], *[None] * (len(self.outputs) - 1)
+
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+        if c[0] is None or all(u is None for u in t[:3]):
+            return [None] * len(self.inputs)
+        kept, constants = self._call(s)
+        tangents, known = self._moved(s, t)
+        s.notes.pop("moved")
+        return self._gathered(s, _bend(*tangents, c[0], *kept, *known, *constants)[1:], wanted)
+
+    def layout(self, layouts: Layouts) -> Layout | None:
+        query, key, value = layouts[:3]
+        if query is None or query.axis != 0 or key != query or value != query:
+            raise Mixed
+        return query
+
+    def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
+        mask = shapes[3]
+        per_sample = mask is not None and len(mask) == 4 and mask[0] == self.outputs[0].shape[0] != 1
+        return [out, out, out, out if per_sample else None, *[out] * (len(shapes) - 4)]
+
+
+class OnGPU(Attention):
+    """Kernels for GPUs, whose statistics of rows differ in layout and meaning: they are computed again."""
+
+    names = ("ScaledDotProductEfficientAttentionBackward0", "ScaledDotProductCudnnAttentionBackward0")
+    saved = ("query", "key", "value", "attn_bias")
+
+    def _rows(self, s: Saved, query: Tensor, key: Tensor, value: Tensor, constants: Any) -> tuple[Any, ...]:
+        return _forward(query, key, value, *constants)
+
+
+class FlashOnGPU(OnGPU):
+    """The same, without a mask."""
+
+    names = ("ScaledDotProductFlashAttentionBackward0",)
+    saved = ("query", "key", "value", "query")
+
+
+RULES: tuple[type[Rule], ...] = (Attention, OnGPU, FlashOnGPU)
