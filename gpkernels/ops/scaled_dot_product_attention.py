@@ -17,7 +17,7 @@ from gpkernels.ops import attention_blocks as blocks
 from gpkernels.ops.attention_blocks import Attention
 from gpkernels.ops.checks import check_finite, check_floating, check_same_device
 from gpkernels.ops.differentiable import Differentiable, apply, second_order
-from gpkernels.ops.op import Op
+from gpkernels.ops.op import LIBRARY, Op
 from gpkernels.ops.tensors import accumulation_dtype
 from gpkernels.private import dual_level, transforms_active
 
@@ -332,6 +332,16 @@ class _AttentionDoubleBackward(Differentiable):
 def _of_tensors(mask: Tensor | None, is_causal: bool, scale: float) -> Any:
     return lambda query, key, value: scaled_dot_product_attention_reference(
         query, key, value, mask, 0.0, is_causal, scale
+    )
+
+
+# A compiler's graph of ``_Attention.backward`` has the raw op, which penalties of a compiled critic differentiate.
+for _op, _function in (
+    (scaled_dot_product_attention_backward_op, _AttentionBackward),
+    (scaled_dot_product_attention_double_backward_op, _AttentionDoubleBackward),
+):
+    torch.library.register_autograd(
+        f"gpkernels::{_op.name}", _function.backward, setup_context=_function.setup_context, lib=LIBRARY
     )
 
 
