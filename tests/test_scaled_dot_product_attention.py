@@ -452,6 +452,29 @@ def test_a_critics_step_is_that_of_the_plain_form(name: str, penalty: str, toget
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "gpkernels"])
+@pytest.mark.parametrize("name", ["ViT", "ViT of ours", "encoder layer, batch first"])
+def test_a_compiled_step_is_that_of_the_plain_form(name: str, backend: str) -> None:
+    torch.compiler.reset()
+    critic = CRITICS[name]().double()
+    other = copy.deepcopy(critic)
+    for module in other.modules():
+        if isinstance(module, Block):
+            module.call = F.scaled_dot_product_attention
+    step = gpk.CriticLoss(critic)
+    compiled = torch.compile(lambda *groups: step(*groups[:2], eps=groups[2]).loss, backend=backend, fullgraph=True)
+    for _ in range(2):
+        real, fake, eps = groups()
+        critic.zero_grad()
+        other.zero_grad()
+        loss, exact = compiled(real, fake, eps), eager(other, real, fake, eps, "wgan-gp")
+        loss.backward()
+        exact.backward()
+        torch.testing.assert_close(loss, exact, rtol=1e-10, atol=1e-10)
+        for ours, theirs in zip(critic.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
+
+
 def test_input_gradients_are_those_of_the_plain_form() -> None:
     critic, (x, _, _) = ViT().double(), groups()
     leaf = x.clone().requires_grad_()

@@ -17,7 +17,7 @@ from gpkernels.ops import attention_blocks as blocks
 from gpkernels.ops.attention_blocks import Attention
 from gpkernels.ops.checks import check_finite, check_floating, check_same_device
 from gpkernels.ops.differentiable import Differentiable, apply, second_order
-from gpkernels.ops.op import Op
+from gpkernels.ops.op import LIBRARY, Op
 from gpkernels.ops.tensors import accumulation_dtype
 from gpkernels.private import dual_level, transforms_active
 
@@ -335,6 +335,16 @@ def _of_tensors(mask: Tensor | None, is_causal: bool, scale: float) -> Any:
     )
 
 
+# A compiler's graph of ``_Attention.backward`` has the raw op, which penalties of a compiled critic differentiate.
+for _op, _function in (
+    (scaled_dot_product_attention_backward_op, _AttentionBackward),
+    (scaled_dot_product_attention_double_backward_op, _AttentionDoubleBackward),
+):
+    torch.library.register_autograd(
+        f"gpkernels::{_op.name}", _function.backward, setup_context=_function.setup_context, lib=LIBRARY
+    )
+
+
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +367,8 @@ def scaled_dot_product_attention(
     :math:`(T, S)` matrices for each head. Here value, first and second derivative keep a number per row, and compute
     scores by blocks. Three cases take the plain form, which keeps the matrices and has derivatives of any order:
     dropout, a mask that requires a gradient, and transforms of ``torch.func`` and forward mode. Otherwise a third
-    derivative raises RuntimeError.
+    derivative raises RuntimeError. On CPUs the plain form is faster for a few hundred rows, and slower from about a
+    thousand on.
 
     Args:
         query (Tensor): queries.
