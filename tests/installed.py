@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
-    *("gpkernels", "python", "csrc", "tests", "docs", "bench", "examples"),
+    *("gpkernels", "python", "csrc", "tests", "docs", "bench", "examples", "tools"),
     *("CMakeLists.txt", "MANIFEST.in", "setup.py", "pyproject.toml", "Makefile"),
     *("requirements.txt", "requirements-dev.txt"),
 )

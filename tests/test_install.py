@@ -118,7 +118,7 @@ def test_a_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> None:
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"} <= names
     assert {"Makefile", "CONTRIBUTING.md", "requirements.txt", "requirements-dev.txt"} <= names
     tests = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py")}
-    assert {"docs/architecture.md", "bench/parts.py", "examples/wgan_gp.py", *tests} <= names
+    assert {"docs/architecture.md", "bench/parts.py", "examples/wgan_gp.py", "tools/distribution.py", *tests} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
