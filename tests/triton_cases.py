@@ -22,7 +22,7 @@ SHAPES = {"one": (1, 1), "odd": (3, 7), "pairs": (257, 2), "aligned": (5, 48), "
 PLACES = [(shape, "contiguous") for shape in SHAPES] + [("image", layout) for layout in LAYOUTS[1:]]
 # Launchers treat layouts alike in every dtype; float16 rounds like bfloat16, float64 does not.
 PLACES_OF = {"float32": PLACES, "float64": PLACES[: len(SHAPES)], "float16": PLACES[:2], "bfloat16": PLACES}
-GUARDED = ("one", "odd", "long", "image, transposed", "groups", "weights", "special")
+GUARDED = ("one", "odd", "long", "image, transposed", "groups", "attention", "weights", "special")
 KEY = 12345678901234567
 Arguments = tuple[Any, ...]
 
