@@ -110,12 +110,12 @@ class Wrong(torch.autograd.Function):
 
 
 def test_scores_without_a_way_to_the_input_are_told_from_those_that_do_not_depend_on_it() -> None:
-    told = only(Calls(normalised_outside))
-    assert told.mistake == "no gradient"
-    assert "the scores change with the input, but autograd has no graph between them" in told.text
-    told = only(Calls(lambda s, x: s.net.weight.sum().expand(len(x)), nn.Linear(6, 1)))
-    assert told.mistake == "no gradient"
-    assert told.text == "the scores do not depend on the input"
+    found = only(Calls(normalised_outside))
+    assert found.mistake == "no gradient"
+    assert "the scores change with the input, but autograd has no graph between them" in found.text
+    found = only(Calls(lambda s, x: s.net.weight.sum().expand(len(x)), nn.Linear(6, 1)))
+    assert found.mistake == "no gradient"
+    assert found.text == "the scores do not depend on the input"
     assert only(lambda x: torch.from_numpy(x.detach().numpy()).square().sum(1)).mistake == "no gradient"
 
 
@@ -130,25 +130,25 @@ CUT: dict[str, Callable[[], Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("name", CUT)
 def test_a_gradient_that_is_not_the_slope_is_told(name: str) -> None:
-    told = only(CUT[name]())
-    assert told.mistake == "cut"
-    assert "autograd's gradient is not the slope of the scores" in told.text
+    found = only(CUT[name]())
+    assert found.mistake == "cut"
+    assert "autograd's gradient is not the slope of the scores" in found.text
 
 
 def test_elements_that_autograd_is_blind_to_are_counted() -> None:
-    told = only(Calls(lambda s, x: s.net(torch.cat([x[:, :4], x[:, 4:].detach()], 1))))
-    assert told.mistake == "cut"
-    assert "the scores change with 2 of the 6 elements" in told.text
-    assert ".detach()" in told.text
+    found = only(Calls(lambda s, x: s.net(torch.cat([x[:, :4], x[:, 4:].detach()], 1))))
+    assert found.mistake == "cut"
+    assert "the scores change with 2 of the 6 elements" in found.text
+    assert ".detach()" in found.text
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
 def test_samples_that_meet_are_told_with_the_call() -> None:
-    told = only(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
-    assert told.mistake == "samples meet"
-    assert "(in batch_norm of layer 1)" in told.text
+    found = only(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+    assert found.mistake == "samples meet"
+    assert "(in batch_norm of layer 1)" in found.text
 
 
 def test_samples_that_meet_outside_of_the_graph_are_told() -> None:
@@ -161,10 +161,10 @@ def test_samples_that_meet_outside_of_the_graph_are_told() -> None:
     ids=["packs", "one score"],
 )
 def test_fewer_scores_than_samples_are_told(size: int, said: str) -> None:
-    told = only(Calls(lambda s, x: s.net(x.reshape(-1, size)), mlp(size, 8, 1)))
-    assert told.mistake == "fewer scores"
-    assert said in told.text
-    assert ("pass pack=2 to the penalty" in told.text) == (size == 12)
+    found = only(Calls(lambda s, x: s.net(x.reshape(-1, size)), mlp(size, 8, 1)))
+    assert found.mistake == "fewer scores"
+    assert said in found.text
+    assert ("pass pack=2 to the penalty" in found.text) == (size == 12)
 
 
 # --- what else --------------------------------------------------------------------------------------------------------
@@ -177,9 +177,9 @@ def test_fewer_scores_than_samples_are_told(size: int, said: str) -> None:
 )
 def test_noise_that_is_left_on_in_eval_mode_is_told(how: Callable[[Any, Tensor], Tensor]) -> None:
     critic = Calls(how)
-    told = only(critic)
-    assert told.mistake == "not repeatable"
-    assert "in eval mode" in told.text
+    found = only(critic)
+    assert found.mistake == "not repeatable"
+    assert "in eval mode" in found.text
     assert critic.training
 
 
@@ -198,10 +198,10 @@ def test_noise_of_a_generator_of_the_critics_own_is_told_and_nothing_else() -> N
     ids=["a large factor in float32", "a large factor", "products"],
 )
 def test_overflow_under_float16_autocast_is_told(how: Callable[[Any, Tensor], Tensor], said: str) -> None:
-    told = only(Calls(how), 10 * torch.randn(8, 6))
-    assert told.mistake == "float16"
-    assert f"the {said} are not finite" in told.text
-    assert "gpkernels computes norms and losses in float32" in told.text
+    found = only(Calls(how), 10 * torch.randn(8, 6))
+    assert found.mistake == "float16"
+    assert f"the {said} are not finite" in found.text
+    assert "gpkernels computes norms and losses in float32" in found.text
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

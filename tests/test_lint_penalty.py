@@ -1,4 +1,4 @@
-"""A user's penalty is told for what it is: right ones as such, and each mistake of public code by its name."""
+"""A user's penalty is recognised: right ones as such, and each mistake of public code by its name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpkernels.verify.lint_penalty import PenaltyLint, lint_penalty
 SHAPES = {"rows": (8, 6), "images": (8, 3, 8, 8)}
 
 
-def told(function: Callable[..., Any], kind: str = "images", critic: Callable[..., Any] | None = None) -> PenaltyLint:
+def linted(function: Callable[..., Any], kind: str = "images", critic: Callable[..., Any] | None = None) -> PenaltyLint:
     torch.manual_seed(0)
     if critic is None:
         critic = dcgan(3, 8, 8) if kind == "images" else mlp(6, 32, 1, activation=nn.Tanh)
@@ -26,7 +26,7 @@ def told(function: Callable[..., Any], kind: str = "images", critic: Callable[..
 
 
 def mistakes(function: Callable[..., Any], kind: str = "images") -> list[str]:
-    return [finding.mistake for finding in told(function, kind).findings]
+    return [finding.mistake for finding in linted(function, kind).findings]
 
 
 def gradient(critic: Any, x: Tensor, create_graph: bool = True) -> Tensor:
@@ -104,7 +104,7 @@ RIGHT: dict[str, tuple[Callable[..., Any], str, float]] = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_penalty_is_named_with_its_factor(name: str, kind: str) -> None:
     function, formula, factor = RIGHT[name]
-    found = told(function, kind)
+    found = linted(function, kind)
     assert found.findings == []
     assert found.formula == formula
     assert found.factor == pytest.approx(factor, rel=1e-3)
@@ -171,7 +171,7 @@ OF_IMAGES = ("norm over channels", "norm over axis 3")
 )
 def test_each_mistake_is_told_by_its_name(name: str, kind: str) -> None:
     function, said = WRONG[name]
-    found = told(function, kind)
+    found = linted(function, kind)
     assert [f.mistake for f in found.findings] == [name]
     assert said in found.findings[0].text
     assert f"mistake: {found.findings[0]}" in str(found)
@@ -217,9 +217,9 @@ def test_critics_of_other_kinds_are_taken(kind: str) -> None:
         (g,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
         return ((g.norm(dim=1) - 1) ** square).mean()
 
-    assert told(function, "rows", critic).findings == []
+    assert linted(function, "rows", critic).findings == []
     wrong = lambda *batch: function(*batch, square=1.0)  # noqa: E731
-    assert [f.mistake for f in told(wrong, "rows", critic).findings] == ["missing square"]
+    assert [f.mistake for f in linted(wrong, "rows", critic).findings] == ["missing square"]
 
 
 def test_the_critic_and_the_random_numbers_stay_as_they_were() -> None:

@@ -25,16 +25,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: 
 # Chromium's cannot be as narrow.
 PROBE = """
 <script>
-const told = {errors: []};
-addEventListener("error", event => told.errors.push(String(event.message || event.target.src)), true);
+const seen = {errors: []};
+addEventListener("error", event => seen.errors.push(String(event.message || event.target.src)), true);
 addEventListener("load", () => {
-  told.images = [...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().width]);
-  told.width = [document.documentElement.scrollWidth, document.documentElement.clientWidth];
-  told.clipped = [...document.querySelectorAll("h1, h2, h3, p, dd, li, figure")]
+  seen.images = [...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().width]);
+  seen.width = [document.documentElement.scrollWidth, document.documentElement.clientWidth];
+  seen.clipped = [...document.querySelectorAll("h1, h2, h3, p, dd, li, figure")]
     .filter(element => element.getBoundingClientRect().right > innerWidth + 1).length;
   const answer = document.createElement("pre");
   answer.id = "answer";
-  answer.textContent = JSON.stringify(told);
+  answer.textContent = JSON.stringify(seen);
   document.body.replaceChildren(answer);
 });
 </script>
@@ -80,13 +80,13 @@ def asked(page: Path, width: int) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.parametrize("width", [PHONE, 1100])
 def test_every_picture_is_drawn_and_nothing_is_wider_than_the_page(page: Path, width: int) -> None:
-    told, log = asked(page, width)
-    assert told["errors"] == []
+    seen, log = asked(page, width)
+    assert seen["errors"] == []
     assert "CONSOLE" not in log
-    assert told["images"]
-    assert all(natural > 0 and 100 < shown <= width for natural, shown in told["images"])
-    assert told["width"][0] == told["width"][1] <= width
-    assert told["clipped"] == 0
+    assert seen["images"]
+    assert all(natural > 0 and 100 < shown <= width for natural, shown in seen["images"])
+    assert seen["width"][0] == seen["width"][1] <= width
+    assert seen["clipped"] == 0
 
 
 def test_the_page_prints(page: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_page_with_a_broken_picture_or_a_wide_line_would_be_seen(page: Path, t
     text = page.read_text()
     text = re.sub(r'src="data:image/svg[^"]*"', 'src="data:image/svg+xml;base64,AAAA"', text, count=1)
     broken.write_text(text.replace("</main>", '<p style="width:700px;max-width:none">wide</p></main>'))
-    told, _ = asked(broken, PHONE)
-    assert told["errors"]
-    assert any(natural == 0 for natural, _ in told["images"])
-    assert told["width"][0] > told["width"][1]
+    seen, _ = asked(broken, PHONE)
+    assert seen["errors"]
+    assert any(natural == 0 for natural, _ in seen["images"])
+    assert seen["width"][0] > seen["width"][1]
