@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test reproduce verify bench test-gpu test-dist dist lint format install clean
+.PHONY: train test reproduce verify bench test-gpu gpu-report test-dist dist lint format install clean
 
 train: .venv/installed  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
@@ -28,6 +28,9 @@ test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer wh
 	  done; \
 	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k is_that_of_the_cpu; \
 	fi
+
+gpu-report: install  ## all that needs a GPU, in one file to commit: bench/results/DEVICE-report.json
+	$(BIN)/python tools/gpu_report.py
 
 dist: install  ## wheels with and without kernels and the source distribution, in dist/
 	$(BIN)/python tools/distribution.py

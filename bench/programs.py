@@ -1,10 +1,11 @@
 """Measure whole training steps of published programs, beside the same steps by the papers' formulas in plain PyTorch.
 
-    .venv/bin/python bench/programs.py [--program NAME] [--seconds N] [--csv FILE]
+    .venv/bin/python bench/programs.py [--program NAME] [--seconds N] [--device D] [--csv FILE]
 
 Losses are the papers', networks and batches have the sizes of their code; each step ends with Adam's. Both sides begin
 with the same weights and noise, and their losses are compared over two steps before anything is timed. Times are the
-minimum CPU time on one thread, interleaved. Further programs are in the files programs_*.py beside this one.
+minimum CPU time on one thread, interleaved; on a GPU, the time until it is done. Further programs are in the files
+programs_*.py beside this one.
 """
 
 from __future__ import annotations
@@ -275,15 +276,21 @@ def compare(name: str, steps: tuple[Step, Step]) -> None:
 
 
 def measured(steps: tuple[Step, Step], seconds: float) -> list[float]:
-    """Return the milliseconds of each step: minimum CPU time, at least three rounds and for so many seconds."""
+    """Return the milliseconds of each step: the minimum of at least three rounds, and for so many seconds."""
     best, rounds, end = [float("inf")] * 2, 0, time.perf_counter() + seconds
+    now = _when_done if torch.get_default_device().type == "cuda" else time.process_time
     while rounds < 3 or time.perf_counter() < end:
         for i, step in enumerate(steps):
-            start = time.process_time()
+            start = now()
             step()
-            best[i] = min(best[i], 1000 * (time.process_time() - start))
+            best[i] = min(best[i], 1000 * (now() - start))
         rounds += 1
     return best
+
+
+def _when_done() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
@@ -291,9 +298,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", action="append", choices=known, help="measure this one (default: all)")
     parser.add_argument("--seconds", type=float, default=20, metavar="N", help="for each program (default: 20)")
+    parser.add_argument("--device", default="cpu", metavar="D", help="where tensors are made (default: cpu)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to FILE")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_default_device(options.device)
     machine.keep_freed_memory()
     print(f"{'program':<32}  {'eager ms':>10}  {'ours ms':>10}  eager over ours")
     rows = []

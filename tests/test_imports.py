@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the bottom up: a layer imports those in the lines above its own, and itself.
-ROOMS = (
+LAYERS = (
     ("version", "zoo"),
     ("private",),
     ("backends",),
@@ -27,14 +27,14 @@ ROOMS = (
     ("verify", "bench"),
     ("cli",),
 )
-LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+LEVELS = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "gpkernels").rglob("*.py"))
 }
 
 
-def room(module: str) -> str:
+def layer(module: str) -> str:
     """The file or folder of the package that a module is in; the package's own is ``gpkernels``."""
     return module.split(".")[1] if "." in module else module
 
@@ -57,7 +57,7 @@ IMPORTS = {module: sorted({name for name in named(path) if name in SOURCES}) for
 
 
 def test_every_module_has_a_room() -> None:
-    assert {room(module) for module in SOURCES} == set(LEVELS)
+    assert {layer(module) for module in SOURCES} == set(LEVELS)
 
 
 def test_there_is_no_circle() -> None:
@@ -67,8 +67,8 @@ def test_there_is_no_circle() -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_nothing_is_imported_from_above(module: str) -> None:
-    own = room(module)
-    upward = [name for name in IMPORTS[module] if room(name) != own and LEVELS[room(name)] >= LEVELS[own]]
+    own = layer(module)
+    upward = [name for name in IMPORTS[module] if layer(name) != own and LEVELS[layer(name)] >= LEVELS[own]]
     assert not upward
 
 

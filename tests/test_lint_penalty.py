@@ -169,7 +169,7 @@ OF_IMAGES = ("norm over channels", "norm over axis 3")
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name in WRONG for kind in SHAPES if kind == "images" or name not in OF_IMAGES]
 )
-def test_each_mistake_is_told_by_its_name(name: str, kind: str) -> None:
+def test_each_mistake_is_named(name: str, kind: str) -> None:
     function, said = WRONG[name]
     found = linted(function, kind)
     assert [f.mistake for f in found.findings] == [name]
