@@ -20,6 +20,7 @@ from gpkernels.version import __version__  # noqa: E402
 project, author, release = "gpkernels", "the gpkernels authors", __version__
 html_title = f"gpkernels {release}"
 html_theme = "furo"
+highlight_language = "text"
 html_show_copyright = html_show_sphinx = html_copy_source = html_show_sourcelink = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
 myst_heading_anchors = 3

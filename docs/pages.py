@@ -47,7 +47,7 @@ def taken_in(name: str, title: str | None) -> str:
         if not found:
             raise ValueError(f"{name} has no section {title!r}")
         text = found[0]
-    return re.sub(r"\]\(([^)#\s]+)", lambda match: f"]({_link((ROOT / name).parent / match[1], match[1])}", text)
+    return relinked(text, (ROOT / name).parent)
 
 
 def first_screen() -> str:
@@ -55,13 +55,19 @@ def first_screen() -> str:
     return taken_in("README.md", None).partition("\n## ")[0]
 
 
-def _link(path: Path, target: str) -> str:
-    inside = os.path.relpath(path, ROOT)
-    return target if "://" in target else TAKEN_IN.get(inside, os.path.relpath(path, DOCS))
+def relinked(text: str, folder: Path) -> str:
+    """Return a text of a file in a folder with links as they are from docs/."""
+
+    def link(match: re.Match[str]) -> str:
+        path = folder / match[1]
+        inside = TAKEN_IN.get(os.path.relpath(path, ROOT), os.path.relpath(path, DOCS))
+        return f"]({match[1] if '://' in match[1] else inside}"
+
+    return re.sub(r"\]\(([^)#\s]+)", link, text)
 
 
 def filled(text: str) -> str:
     """Replace the comments that stand for something."""
-    text = text.replace("<!-- pages -->", navigation()).replace("<!-- first screen -->", first_screen())
+    text = relinked(text, DOCS).replace("<!-- pages -->", navigation()).replace("<!-- first screen -->", first_screen())
     text = re.sub(r"<!-- table: (\w+) -->", lambda match: getattr(tables, match[1])(), text)
     return re.sub(r"<!-- ([\w/]+\.md)(?:: (.*?))? -->", lambda match: taken_in(match[1], match[2]), text)

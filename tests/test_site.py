@@ -66,6 +66,7 @@ def test_links_of_the_repository_are_those_of_the_site() -> None:
     assert "](approximate.md)" in pages.taken_in("README.md", "The critic step")
     assert "](../bench/results/" in pages.taken_in("examples/README.md", None)
     assert "](when-it-pays.md)" in pages.taken_in("README.md", "Speed")
+    assert pages.filled("[a](../README.md#install) [b](limits.md)") == "[a](index.md#install) [b](limits.md)"
 
 
 def test_tables_have_the_measured_figures() -> None:
