@@ -35,6 +35,14 @@ def missing() -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def browser() -> str:
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("chromium is not installed")
+    return found
+
+
+@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if without := missing():
         pytest.skip(f"the site needs {', '.join(without)}: pip install -r requirements-docs.txt")
@@ -106,18 +114,12 @@ def test_the_site_builds_and_has_an_entry_for_every_public_name(site: Path) -> N
         where = "module-gpkernels.optim" if name == "optim" else f"gpkernels.{name}"
         assert f'id="{where}"' in text, name
     assert "<math" in text
-
-
-def test_no_link_of_the_site_is_broken(site: Path) -> None:
     assert not [*links.broken(site)]
     assert not [path.name for path in site.glob("*.html") if "&lt;!--" in path.read_text()]
 
 
 @pytest.mark.parametrize(("page", "title"), [("index", "gpkernels"), ("api", "API")])
-def test_a_browser_shows_a_page_without_an_error(site: Path, page: str, title: str) -> None:
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("chromium is not installed")
+def test_a_browser_shows_a_page_without_an_error(browser: str, site: Path, page: str, title: str) -> None:
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     shown = subprocess.run(
         [browser, *options, f"file://{site}/{page}.html"], capture_output=True, text=True, timeout=120
