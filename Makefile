@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test reproduce verify bench test-gpu gpu-report test-dist dist lint format install clean
+.PHONY: train test reproduce verify bench docs test-gpu gpu-report test-dist dist lint format install clean
 
 train: .venv/installed  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
@@ -19,6 +19,9 @@ verify: .venv/installed  ## every op, penalty and a training run against plain P
 
 bench: .venv/installed  ## times beside eager PyTorch's and the machine's limits: runs/bench.html
 	$(BIN)/gpkernels bench --html runs/bench.html --json runs/bench.json
+
+docs: .venv/docs  ## the site, build/site/index.html; warnings and broken links are errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/site
 
 test-gpu: install  ## what needs a GPU, and once more under compute-sanitizer where that is there
 	$(BIN)/python -m pytest tests/test_gpu.py
@@ -36,7 +39,7 @@ dist: install  ## wheels with and without kernels and the source distribution, i
 	$(BIN)/python tools/distribution.py
 
 test-dist: install  ## build and install what `make dist` makes
-	$(BIN)/python -m pytest -m slow tests/test_distribution.py
+	$(BIN)/python -m pytest -m slow tests/test_distribution.py tests/test_install.py
 
 lint: install  ## style, types and C++ format
 	$(BIN)/ruff check .
@@ -53,6 +56,10 @@ install: .venv/development  ## .venv with the package, editable, and its develop
 
 .venv/development: requirements-dev.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/docs: requirements-docs.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 .venv/requirements: requirements.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ PAGES = (
     "CHANGELOG.md",
     "docs/architecture.md",
     "docs/approximate.md",
+    "docs/migration.md",
     "examples/README.md",
 )
 
@@ -136,6 +138,18 @@ def test_the_readme_lists_every_option_of_penalties_and_the_critic_loss() -> Non
         assert f"`{name}`" in options[1], name
     for name in (*OBJECTIVES, *PENALTIES):
         assert f'`"{name}"`' in options[1], name
+
+
+def test_the_gains_of_the_readme_are_the_measured_ones() -> None:
+    with (ROOT / "bench/results/xeon-avx512-1-thread-programs.csv").open(newline="") as file:
+        measured = {row["program"]: f"{float(row['eager_over_gpkernels']):.2f}" for row in csv.DictReader(file)}
+    table = re.search(r"\| you have today \|.*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    assert table is not None
+    programs = ["WGAN-GP toy, N 256", "language, N 64", "CTGAN critic, N 500", "GAN_stability R1, N 16"]
+    programs += ["StyleGAN2 R1 + R2, N 16", "R3GAN critic, N 16", "AMP, N 4096", "AMP, N 512"]
+    programs += ["IGR, N 2048", "SIREN, N 2048", "force field, N 64", "force field, N 4"]
+    assert re.findall(r"\d\.\d\d", table[0]) == [measured[program] for program in programs]
+    assert sorted(programs) == sorted(measured)
 
 
 def test_files_that_the_documents_name_exist() -> None:

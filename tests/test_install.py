@@ -137,6 +137,7 @@ def test_a_wheel_without_kernels_is_pure_and_works(tmp_path: Path) -> None:
     assert printed.split() == [str(tmp_path / "unpacked/gpkernels/__init__.py"), "reference"]
 
 
+@pytest.mark.slow
 def test_a_wheel_has_kernels_and_works_from_anywhere(tmp_path: Path) -> None:
     """The whole native build from a copy of the tree."""
     wheel = _wheel(copy_tree(tmp_path), GPKERNELS_BUILD="cpu")

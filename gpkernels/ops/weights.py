@@ -91,9 +91,7 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
     Raises:
         TypeError: a weight is not a dense floating-point tensor, or ``c`` is not a number.
         ValueError: ``c`` is negative or not finite.
-        RuntimeError: a weight overlaps itself in memory.
-
-        All are raised before any weight is changed.
+        RuntimeError: a weight overlaps itself in memory. All errors are raised before any weight is changed.
 
     Example:
         >>> critic = torch.nn.Linear(2, 1)
