@@ -102,6 +102,31 @@ def forward_class(node: Any) -> Any:
     return getattr(type(node), "_forward_cls", None)
 
 
+# --- parameters that ``fully_shard`` distributes -----------------------------------------------------------------------
+
+# FSDP gathers and frees the parameters of a module in groups, whose attributes critic/gathered.py reads: its public
+# options can be set, but not read, and it has no call for gradients that were computed outside a module's backward.
+
+
+def fsdp_state(module: torch.nn.Module) -> Any:
+    """Return FSDP's state of a module that ``fully_shard`` was called on, or None."""
+    found = sys.modules["torch.distributed.fsdp"]
+    return module._get_fsdp_state() if isinstance(module, found.FSDPModule) else None
+
+
+def fsdp_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of a module and of all modules that its root is known to have."""
+    return [group for one in {state, *state._state_ctx.all_states} for group in one._fsdp_param_groups]
+
+
+def fsdp_reduces(state: Any) -> None:
+    """Make FSDP reduce the gradients of gathered parameters at the end of the running backward pass."""
+    for group in fsdp_groups(state):
+        if group._training_state.name == "POST_BACKWARD":  # FSDP would skip a group that it has finished before
+            group._training_state = type(group._training_state).IDLE
+    state._register_root_post_backward_final_callback()
+
+
 # --- while the compiler traces: imported only there, as importing the compiler takes seconds
 
 # What it has to have for that. Another version of PyTorch may lack some of it: then nothing here is asked for.
