@@ -112,7 +112,7 @@ def gradient_of(
     """Return the output of a model, an argument of that name, and the gradient at its inputs, without checks."""
 
     def eagerly() -> tuple[Any, Any]:
-        with gathered(keep=True) as parameters:
+        with gathered(model) as parameters:
             found = value_and_gradient(model, inputs, args, kwargs, name, depth() > 0)
         parameters.reduces(Inputs(found).tensors)
         return found

@@ -119,6 +119,13 @@ def fsdp_groups(state: Any) -> list[Any]:
     return [group for one in {state, *state._state_ctx.all_states} for group in one._fsdp_param_groups]
 
 
+def fsdp_gather(state: Any) -> None:
+    """Gather the parameters of a module."""
+    for group in state._fsdp_param_groups:
+        group.unshard()
+        group.wait_for_unshard()
+
+
 def fsdp_reduces(state: Any) -> None:
     """Make FSDP reduce the gradients of gathered parameters at the end of the running backward pass."""
     for group in fsdp_groups(state):
