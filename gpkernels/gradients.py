@@ -13,7 +13,7 @@ from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gathered import gathered
 from gpkernels.critic.gradient import Inputs, value_and_gradient
-from gpkernels.ops.checks import check_floating
+from gpkernels.ops.checks import check_floating, check_own
 
 Model = Callable[..., Any]
 
@@ -138,6 +138,7 @@ def _checked(model: Model, x: Any) -> Inputs:
         )
     for t in inputs.tensors:
         check_floating("x", t)
+        check_own("x", t)
     return inputs
 
 

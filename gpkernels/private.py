@@ -80,6 +80,8 @@ small_convolution = torch.ops.aten._slow_conv2d_forward.default
 small_convolution_backward = torch.ops.aten._slow_conv2d_backward.output_mask
 # The call in a compiler's graph where the author's code switches grad mode, as in no_grad.
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+# The innermost hooks on saved tensors, (pack, unpack) or None: a checkpointed region installs its own.
+saved_tensors_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_default_hooks
 # Base class of every BatchNorm, lazy and synchronised ones included.
 BatchNorm: type[torch.nn.Module] = torch.nn.modules.batchnorm._BatchNorm
 
@@ -102,7 +104,7 @@ def forward_class(node: Any) -> Any:
     return getattr(type(node), "_forward_cls", None)
 
 
-# --- parameters that ``fully_shard`` distributes -----------------------------------------------------------------------
+# --- parameters that ``fully_shard`` distributes ----------------------------------------------------------------------
 
 # FSDP gathers and frees the parameters of a module in groups, whose attributes critic/gathered.py reads: its public
 # options can be set, but not read, and it has no call for gradients that were computed outside a module's backward.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import reduce
 
 import torch
@@ -59,6 +60,20 @@ def new_like(x: Tensor, *others: Tensor) -> Tensor:
 def new_wide(x: Tensor, *shape: int) -> Tensor:
     """Allocate an output on the device of ``x``, in the accumulation dtype."""
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether this is a DTensor, of which each process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return the part of a DTensor that this process has, distributed as ``like``; any other tensor as it is."""
+    if not is_distributed(x):
+        return x
+    part: Tensor = (x if like is None else x.redistribute(placements=like.placements)).to_local()  # type: ignore[union-attr]
+    return part
 
 
 def overlaps(x: Tensor) -> bool:
