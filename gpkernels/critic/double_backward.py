@@ -21,9 +21,9 @@ class fast_double_backward(TorchFunctionMode):
     depends on a weight, it may be None.
 
     Layers: ReLU, LeakyReLU, Hardtanh and ReLU6, also in place; max, average and adaptive pooling of images. Every other
-    operation is unchanged, and so is everything in checkpointed regions and inside transforms of ``torch.func``. ``torch.compile`` traces these
-    layers, too, and derivatives where its option ``trace_autograd_ops`` is on. Penalties of this library that are
-    called inside are differentiable to any order.
+    operation is unchanged, and so is everything in checkpointed regions and inside transforms of ``torch.func``.
+    ``torch.compile`` traces these layers, too, and derivatives where its option ``trace_autograd_ops`` is on. Penalties
+    of this library that are called inside are differentiable to any order.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
@@ -57,7 +57,7 @@ def _composes_alone() -> bool:
 def _checkpointed() -> bool:
     """Whether the call is made again outside this context, and has to save the same tensors there."""
     hooks = None if is_compiling() else saved_tensors_hooks(False)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def transformed() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,18 +63,15 @@ def new_wide(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
 
-def is_distributed(x: Tensor) -> bool:
+def is_distributed(x: Any) -> bool:
     """Whether this is a DTensor, of which each process has a part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
-def local(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """Return the part of a DTensor that this process has, distributed as ``like``; any other tensor as it is."""
-    if not is_distributed(x):
-        return x
-    part: Tensor = (x if like is None else x.redistribute(placements=like.placements)).to_local()  # type: ignore[union-attr]
-    return part
+def local(x: Any, like: Any) -> Any:
+    """Return the part of a DTensor that this process has of it if it is distributed as ``like``; else the tensor."""
+    return x.redistribute(placements=like.placements).to_local() if is_distributed(x) else x
 
 
 def overlaps(x: Tensor) -> bool:

@@ -115,5 +115,5 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
         by_device.setdefault(p.device, []).append(p)
     for group in by_device.values():
         with torch.no_grad():
-            clip_weights_op([local(p) for p in group], c)
+            clip_weights_op([local(p, p) for p in group], c)
         torch.autograd.graph.increment_version(group)
