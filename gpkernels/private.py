@@ -92,6 +92,7 @@ ATTRIBUTES = {
     "_cdata": "of a storage: identity, which tensors that share memory have in common",
     "_input_metadata": "of autograd's nodes: shapes, dtypes and devices of their outputs",
     "_overloadpacket": "of an overload: its op",
+    "_reshard_after_forward": "of FSDP's groups of parameters: whether they are freed after the forward pass",
     "_schema": "of an overload: which results are views, which arguments are mutated",
     "_sequence_nr": "of autograd's nodes: their order of creation",
     "_version": "of a tensor: counts in-place changes",
@@ -118,7 +119,7 @@ def fsdp_state(module: torch.nn.Module) -> Any:
 
 def fsdp_groups(state: Any) -> list[Any]:
     """Return the groups of parameters of a module and of all modules that its root is known to have."""
-    return [group for one in {state, *state._state_ctx.all_states} for group in one._fsdp_param_groups]
+    return [group for one in dict.fromkeys((state, *state._state_ctx.all_states)) for group in one._fsdp_param_groups]
 
 
 def fsdp_gather(state: Any) -> None:
