@@ -17,6 +17,7 @@ import argparse
 import copy
 import csv
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ BATCH = 64  # of all processes together, which their number divides
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Return an MLP in double precision, so that the comparison is of formulas, not of rounding."""
-    blocks = [nn.Sequential(nn.Linear(a, b), nn.LeakyReLU(0.2)) for a, b in zip(sizes[:-2], sizes[1:-1], strict=True)]
+    blocks = [nn.Sequential(nn.Linear(a, b), nn.LeakyReLU(0.2)) for a, b in pairwise(sizes[:-1])]
     return nn.Sequential(*blocks, nn.Linear(sizes[-2], sizes[-1])).double()
 
 

@@ -19,6 +19,7 @@ PAGES = (
     "CHANGELOG.md",
     "docs/architecture.md",
     "docs/approximate.md",
+    "docs/distributed.md",
     "examples/README.md",
 )
 
