@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from gpkernels import backends
 from gpkernels.ops.checks import check_floating, check_nonnegative, check_number, check_writable
+from gpkernels.ops.tensors import local
 from gpkernels.ops.weights import rmsprop_op
 from gpkernels.private import foreach_add_
 
@@ -25,7 +26,7 @@ class RMSprop(torch.optim.RMSprop):
 
     with weight decay, momentum and centring as in :class:`torch.optim.RMSprop`, whose state is the same: a
     ``state_dict`` of either loads into the other. float64, float32, float16 and bfloat16 parameters; low precision is
-    computed in float32 and rounded once.
+    computed in float32 and rounded once. Of a DTensor, as ``fully_shard`` makes them, each process updates its part.
 
     Args:
         params (iterable): parameters or parameter groups. A group may have its own value of every option.
@@ -125,7 +126,7 @@ class RMSprop(torch.optim.RMSprop):
         for update in updates:
             update.check()
         for update in updates:
-            rmsprop_op(*update.arguments())
+            rmsprop_op(*update.local())
             update.store(self.state)
         return loss
 
@@ -201,6 +202,11 @@ class _Update:
     def arguments(self) -> tuple[Any, ...]:
         return self.params, self.grads, *self.state.values(), *self.options[:-1]
 
+    def local(self) -> tuple[Any, ...]:
+        """Return the arguments with the parts of DTensors that this process has."""
+        here = lambda tensors: [local(x, p) for x, p in zip(tensors, self.params, strict=False)]  # noqa: E731
+        return here(self.params), here(self.grads), *map(here, self.state.values()), *self.options[:-1]
+
     def check(self) -> None:
         """Raise TypeError, ValueError or RuntimeError for tensors that the kernel does not support."""
         for i, p in enumerate(self.params):
@@ -213,7 +219,7 @@ class _Update:
                     _check_like(name, tensors[i], p)
                     check_writable(name, tensors[i])
         if backends.forced() is not None:
-            backends.implementation(rmsprop_op, self.arguments())
+            backends.implementation(rmsprop_op, self.local())
 
     def store(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Count the step, store new state, and increment the versions of what was changed."""

@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import Group, check_scores, scores_of
 from gpkernels.critic.double_backward import depth, transformed
+from gpkernels.critic.gathered import gathered, may_be_sharded
 from gpkernels.critic.gradient import Inputs
 from gpkernels.critic.parts import Between, Norm, Task, points_of
 from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
@@ -132,7 +133,7 @@ def _at_once(
     critic: Critic, points: Between, norm: Norm, args: Sequence[Any], kwargs: Kwargs | None
 ) -> Tensor | Begun | None:
     """Compute the penalty in C++, which declines whatever the checks would refuse."""
-    if transformed() or depth() or not callable(critic) or norm.reduction == REDUCTIONS["none"]:
+    if transformed() or depth() or not callable(critic) or norm.reduction == REDUCTIONS["none"] or may_be_sharded():
         return None
     warn_of_batch_norm(critic)
     return penalty_at_once(critic, points, _task(norm, torch.is_grad_enabled(), 1), args, kwargs)
@@ -421,7 +422,13 @@ def _penalty(
     if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
         return _of_gradient(critic, points, norm, pack, args, kwargs)
     task = (_task.__wrapped__ if is_compiling() else _task)(norm, torch.is_grad_enabled(), pack)
-    eagerly = lambda: penalty_on_gradient(critic, points, task, args, kwargs, begun)  # noqa: E731
+
+    def eagerly() -> Tensor:
+        with gathered() as parameters:
+            penalty = penalty_on_gradient(critic, points, task, args, kwargs, begun)
+        parameters.reduces([penalty])
+        return penalty
+
     if is_compiling():
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 

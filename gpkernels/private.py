@@ -80,6 +80,8 @@ small_convolution = torch.ops.aten._slow_conv2d_forward.default
 small_convolution_backward = torch.ops.aten._slow_conv2d_backward.output_mask
 # The call in a compiler's graph where the author's code switches grad mode, as in no_grad.
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+# The innermost hooks on saved tensors, (pack, unpack) or None: a checkpointed region installs its own.
+saved_tensors_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_default_hooks
 # Base class of every BatchNorm, lazy and synchronised ones included.
 BatchNorm: type[torch.nn.Module] = torch.nn.modules.batchnorm._BatchNorm
 
@@ -90,6 +92,7 @@ ATTRIBUTES = {
     "_cdata": "of a storage: identity, which tensors that share memory have in common",
     "_input_metadata": "of autograd's nodes: shapes, dtypes and devices of their outputs",
     "_overloadpacket": "of an overload: its op",
+    "_reshard_after_forward": "of FSDP's groups of parameters: whether they are freed after the forward pass",
     "_schema": "of an overload: which results are views, which arguments are mutated",
     "_sequence_nr": "of autograd's nodes: their order of creation",
     "_version": "of a tensor: counts in-place changes",
@@ -100,6 +103,38 @@ ATTRIBUTES = {
 def forward_class(node: Any) -> Any:
     """Return the class of a custom function from its node; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
+
+
+# --- parameters that ``fully_shard`` distributes ----------------------------------------------------------------------
+
+# FSDP gathers and frees the parameters of a module in groups, whose attributes critic/gathered.py reads: its public
+# options can be set, but not read, and it has no call for gradients that were computed outside a module's backward.
+
+
+def fsdp_state(module: torch.nn.Module) -> Any:
+    """Return FSDP's state of a module that ``fully_shard`` was called on, or None."""
+    found = sys.modules["torch.distributed.fsdp"]
+    return module._get_fsdp_state() if isinstance(module, found.FSDPModule) else None
+
+
+def fsdp_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of a module and of all modules that its root is known to have."""
+    return [group for one in dict.fromkeys((state, *state._state_ctx.all_states)) for group in one._fsdp_param_groups]
+
+
+def fsdp_gather(state: Any) -> None:
+    """Gather the parameters of a module."""
+    for group in state._fsdp_param_groups:
+        group.unshard()
+        group.wait_for_unshard()
+
+
+def fsdp_reduces(state: Any) -> None:
+    """Make FSDP reduce the gradients of gathered parameters at the end of the running backward pass."""
+    for group in fsdp_groups(state):
+        if group._training_state.name == "POST_BACKWARD":  # FSDP would skip a group that it has finished before
+            group._training_state = type(group._training_state).IDLE
+    state._register_root_post_backward_final_callback()
 
 
 # --- while the compiler traces: imported only there, as importing the compiler takes seconds

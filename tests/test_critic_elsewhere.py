@@ -1,20 +1,18 @@
-"""Where plain PyTorch's penalties break: compiled critics and steps, autocast, two processes, checkpointing."""
+"""Where plain PyTorch's penalties break: compiled critics and steps, autocast, checkpointing."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import gpkernels as gpk
-from critics import dcgan, first, mlp, plain_loss
+from comparing import assert_same, batch, gradients
+from critics import dcgan, mlp, plain_loss, plain_penalty, plain_points
 
 
 def _batch(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,55 +93,67 @@ def test_a_grad_scaler_scales_the_gradients() -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self) -> None:
+    """Blocks with dropout: kept by "none", made again in backward by any other kind."""
+
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.a, self.top = nn.Linear(6, 16), mlp(16, 16, 1)
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(
+            nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.3)),
+            nn.Sequential(nn.Linear(16, 16), nn.LeakyReLU(0.2), nn.Dropout(0.3)),
+        )
+        self.top, self.kind = nn.Linear(16, 1), kind
+        if kind == "wrapper":
+            self.blocks = nn.Sequential(*map(checkpoint_wrapper, self.blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.top(checkpoint(lambda x: torch.relu(self.a(x)), x, use_reentrant=False))
+        for block in self.blocks:
+            again = self.kind in ("reentrant", "not reentrant")
+            x = checkpoint(block, x, use_reentrant=self.kind == "reentrant") if again else block(x)
+        return self.top(x)
 
 
-def test_checkpointing_inside_the_critic() -> None:
-    critic = Checkpointed()
-    real, fake, eps = _batch(8, 6)
-    exact = torch.autograd.grad(plain_loss(critic, real, fake, eps), list(critic.parameters()))
-    loss = gpk.CriticLoss(critic)(real, fake, eps=eps).loss
-    _assert_same(torch.autograd.grad(loss, list(critic.parameters())), exact)
+def _composed(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    with gpk.fast_double_backward():
+        return gpk.gradient_penalty(critic, real, fake, eps=eps)
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    saved = torch.load(f"{folder}/start.pt", weights_only=True)
-    for name, make in CRITICS.items():
-        critic = make()
-        critic.load_state_dict(saved[name]["state"])
-        half = slice(4 * rank, 4 * rank + 4)
-        parallel = DistributedDataParallel(gpk.CriticLoss(critic))
-        parallel(saved[name]["real"][half], saved[name]["fake"][half], eps=saved[name]["eps"][half]).loss.backward()
-        if rank == 0:
-            torch.save([p.grad for p in critic.parameters()], f"{folder}/{name}.pt")
-    dist.destroy_process_group()
+def _of_gradient(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    points = plain_points(real, fake, eps, "wgan-gp").detach()
+    return (gpk.input_gradient(critic, points).norm(dim=1) - 1).square().mean()
 
 
-CRITICS = {
-    "mlp": lambda: mlp(6, 16, 16, 1),
-    "smooth": lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)),
-    "without_a_rule": lambda: nn.Sequential(nn.Linear(6, 16), nn.Mish(), nn.Linear(16, 1)),
+def _plain_penalty(critic: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    return plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp"))
+
+
+LOSSES = {
+    "whole loss": (lambda c, r, f, e: gpk.CriticLoss(c, together=False)(r, f, eps=e).loss, plain_loss),
+    "penalty": (lambda c, r, f, e: gpk.gradient_penalty(c, r, f, eps=e), _plain_penalty),
+    "composed": (_composed, _plain_penalty),
+    "gradient": (_of_gradient, _plain_penalty),
 }
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    saved = {}
-    for name, make in CRITICS.items():
-        real, fake, eps = _batch(8, 6)
-        saved[name] = {"state": make().state_dict(), "real": real, "fake": fake, "eps": eps}
-    torch.save(saved, tmp_path / "start.pt")
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
-    for name, make in CRITICS.items():
-        critic = make()
-        critic.load_state_dict(saved[name]["state"])
-        real, fake, eps = (saved[name][key] for key in ("real", "fake", "eps"))
-        exact = torch.autograd.grad(plain_loss(critic, real, fake, eps), list(critic.parameters()))
-        _assert_same(torch.load(tmp_path / f"{name}.pt", weights_only=True), exact)
-    assert first(critic(real)).shape == (8, 1)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", ["not reentrant", "wrapper"])
+def test_checkpointed_blocks_draw_the_same_numbers_and_give_the_same_gradients(kind: str, loss: str) -> None:
+    critic, whole = Checkpointed(kind).double(), Checkpointed("none").double()
+    given = batch(8, 6)
+    ours, plain = LOSSES[loss]
+    for seed in range(3):
+        found = []
+        for function, module in ((ours, critic), (plain, whole)):
+            torch.manual_seed(seed)
+            value = function(module, *given)
+            found.append([value, *gradients(value, module), torch.rand(2)])
+        assert_same(*found)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_reentrant_checkpoint_is_refused(loss: str) -> None:
+    critic = Checkpointed("reentrant").double()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="use use_reentrant=False"):
+            LOSSES[loss][0](critic, *batch(8, 6))
+    assert all(p.grad is None for p in critic.parameters())

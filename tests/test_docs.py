@@ -21,6 +21,7 @@ PAGES = (
     "docs/architecture.md",
     "docs/approximate.md",
     "docs/migration.md",
+    "docs/distributed.md",
     "examples/README.md",
 )
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import installed
 
@@ -23,6 +24,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 WRITES: dict[str, set[str]] = {
     "amp": {"amp.csv", "amp.png"},
     "conditional_r1": {"conditional_r1.png"},
+    "distributed": {"distributed.csv"},
     "force_field": {"force_field.csv", "force_field.png"},
     "language": {"language.csv", "language.txt"},
     "policy_smoothness": {"policy_smoothness.csv", "policy_smoothness.png"},
@@ -45,6 +47,19 @@ def test_an_example_prints_finite_results_and_writes_its_files(path: Path, tmp_p
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]  # it writes nowhere else
     written = {file.name for file in (tmp_path / "out").iterdir() if file.stat().st_size > 100}
     assert written == WRITES[path.stem]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_have_the_gradients_of_one(engine: str, tmp_path: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    program = str(installed.ROOT / "examples" / "distributed.py")
+    done = installed.run(*launch, program, "--engine", engine, *SHORT, "--out", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"processes: 2, difference of gradients from one process: (\S+)", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[1]) < 1e-12
+    assert len((tmp_path / "distributed.csv").read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -10,9 +10,11 @@ from threading import get_ident
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from gpkernels import private
 
@@ -324,6 +326,53 @@ def of_tensors_and_nodes() -> None:
     assert norm.running_mean is x
 
 
+def sharded_parameters() -> None:
+    """FSDP keeps the parameters of a module while its group's ``reshard`` is replaced, and reduces when it is asked."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        critic = nn.Sequential(fully_shard(nn.Linear(2, 3), reshard_after_forward=True), nn.Linear(3, 1))
+        assert private.fsdp_state(critic) is None
+        state = private.fsdp_state(fully_shard(critic)[0])
+        critic(torch.ones(1, 2))
+        outer, inner = private.fsdp_groups(private.fsdp_state(critic))
+        assert (inner._reshard_after_forward, outer._reshard_after_forward) == (True, False)
+        assert inner in private.fsdp_groups(state)
+        sharded = critic[0].weight
+        private.fsdp_gather(state)
+        gathered = critic[0].weight
+        assert gathered is not sharded
+        calls: list[str] = []
+        inner.reshard = inner.post_backward = lambda *_: calls.append("reshard")
+        critic(torch.ones(1, 2)).sum().backward()
+        assert len(calls) > 1
+        assert critic[0].weight is gathered
+        del inner.reshard, inner.post_backward
+        sharded.grad, gathered.grad = None, None
+        inner.post_backward()  # as if it were finished
+        private.fsdp_gather(state)
+        loss = gathered.sum()
+        loss.register_hook(lambda _: private.fsdp_reduces(state))
+        loss.backward()
+        assert critic[0].weight is sharded
+        assert torch.equal(sharded.grad.full_tensor(), torch.ones(3, 2))
+    finally:
+        dist.destroy_process_group()
+
+
+def hooks_on_saved_tensors() -> None:
+    assert private.saved_tensors_hooks(False) is None
+    seen: list[object] = []
+
+    def block(x: Tensor) -> Tensor:
+        seen.append(private.saved_tensors_hooks(False))
+        return x.exp()
+
+    checkpoint(block, leaf(), use_reentrant=False)
+    assert seen[0][0].__module__ == "torch.utils.checkpoint"
+
+
 EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     without_function_modes: ("without_function_modes",),
     any_requires_grad: ("any_requires_grad",),
@@ -349,6 +398,8 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     inductor: ("inductor",),
     grad_mode: ("set_grad_mode",),
     while_it_traces: ("restart_of_trace",),
+    sharded_parameters: ("fsdp_gather", "fsdp_groups", "fsdp_reduces", "fsdp_state", "_reshard_after_forward"),
+    hooks_on_saved_tensors: ("saved_tensors_hooks",),
     of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),
 }
 

@@ -9,7 +9,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.overrides import TorchFunctionMode
 
 from gpkernels.critic.layers import LAYERS, NUMBERS
-from gpkernels.private import dual_level, function_mode_count, function_modes, transforms_active
+from gpkernels.private import dual_level, function_mode_count, function_modes, saved_tensors_hooks, transforms_active
 
 
 class fast_double_backward(TorchFunctionMode):
@@ -21,9 +21,9 @@ class fast_double_backward(TorchFunctionMode):
     depends on a weight, it may be None.
 
     Layers: ReLU, LeakyReLU, Hardtanh and ReLU6, also in place; max, average and adaptive pooling of images. Every other
-    operation is unchanged, and so is everything inside transforms of ``torch.func``. ``torch.compile`` traces these
-    layers, too, and derivatives where its option ``trace_autograd_ops`` is on. Penalties of this library that are
-    called inside are differentiable to any order.
+    operation is unchanged, and so is everything in checkpointed regions and inside transforms of ``torch.func``.
+    ``torch.compile`` traces these layers, too, and derivatives where its option ``trace_autograd_ops`` is on. Penalties
+    of this library that are called inside are differentiable to any order.
 
     Example:
         >>> critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
@@ -40,7 +40,7 @@ class fast_double_backward(TorchFunctionMode):
         if _composes_alone():  # these have derivatives of their own
             return func(*args, **kwargs)
         layer = LAYERS.get(func)
-        if layer is None or not (torch.is_grad_enabled() and args and args[0].requires_grad):
+        if layer is None or not (torch.is_grad_enabled() and args and args[0].requires_grad) or _checkpointed():
             return func(*args, **kwargs)
         if is_compiling():
             from gpkernels.critic.traced import layer_in_graph  # it imports the compiler, which is at work here
@@ -52,6 +52,12 @@ class fast_double_backward(TorchFunctionMode):
 def _composes_alone() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is at work."""
     return transforms_active() or dual_level() >= 0
+
+
+def _checkpointed() -> bool:
+    """Whether the call is made again outside this context, and has to save the same tensors there."""
+    hooks = None if is_compiling() else saved_tensors_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def transformed() -> bool:

@@ -18,7 +18,7 @@ from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.graph import Graph, native
+from gpkernels.critic.graph import Graph, check_graph, check_nodes, native
 from gpkernels.critic.parts import constant_scores
 from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
@@ -225,6 +225,7 @@ def _by_autograd(made: Made, graph: bool, name: str) -> tuple[Sequence[Tensor], 
     """Compute outputs and gradients by autograd's engine."""
     outputs = made.outputs
     scores = outputs[made.score]
+    check_graph([scores] if scores.requires_grad else [])
     gradients = torch.autograd.grad(scores, made.inputs, torch.ones_like(scores), create_graph=graph, allow_unused=True)
     if all(g is None for g in gradients):
         raise constant_scores(name)
@@ -241,7 +242,7 @@ def _recorded(
         return None
     signature = known.get(
         (key, made.score, wanted),
-        lambda: Halves(Graph(outputs, start).key, made.score, places, wanted, rows_of(inputs)),
+        lambda: Halves(_checked(outputs, start).key, made.score, places, wanted, rows_of(inputs)),
     )
     of: Halves = signature.known
     outsider: Any = None
@@ -261,6 +262,12 @@ def _recorded(
     held = of, outsider, values, gradients, [*saved, *results[len(inputs) :]]
     given = iter(Gradient.apply(held, *leaves))
     return [next(given) for _ in values], [None if g is None else next(given) for g in gradients]
+
+
+def _checked(outputs: Sequence[Tensor], start: int) -> Graph:
+    graph = Graph(outputs, start)
+    check_nodes(graph.nodes, True)
+    return graph
 
 
 def rows_of(inputs: Sequence[Tensor]) -> int | None:

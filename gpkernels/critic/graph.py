@@ -23,6 +23,8 @@ from gpkernels.critic.rules.base import Meta, Rule
 
 DROPOUT = "NativeDropoutBackward0"
 LEAF = "torch::autograd::AccumulateGrad"
+REENTRANT = "CheckpointFunctionBackward"
+FROM_LOCAL = "_FromTorchTensorBackward"
 GIVEN = "torch::autograd::Error"  # node of a graph input while AOTAutograd traces
 _WRAP = 1 << 64
 Edge = tuple[Any, int]  # (node, output number)
@@ -138,6 +140,26 @@ def _in_order(roots: Sequence[Edge], start: int, places: dict[Edge, int]) -> lis
         order.append(edge)
         stack.pop()
     return order
+
+
+def check_graph(outputs: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where PyTorch's second derivative of the outputs would be wrong without an error."""
+    check_nodes(_in_order([(edge.node, edge.output_nr) for edge in map(get_gradient_edge, outputs)], 0, {}), True)
+
+
+def check_nodes(nodes: Sequence[Edge], moves: bool) -> None:
+    """Raise RuntimeError for nodes that cannot be differentiated here. moves: whether gradients at samples count."""
+    names = {node.name() for node, _ in nodes}
+    if REENTRANT in names:
+        raise RuntimeError(
+            "critic: torch.utils.checkpoint with use_reentrant=True has no second derivative, and its backward changes "
+            "the gradients of weights; use use_reentrant=False"
+        )
+    if FROM_LOCAL in names and moves:
+        raise RuntimeError(
+            "critic: its samples become a DTensor, as in tensor parallelism, and PyTorch drops the second derivative "
+            "of DTensor.from_local; shard the weights by torch.distributed.fsdp.fully_shard instead"
+        )
 
 
 def index_by_row(indices: Sequence[Tensor | None]) -> bool:

@@ -269,7 +269,8 @@ def run(
         signed = Signed(passes, task)
         if look is not None:
             look(signed)
-        if any(signed.known.generic) and any(plan.leaves_too_much() for plan in signed.known.plans):
+        alone = any(signed.known.generic) and any(plan.leaves_too_much() for plan in signed.known.plans)
+        if alone and not signed.hooked:  # hooks may free what a graph that lasts until backward needs
             left_to_autograd.add(passes[0].critic, passes[0].x.numel() // len(passes[0].groups))
         results = signed.run(numbers)
     shelf.keep(key, signed)

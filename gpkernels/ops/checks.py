@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from gpkernels.ops.tensors import overlaps
+from gpkernels.ops.tensors import is_distributed, overlaps
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,8 +25,15 @@ def check_batch(name: str, x: object) -> None:
     """Raise TypeError or ValueError unless ``x`` is a floating-point batch of at least one sample."""
     check_floating(name, x)
     assert isinstance(x, Tensor)
+    check_own(name, x)
     if x.dim() == 0 or x.shape[0] == 0:
         raise ValueError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
+
+
+def check_own(name: str, x: Tensor) -> None:
+    """Raise TypeError for samples that are distributed over processes."""
+    if is_distributed(x):
+        raise TypeError(f"{name}: expected the samples of this process, got a DTensor; use its to_local()")
 
 
 def check_scores(name: str, x: object) -> None:

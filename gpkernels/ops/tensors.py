@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,17 @@ def new_like(x: Tensor, *others: Tensor) -> Tensor:
 def new_wide(x: Tensor, *shape: int) -> Tensor:
     """Allocate an output on the device of ``x``, in the accumulation dtype."""
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
+def is_distributed(x: Any) -> bool:
+    """Whether this is a DTensor, of which each process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Any, like: Any) -> Any:
+    """Return the part of a DTensor that this process has of it if it is distributed as ``like``; else the tensor."""
+    return x.redistribute(placements=like.placements).to_local() if is_distributed(x) else x
 
 
 def overlaps(x: Tensor) -> bool:

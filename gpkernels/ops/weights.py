@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from gpkernels.ops.checks import check_floating, check_nonnegative, check_writable
 from gpkernels.ops.op import Op
-from gpkernels.ops.tensors import accumulation_dtype
+from gpkernels.ops.tensors import accumulation_dtype, local
 
 
 def clip_weights_reference(params: Sequence[Tensor], c: float) -> None:
@@ -85,7 +85,7 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
 
     Args:
         params (Tensor or iterable of Tensor): the weights, such as ``critic.parameters()``; dtypes and devices may
-            differ.
+            differ. Of a DTensor each process clips the part that it has.
         c (float): bound, finite and at least 0.
 
     Raises:
@@ -113,5 +113,5 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
         by_device.setdefault(p.device, []).append(p)
     for group in by_device.values():
         with torch.no_grad():
-            clip_weights_op(group, c)
+            clip_weights_op([local(p, p) for p in group], c)
         torch.autograd.graph.increment_version(group)
