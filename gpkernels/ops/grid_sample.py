@@ -80,8 +80,7 @@ def _axis(position: Tensor, size: int, constants: Constants) -> tuple[Tensor, We
     slope = torch.full_like(at, scale)
     if mode != BICUBIC:  # which pads its corners instead
         padded, sign = _padded(at.detach(), size, constants)
-        at, slope = padded + sign * (at - at.detach()), slope * sign
-    at = torch.where(at.abs() < 2**30, at, -100)  # neither an infinity nor NaN is in the image
+        at, slope = torch.where(sign == 0, padded, padded + sign * (at - at.detach())), slope * sign
     first = (torch.round(at) if mode == NEAREST else torch.floor(at)).detach()
     places = torch.stack([first + k for k in {BILINEAR: (0, 1), NEAREST: (0,), BICUBIC: (-1, 0, 1, 2)}[mode]], 1)
     if mode == BICUBIC:
@@ -91,7 +90,7 @@ def _axis(position: Tensor, size: int, constants: Constants) -> tuple[Tensor, We
         inside = (places >= 0) & (places < size)
         values = values * inside
         slopes, bends = (w if w is None else w * inside for w in (slopes, bends))
-    return places.clamp(0, size - 1).long(), (values, slopes, bends)
+    return places.nan_to_num().clamp(0, size - 1).long(), (values, slopes, bends)
 
 
 def _padded(at: Tensor, size: int, constants: Constants) -> tuple[Tensor, Tensor]:
@@ -108,7 +107,7 @@ def _padded(at: Tensor, size: int, constants: Constants) -> tuple[Tensor, Tensor
         rest = away.fmod(span)
         sign = torch.where((at < low) != back, -sign, sign)
         at = torch.where(back, span - rest, rest) + low
-    return at.clamp(0, size - 1), sign * ((at > 0) & (at < size - 1))
+    return at.nan_to_num(0.0).clamp(0, size - 1), sign * ((at > 0) & (at < size - 1))
 
 
 def _of_fraction(t: Tensor, slope: Tensor, mode: int) -> Weights:
