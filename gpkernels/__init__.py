@@ -12,6 +12,7 @@ from gpkernels.gradients import input_gradient, value_and_input_gradient
 from gpkernels.losses import CriticLoss
 from gpkernels.ops.consistency import consistency_term, lipschitz_consistency
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty
+from gpkernels.ops.grid_sample import grid_sample
 from gpkernels.ops.instance_noise import add_instance_noise
 from gpkernels.ops.interpolate import interpolate
 from gpkernels.ops.relativistic_loss import relativistic_critic_loss, relativistic_generator_loss
@@ -47,6 +48,7 @@ __all__ = [
     "gan_discriminator_loss",
     "gradient_norm_penalty",
     "gradient_penalty",
+    "grid_sample",
     "hinge_critic_loss",
     "input_gradient",
     "interpolate",

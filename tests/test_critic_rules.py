@@ -441,7 +441,37 @@ case("resampling bilinearly", lambda h: F.interpolate(h.sin(), (4, 9), mode="bil
 case("resampling with corners", lambda h: F.interpolate(h.sin(), (4, 9), mode="bilinear", align_corners=True), IMAGE)
 case("resampling cubically", lambda h: F.interpolate(h.sin(), scale_factor=2, mode="bicubic"), IMAGE)
 case("resampling of lines", lambda h: F.interpolate(h.sin(), scale_factor=2, mode="linear"), LINE)
+
+
+def _sampled(h: Tensor, grid: Tensor, mode: str = "bilinear", padding: str = "zeros", corners: bool = False) -> Tensor:
+    return F.grid_sample(h.sin(), grid, mode, padding, corners)
+
+
+def _points(h: Tensor, *weights: Tensor, axes: int = 2, of_samples: bool = True, corners: bool = False) -> Tensor:
+    """Affine maps of pixels: of all samples, or of each one, and trained where there are weights."""
+    turned = torch.tensor([[0.9, 0.2, 0.1, 0.1], [-0.3, 1.1, 0.2, -0.1], [0.1, 0.3, 0.8, 0.2]], dtype=h.dtype)
+    theta = (turned[:axes, [*range(axes), 3]] + sum(w.tanh() for w in weights)).expand(len(h), axes, axes + 1)
+    if of_samples:
+        theta = theta + 0.3 * h.flatten(2).mean(2)[:, :axes, None].tanh()
+    return F.affine_grid(theta, [len(h), 1, *h.shape[2:]], corners)
+
+
 case("a grid", lambda h: F.grid_sample(h, h[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False), IMAGE)
+case("a fixed grid", lambda h: _sampled(h, _points(h, of_samples=False)), IMAGE)
+case("a trained grid", lambda h, w: _sampled(h, _points(h, w, of_samples=False)), IMAGE, ((2, 3),))
+case("a grid per sample", lambda h, w: _sampled(h, _points(h, w)), IMAGE, ((2, 3),))
+case("a grid over a trained image", lambda h, w: _sampled(w.expand(len(h), 2, 5, 5), _points(h)), IMAGE, ((2, 5, 5),))
+case("a grid to borders", lambda h: _sampled(h, 1.5 * _points(h), padding="border"), IMAGE)
+case("a grid in mirrors", lambda h: _sampled(h, 2.5 * _points(h), padding="reflection"), IMAGE)
+case("a grid with corners", lambda h: _sampled(h, _points(h, corners=True), corners=True), IMAGE)
+case("a grid in mirrors at corners", lambda h: _sampled(h, 2.5 * _points(h), "bilinear", "reflection", True), IMAGE)
+case("a grid, nearest", lambda h, w: _sampled(h, _points(h, w), "nearest"), IMAGE, ((2, 3),))
+case("a fixed grid, nearest", lambda h: _sampled(h, _points(h, of_samples=False), "nearest"), IMAGE)
+case("a grid, cubic", lambda h, w: _sampled(h, _points(h, w), "bicubic"), IMAGE, ((2, 3),))
+case("a grid, cubic to borders", lambda h: _sampled(h, 1.5 * _points(h), "bicubic", "border"), IMAGE)
+case("a grid of volumes", lambda h, w: _sampled(h, _points(h, w, axes=3)), VOLUME, ((3, 4),))
+case("a trained grid of volumes", lambda h, w: _sampled(h, _points(h, w, axes=3, of_samples=False)), VOLUME, ((3, 4),))
+case("a grid of volumes, nearest", lambda h: _sampled(h, _points(h, axes=3), "nearest", "border"), VOLUME)
 case("fourier", lambda h: torch.fft.rfft2(h).abs(), IMAGE)
 
 # --- one sample, and none of a kind
@@ -648,6 +678,7 @@ UNMET = {
     "NativeBatchNormLegitBackward0": "in traces alone: test_compiled_steps.py has batch norm",
     "NativeBatchNormLegitBackward1": "in traces alone: test_compiled_steps.py has instance norm",
     "MkldnnRnnLayerBackward0": "in float32 alone: test_critic_recurrent.py has it",
+    "CudnnGridSamplerBackward0": "on GPUs alone: GridSample's formulas",
     "CudnnBatchNormBackward0": "on GPUs alone: BatchNorm's formulas, with a test in test_gpu.py",
 }
 

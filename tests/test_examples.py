@@ -23,6 +23,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 # What each writes.
 WRITES: dict[str, set[str]] = {
     "amp": {"amp.csv", "amp.png"},
+    "augmented_r1": {"augmented_r1.png"},
     "conditional_r1": {"conditional_r1.png"},
     "distributed": {"distributed.csv"},
     "force_field": {"force_field.csv", "force_field.png"},

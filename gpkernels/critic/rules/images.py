@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule
+from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Wanted
 from gpkernels.critic.rules.shapes import Moving
+from gpkernels.ops.grid_sample import BILINEAR, NEAREST, ZEROS, Around, Constants
 from gpkernels.ops.mean_pool import mean_pool_backward_op, mean_pool_op
 
 aten = torch.ops.aten
@@ -185,7 +187,99 @@ class MaxPool3d(MaxPool):
     spatial = 3
 
 
+class GridSample(Rule):
+    """Pixels at the points of a grid: linear in the image, curved in the grid."""
+
+    names = ("GridSampler2DBackward0", "GridSampler3DBackward0")
+    saved, origins = ("input", "grid"), (0, 1)
+    constants = ("interpolation_mode", "padding_mode", "align_corners")
+
+    def set_up(self, mode: int, padding: int, align_corners: bool) -> None:
+        self.given = Constants(mode, padding, align_corners)
+        spatial = len(self.outputs[0].shape) - 2
+        self._sample = aten.grid_sampler_2d if spatial == 2 else aten.grid_sampler_3d
+        self._backward = aten.grid_sampler_2d_backward if spatial == 2 else aten.grid_sampler_3d_backward
+
+    def curved(self, moving: Sequence[bool]) -> bool:
+        return moving[1] and self.given.mode != NEAREST
+
+    def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
+        return self.curved(moving), moving[0] or self.given.mode != NEAREST
+
+    def _around(self, s: Saved) -> Around:
+        if "around" not in s.notes:
+            s.notes["around"] = Around(s[0], s[1], self.given)
+        return s.notes["around"]
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        mask = [bool(w) for w in wanted]
+        found = self._backward(c[0], *s, *self.given, mask)
+        return [u if w else None for u, w in zip(found, mask, strict=True)]
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        of_image, of_grid = t
+        pushed = None if of_image is None else self._sample(of_image, s[1], *self.given)
+        along = None if of_grid is None else self._around(s).push(of_grid)
+        return (along if pushed is None else pushed if along is None else pushed + along,)
+
+    def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
+        (of_image, of_grid), cotangent = t, c[0]
+        if cotangent is None:
+            return None, None
+        to_image = to_grid = None
+        if of_grid is not None:
+            around = self._around(s)
+            to_image = around.to_input(cotangent, of_grid) if wanted[0] else None
+            to_grid = around.to_grid(cotangent, of_grid) if wanted[1] else None
+            s.notes.pop("around")
+        if of_image is not None and wanted[1]:
+            _, mixed = self._backward(cotangent, of_image, s[1], *self.given, [False, True])
+            to_grid = mixed if to_grid is None else to_grid + mixed
+        return to_image, to_grid
+
+    def layout(self, layouts: Layouts) -> Layout | None:
+        image, grid = layouts
+        at = image or grid
+        if at is not None and (at.axis or (grid or at) != at):
+            raise Mixed
+        return at
+
+    def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
+        return [out, out]  # a grid or an image that is constant has a row for each sample, too
+
+
+class GridSampleOfCudnn(GridSample):
+    """cuDNN's kernel, which PyTorch calls for bilinear sampling of images with aligned corners."""
+
+    names = ("CudnnGridSamplerBackward0",)
+    saved, constants = ("self", "grid"), ()
+
+    def set_up(self, *constants: Any) -> None:
+        super().set_up(BILINEAR, ZEROS, True)
+
+
+class AffineGrid(Moving):
+    names = ("AffineGridGeneratorBackward0",)
+    constants = ("size", "align_corners")
+
+    def set_up(self, size: tuple[int, ...], align_corners: bool) -> None:
+        self.size, self.align_corners = list(size), align_corners
+
+    def back(self, c: Tensor, *s: Any) -> Tensor:
+        return aten.affine_grid_generator_backward(c, [len(c), *self.size[1:]], self.align_corners)
+
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
+        return aten.affine_grid_generator(t, [len(t), *self.size[1:]], self.align_corners)
+
+    def layout(self, layouts: Layouts) -> Layout | None:
+        at = layouts[0]
+        if at is not None and at.axis:
+            raise Mixed
+        return at
+
+
 RULES: tuple[type[Rule], ...] = (
     *(Pad, ReflectionPad, ReplicationPad, PixelShuffle, PixelUnshuffle, Unfold, AvgPool, AdaptiveAvgPool),
-    *(Upsample, UpsampleBilinear, UpsampleBicubic, MaxPool, MaxPool3d),
+    *(Upsample, UpsampleBilinear, UpsampleBicubic, MaxPool, MaxPool3d, GridSample, GridSampleOfCudnn),
+    AffineGrid,
 )
