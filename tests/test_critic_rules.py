@@ -678,6 +678,10 @@ UNMET = {
     "NativeBatchNormLegitBackward0": "in traces alone: test_compiled_steps.py has batch norm",
     "NativeBatchNormLegitBackward1": "in traces alone: test_compiled_steps.py has instance norm",
     "MkldnnRnnLayerBackward0": "in float32 alone: test_critic_recurrent.py has it",
+    "ScaledDotProductFlashAttentionForCpuBackward0": "PyTorch cannot differentiate it twice: it has tests of its own",
+    "ScaledDotProductFlashAttentionBackward0": "on GPUs alone: the formulas of the CPU's",
+    "ScaledDotProductEfficientAttentionBackward0": "on GPUs alone: the formulas of the CPU's",
+    "ScaledDotProductCudnnAttentionBackward0": "on GPUs alone: the formulas of the CPU's",
     "CudnnGridSamplerBackward0": "on GPUs alone: GridSample's formulas",
     "CudnnBatchNormBackward0": "on GPUs alone: BatchNorm's formulas, with a test in test_gpu.py",
 }
