@@ -17,6 +17,7 @@ import argparse
 import copy
 import csv
 import math
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def distributed(critic: nn.Sequential, engine: str) -> nn.Module:
         return DistributedDataParallel(critic)
     for block in critic:
         fully_shard(block, reshard_after_forward=True)
-    return fully_shard(critic)
+    fully_shard(critic)
+    return critic
 
 
 def ring(n: int) -> Tensor:
@@ -91,8 +93,7 @@ def train(options: argparse.Namespace) -> None:
     real, fake, eps = draw()
     gpk.CriticLoss(single)(real, fake, eps=eps).loss.backward()
     critic_loss(real[own], fake[own], eps=eps[own]).loss.backward()
-    gradients = [[p.grad for p in module.parameters()] for module in (critic, single)]
-    error = difference(*gradients)
+    error = difference(*[[p.grad for p in m.parameters() if p.grad is not None] for m in (critic, single)])
     if rank == 0:
         print(f"{options.engine}, processes: {size}, difference of gradients from one process: {error:.1e}", flush=True)
 
@@ -109,8 +110,9 @@ def train(options: argparse.Namespace) -> None:
         generator_optimiser.zero_grad()
         loss.backward()
         for p in generator.parameters():  # it is small: every process has all of it
-            dist.all_reduce(p.grad)
-            p.grad /= size
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad.div_(size)
         generator_optimiser.step()
         curves.append((step, -mean(parts.adversarial), mean(parts.penalty)))
         if rank == 0 and step % max(1, options.steps // 5) == 0:
@@ -132,7 +134,8 @@ def main() -> None:
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = f"file://{tempfile.mkdtemp()}/store"
+        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     train(options)
     dist.destroy_process_group()  # once nothing is left that uses it
 

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
-from gpkernels.critic.gathered import gathered
+from gpkernels.critic.gathered import with_gathered
 from gpkernels.critic.gradient import Inputs, value_and_gradient
 from gpkernels.ops.checks import check_floating, check_own
 
@@ -110,13 +110,8 @@ def gradient_of(
     model: Model, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "model"
 ) -> tuple[Any, Any]:
     """Return the output of a model, an argument of that name, and the gradient at its inputs, without checks."""
-
-    def eagerly() -> tuple[Any, Any]:
-        with gathered(model) as parameters:
-            found = value_and_gradient(model, inputs, args, kwargs, name, depth() > 0)
-        parameters.reduces(Inputs(found).tensors)
-        return found
-
+    own = lambda: value_and_gradient(model, inputs, args, kwargs, name, depth() > 0)  # noqa: E731
+    eagerly = lambda: with_gathered(own, model)  # noqa: E731
     if transformed():
         return _by_transform(model, inputs, args, kwargs, name)
     if is_compiling():

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
-from gpkernels.critic.gathered import gathered
+from gpkernels.critic.gathered import with_gathered
 from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Norm, Task
 from gpkernels.critic.step import Batches, critic_step, groups_of, named, step_at_once
 from gpkernels.critic.together import Seen
@@ -259,10 +259,7 @@ class CriticLoss(nn.Module):
         return self._eagerly(given, task, tuple(weights.values()))
 
     def _eagerly(self, given: Batches, task: Task, weights: Sequence[float]) -> CriticLossParts:
-        with gathered() as parameters:
-            parts = self._step(given, task, weights)
-        parameters.reduces([parts.loss])
-        return parts
+        return with_gathered(lambda: self._step(given, task, weights))
 
     def _step(self, given: Batches, task: Task, weights: Sequence[float]) -> CriticLossParts:
         how = task, weights, self.together, self._seen

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import Group, check_scores, scores_of
 from gpkernels.critic.double_backward import depth, transformed
-from gpkernels.critic.gathered import gathered, may_be_sharded
+from gpkernels.critic.gathered import may_be_sharded, with_gathered
 from gpkernels.critic.gradient import Inputs
 from gpkernels.critic.parts import Between, Norm, Task, points_of
 from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
@@ -422,13 +422,8 @@ def _penalty(
     if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
         return _of_gradient(critic, points, norm, pack, args, kwargs)
     task = (_task.__wrapped__ if is_compiling() else _task)(norm, torch.is_grad_enabled(), pack)
-
-    def eagerly() -> Tensor:
-        with gathered() as parameters:
-            penalty = penalty_on_gradient(critic, points, task, args, kwargs, begun)
-        parameters.reduces([penalty])
-        return penalty
-
+    own = lambda: penalty_on_gradient(critic, points, task, args, kwargs, begun)  # noqa: E731
+    eagerly = lambda: with_gathered(own)  # noqa: E731
     if is_compiling():
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 

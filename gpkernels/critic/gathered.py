@@ -8,36 +8,49 @@ gathered parameters: FSDP itself reduces and scatters them at the end of the bac
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkernels.private import fsdp_gather, fsdp_groups, fsdp_reduces, fsdp_state
+from gpkernels.private import fsdp_gather, fsdp_groups, fsdp_reduces, fsdp_state, tree_leaves
+
+T = TypeVar("T")
 
 
-class gathered:
+def with_gathered(run: Callable[[], T], critic: Any = None) -> T:
+    """Return what a step returns, with FSDP's parameters gathered in it and reduced in backward.
+
+    critic: where the graph of the results reads parameters in backward, the critic that it is of.
+    """
+    if not may_be_sharded():
+        return run()
+    with _Gathered(critic) as parameters:
+        found = run()
+    parameters.reduce_from(found)
+    return found
+
+
+class _Gathered:
     """Context manager in which the parameters of FSDP's modules are kept gathered, once a module has been called.
 
-    critic: where the graph that is made inside outlives the context, the critic it is of; backward gathers the
-    parameters again.
+    critic: as in ``with_gathered``; backward gathers the parameters again.
     """
 
     def __init__(self, critic: Any = None) -> None:
         self._critic, self._thread, self._stack = critic, get_ident(), ExitStack()
         self._states: dict[Any, None] = {}
 
-    def __enter__(self) -> gathered:
-        if may_be_sharded():
-            handle = register_module_forward_pre_hook(self._before)
-            self._stack.callback(handle.remove)
-            if self._critic is not None and _is_sharded(self._critic):
-                self._stack.enter_context(saved_tensors_hooks(lambda x: x, self._read))
+    def __enter__(self) -> _Gathered:
+        handle = register_module_forward_pre_hook(self._before)
+        self._stack.callback(handle.remove)
+        if self._critic is not None and _is_sharded(self._critic):
+            self._stack.enter_context(saved_tensors_hooks(lambda x: x, self._read))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -60,10 +73,10 @@ class gathered:
                 fsdp_gather(state)
         return x
 
-    def reduces(self, values: Iterable[Tensor | None]) -> None:
-        """Let FSDP reduce the gradients that backward from any of the values leaves at gathered parameters."""
-        for x in values if self._states else ():
-            if x is not None and x.requires_grad:
+    def reduce_from(self, results: Any) -> None:
+        """Let FSDP reduce the gradients that backward from any of the results leaves at gathered parameters."""
+        for x in tree_leaves(results) if self._states else ():
+            if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(self._at_backward)
 
     def _at_backward(self, cotangent: Tensor) -> None:
