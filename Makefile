@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test reproduce verify bench docs test-gpu gpu-report test-dist dist lint format install clean
+.PHONY: train test reproduce verify bench docs test-gpu gpu-report test-dist test-load test-sanitize dist lint format install clean
 
 train: .venv/installed  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
@@ -40,6 +40,23 @@ dist: install  ## wheels with and without kernels and the source distribution, i
 
 test-dist: install  ## build and install what `make dist` makes
 	$(BIN)/python -m pytest -m slow tests/test_distribution.py tests/test_install.py
+
+test-load: install  ## memory over ten thousand steps, threads, and arbitrary arguments
+	GPK_LOAD=1 $(BIN)/python -m pytest tests/test_load.py
+
+SANITIZED := $(CURDIR)/build/sanitized
+test-sanitize: install  ## the C++ modules under the address and undefined-behaviour sanitizers of gcc
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_CXX_FLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+	$(BIN)/cmake --build $(SANITIZED) --target _C _direct _program
+	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package && cp -r gpkernels $(SANITIZED)/package
+	rm -f $(SANITIZED)/package/gpkernels/*.so && cp $(SANITIZED)/_*.so $(SANITIZED)/package/gpkernels
+	cd $(SANITIZED)/package && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(CURDIR)/$(BIN)/python -m pytest -s -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
+	  -k "not compile and not emulated and not opcheck and not traced and not export" \
+	  $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_critic_program.py
 
 lint: install  ## style, types and C++ format
 	$(BIN)/ruff check .

@@ -52,23 +52,34 @@ def check_file(option: str, path: Path | None) -> None:
     if path is None:
         return
     if path.exists():
-        with written(option, path), path.open("ab"):
-            pass
+        try:
+            with path.open("ab"):
+                pass
+        except OSError as error:
+            raise UserError(f"{option} {path}: {error.strerror or error}") from None
     else:
         _check_files_in(path.parent, option, path)
 
 
 @contextmanager
-def written(option: str, path: Path) -> Iterator[None]:
-    """Context manager that makes a file's folder; UserError where the file cannot be written.
+def written(option: str, path: Path) -> Iterator[Path]:
+    """Context manager that yields a name to write to, which replaces the file once it is complete.
 
-    ValueError is matplotlib's, for a format that it does not know.
+    The file's folder is made. Devices, links, folders and files in a folder that is read-only are written in place.
+    UserError where the file cannot be written; ValueError is matplotlib's, for a format that it does not know.
     """
+    in_place = path.exists() and (path.is_symlink() or not path.is_file() or not os.access(path.parent, os.W_OK))
+    part = path if in_place else path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield
+        yield part
+        if not in_place:
+            part.replace(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        if not in_place and part.is_file():
+            part.unlink()
 
 
 @contextmanager

@@ -154,13 +154,13 @@ def _approximate(options: argparse.Namespace) -> int:
         found = compare(critic, real, sigmas, DRAWS if options.draws is None else options.draws)
     print(found)
     if options.json:
-        with written("--json", options.json):
-            write_json(options.json, found)
+        with written("--json", options.json) as part:
+            write_json(part, found)
     if options.plot:
         from gpkernels.bench.approximate_plot import plot
 
-        with written("--plot", options.plot):
-            plot(options.plot, found, f"{options.critic}, {options.input}")
+        with written("--plot", options.plot) as part:
+            plot(part, found, f"{options.critic}, {options.input}")
     return 0
 
 
@@ -199,8 +199,8 @@ def _verify(options: argparse.Namespace) -> int:
     print(run.table(results) if options.verbose else run.summary(results))
     print("\n".join([*(failed := run.failures(results, own)), run.verdict(results)]))
     if options.json:
-        with written("--json", options.json):
-            run.write_json(options.json, results)
+        with written("--json", options.json) as part:
+            run.write_json(part, results)
     return 1 if failed else 0
 
 

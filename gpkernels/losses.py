@@ -139,6 +139,12 @@ class CriticLoss(nn.Module):
             samples or are fewer than them, or ``together`` is True where samples interact.
         RuntimeError: inside ``torch.compile``, ``penalty_every`` is not 1 and ``with_penalty`` is not given.
 
+    Note:
+        The critic is a submodule, so that ``state_dict`` and ``DistributedDataParallel(CriticLoss(critic))`` contain
+        it. In a module that holds the critic, too, such as a ``LightningModule``, keep the loss as
+        ``self.critic_loss = CriticLoss(self.critic).forward``: it is called in the same way, is no submodule, and the
+        module's ``state_dict`` has the critic's weights once. Copied and pickled losses keep options and ``calls``.
+
     Example:
         Made once, and called in each critic step:
 

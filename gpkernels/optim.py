@@ -36,12 +36,15 @@ class RMSprop(torch.optim.RMSprop):
         weight_decay (float): L2 penalty. Default: 0.
         momentum (float): momentum factor. Default: 0.
         centered (bool): normalise by an estimate of the variance of the gradient. Default: False.
+        capturable (bool): only False is supported.
+        foreach (bool, optional): accepted, and of no effect: all parameters of a group are updated by one call.
         maximize (bool): maximise the objective. Default: False.
+        differentiable (bool): only False is supported.
         clip (float, optional): bound of the weights after the update, at least 0. Default: no clipping.
 
     Raises:
-        TypeError: an option is not a number, ``lr`` is a tensor, or a gradient is sparse or complex.
-        ValueError: an option is out of range, or ``capturable`` or ``differentiable`` is set in a group.
+        TypeError: an option is of another type, ``lr`` is a tensor, or a gradient is sparse or complex.
+        ValueError: an option is out of range, or ``capturable`` or ``differentiable`` is True.
 
     Example:
         >>> critic = torch.nn.Linear(2, 1)
@@ -62,8 +65,11 @@ class RMSprop(torch.optim.RMSprop):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
         maximize: bool = False,
+        differentiable: bool = False,
+        *,
         clip: float | None = None,
     ) -> None:
         if isinstance(lr, Tensor):
@@ -74,7 +80,9 @@ class RMSprop(torch.optim.RMSprop):
         if not alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
         clip = _check_clip(clip)
-        super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize)
+        super().__init__(
+            params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
+        )
         self.defaults["clip"] = clip
         for group in self.param_groups:
             group.setdefault("clip", clip)
@@ -148,7 +156,9 @@ class _Options(NamedTuple):
         """Check a group's options; raise TypeError or ValueError for what is not supported."""
         for option in ("capturable", "differentiable"):
             if group[option]:
-                raise ValueError(f"{option}: expected False, got True; use torch.optim.RMSprop")
+                raise ValueError(f"{option}: expected False, got {group[option]}; use torch.optim.RMSprop")
+        if group["foreach"] not in (None, True, False):
+            raise TypeError(f"foreach: expected None, True or False, got {group['foreach']!r}")
         lr = group["lr"]
         alpha = check_nonnegative("alpha", group["alpha"])
         if alpha > 1:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gpkernels import cli, info
+from gpkernels.arguments import written
 from gpkernels.bench import counts, jax_step, machine, ops, results, steps
 from gpkernels.bench.cases import CASES, Case
 from gpkernels.bench.clock import time_in_turns
@@ -142,6 +143,23 @@ def test_a_file_of_something_else_is_named(
     code, _, error = told(capsys, "--compare", str(path), str(path))
     assert code == 2
     assert str(path) in error
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_the_one_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("before")
+
+    def interrupted() -> None:
+        with written("--json", path) as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("rows.json", "before")]
+    with written("--json", path) as part:
+        part.write_text("after")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("rows.json", "after")]
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -286,9 +287,20 @@ BAD = {
     "no parameters": (lambda: RMSprop([]), ValueError, "empty"),
     "a sparse gradient": (lambda: _step_with(_one(), torch.ones(3).to_sparse()), TypeError, "grad.*sparse"),
     "complex parameters": (lambda: _step_with(nn.Parameter(torch.ones(3) * 1j)), TypeError, "params.*complex"),
+    "capturable": (lambda: RMSprop([_one()], capturable=True), ValueError, "capturable.*torch.optim.RMSprop"),
+    "differentiable": (lambda: RMSprop([_one()], differentiable=True), ValueError, "differentiable.*True"),
+    "a text foreach": (lambda: RMSprop([_one()], foreach="yes"), TypeError, "foreach.*'yes'"),
     "a capturable state": (lambda: _step_with(_one(), capturable=True), ValueError, "capturable"),
     "a differentiable state": (lambda: _step_with(_one(), differentiable=True), ValueError, "differentiable"),
 }
+
+
+def test_the_signature_is_torchs_and_a_clip() -> None:
+    ours, theirs = (list(inspect.signature(made).parameters.values()) for made in (RMSprop, torch.optim.RMSprop))
+    assert [(p.name, p.default, p.kind) for p in ours[:-1]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert ours[-1].name == "clip"
+    group = RMSprop([_one()], 0.1, 0.9, 1e-6, 0.2, 0.3, True, False, True, True).param_groups[0]
+    assert (group["centered"], group["foreach"], group["maximize"]) == (True, True, True)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -188,8 +188,8 @@ def _write(
         ("--plots", options.plots, lambda path: pages and pages.write_pictures(path, rows)),
     ):
         if path is not None:
-            with written(option, path):
-                write(path)
+            with written(option, path) as part:
+                write(part)
 
 
 def _compare(old: Path, new: Path) -> int:

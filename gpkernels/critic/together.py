@@ -240,6 +240,10 @@ class Seen:
         self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: separate
         self.outlives_traces = True
 
+    def __reduce__(self) -> tuple[type[Seen], tuple[()]]:
+        """Copy and pickle as new: the copy of a critic is another critic, and has yet to be observed."""
+        return Seen, ()
+
     @staticmethod
     def mode(critic: Any, x: Tensor) -> Any:
         """Return the conditions under which an observation is valid."""
