@@ -211,14 +211,24 @@ def test_it_declines_what_no_op_is_called() -> None:
             backends.direct(*arguments)
 
 
-def test_a_binary_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the fast paths until the end of a test."""
+    for name in ("direct", "deliver", "program"):
+        monkeypatch.setattr(backends, name, None)
+
+
+def test_binaries_for_another_torch_are_not_used(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert backends._load_fast_paths("_direct") is None
+    assert "this is 2.99.0" in str(backends._load_fast_paths())
+    assert (backends.direct, backends.deliver, backends.program) == (None, None, None)
 
 
-def test_a_binary_that_an_older_build_left_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_binary_that_an_older_build_left_is_not_used(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
     monkeypatch.setattr("gpkernels._direct.TORCH", "2.12.0")
-    assert backends._load_fast_paths("_direct") is None
+    assert "_direct is for PyTorch 2.12.0" in str(backends._load_fast_paths())
+    assert (backends.direct, backends.deliver) == (None, None)
+    assert backends.program is not None
 
 
 def test_weights_that_overlap_themselves_are_refused_before_others_are_changed() -> None:
@@ -252,10 +262,11 @@ def test_ctrl_c_in_a_kernel_is_not_tried_again() -> None:
     assert "stopped after 1" in output(code)
 
 
-def test_without_its_binary_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_binary_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
     monkeypatch.setitem(sys.modules, "gpkernels._direct", None)
     monkeypatch.delattr(gpk, "_direct")
-    assert backends._load_fast_paths("_direct") is None
+    assert "built without _direct" in str(backends._load_fast_paths())
+    assert (backends.direct, backends.deliver) == (None, None)
 
 
 PUBLIC: dict[str, Callable[..., Tensor]] = {

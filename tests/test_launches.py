@@ -31,7 +31,7 @@ def test_a_toy_mlps_step_launches_less_than_half_of_plain_pytorch() -> None:
     assert ours.bytes < 0.7 * eager.bytes
 
 
-@pytest.mark.parametrize(("penalty", "share"), [("r1", 0.65), ("none", 1)])
+@pytest.mark.parametrize(("penalty", "share"), [("r1", 0.75), ("none", 1)])
 def test_other_steps_of_an_mlp_launch_less_than_plain_pytorch(penalty: str, share: float) -> None:
     ours, eager = _counted(mlp(6, 32, 32, 1), 16, 6, penalty=penalty)
     assert ours.total < share * eager.total
