@@ -98,7 +98,7 @@ def test_steps_leave_nothing_behind(name: str) -> None:
     before, most = alive(), _memory()
     steps(STEPS)
     after = alive()
-    assert after[0] == before[0]
+    assert after[0] <= before[0]  # what other tests left may have been freed meanwhile
     assert after[1] - before[1] < STEPS // 20  # caches may have grown, but not by something a step
     if LONG:
         assert _memory() - most < STEPS / 4  # less than 256 bytes a step

@@ -78,7 +78,8 @@ def test_table_lists_every_kernel_and_target(resources: dict) -> None:
 
 
 def test_kernels_that_stream_read_16_bytes_at_a_time(resources: dict) -> None:
-    narrow = {row["call"] for row in resources.values() if row["widest_load"] < 16}
+    streams = [row for row in resources.values() if not row["call"].startswith("scaled_dot_product_attention")]
+    narrow = {row["call"] for row in streams if row["widest_load"] < 16}
     assert narrow <= set(NARROW)
 
 
