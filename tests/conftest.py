@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -15,11 +14,6 @@ from gpkernels import backends
 from gpkernels.critic import plan
 
 BACKENDS = ("reference", "cpu", "cuda-emulated")
-
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # of several processes on as many cores, each has one
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
