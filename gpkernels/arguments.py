@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,6 +62,26 @@ def check_file(option: str, path: Path | None) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name to write to in the same folder; the file replaces ``path`` once it is complete and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # other systems cannot open a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
 def written(option: str, path: Path) -> Iterator[Path]:
     """Context manager that yields a name to write to, which replaces the file once it is complete.
 
@@ -69,17 +89,11 @@ def written(option: str, path: Path) -> Iterator[Path]:
     UserError where the file cannot be written; ValueError is matplotlib's, for a format that it does not know.
     """
     in_place = path.exists() and (path.is_symlink() or not path.is_file() or not os.access(path.parent, os.W_OK))
-    part = path if in_place else path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if not in_place:
-            part.replace(path)
+        with nullcontext(path) if in_place else replacing(path) as part:
+            yield part
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        if not in_place and part.is_file():
-            part.unlink()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from gpkernels import backends
 from gpkernels.ops.checks import check_floating, check_nonnegative, check_number, check_writable
-from gpkernels.ops.tensors import local
+from gpkernels.ops.tensors import is_distributed, local
 from gpkernels.ops.weights import rmsprop_op
 from gpkernels.private import foreach_add_
 
@@ -214,6 +214,8 @@ class _Update:
 
     def local(self) -> tuple[Any, ...]:
         """Return the arguments with the parts of DTensors that this process has."""
+        if not any(map(is_distributed, self.params)):
+            return self.arguments()
         here = lambda tensors: [local(x, p) for x, p in zip(tensors, self.params, strict=False)]  # noqa: E731
         return here(self.params), here(self.grads), *map(here, self.state.values()), *self.options[:-1]
 

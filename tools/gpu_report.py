@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -110,7 +109,7 @@ def run(part: Part, folder: Path) -> dict[str, Any]:
     if part.left_out:
         return {"left_out": part.left_out}
     start = time.perf_counter()
-    done = subprocess.run(part.command, cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ))
+    done = subprocess.run(part.command, cwd=ROOT, capture_output=True, text=True, check=False)
     record: dict[str, Any] = {"status": done.returncode, "seconds": round(time.perf_counter() - start, 1)}
     if part.file == "stdout":
         (folder / "stdout").write_text(done.stdout, encoding="utf-8")

@@ -67,7 +67,8 @@ def _tokens_first(x: Tensor, like: Tensor) -> Tensor:
     return x.view(*like.shape[:3], x.shape[-1]).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _new_tokens_first(like: Tensor, width: int) -> Tensor:
+def new_tokens_first(like: Tensor, width: int) -> Tensor:
+    """Return memory of shape (B, H, T, width), in the order of (B, T, H, width)."""
     batch, heads, length, _ = like.shape
     return like.new_empty((batch, length, heads, width)).transpose(1, 2)
 
@@ -169,7 +170,8 @@ def _attention_double_backward(
     return given, *(_tokens_first(g, x) for g, x in zip(found, (query, key, value), strict=True))
 
 
-def _rows(query: Tensor) -> Tensor:
+def new_statistics(query: Tensor) -> Tensor:
+    """Return memory for a number per row."""
     return query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
 
 
@@ -181,19 +183,19 @@ _CONSTANTS = "Tensor? attn_mask, bool is_causal, float scale"
 scaled_dot_product_attention_op = Op(
     f"scaled_dot_product_attention({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor)",
     _attention,
-    lambda query, key, value, *_: (_new_tokens_first(query, value.shape[3]), _rows(query)),
+    lambda query, key, value, *_: (new_tokens_first(query, value.shape[3]), new_statistics(query)),
 )
 
 scaled_dot_product_attention_backward_op = Op(
     f"scaled_dot_product_attention_backward(Tensor cotangent, {_KEPT}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
-    lambda cotangent, query, key, value, *_: tuple(_new_tokens_first(x, x.shape[3]) for x in (query, key, value)),
+    lambda cotangent, query, key, value, *_: tuple(new_tokens_first(x, x.shape[3]) for x in (query, key, value)),
 )
 
 scaled_dot_product_attention_jvp_op = Op(
     f"scaled_dot_product_attention_jvp({_TANGENTS}, {_KEPT}, {_CONSTANTS}) -> (Tensor, Tensor)",
     _attention_jvp,
-    lambda tq, tk, tv, query, key, value, *_: (_new_tokens_first(query, value.shape[3]), _rows(query)),
+    lambda tq, tk, tv, query, key, value, *_: (new_tokens_first(query, value.shape[3]), new_statistics(query)),
 )
 
 scaled_dot_product_attention_double_backward_op = Op(
@@ -201,8 +203,8 @@ scaled_dot_product_attention_double_backward_op = Op(
     f" Tensor? mean, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _attention_double_backward,
     lambda tq, tk, tv, cotangent, query, key, value, output, logsumexp, tangent, *_: (
-        _new_tokens_first(output, output.shape[3]) if tangent is None else output.new_empty(0),
-        *(_new_tokens_first(x, x.shape[3]) for x in (query, key, value)),
+        new_tokens_first(output, output.shape[3]) if tangent is None else output.new_empty(0),
+        *(new_tokens_first(x, x.shape[3]) for x in (query, key, value)),
     ),
 )
 

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gpkernels.ops.scaled_dot_product_attention import (
+    new_statistics,
+    new_tokens_first,
     scaled_dot_product_attention_backward_op,
     scaled_dot_product_attention_double_backward_op,
     scaled_dot_product_attention_jvp_op,
@@ -400,15 +402,6 @@ def _tokens_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
 
 
-def _new(like: Tensor, width: int) -> Tensor:
-    batch, heads, length, _ = like.shape
-    return like.new_empty((batch, length, heads, width)).transpose(1, 2)
-
-
-def _row_of(query: Tensor) -> Tensor:
-    return query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
 def _is_for_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a call is left to the blocks: float64, wider heads, nothing to do."""
     width = max(query.shape[3], value.shape[3])
@@ -423,7 +416,7 @@ def scaled_dot_product_attention(
     if _is_for_blocks(query, key, value):
         return scaled_dot_product_attention_op.implementation(query, key, value, attn_mask, is_causal, scale)
     sizes = _sizes(query, key, value, attn_mask, is_causal, scale)
-    output, logsumexp = _new(query, value.shape[3]), _row_of(query)
+    output, logsumexp = new_tokens_first(query, value.shape[3]), new_statistics(query)
     sizes.over_rows(attention_kernel, *_tokens_first(query, key, value), output, logsumexp)
     return output, logsumexp
 
@@ -447,9 +440,9 @@ def scaled_dot_product_attention_backward(
             cotangent, query, key, value, output, logsumexp, attn_mask, is_causal, scale
         )
     sizes = _sizes(query, key, value, attn_mask, is_causal, scale)
-    to_query, to_key, to_value = (_new(x, x.shape[3]) for x in (query, key, value))
+    to_query, to_key, to_value = (new_tokens_first(x, x.shape[3]) for x in (query, key, value))
     query, key, value, output, cotangent = _tokens_first(query, key, value, output, cotangent)
-    logsumexp, along = logsumexp.contiguous(), _row_of(query)
+    logsumexp, along = logsumexp.contiguous(), new_statistics(query)
     sizes.over_rows(attention_to_rows_kernel, query, key, value, output, logsumexp, cotangent, along, to_query)
     sizes.over_keys(attention_to_keys_kernel, query, key, value, logsumexp, cotangent, along, to_key, to_value)
     return to_query, to_key, to_value
@@ -482,7 +475,7 @@ def scaled_dot_product_attention_jvp(
             *tangents, query, key, value, output, logsumexp, attn_mask, is_causal, scale
         )
     sizes = _sizes(query, key, value, attn_mask, is_causal, scale)
-    tangent, mean = _new(query, value.shape[3]), _row_of(query)
+    tangent, mean = new_tokens_first(query, value.shape[3]), new_statistics(query)
     tensors = _tokens_first(*tangents, query, key, value, output)
     sizes.over_rows(attention_jvp_kernel, *tensors, logsumexp.contiguous(), tangent, mean)
     return tangent, mean
@@ -521,11 +514,16 @@ def scaled_dot_product_attention_double_backward(
         tangent, mean = scaled_dot_product_attention_jvp(*tangents, *kept, *constants)
         given = tangent
     sizes = _sizes(query, key, value, *constants)
-    to_query, to_key, to_value = (_new(x, x.shape[3]) for x in (query, key, value))
+    to_query, to_key, to_value = (new_tokens_first(x, x.shape[3]) for x in (query, key, value))
     tq, tk, tv, query, key, value, output, cotangent, tangent = _tokens_first(
         *tangents, query, key, value, output, cotangent, tangent
     )
-    logsumexp, mean, along, level = logsumexp.contiguous(), mean.contiguous(), _row_of(query), _row_of(query)
+    logsumexp, mean, along, level = (
+        logsumexp.contiguous(),
+        mean.contiguous(),
+        new_statistics(query),
+        new_statistics(query),
+    )
     sizes.over_rows(
         attention_bend_to_rows_kernel,
         *(tq, tk, tv, query, key, value, output, tangent, logsumexp, mean, cotangent, along, level, to_query),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpkernels.arguments import UserError
-from gptrainer.files import Damaged, pack, replacing, unpack
+from gpkernels.arguments import UserError, replacing
+from gptrainer.files import Damaged, pack, unpack
 
 FORMAT = 3
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"

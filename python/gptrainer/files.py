@@ -1,13 +1,9 @@
-"""Files that are complete or absent, and states whose damage is detected by a checksum."""
+"""States whose damage is detected by a checksum."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,23 +36,3 @@ def unpack(content: bytes) -> dict[str, Any]:
     except Exception as error:  # unpickling fails in many ways
         raise Damaged("is damaged or of another kind") from error
     return state
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name to write to in the same folder; the file replaces ``path`` once it is complete and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # other systems cannot open a folder
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

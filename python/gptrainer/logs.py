@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptrainer.files import replacing
+from gpkernels.arguments import replacing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

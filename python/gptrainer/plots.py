@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpkernels.arguments import replacing
 from gptrainer.algorithms.system import Estimate
-from gptrainer.files import replacing
 
 Curve = Mapping[str, Sequence[float]]
 INK, SOFT, PAPER = "#1f2933", "#8a94a0", "#fcfbf7"

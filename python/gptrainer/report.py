@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save
 
 import gpkernels
+from gpkernels.arguments import replacing
 from gptrainer import plots
 from gptrainer.algorithms.system import ESTIMATES
 from gptrainer.data import DATASETS, POINTS, load_images
-from gptrainer.files import replacing
 from gptrainer.logs import CSV_NAME
 from gptrainer.loop import Trainer
 from gptrainer.metrics import ImageQuality

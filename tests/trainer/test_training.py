@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpkernels.arguments import replacing
 from gptrainer import checkpoint, plots
 from gptrainer.cli import main
 from gptrainer.config import TrainConfig
-from gptrainer.files import replacing
 from gptrainer.loop import Trainer
 from gptrainer.models import build_models
 

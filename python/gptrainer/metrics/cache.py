@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpkernels.arguments import replacing
 from gptrainer.data import ImageSet
-from gptrainer.files import Damaged, pack, replacing, unpack
+from gptrainer.files import Damaged, pack, unpack
 from gptrainer.metrics import classifier
 from gptrainer.metrics.classifier import Classifier, shape_of, train_classifier
 

@@ -15,7 +15,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import gpkernels
-from gptrainer.files import replacing
+from gpkernels.arguments import replacing
 from gptrainer.reproduce.experiment import CONFIDENCE, Claim, Exhibits, Experiment, Judgement, Size, Verdict
 from gptrainer.reproduce.pictures import Picture
 from gptrainer.reproduce.runner import Outcome

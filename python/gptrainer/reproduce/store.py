@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptrainer.files import replacing
+from gpkernels.arguments import replacing
 from gptrainer.reproduce.experiment import Experiment, Findings, Size
 
 
