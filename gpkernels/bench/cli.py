@@ -185,11 +185,14 @@ def _write(
         ("--csv", options.csv, lambda path: results.write_csv(path, about, rows)),
         ("--json", options.json, lambda path: results.write_json(path, about, rows, doubts)),
         ("--html", options.html, lambda path: pages and pages.write(path, about, rows, doubts)),
-        ("--plots", options.plots, lambda path: pages and pages.write_pictures(path, rows)),
     ):
         if path is not None:
             with written(option, path) as part:
                 write(part)
+    if options.plots is not None and pages is not None:
+        for picture in pages.pictures(rows):
+            with written("--plots", options.plots / f"{picture.name}.svg") as part:
+                part.write_text(picture.svg, encoding="utf-8")
 
 
 def _compare(old: Path, new: Path) -> int:

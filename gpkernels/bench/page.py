@@ -61,13 +61,6 @@ def write(path: Path, about: dict[str, Any], rows: Sequence[Row], doubts: Sequen
     path.write_text(page + "\n", encoding="utf-8")
 
 
-def write_pictures(folder: Path, rows: Sequence[Row]) -> None:
-    """Write each plot as an SVG file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures(rows):
-        (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
-
-
 def pictures(rows: Sequence[Row]) -> list[Picture]:
     """Plot bars for the cases of a suite and lines for its curves."""
     drawn = []

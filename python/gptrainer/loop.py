@@ -154,6 +154,7 @@ class Trainer:
         if self.processes.writes:
             self.checkpoints.save(state)
             logs.write_csv(self.out / logs.CSV_NAME, self.critic_curve, self.quality_curve)
+        self.processes.wait()  # whoever resumes the run next reads what was written
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, and the curves."""

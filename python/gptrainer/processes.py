@@ -40,6 +40,11 @@ class Processes(NamedTuple):
         if self.writes:
             print(note, file=sys.stderr)
 
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
     def leave(self) -> None:
         """Leave the process group."""
         if self.size > 1:
