@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -14,10 +15,13 @@ from gptrainer.reproduce.experiments import (
     dirac_gan,
     find,
     instance_noise,
+    meaningful_loss,
     neural_net_distance,
     parallel_lines,
     perfect_discrimination,
+    unrolled,
 )
+from gptrainer.reproduce.training import start
 
 
 def failed(name: str, findings: Findings) -> list[str]:
@@ -89,6 +93,36 @@ def test_the_best_discriminator_of_noised_lines_is_that_of_the_formulas() -> Non
     e = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double()
     sampled = ((torch.sigmoid((-0.5 - 0.5 * e) / 0.25)) / 0.25).mean().item()
     assert instance_noise.best_gradient(0.5) == pytest.approx(sampled, rel=0.01)
+
+
+def test_the_curve_closes_and_spans_as_many_dimensions_as_its_harmonics_allow() -> None:
+    points = instance_noise.curve(400, torch.Generator().manual_seed(0))
+    assert points.shape == (400, instance_noise.SPACE)
+    assert torch.linalg.matrix_rank(points - points.mean(dim=0), rtol=1e-4) == 6
+    torch.testing.assert_close(points.mean(dim=0), torch.zeros(instance_noise.SPACE), atol=0.1, rtol=0)
+
+
+def test_the_estimate_at_the_optimum_leaves_the_run_as_it_was_and_lies_above_it() -> None:
+    trainer = start("nsgan", "8gaussians", 20, 0, Context(), width=16, batch_size=32, lr=1e-2)
+    for _ in range(20):
+        trainer.train_step()
+    system = trainer.system
+    before = copy.deepcopy((trainer.critic.state_dict(), system.critic_optimiser.state_dict()))
+    far = [p.detach().clone() for p in trainer.generator.parameters()]
+    optimal = meaningful_loss.estimate_at_optimum(trainer, 300)
+    torch.testing.assert_close((trainer.critic.state_dict(), system.critic_optimiser.state_dict()), before)
+    torch.testing.assert_close(list(trainer.generator.parameters()), far)
+    present = system.metrics(system.critic_parts(trainer.real, trainer.fake))[system.estimate].item()
+    assert present < optimal <= math.log(2)
+
+
+def test_networks_of_the_ring_are_orthogonal_and_see_it_at_order_one() -> None:
+    layers = unrolled.orthogonal(2, 16, 1)
+    first = layers[0]
+    assert isinstance(first, torch.nn.Linear)
+    torch.testing.assert_close(first.weight.T @ first.weight, 0.64 * torch.eye(2))
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "ReLU", "Linear"]
+    assert unrolled.Quarter()(unrolled.RING.centres).norm(dim=1).max() == pytest.approx(0.5)
 
 
 def test_the_largest_singular_value_of_a_generators_jacobian_is_found() -> None:

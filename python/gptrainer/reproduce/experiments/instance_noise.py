@@ -6,28 +6,33 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import gpkernels
 from gptrainer import plots
 from gptrainer.data import POINTS
-from gptrainer.models import build_models
+from gptrainer.metrics import wasserstein_1
+from gptrainer.models import build_models, sample
 from gptrainer.models.closed_form import Line
+from gptrainer.models.mlp import dense
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
-from gptrainer.reproduce.training import start, system_of, train
+from gptrainer.reproduce.training import system_of
 
 PAPERS = "Arjovsky & Bottou 2017, section 3; Sønderby et al. 2017, section 3.2"
 SIGMAS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0)
 TEST = 20_000
+SPACE = 16  # dimensions: two curves do not meet there, however they are turned
+CRITIC_STEPS = 5
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
-    """Train discriminators of two lines at distance 1 under several noises; then train with noise that falls to 0."""
+    """Train discriminators of two lines at distance 1 under several noises; then train a curve on another."""
     lines = [_discriminate(sigma, settings, seed) for sigma in SIGMAS]
     noisy = range(1, len(SIGMAS))
     accuracy = [best_accuracy(sigma) for sigma in SIGMAS]
     gradient = [best_gradient(sigma) for sigma in SIGMAS]
-    annealed = {algorithm: _train(algorithm, settings, seed, context) for algorithm in ("gan", "gan-noise")}
+    annealed = {algorithm: _train(algorithm, settings, seed) for algorithm in ("gan", "gan-noise")}
     wide = [at for at in noisy if SIGMAS[at] >= 0.25]
     return Findings(
         {
@@ -88,16 +93,34 @@ def _logistic(x: float) -> float:
     return float(0.5 * (1 + np.tanh(x / 2)))
 
 
-def _train(algorithm: str, settings: Settings, seed: int, context: Context) -> dict[str, list[float]]:
-    trainer = start(algorithm, "8gaussians", settings["train_steps"], seed, context, width=settings["train_width"])
-    curve: dict[str, list[float]] = {"step": [], "wasserstein": []}
+def _train(algorithm: str, settings: Settings, seed: int) -> dict[str, list[float]]:
+    """Train a generator of a curve on another one, in a space where two curves do not meet; record exact W1."""
+    torch.manual_seed(seed)
+    width, steps, batch = settings["train_width"], settings["train_steps"], settings["train_batch"]
+    generator, critic = (nn.Sequential(*dense([n, width, width, m], nn.ReLU())) for n, m in ((1, SPACE), (SPACE, 1)))
+    noise = {"noise": 0.5, "noise_steps": steps} if algorithm == "gan-noise" else {}
+    system = system_of(algorithm, "lines", generator, critic, seed, lr=1e-3, batch_size=batch, **noise)
+    random = torch.Generator().manual_seed(seed)
+    latent, unseen = torch.randn(512, 1, generator=random), curve(512, random)
+    values: dict[str, list[float]] = {"step": [], "wasserstein": []}
+    for step in range(steps):
+        system.begin_step(step)
+        for _ in range(CRITIC_STEPS):
+            real, fake = curve(batch, random), sample(generator, torch.randn(batch, 1, generator=random))
+            system.critic_step(real, fake)
+        system.generator_step(torch.randn(batch, 1, generator=random), real)
+        if (step + 1) % max(1, steps // 12) == 0:
+            values["step"].append(step + 1)
+            values["wasserstein"].append(wasserstein_1(sample(generator, latent), unseen))
+    return values
 
-    def look(run: object, losses: dict[str, float]) -> None:
-        curve["step"].append(trainer.step)
-        curve["wasserstein"].append(trainer.quality.measure(trainer.generator)["wasserstein_1"])
 
-    train(trainer, max(1, settings["train_steps"] // 10), look)
-    return curve
+def curve(n: int, random: torch.Generator) -> Tensor:
+    """Draw (n, SPACE): points of one closed curve, a sum of three harmonics with fixed random coefficients."""
+    harmonics = 2 * torch.pi * torch.arange(1, 4)
+    coefficients = torch.randn(2, 3, SPACE, generator=torch.Generator().manual_seed(7)) / (3 * SPACE) ** 0.5
+    angles = torch.rand(n, 1, generator=random) * harmonics
+    return angles.sin() @ coefficients[0] + angles.cos() @ coefficients[1]
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
@@ -127,7 +150,7 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
         ax.plot([], [], "o", color=plots.ORANGE, label="through the trained one")
         ax.set(xlabel=r"$\sigma$ of the noise (the lines are 1 apart)", ylabel=r"$|d/d\theta\; E \log(1 - D)|$")
         ax.legend(frameon=False, loc="lower right")
-    with pictures.panel(panels, "Noise that falls to 0: 8 Gaussians") as ax:
+    with pictures.panel(panels, "Noise that falls to 0: a curve in 16 dimensions") as ax:
         for algorithm, colour in (("gan", plots.PURPLE), ("gan-noise", plots.BLUE)):
             for one in findings:
                 ax.plot(
@@ -154,11 +177,13 @@ EXPERIMENT = Experiment(
     about=(
         "The parallel lines at distance 1, for which the optimum is known: under noise N(0, σ²) on both, "
         "the best accuracy "
-        "is Φ(1/2σ). Then the minimax game on 8 Gaussians with and without noise that falls linearly to 0."
+        "is Φ(1/2σ). Then the minimax game with and without noise that falls linearly to 0, where supports do not "
+        "meet: a generator with one latent dimension, data on a curve in 16 dimensions, five steps of the critic to "
+        "each of the generator."
     ),
     settings={
-        "quick": {"width": 64, "steps": 400, "batch": 256, "train_steps": 400, "train_width": 64},
-        "full": {"width": 128, "steps": 4000, "batch": 512, "train_steps": 6000, "train_width": 128},
+        "quick": {"width": 64, "steps": 400, "batch": 256, "train_steps": 60, "train_width": 32, "train_batch": 64},
+        "full": {"width": 128, "steps": 4000, "batch": 512, "train_steps": 2000, "train_width": 64, "train_batch": 128},
     },
     seeds={"quick": 1, "full": 5},
     measure=measure,
@@ -207,17 +232,9 @@ EXPERIMENT = Experiment(
             "exact W₁ at the end, with noise over without",
             Bound(at_most=1.0, of="the mean"),
             "noise",
-            only_full="a run has not converged after 400 steps",
-            if_failed=(
-                "the claim as it is measured here: published is stability where supports do not meet, but a generator "
-                "of the plane meets these modes without noise, and where a run ends is up to chance"
-            ),
-            design=(
-                "a curve in 16 dimensions, a generator with one latent dimension and a discriminator at its optimum (5 "
-                "steps a generator step), so that the gradient vanishes without noise; how many of 10 seeds reach half "
-                "the initial W₁ and keep it over the last third, 2,000 steps of width 64 each"
-            ),
+            only_full="a run has not converged after 60 steps",
         ),
     ),
     exhibit=exhibit,
+    version=2,
 )

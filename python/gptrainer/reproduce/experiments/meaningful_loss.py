@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Expe
 from gptrainer.reproduce.training import start, train
 
 PAPER = "Arjovsky et al. 2017"
+OURS = ("steps", "evaluations", "optima", "further")  # settings that are not the trainer's
 NAMES = {"8gaussians": "8 Gaussians", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 
 
@@ -21,15 +23,15 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     points = _run("wgan-gp", "8gaussians", "wasserstein_1", settings["points"], seed, context)
     images = _run("wgan-gp", settings["images"], "frechet_distance", settings["wgan"], seed, context)
     game = _run("nsgan", settings["images"], "frechet_distance", settings["gan"], seed, context)
-    third = max(1, len(game["estimate"]) // 3)
-    early, late = (sum(part) / third for part in (game["estimate"][:third], game["estimate"][-third:]))
+    third = max(1, len(game["optimal"]) // 3)
+    early, late = (sum(part) / third for part in (game["optimal"][:third], game["optimal"][-third:]))
     return Findings(
         {
             "points_rank": _rank(points),
             "images_rank": _rank(images),
             "game_rank": _rank(game),
             "game_rise": late / early,
-            "game_optimal": game["optimal"] / math.log(2),
+            "game_optimal": game["optimal"][-1] / math.log(2),
             "game_quality": game["quality"][-1] / game["quality"][0],
         },
         {"points": points, "images": images, "game": game, "data": settings["images"]},
@@ -43,23 +45,37 @@ def _rank(curve: dict[str, Any]) -> float:
 
 
 def _run(algorithm: str, data: str, quality: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
-    values = {name: value for name, value in settings.items() if name not in ("steps", "evaluations", "further")}
+    values = {name: value for name, value in settings.items() if name not in OURS}
     trainer = start(algorithm, data, settings["steps"], seed, context, **values)
     estimate = trainer.system.estimate
+    every = settings["steps"] // settings["evaluations"]
+    optima = settings.get("optima", 0)
     curve: dict[str, Any] = {"step": [], "estimate": [], "quality": [trainer.quality_curve[quality][0]]}
+    curve |= {"optimal_step": [], "optimal": []}
 
     def look(run: Trainer, losses: dict[str, float]) -> None:
         curve["step"].append(run.step)
         curve["estimate"].append(losses[estimate])
         curve["quality"].append(run.quality.measure(run.evaluated("generator"))[quality])
 
-    train(trainer, settings["steps"] // settings["evaluations"], look)
-    further = [
-        trainer.system.metrics(trainer.system.critic_step(*batch))[estimate].item()
-        for batch in trainer.next_batches(settings.get("further", 0))
-    ]
-    curve["optimal"] = sum(further[-20:]) / 20
+        if optima and run.step % (settings["steps"] // optima // every * every) == 0:
+            curve["optimal_step"].append(run.step)
+            curve["optimal"].append(estimate_at_optimum(run, settings["further"]))
+
+    train(trainer, every, look)
     return curve
+
+
+def estimate_at_optimum(trainer: Trainer, steps: int) -> float:
+    """Train the critic alone for further steps; return its mean estimate in the last 20, and put it back."""
+    system = trainer.system
+    before = copy.deepcopy((system.critic.state_dict(), system.critic_optimiser.state_dict()))
+    values = [
+        system.metrics(system.critic_step(*batch))[system.estimate].item() for batch in trainer.next_batches(steps)
+    ]
+    system.critic.load_state_dict(before[0])
+    system.critic_optimiser.load_state_dict(before[1])
+    return sum(values[-20:]) / 20
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
@@ -77,6 +93,10 @@ def exhibit(findings: Sequence[Findings]) -> Exhibits:
                 ax.plot(curve["step"], curve["estimate"], color=plots.BLUE)
                 other.semilogy(curve["step"], curve["quality"][1:], color=plots.ORANGE, dashes=(3, 2))
             if key == "game":
+                for one in findings:
+                    ax.plot(one.series[key]["optimal_step"], one.series[key]["optimal"], "o", color=plots.BLUE)
+                ax.plot([], [], "o", color=plots.BLUE, label="discriminator at its optimum")
+                ax.legend(frameon=False, loc="lower right")
                 pictures.reference(ax, math.log(2), "log 2", below=True)
                 ax.set_ylim(0, 0.75)
             else:
@@ -100,20 +120,21 @@ EXPERIMENT = Experiment(
     about=(
         "Along training, the critic's estimate (its mean between evaluations) beside a distance that it is not "
         "trained on: exact optimal transport on points, the Fréchet distance in a classifier's features on images. "
-        "Lower is better for both."
+        "Lower is better for both. The plain GAN's discriminator lags behind its optimum, so copies of it are trained "
+        "alone along the run."
     ),
     settings={
         "quick": {
             "images": "digits",
             "points": {"steps": 400, "evaluations": 16, "width": 64, "lr": 1e-3, "critic_boost": True},
             "wgan": {"steps": 400, "evaluations": 16, "width": 64, "lr": 1e-3, "critic_boost": True},
-            "gan": {"steps": 1200, "evaluations": 15, "width": 64, "lr": 1e-3, "further": 800},
+            "gan": {"steps": 1200, "evaluations": 15, "width": 64, "lr": 1e-3, "optima": 1, "further": 800},
         },
         "full": {
             "images": "fashion-mnist",
             "points": {"steps": 2000, "evaluations": 25, "width": 128, "critic_boost": True},
             "wgan": {"steps": 600, "evaluations": 25, "width": 16, "batch_size": 32, "critic_boost": True},
-            "gan": {"steps": 2000, "evaluations": 25, "width": 16, "batch_size": 32, "further": 400},
+            "gan": {"steps": 2000, "evaluations": 25, "width": 16, "batch_size": 32, "optima": 12, "further": 400},
         },
     },
     seeds={"quick": 1, "full": 5},
@@ -151,18 +172,10 @@ EXPERIMENT = Experiment(
             f"{PAPER}, figure 4",
             "stays or rises",
             "game_rise",
-            "mean of the last third over that of the first",
+            "estimate of a discriminator at its optimum, mean of the last third of a run over the first",
             Bound(at_least=0.9, of="the mean"),
             "losses",
-            only_full="the first steps, in which the discriminator is still learning, weigh too much",
-            if_failed=(
-                "the budget: a discriminator in training lags behind its optimum, by how much differs from run to run; "
-                "the next claim is of one at its optimum"
-            ),
-            design=(
-                "a copy of the discriminator at each of 10 evaluations of a run, trained alone for 400 further steps, "
-                "as for the next claim: the estimate at its optimum beside the distance, at three times the cost"
-            ),
+            only_full="the discriminator is brought to its optimum once, at the end",
         ),
         Claim(
             "The estimate of an optimal discriminator is log 2 however good the samples are",
@@ -180,4 +193,5 @@ EXPERIMENT = Experiment(
         "Published curves are of weight clipping on LSUN; these are of the gradient penalty, which converges "
         "within the budget."
     ),
+    version=2,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gptrainer.reproduce.training import start, train
 CT = "Wei et al. 2018, section 4.1 and figure 3"
 ALGORITHMS = {"wgan-gp": "penalty alone", "ct-gan": "penalty and consistency"}
 NETWORKS = {"wgan-gp": "mlp", "ct-gan": "ct-mlp"}
+LOOKS = 24  # evaluations; a distance varies between them by more than the term changes it
 SMALL = {"width": 64, "latent": 10, "n_critic": 5, "lr": 1e-4}
 LARGE = {"width": 256, "latent": 64, "n_critic": 5, "lr": 5e-4}
 
@@ -26,7 +28,7 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     """Train the same networks on the same images with and without the consistency term."""
     runs = {algorithm: _run(algorithm, settings, seed, context) for algorithm in ALGORITHMS}
     gap = {algorithm: run["gap"][-1] for algorithm, run in runs.items()}
-    quality = {algorithm: run["quality"][-1] for algorithm, run in runs.items()}
+    quality = {algorithm: fmean(run["quality"][-LOOKS // 3 :]) for algorithm, run in runs.items()}
     return Findings(
         {
             "gap": gap["wgan-gp"],
@@ -59,7 +61,7 @@ def _run(algorithm: str, settings: Settings, seed: int, context: Context) -> dic
         curve["gap"].append((seen - unseen) / abs(seen))
         curve["quality"].append(run.quality.measure(run.evaluated("generator"))["frechet_distance"])
 
-    train(trainer, settings["steps"] // 12, look)
+    train(trainer, settings["steps"] // LOOKS, look)
     return curve
 
 
@@ -144,19 +146,10 @@ EXPERIMENT = Experiment(
             CT,
             "Inception score 5.12 against 2.98 with 1000 images of CIFAR-10",
             "quality_ratio",
-            "Fréchet distance with the term over that without",
+            "Fréchet distance with the term over that without, means over the last third of a run",
             Bound(at_most=1.0, of="the mean"),
             "overfitting",
             only_full="360 steps on digits are too few for the difference",
-            if_failed=(
-                "the budget: in so short a run the distance varies between evaluations by more than the effect of "
-                "the term"
-            ),
-            design=(
-                "200 images and a convolutional critic, so that without the term the distance turns and rises again "
-                "within 3,000 steps; the mean over the last third of the evaluations instead of the last one, seeds in "
-                "pairs"
-            ),
         ),
     ),
     exhibit=exhibit,
@@ -165,4 +158,5 @@ EXPERIMENT = Experiment(
         "The published networks are convolutional and trained for 50,000 steps and more; here it is 3,000 generator "
         "steps of fully connected ones at five times the rate, where the gap has opened but not all of it."
     ),
+    version=2,
 )

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from gptrainer import plots
-from gptrainer.data import MIXTURES, POINTS
-from gptrainer.loop import Trainer
+from gptrainer.data.points import Mixture, circle
 from gptrainer.models import sample
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
-from gptrainer.reproduce.training import start, train
+from gptrainer.reproduce.training import system_of
 
-PAPER = "Metz et al. 2017, section 3.1 and figure 2"
-SHOWN = 8  # snapshots
-PLAIN_HOLDS_MODES = (
-    "the budget: at the authors' rates no run leaves its first plateau in so few steps, and at six times those the "
-    "generator without unrolling holds several modes at a time, too"
-)
-
-LONGER = (
-    "the authors' rates for their 25,000 steps, both systems: about 40 minutes of one core for each of five seeds, "
-    "six times the present run"
-)
+PAPER = "Metz et al. 2017, section 3.1, figure 2 and appendix A"
+RING = Mixture(circle(8, 2.0), 0.02)
+REACH = 0.2  # ten times a mode's sigma
+LATENT, WIDTH = 256, 128
+LOOKS, SHOWN = 40, 8  # evaluations; how many of them are drawn
 
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
     """Train the same networks at the same rates with 0 and with 5 unrolled steps."""
-    runs = {algorithm: _run(algorithm, settings, seed, context) for algorithm in ("gan", "unrolled")}
+    runs = {algorithm: _run(algorithm, settings, seed) for algorithm in ("gan", "unrolled")}
     half = len(runs["gan"]["modes"]) // 2
     modes = {algorithm: [len(found) for found in run["modes"]][half:] for algorithm, run in runs.items()}
     return Findings(
@@ -44,41 +39,62 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
     )
 
 
-def _run(algorithm: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
-    rates = {"lr": settings["rates"] * 1e-4, "generator_lr": settings["rates"] * 1e-3}
-    values = {**rates, "betas": (0.5, 0.999), "batch_size": settings["batch"], "latent": 256}
+def _run(algorithm: str, settings: Settings, seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    generator = nn.Sequential(*orthogonal(LATENT, WIDTH, WIDTH, 2))
+    critic = nn.Sequential(Quarter(), *orthogonal(2, WIDTH, 1))
     ahead = {"unroll": 5} if algorithm == "unrolled" else {}
-    trainer = start(
-        algorithm, "ring", settings["steps"], seed, context, network="unrolled", width=128, **values, **ahead
-    )
-    latent = torch.randn(1000, 256, generator=torch.Generator().manual_seed(seed))
+    batch, steps = settings["batch"], settings["steps"]
+    values = {"lr": 1e-4, "generator_lr": 1e-3, "betas": (0.5, 0.999), "batch_size": batch, "latent": LATENT}
+    system = system_of(algorithm, "ring", generator, critic, seed, **values, **ahead)
+    random = torch.Generator().manual_seed(seed)
+    latent = torch.randn(1000, LATENT, generator=random)
     curve: dict[str, Any] = {"step": [], "modes": [], "samples": []}
-
-    def look(run: Trainer, losses: dict[str, float]) -> None:
-        points = sample(run.generator, latent)
-        near = torch.cdist(points, MIXTURES["ring"].centres) < settings["reach"]
-        curve["step"].append(run.step)
-        curve["modes"].append([mode for mode in range(8) if near[:, mode].double().mean() >= 0.01])
-        curve["samples"].append(points[:300].double().tolist())
-
-    train(trainer, settings["steps"] // 40, look)
-    curve["samples"] = curve["samples"][4 :: 40 // SHOWN]
+    for step in range(1, steps + 1):
+        real, fake = RING.sample(batch, random), sample(generator, torch.randn(batch, LATENT, generator=random))
+        system.critic_step(real, fake)
+        system.generator_step(torch.randn(batch, LATENT, generator=random), real)
+        if step % (steps // LOOKS) == 0:
+            points = sample(generator, latent)
+            near = torch.cdist(points, RING.centres) < REACH
+            curve["step"].append(step)
+            curve["modes"].append([mode for mode in range(8) if near[:, mode].double().mean() >= 0.01])
+            curve["samples"].append(points[:300].double().tolist())
+    curve["samples"] = curve["samples"][4 :: LOOKS // SHOWN]
     return curve
+
+
+class Quarter(nn.Module):
+    """Scale the ring to the order of 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 4
+
+
+def orthogonal(*sizes: int) -> list[nn.Module]:
+    """Linear layers with ReLU in between, orthogonal of gain 0.8, biases 0."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes):
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, gain=0.8)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
+    return layers[:-1]
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
     panels: list[pictures.Panel] = []
-    real = POINTS["ring"](300, torch.Generator().manual_seed(0))
+    real = RING.sample(300, torch.Generator().manual_seed(0))
     for algorithm, title, colour in (
         ("gan", "No look ahead", plots.PURPLE),
         ("unrolled", "Five steps ahead", plots.BLUE),
     ):
         with pictures.panel(panels, title, f"snapshots of training, {title}", width=6.4, height=3.4) as ax:
             for index, points in enumerate(findings[0].series[algorithm]["samples"]):
-                shift = torch.tensor([3.0 * (index % 4), -3.0 * (index // 4)])
+                shift = torch.tensor([6.0 * (index % 4), -6.0 * (index // 4)])
                 ax.plot(*(real + shift).T, ".", color=plots.ORANGE, markersize=3, rasterized=True)
                 ax.plot(*(torch.tensor(points) + shift).T, ".", color=colour, markersize=2, alpha=0.5, rasterized=True)
-            ax.set(aspect="equal", xlim=(-1.7, 10.7), ylim=(-4.7, 1.7), xticks=[], yticks=[])
+            ax.set(aspect="equal", xlim=(-3.4, 21.4), ylim=(-9.4, 3.4), xticks=[], yticks=[])
             ax.set(xlabel="eight moments of training, in rows", ylabel="$x_2$ by $x_1$")
             ax.grid(False)
     with pictures.panel(panels, "Modes at a time", width=6.4, height=3.4) as ax:
@@ -104,14 +120,11 @@ EXPERIMENT = Experiment(
     title="Unrolled GAN: the ring is covered instead of visited mode by mode",
     source=PAPER,
     about=(
-        "Networks of two tanh layers of 128 units, latent size 256 and batch 512, as in the authors' code, at six "
-        "times its rates (1e-4 and 1e-3), as it trains six times longer; with and without five unrolled "
-        "steps."
+        "A generator of two hidden layers of 128 units and a discriminator of one, ReLU, orthogonal of gain 0.8, the "
+        "discriminator's input over 4; latent size 256, batch 512, rates 1e-3 and 1e-4, with and without five unrolled "
+        "steps. A mode counts with 1 % of the samples within ten times its σ."
     ),
-    settings={
-        "quick": {"steps": 280, "batch": 128, "rates": 1.0, "reach": 0.2},
-        "full": {"steps": 4000, "batch": 512, "rates": 6.0, "reach": 0.1},
-    },
+    settings={"quick": {"steps": 80, "batch": 128}, "full": {"steps": 25_000, "batch": 512}},
     seeds={"quick": 1, "full": 5},
     measure=measure,
     claims=(
@@ -123,6 +136,7 @@ EXPERIMENT = Experiment(
             "most modes at a time in the second half",
             Bound(at_least=7),
             "ring",
+            only_full="80 steps do not get that far",
         ),
         Claim(
             "With five unrolled steps the ring stays covered",
@@ -132,7 +146,7 @@ EXPERIMENT = Experiment(
             "modes at a time in the second half, mean",
             Bound(at_least=6),
             "ring",
-            only_full="280 steps do not get that far",
+            only_full="80 steps do not get that far",
         ),
         Claim(
             "Without unrolling the generator covers fewer modes",
@@ -142,9 +156,7 @@ EXPERIMENT = Experiment(
             "modes at a time, with less without",
             Bound(at_least=2, of="the mean"),
             "ring",
-            only_full="280 steps are the first encounter with the ring",
-            if_failed=PLAIN_HOLDS_MODES,
-            design=LONGER,
+            only_full="80 steps do not get that far",
         ),
         Claim(
             "Without unrolling the generator moves from mode to mode",
@@ -154,14 +166,13 @@ EXPERIMENT = Experiment(
             "modes visited in all, less modes at a time",
             Bound(at_least=2, of="the mean"),
             "ring",
-            only_full="280 steps do not get that far",
-            if_failed=PLAIN_HOLDS_MODES,
-            design=LONGER,
+            only_full="80 steps do not get that far",
         ),
     ),
     exhibit=exhibit,
     limits=(
-        "The paper shows 25,000 steps; here it is 4,000. A mode counts with 1 % of the samples within 0.1 of "
-        "it, ten times its σ."
+        "The public code has another discriminator, two hidden layers of tanh of gain 1.4. With that, in two runs of "
+        "25,000 steps each, the generator without unrolling covered all 8 modes, too, from step 12,500 on."
     ),
+    version=2,
 )
