@@ -8,7 +8,10 @@
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define GPK_HD __host__ __device__ __forceinline__
 #else
-#define GPK_HD inline
+#define GPK_HD inline __attribute__((always_inline))  // a call would keep a loop from being vectorised
+#endif
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
+#define GPK_ON_DEVICE
 #endif
 
 namespace gpk {
@@ -195,14 +198,94 @@ enum class ScoreLoss : int64_t {
   least_squares
 };
 
+// A device computes exp and log1p in a few instructions of its own. On the host, calls of the C library would keep
+// loops from being vectorised, so both are polynomials there, near minimax, without branches.
+
+template <typename A>
+GPK_HD A polynomial(A, A constant) {
+  return constant;
+}
+
+template <typename A, typename... Higher>
+GPK_HD A polynomial(A x, A constant, Higher... higher) {
+  return constant + x * polynomial(x, higher...);
+}
+
+template <typename A>
+struct Exponential;
+
+// least: below it exp is 0, also rounded to nearest. round: adding it rounds to an integer, which is in its low bits.
+// high + low: log 2, with few bits in `high`, so that its product with any exponent is exact.
+template <>
+struct Exponential<float> {
+  using Word = uint32_t;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kLeast = -104.f, kRound = 0x1.8p23f, kPerLog2 = 1.44269504f;
+  static constexpr float kHigh = 0x1.63p-1f, kLow = -2.12194440e-4f;
+  static GPK_HD float second_order(float r) {
+    return polynomial(r, 0.49999994f, 0.16666521f, 0.04166839f, 0.008368717f, 0.0013814599f);
+  }
+};
+
+template <>
+struct Exponential<double> {
+  using Word = uint64_t;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kLeast = -746., kRound = 0x1.8p52, kPerLog2 = 1.4426950408889634;
+  static constexpr double kHigh = 6.93147180369123816490e-01, kLow = 1.90821492927058770002e-10;
+  static GPK_HD double second_order(double r) {
+    return polynomial(r, 0.5000000000000011, 0.16666666666666413, 0.04166666666653016, 0.008333333333494465,
+                      0.0013888888943628986, 0.00019841269506569803, 2.480149309993476e-05, 2.755758638388378e-06,
+                      2.763024804860104e-07, 2.5000057903964448e-08);
+  }
+};
+
+// exp(x) of x <= 0, subnormal results included: 2^-n exp(r), where |r| <= log(2) / 2.
+template <typename A>
+GPK_HD A exp_of_nonpositive(A x) {
+#ifdef GPK_ON_DEVICE
+  return std::exp(x);
+#else
+  using E = Exponential<A>;
+  using Word = typename E::Word;
+  const A t = x < E::kLeast ? E::kLeast : x;  // NaN stays
+  const A rounded = E::kRound - t * E::kPerLog2, count = rounded - E::kRound;
+  const A r = (t + count * E::kHigh) + count * E::kLow;
+  const Word n = std::bit_cast<Word>(rounded) - std::bit_cast<Word>(E::kRound), half = n >> 1;
+  const auto power = [](Word down) { return std::bit_cast<A>((Word(E::kBias) - down) << E::kMantissa); };
+  // In two steps, of which only the second may round to a subnormal number.
+  return (A(1) + (r + r * r * E::second_order(r))) * power(half) * power(n - half);
+#endif
+}
+
+GPK_HD float log1p_tail(float z) { return polynomial(z, 0.66666412f, 0.40021697f, 0.2799916f, 0.28024384f); }
+
+GPK_HD double log1p_tail(double z) {
+  return polynomial(z, 0.6666666666666631, 0.4000000000015717, 0.2857142854786121, 0.22222223969340693,
+                    0.18181743937045683, 0.15386559691202026, 0.1330097635943171, 0.12106066043229068,
+                    0.08340183595800602, 0.17018432848314677);
+}
+
+// log(1 + x) of x in [0, 1], with every digit of a small x: 2 atanh(s), s = x / (2 + x), as 2 s = x - s x.
+template <typename A>
+GPK_HD A log1p_of_unit(A x) {
+#ifdef GPK_ON_DEVICE
+  return std::log1p(x);
+#else
+  const A s = x / (A(2) + x), z = s * s, half = A(0.5) * x * x;
+  return x - (half - s * (half + z * log1p_tail(z)));
+#endif
+}
+
 template <typename A>
 GPK_HD A softplus(A x) {
-  return (x > A(0) ? x : A(0)) + std::log1p(std::exp(-std::fabs(x)));
+  return (x > A(0) ? x : A(0)) + log1p_of_unit(exp_of_nonpositive(-std::fabs(x)));
 }
 
 template <typename A>
 GPK_HD A sigmoid(A x) {
-  return A(1) / (A(1) + std::exp(-x));
+  const A below = exp_of_nonpositive(-std::fabs(x));
+  return (x < A(0) ? below : A(1)) / (A(1) + below);
 }
 
 // max(0, x), and its slope, 0 at 0; NaN stays NaN.

@@ -20,6 +20,19 @@ from gpkernels.ops.instance_noise import instance_noise_op, instance_noise_refer
 from gpkernels.ops.interpolate import interpolate_backward_op, interpolate_op
 from gpkernels.ops.normalise_curvature import normalise_curvature_op
 from gpkernels.ops.philox import philox
+from gpkernels.ops.relativistic_loss import (
+    relativistic_loss_backward_op,
+    relativistic_loss_backward_reference,
+    relativistic_loss_op,
+    relativistic_loss_reference,
+)
+from gpkernels.ops.score_loss import (
+    ScoreLoss,
+    score_loss_backward_op,
+    score_loss_backward_reference,
+    score_loss_op,
+    score_loss_reference,
+)
 
 KEY = torch.tensor([-6_148_914_691_236_517_206])
 needs_kernels = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU kernels are not built")
@@ -36,6 +49,8 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     emulated.run([compiler, *flags, "-Wall", "-Wextra", "-I", str(emulated.ROOT), str(source), "-o", str(library)])
     made = ctypes.CDLL(str(library))
     made.worst_log.restype = made.worst_cos_sin.restype = ctypes.c_double
+    made.worst_softplus_of.restype = made.worst_sigmoid_of.restype = ctypes.c_double
+    made.special_numbers_stay.restype = ctypes.c_bool
     made.write_mistakes.restype = made.last_level_cache.restype = ctypes.c_int64
     return made
 
@@ -46,6 +61,17 @@ def test_logarithm_is_right_to_two_ulp_for_every_argument(loops: ctypes.CDLL) ->
 
 def test_cosine_and_sine_are_right_to_two_ulp_for_every_argument(loops: ctypes.CDLL) -> None:
     assert 0 < loops.worst_cos_sin() < 1.6
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_softplus_and_sigmoid_are_right_to_two_ulp_however_small_or_large(size: int, loops: ctypes.CDLL) -> None:
+    assert 0 < loops.worst_softplus_of(size) < 2
+    assert 0 < loops.worst_sigmoid_of(size) < 2.5
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_softplus_and_sigmoid_of_infinities_and_nan(size: int, loops: ctypes.CDLL) -> None:
+    assert loops.special_numbers_stay(size)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -93,6 +119,51 @@ def test_row_sums_lose_no_digits(dtype: torch.dtype, count: int) -> None:
     assert float(mean) == pytest.approx(math.fsum(d**-0.5 for d in apart) / 3, rel=tolerance, abs=0)
 
 
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 31, 127, 128, 255, 256, 300, 1023, 32_768, 32_769, 100_003])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_losses_of_any_count_are_those_of_float64(dtype: torch.dtype, count: int) -> None:
+    real, fake = (x.to(dtype) for x in 20 * torch.randn(2, count, dtype=torch.float64))
+    fake[0], fake[-1], real[count // 2] = -60, 30, 0
+    one, tolerance = torch.ones((), dtype=dtype), {torch.float64: 1e-14, torch.float32: 4e-7}.get(dtype, 0.01)
+    one = one.to(torch.promote_types(dtype, torch.float32))
+
+    def check(found: Tensor, exact: Tensor, tolerance: float) -> None:
+        assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+    for kind in ScoreLoss:
+        # A mean of numbers of both signs is as exact as one of their magnitudes.
+        size = float(score_loss_reference([real.double().abs()], [kind], [0.3]).abs() + real.double().abs().mean())
+        exact = score_loss_reference([real.double()], [kind], [0.3])
+        with gpk.backend("cpu"):
+            loss = score_loss_op([real], [kind], [0.3])
+            (slope,) = score_loss_backward_op(one, [real], [kind], [0.3])
+        assert abs(float(loss) - float(exact)) <= min(tolerance, 4e-7) * size
+        check(slope, score_loss_backward_reference(one.double(), [real.double()], [kind], [0.3])[0], tolerance)
+    with gpk.backend("cpu"):
+        loss, slopes = relativistic_loss_op(real, fake), relativistic_loss_backward_op(one, real, fake)
+    check(loss, relativistic_loss_reference(real.double(), fake.double()), min(tolerance, 4e-7))
+    exact_slopes = relativistic_loss_backward_reference(one.double(), real.double(), fake.double())
+    for slope, exact in zip(slopes, exact_slopes, strict=True):
+        check(slope, exact, tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_losses_keep_the_tail(dtype: torch.dtype) -> None:
+    """Also where it is subnormal; 400 equal scores take the loops of many lanes."""
+    for score in (-20.0, -80.0, -100.0) if dtype == torch.float32 else (-20.0, -100.0, -700.0, -740.0):
+        scores, one = torch.full((400,), score, dtype=dtype), torch.ones((), dtype=dtype)
+        least = 2.0**-149 if dtype == torch.float32 else 5e-324
+        with gpk.backend("cpu"):
+            loss = float(score_loss_op([scores], [ScoreLoss.SOFTPLUS], [0.0]))
+            mirrored = float(relativistic_loss_op(-scores, torch.zeros_like(scores)))
+            (slope,) = score_loss_backward_op(400 * one, [scores], [ScoreLoss.SOFTPLUS], [0.0])
+        odds, near = math.exp(score), {"rel": 4 * torch.finfo(dtype).eps, "abs": 2 * least}
+        assert loss == mirrored == pytest.approx(math.log1p(odds), **near)
+        assert float(slope[0]) == float(slope[-1]) == pytest.approx(odds / (1 + odds), **near)
+
+
 @pytest.fixture(scope="module")
 def cache(loops: ctypes.CDLL) -> int:
     """Bytes of the last-level cache, past which large results are written."""
@@ -124,15 +195,27 @@ def _curvature(x: Tensor, rows: Tensor) -> list[Tensor]:
     return [normalise_curvature_op(x, rows[:, None, None], x.flip(2), x, True)]
 
 
+def _relativistic_backward(x: Tensor, rows: Tensor) -> list[Tensor]:
+    return list(relativistic_loss_backward_op(torch.tensor(float(x.numel())), x, x.flip(1)))  # of the sum
+
+
 @needs_kernels
 @pytest.mark.parametrize("cols", [40_003, 259])
 @pytest.mark.parametrize(
-    "op", [_interpolate, _interpolate_backward, _penalty_backward, _consistency_backward, _curvature]
+    "op",
+    [
+        _interpolate,
+        _interpolate_backward,
+        _penalty_backward,
+        _consistency_backward,
+        _curvature,
+        _relativistic_backward,
+    ],
 )
 def test_results_larger_than_the_cache_are_those_of_their_parts(
     op: Callable[[Tensor, Tensor], list[Tensor]], cols: int, cache: int
 ) -> None:
-    results = 2 if op in (_interpolate_backward, _consistency_backward) else 1
+    results = 2 if op in (_interpolate_backward, _consistency_backward, _relativistic_backward) else 1
     x = torch.randn(cache // (4 * cols * results) + 1, cols)
     rows = torch.rand(len(x))
     with gpk.backend("cpu"):

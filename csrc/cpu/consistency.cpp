@@ -6,8 +6,8 @@ namespace gpk::cpu {
 namespace {
 
 template <typename T>
-GPK_SIMD double squared_distance(const T* a, const T* b, int64_t begin, int64_t end) {
-  return sum_of(std::array{a, b}, begin, end, [=](int64_t i) GPK_INLINE {
+GPK_SIMD double squared_distance(const T* a, const T* b, bool ahead, int64_t begin, int64_t end) {
+  return sum_of(std::array{a, b}, ahead, begin, end, [=](int64_t i) GPK_INLINE {
     const double v = double(Accumulate<T>(a[i])) - double(Accumulate<T>(b[i]));
     return v * v;
   });
@@ -34,8 +34,9 @@ std::vector<double> row_distances(const Tensor& a, const Tensor& b) {
   std::vector<double> sums;
   dispatch(a, [&](auto zero) {
     using T = decltype(zero);
+    const bool ahead = reads_ahead_by_hand(2 * a.numel() * sizeof(T));
     sums = sum_rows(shape, [&, x = data<T>(first), y = data<T>(second)](int64_t row, int64_t begin, int64_t end) {
-      return squared_distance<T>(x + row * shape.cols, y + row * shape.cols, begin, end);
+      return squared_distance<T>(x + row * shape.cols, y + row * shape.cols, ahead, begin, end);
     });
   });
   return sums;

@@ -11,8 +11,8 @@ namespace {
 enum Reduction : int64_t { kNone, kMean, kSum };
 
 template <typename T>
-GPK_SIMD double sum_of_squares(const T* x, int64_t begin, int64_t end) {
-  return sum_of(std::array{x}, begin, end, [=](int64_t i) GPK_INLINE {
+GPK_SIMD double sum_of_squares(const T* x, bool ahead, int64_t begin, int64_t end) {
+  return sum_of(std::array{x}, ahead, begin, end, [=](int64_t i) GPK_INLINE {
     const double v = double(Accumulate<T>(x[i]));
     return v * v;
   });
@@ -52,8 +52,9 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_cpu(Tensor grad, double target,
   std::vector<double> values;
   dispatch(grad, [&](auto zero) {
     using T = decltype(zero);
-    values = sum_rows(shape, [x = data<T>(dense), cols = shape.cols](int64_t row, int64_t begin, int64_t end) {
-      return sum_of_squares<T>(x + row * cols, begin, end);
+    const bool ahead = reads_ahead_by_hand(dense.numel() * sizeof(T));
+    values = sum_rows(shape, [=, x = data<T>(dense), cols = shape.cols](int64_t row, int64_t begin, int64_t end) {
+      return sum_of_squares<T>(x + row * cols, ahead, begin, end);
     });
   });
   std::vector<double> coefficients(shape.rows);

@@ -99,8 +99,11 @@ std::vector<double> sum_rows(Shape shape, const F& partial) {
   });
   if (tiles == 1) return partials;
   std::vector<double> sums(shape.rows);
-  for (int64_t row = 0; row < shape.rows; ++row)
-    for (int64_t tile = 0; tile < tiles; ++tile) sums[row] += partials[row * tiles + tile];
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    Sum sum;
+    for (int64_t tile = 0; tile < tiles; ++tile) sum += partials[row * tiles + tile];
+    sums[row] = sum.value();
+  }
   return sums;
 }
 

@@ -6,19 +6,23 @@ namespace gpk::cpu {
 namespace {
 
 template <typename T>
-double sum_of_values(const T* real, const T* fake, int64_t begin, int64_t end) {
+GPK_SIMD double sum_of_values(const T* real, const T* fake, bool ahead, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
-  Sum sum;
-  for (int64_t i = begin; i < end; ++i) sum += double(softplus(A(fake[i]) - A(real[i])));
-  return sum.value();
+  const auto value = [=](int64_t i) GPK_INLINE { return softplus(A(fake[i]) - A(real[i])); };
+  return sum_of(std::array{real, fake}, ahead, begin, end, value);
 }
 
-template <typename T, typename A>
-void slopes(const T* real, const T* fake, A scale, T* to_real, T* to_fake, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const A slope = scale * sigmoid(A(fake[i]) - A(real[i]));
-    to_real[i] = T(-slope);
-    to_fake[i] = T(slope);
+// Slopes of a block are computed once, then written for both tensors.
+template <bool kStreamed, typename T, typename A>
+GPK_SIMD void slopes(const T* real, const T* fake, A scale, T* to_real, T* to_fake, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 1024;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, end);
+    A slope[kBlock];
+    for (int64_t i = first; i < last; ++i) slope[i - first] = scale * sigmoid(A(fake[i]) - A(real[i]));
+    const auto down = [&](int64_t i) GPK_INLINE { return T(-slope[i - first]); };
+    const auto up = [&](int64_t i) GPK_INLINE { return T(slope[i - first]); };
+    write<kStreamed>(std::array{real, fake}, first, last, Result{to_real, down}, Result{to_fake, up});
   }
 }
 
@@ -29,8 +33,9 @@ Tensor relativistic_loss_cpu(Tensor real_scores, Tensor fake_scores) {
   double mean = 0;
   dispatch(real, [&](auto zero) {
     using T = decltype(zero);
+    const bool ahead = reads_ahead_by_hand(2 * real.numel() * sizeof(T));
     const auto sum = [&](int64_t, int64_t begin, int64_t end) {
-      return sum_of_values<T>(data<T>(real), data<T>(fake), begin, end);
+      return sum_of_values<T>(data<T>(real), data<T>(fake), ahead, begin, end);
     };
     mean = sum_rows({1, real.numel()}, sum)[0] / double(real.numel());
   });
@@ -42,13 +47,14 @@ std::tuple<Tensor, Tensor> relativistic_loss_backward_cpu(Tensor cotangent, Tens
   STD_TORCH_CHECK(cotangent.numel() == 1, "cotangent: expected one number");
   const MemoryFormat format = common_format({&real_scores, &fake_scores});
   const Tensor real = in_format(real_scores, format), fake = in_format(fake_scores, format);
-  const Tensor to_real = empty_like(real_scores, format), to_fake = empty_like(fake_scores, format);
+  const Tensor to_real = result_like(real_scores, format), to_fake = result_like(fake_scores, format);
   dispatch(real, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     const A scale = small_vector<A>(cotangent)[0] / A(real.numel());
+    const auto kernel = past_cache(2 * real.numel() * sizeof(T)) ? &slopes<true, T, A> : &slopes<false, T, A>;
     parallel(real.numel(), kTile, [&](int64_t begin, int64_t end) {
-      slopes<T, A>(data<T>(real), data<T>(fake), scale, mutable_data<T>(to_real), mutable_data<T>(to_fake), begin, end);
+      kernel(data<T>(real), data<T>(fake), scale, mutable_data<T>(to_real), mutable_data<T>(to_fake), begin, end);
     });
   });
   return {to_real, to_fake};

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
 
 import gpkernels as gpk
 from gpkernels.bench.clock import Call
@@ -19,6 +19,7 @@ from gpkernels.bench.trial import EAGER, OURS, Trial
 
 SUITE = "ops"
 SMALL, IMAGES = (64, 2), (64, 3, 32, 32)
+Loss = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = tuple(round(10 ** (1 + 5 * ((37 * i) % 100) / 99)) for i in range(100))  # of 10 to a million elements
 
 
@@ -81,6 +82,60 @@ def backward(value: Tensor, leaves: tuple[Tensor, ...], cotangent: Tensor | None
     return partial(torch.autograd.grad, value, leaves, cotangent, retain_graph=True)
 
 
+# Each loss of scores: ours and PyTorch's of real and generated scores, and how many of the two it reads.
+LOSSES: dict[str, tuple[Loss, Loss, int]] = {
+    "wgan_critic_loss": (gpk.wgan_critic_loss, lambda real, fake: fake.mean() - real.mean(), 2),
+    "wgan_generator_loss": (lambda _, fake: gpk.wgan_generator_loss(fake), lambda _, fake: -fake.mean(), 1),
+    "hinge_critic_loss": (
+        gpk.hinge_critic_loss,
+        lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean(),
+        2,
+    ),
+    "gan_discriminator_loss": (
+        gpk.gan_discriminator_loss,
+        lambda real, fake: softplus(-real).mean() + softplus(fake).mean(),
+        2,
+    ),
+    "saturating_generator_loss": (
+        lambda _, fake: gpk.saturating_generator_loss(fake),
+        lambda _, fake: -softplus(fake).mean(),
+        1,
+    ),
+    "nonsaturating_generator_loss": (
+        lambda _, fake: gpk.nonsaturating_generator_loss(fake),
+        lambda _, fake: softplus(-fake).mean(),
+        1,
+    ),
+    "least_squares_critic_loss": (
+        gpk.least_squares_critic_loss,
+        lambda real, fake: (real - 1).square().mean() + fake.square().mean(),
+        2,
+    ),
+    "least_squares_generator_loss": (
+        lambda _, fake: gpk.least_squares_generator_loss(fake),
+        lambda _, fake: (fake - 1).square().mean(),
+        1,
+    ),
+    "relativistic_critic_loss": (gpk.relativistic_critic_loss, lambda real, fake: softplus(fake - real).mean(), 2),
+    "relativistic_generator_loss": (
+        gpk.relativistic_generator_loss,
+        lambda real, fake: softplus(real - fake).mean(),
+        2,
+    ),
+}
+
+
+def value_of(ours: Loss, eager: Loss, groups: int) -> Op:
+    return Op(lambda b: lambda: ours(b.real, b.fake), lambda b: lambda: eager(b.real, b.fake), groups)
+
+
+def slopes_of(ours: Loss, eager: Loss, groups: int) -> Op:
+    def of(loss: Loss) -> Callable[[Batch], Call]:
+        return lambda b: backward(loss(*b.leaves), b.leaves[-groups:])
+
+    return Op(of(ours), of(eager), 2 * groups)
+
+
 OPS: dict[str, Op] = {
     "interpolate": Op(
         lambda b: lambda: gpk.interpolate(b.real, b.fake, b.eps),
@@ -122,21 +177,11 @@ OPS: dict[str, Op] = {
         lambda b: lambda: lipschitz(*b.scores, b.real, b.fake),
         2,
     ),
-    "least_squares_critic_loss": Op(
-        lambda b: lambda: gpk.least_squares_critic_loss(b.real, b.fake),
-        lambda b: lambda: (b.real - 1).square().mean() + b.fake.square().mean(),
-        2,
-    ),
-    "relativistic_critic_loss": Op(
-        lambda b: lambda: gpk.relativistic_critic_loss(b.real, b.fake),
-        lambda b: lambda: softplus(b.fake - b.real).mean(),
-        2,
-    ),
-    "relativistic_critic_loss, backward": Op(
-        lambda b: backward(gpk.relativistic_critic_loss(*b.leaves), b.leaves),
-        lambda b: backward(softplus(b.leaves[1] - b.leaves[0]).mean(), b.leaves),
-        4,
-    ),
+    **{
+        name + suffix: op
+        for name, (ours, eager, groups) in LOSSES.items()
+        for suffix, op in {"": value_of(ours, eager, groups), ", backward": slopes_of(ours, eager, groups)}.items()
+    },
     "clip_weights_": Op(
         lambda b: lambda: gpk.clip_weights_([b.cotangent], 0.5),
         lambda b: lambda: b.cotangent.clamp_(-0.5, 0.5),

@@ -1,5 +1,6 @@
 // What tests/test_cpu_loops.py asks of the CPU's headers, which need nothing of PyTorch.
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "csrc/cpu/memory.h"
@@ -10,6 +11,57 @@ namespace {
 double ulps(float got, double exact) {
   if (exact == 0) return got == 0 ? 0 : HUGE_VAL;
   return std::fabs(got - exact) / std::ldexp(1.0, std::ilogb(exact) - 23);
+}
+
+// Errors in units of the last place of an exact result, which may be subnormal.
+template <typename A>
+double ulps_of(A got, long double exact) {
+  if (std::isinf(got) || std::isnan(got)) return HUGE_VAL;
+  const int least = std::numeric_limits<A>::min_exponent - 1;
+  const int exponent = exact == 0 ? least : std::max(least, std::ilogb(exact));
+  return double(std::fabs((long double)got - exact) /
+                std::ldexp(1.0L, exponent - (std::numeric_limits<A>::digits - 1)));
+}
+
+// The worst error of `got` against `exact` over numbers of both signs: the smallest, all magnitudes up to 2^11, and
+// neighbours of each place where the argument's reduction or scaling steps.
+template <typename A, typename F, typename G>
+double worst_over_numbers(const F& got, const G& exact) {
+  double worst = 0;
+  const auto check = [&](A x) {
+    for (A signed_x : {x, -x}) worst = std::max(worst, ulps_of<A>(got(signed_x), exact((long double)signed_x)));
+  };
+  for (A x : {A(0), std::numeric_limits<A>::denorm_min(), std::numeric_limits<A>::min()}) check(x);
+  for (A x = std::ldexp(A(1), -60); x < A(2048); x *= A(1) + std::ldexp(A(1), -14)) check(x);
+  for (int half = 1; half < 2 * 1080; ++half) {
+    A x = A(half * 0.34657359027997264L);  // log(2) / 2
+    for (int k = 0; k < 20; ++k) x = std::nextafter(x, A(0));
+    for (int k = 0; k < 40; ++k, x = std::nextafter(x, A(HUGE_VAL))) check(x);
+  }
+  return worst;
+}
+
+template <typename A>
+double worst_softplus() {
+  return worst_over_numbers<A>([](A x) { return gpk::softplus(x); },
+                               [](long double x) { return std::max(x, 0.0L) + std::log1p(std::exp(-std::fabs(x))); });
+}
+
+template <typename A>
+double worst_sigmoid() {
+  const auto exact = [](long double x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x)); };
+  return worst_over_numbers<A>([](A x) { return gpk::sigmoid(x); }, exact);
+}
+
+// Whether infinities and NaN come out as they should.
+template <typename A>
+bool keeps_special_numbers() {
+  const A infinity = std::numeric_limits<A>::infinity(), nan = std::numeric_limits<A>::quiet_NaN();
+  return gpk::softplus(infinity) == infinity && gpk::softplus(-infinity) == 0 && gpk::sigmoid(infinity) == 1 &&
+         gpk::sigmoid(-infinity) == 0 && std::isnan(gpk::softplus(nan)) && std::isnan(gpk::softplus(-nan)) &&
+         std::isnan(gpk::sigmoid(nan)) && std::isnan(gpk::sigmoid(-nan)) &&
+         gpk::softplus(std::numeric_limits<A>::max()) == std::numeric_limits<A>::max() &&
+         gpk::softplus(-std::numeric_limits<A>::max()) == 0;
 }
 
 // Elements that write<kStreamed> leaves wrong, and elements beside its range that it touches, for every start within a
@@ -64,6 +116,12 @@ double worst_cos_sin() {
     worst = std::max({worst, ulps(cosine, cosines[quarter % 4]), ulps(sine, sines[quarter % 4])});
   }
   return worst;
+}
+
+double worst_softplus_of(int bytes) { return bytes == 4 ? worst_softplus<float>() : worst_softplus<double>(); }
+double worst_sigmoid_of(int bytes) { return bytes == 4 ? worst_sigmoid<float>() : worst_sigmoid<double>(); }
+bool special_numbers_stay(int bytes) {
+  return bytes == 4 ? keeps_special_numbers<float>() : keeps_special_numbers<double>();
 }
 
 int64_t write_mistakes(int bytes) {
