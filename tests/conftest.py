@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,6 +13,9 @@ import emulated
 import gpkernels
 from gpkernels import backends
 from gpkernels.critic import plan
+
+# Tensors of tests are small, and several processes run them: more threads of each would wait for the others'.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 BACKENDS = ("reference", "cpu", "cuda-emulated")
 

@@ -24,15 +24,19 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TORCH = Path(torch.__file__).parent
 NAMESPACE = "gpkernels_emulated"
 RUNTIME = ROOT / "tests" / "emulation" / "emulation.cpp"
+EMULATION = RUNTIME.with_suffix(".h")
+BUILT = ROOT / "build" / "emulated"
 _SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+_DETECTOR = ["-g1", "-fsanitize=thread"]
 # Of kernels, of the runtime, and of the linker. The runtime hides from the race detector; where bytes are counted it
 # stands in for the detector's library.
 FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "plain": ([], [], []),
-    "sanitized": (_SANITIZERS, _SANITIZERS, _SANITIZERS),
-    "raced": (["-g1", "-fsanitize=thread"], ["-DGPK_EMULATION_RACES"], ["-fsanitize=thread"]),
-    "counted": (["-fsanitize=thread"], ["-DGPK_EMULATION_TRAFFIC"], []),
+    "sanitized": ([*_SANITIZERS, "-O0"], _SANITIZERS, _SANITIZERS),  # as it compiles in half the time
+    "raced": (_DETECTOR, ["-g1", "-DGPK_EMULATION_RACES"], ["-fsanitize=thread"]),
+    "counted": (_DETECTOR, ["-DGPK_EMULATION_TRAFFIC"], []),
 }
+COMMON = ["-std=c++20", "-O1", "-fPIC", "-DGPK_HOST_EMULATION", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
 def compiler() -> str | None:
@@ -49,22 +53,58 @@ def build(flavour: str = "plain", patch: Callable[[str, str], str] = unchanged, 
 
     ``patch`` may change a source, given its name and text, for tests that must detect a bug.
     """
+    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h")]
     sources = [path for path in SOURCES if only in ("", path.stem)]
-    headers = [
-        *(ROOT / "csrc").glob("*.h"),
-        *(ROOT / "csrc" / "cuda").glob("*.h"),
-        *(ROOT / "tests/emulation").glob("*.h"),
+    for_kernels, for_runtime, for_linker = FLAGS[flavour]
+    units = [
+        *(
+            _Unit(half, [*half, *headers, EMULATION], for_kernels, patch)
+            for half in (sources[::2], sources[1::2])
+            if half
+        ),
+        _Unit([RUNTIME], [RUNTIME, EMULATION], for_runtime, patch),
     ]
-    texts = {str(path.relative_to(ROOT)): patch(path.name, path.read_text()) for path in [*SOURCES, RUNTIME, *headers]}
-    key = hashlib.sha256(repr((torch.__version__, FLAGS[flavour], only, sorted(texts.items()))).encode()).hexdigest()[
-        :16
-    ]
-    folder = ROOT / "build" / "emulated" / f"{flavour}-{key}"
+    folder = BUILT / f"{flavour}-{_key(for_linker, [unit.key for unit in units])}"
     library = folder / "emulated.so"
     with alone(folder):
         if not library.exists():
-            _compile(library, texts, sources, flavour)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(_Unit.compile, units))
+            linked = library.with_suffix(".linked")
+            link = [str(compiler()), "-shared", *for_linker, "-o", str(linked), *map(str, objects)]
+            run([*link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"])
+            linked.rename(library)
     return library
+
+
+def _key(*what: Any) -> str:
+    return hashlib.sha256(repr((torch.__version__, what)).encode()).hexdigest()[:16]
+
+
+class _Unit:
+    """Sources that the compiler reads together, as it reads their headers once; flavours share what is the same."""
+
+    def __init__(
+        self, sources: list[Path], reads: list[Path], own: list[str], patch: Callable[[str, str], str]
+    ) -> None:
+        self.text = "".join(f'#include "{source.relative_to(ROOT)}"\n' for source in sources)
+        self.reads = {str(path.relative_to(ROOT)): patch(path.name, path.read_text()) for path in reads}
+        self.flags = [*COMMON, *own]
+        self.key = _key(self.text, self.flags, sorted(self.reads.items()))
+
+    def compile(self) -> Path:
+        folder = BUILT / self.key
+        made = folder / "unit.o"
+        with alone(folder):
+            if not made.exists():
+                for name, text in {**self.reads, "unit.cpp": self.text}.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_text(text)
+                includes = ["-isystem", str(TORCH / "include"), "-I", str(folder / "tests" / "emulation")]
+                part = made.with_suffix(".part")
+                run([str(compiler()), *self.flags, *includes, "-c", str(folder / "unit.cpp"), "-o", str(part)])
+                part.rename(made)
+        return made
 
 
 @contextmanager
@@ -74,32 +114,6 @@ def alone(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _compile(library: Path, texts: dict[str, str], sources: list[Path], flavour: str) -> None:
-    folder = library.parent
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    flags = ["-std=c++20", "-O1", "-fPIC", "-DGPK_HOST_EMULATION", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    for_kernels, for_runtime, for_linker = FLAGS[flavour]
-    includes = ["-isystem", str(TORCH / "include"), "-I", str(folder / "tests" / "emulation")]
-
-    def compile_together(sources: list[Path]) -> Path:
-        made = folder / f"{sources[0].stem}.o"
-        text = made.with_suffix(".cpp")
-        text.write_text("".join(f'#include "{source.relative_to(ROOT)}"\n' for source in sources))
-        own = for_runtime if RUNTIME in sources else for_kernels
-        run([str(compiler()), *flags, *own, *includes, "-c", str(text), "-o", str(made)])
-        return made
-
-    # PyTorch's headers take longer than the kernels: a compiler reads them once for half of the sources.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_together, filter(None, [sources[::2], sources[1::2], [RUNTIME]])))
-    linked = library.with_suffix(".linked")
-    link = [str(compiler()), "-shared", *for_linker, "-o", str(linked), *map(str, objects)]
-    run([*link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"])
-    linked.rename(library)
 
 
 def run(command: list[str]) -> None:

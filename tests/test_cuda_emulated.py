@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import emulated
 from cases import raw_arguments
 from gpkernels import ops
+from shared import once
 
 pytestmark = pytest.mark.skipif(
     emulated.compiler() is None or shutil.which("setarch") is None, reason="there is no C++ compiler, or no setarch"
@@ -28,6 +30,7 @@ CHECK = Path(__file__).parent / "emulation" / "check.py"
 ORDERS = ("forward", "reverse", "random:1")
 PENALTY = ("gradient_norm_penalty", "gradient_norm_penalty_backward")
 
+Patch = Callable[[int, str, str], str]  # of the bug's number, a source's name and its text
 
 RUNTIMES = {"plain": (), "sanitized": ("libasan.so", "libubsan.so"), "raced": ("libtsan.so",)}
 # Whose blocks or warps share sums. One process cannot have so many threads as all kernels' grids.
@@ -47,25 +50,45 @@ def _library_of_compiler(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def verdict(library: Path, flavour: str, order: str, *names: str) -> str:
-    """Return the result of checking a library: its last line, or the sanitizer's finding."""
-    environment = {**os.environ, "GPK_EMULATION_ORDER": order, "OMP_NUM_THREADS": "1"}
+@dataclass(frozen=True)
+class Job:
+    """A check of some ops of a library, all of them if none are named, with at most one of the bugs it contains."""
+
+    name: str
+    library: Path
+    order: str
+    names: tuple[str, ...] = ()
+    bug: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        environment = {"GPK_EMULATION_ORDER": self.order, "GPK_EMULATION_BUG": str(self.bug)}
+        return {"library": str(self.library), "ops": self.names, "environment": environment}
+
+
+def verdicts(flavour: str, jobs: list[Job]) -> list[str]:
+    """Return the result of each check: the last line of its output, or the sanitizer's finding."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["LD_PRELOAD"] = " ".join(map(_library_of_compiler, RUNTIMES[flavour]))
     environment["ASAN_OPTIONS"] = "detect_leaks=0:halt_on_error=1"
     environment["TSAN_OPTIONS"] = "halt_on_error=1"
     fixed = ["setarch", "-R"] if flavour == "raced" else []  # the race detector needs a fixed address space
     done = subprocess.run(
-        [*fixed, sys.executable, str(CHECK), str(library), *names],
+        [*fixed, sys.executable, str(CHECK), json.dumps([job.as_json() for job in jobs])],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
-    for line in done.stderr.splitlines():
+    assert done.returncode == 0, done.stderr
+    return [_finding(*said) for said in json.loads(done.stdout)]
+
+
+def _finding(code: int, output: str, errors: str) -> str:
+    for line in errors.splitlines():
         if any(mark in line for mark in ("runtime error:", "ERROR: AddressSanitizer:", "WARNING: ThreadSanitizer:")):
             return line
-    return done.stdout.splitlines()[-1] if done.stdout else f"exit code {done.returncode}: {done.stderr[-500:]}"
+    return output.splitlines()[-1] if output and not code else f"exit code {code}: {errors[-500:]}"
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -175,50 +198,74 @@ def test_elements_are_read_once_and_written_once(name: str) -> None:
     assert 1.0 <= _traffic()[name] <= 1.05
 
 
-def _replace(file: str, old: str, new: str) -> Callable[[str, str], str]:
-    def patch(name: str, text: str) -> str:
+def _replace(file: str, old: str, new: str) -> Patch:
+    def patch(number: int, name: str, text: str) -> str:
         if name != file:
             return text
         assert old in text, f"{file} has changed: {old!r} is not in it"
-        return text.replace(old, new)
+        return text.replace(old, new.replace("SEEDED", f"emulation::seeded({number})"))
 
     return patch
 
 
-# Each bug, the build that detects it, and its message: a plain build in every order, the others in one.
-BUGS = {
-    "a missing barrier": (
-        _replace("device.h", " = value;\n  __syncthreads();\n  value = A(0);", " = value;\n  value = A(0);"),
-        "plain",
-        "wrong value",
-    ),
+_NO_BARRIER = _replace(
+    "device.h",
+    " = value;\n  __syncthreads();\n  value = A(0);",
+    " = value;\n  if (!SEEDED) __syncthreads();\n  value = A(0);",
+)
+# Each bug, which acts where it is SEEDED; the build that detects it; and its message: a plain build in every order, the
+# others in one.
+BUGS: dict[str, tuple[Patch, str, str]] = {
+    "a missing barrier": (_NO_BARRIER, "plain", "wrong value"),
     "a wrong stride": (
-        _replace("gradient_norm_penalty.cu", "load<T, kWidth>(x, row * packs + i)", "load<T, kWidth>(x, row + i)"),
+        _replace(
+            "gradient_norm_penalty.cu",
+            "load<T, kWidth>(x, row * packs + i)",
+            "load<T, kWidth>(x, (SEEDED ? row : row * packs) + i)",
+        ),
         "plain",
         "wrong value",
     ),
     "an early exit before a barrier": (
-        _replace("reduce_rows.h", "  double total = 0;\n", "  if (threadIdx.x > 40) return;\n  double total = 0;\n"),
+        _replace(
+            "reduce_rows.h",
+            "  double total = 0;\n",
+            "  if (SEEDED && threadIdx.x > 40) return;\n  double total = 0;\n",
+        ),
         "plain",
         "a shuffle reads a lane that does not take part",
     ),
     "a shuffle in part of a warp": (
-        _replace("reduce_rows.h", "for (A& sum : sums) sum = lanes", "for (A& sum : sums) if (lane < 16) sum = lanes"),
+        _replace(
+            "reduce_rows.h",
+            "for (A& sum : sums) sum = lanes",
+            "for (A& sum : sums) if (!SEEDED || lane < 16) sum = lanes",
+        ),
         "plain",
         "deadlock",
     ),
     "a tail that is not masked": (
-        _replace("gradient_norm_penalty.cu", "i < packs; i += step", "i <= packs; i += step"),
+        _replace("gradient_norm_penalty.cu", "i < packs; i += step", "i < packs + SEEDED; i += step"),
         "sanitized",
         "heap-buffer-overflow",
     ),
     "a wide load that is misaligned": (
-        _replace("device.h", "cols % kWide<T> == 0 && aligned(pointers)", "cols % kWide<T> == 0"),
+        _replace(
+            "device.h", "% kWide<T> == 0 && aligned(pointers)", "% kWide<T> == 0 && (SEEDED || aligned(pointers))"
+        ),
         "sanitized",
         "misaligned address",
     ),
     "shared memory that is too small": (
-        _replace("device.h", "GPK_SHARED(A, sums, kThreads / kWarp)", "GPK_SHARED(A, sums, kThreads / kWarp - 1)"),
+        _replace(
+            "device.h",
+            "template <typename A>\n__device__ __forceinline__ A block_sum(A value) {\n"
+            "  GPK_SHARED(A, sums, kThreads / kWarp);\n",
+            "template <typename A, int kSums = 0>\n__device__ __forceinline__ A block_sum(A value) {\n"
+            "  constexpr int kRight = kThreads / kWarp;\n"
+            "  if constexpr (!kSums) return SEEDED ? block_sum<A, kRight - 1>(value) : block_sum<A, kRight>(value);\n"
+            "  GPK_SHARED(A, sums, kSums ? kSums : 1);\n",
+        ),
         "sanitized",
         "out of bounds",
     ),
@@ -226,47 +273,81 @@ BUGS = {
         _replace(
             "reduce_rows.h",
             "if (threadIdx.x == 0) partials[(row * tiles + blockIdx.x) * Row::kSums + k] = sum;",
-            "A& total = partials[row * tiles * Row::kSums + k];"
-            "if (threadIdx.x == 0) total = blockIdx.x == 0 ? sum : total + sum;",
+            "A& total = partials[(row * tiles + (SEEDED ? 0 : blockIdx.x)) * Row::kSums + k];"
+            "if (threadIdx.x == 0) total = !SEEDED || blockIdx.x == 0 ? sum : total + sum;",
         ),
         "raced",
         "data race",
     ),
     "a ticket that is not atomic": (
-        _replace("device.h", "atomicAdd(ticket, 1u) == blocks - 1", "(*ticket)++ == blocks - 1"),
+        _replace(
+            "device.h",
+            "atomicAdd(ticket, 1u) == blocks - 1",
+            "(SEEDED ? (*ticket)++ : atomicAdd(ticket, 1u)) == blocks - 1",
+        ),
         "raced",
         "data race",
     ),
     "a missing fence": (
-        _replace("device.h", "    __threadfence();\n    last[0] =", "    last[0] ="),
+        _replace("device.h", "    __threadfence();\n    last[0] =", "    if (!SEEDED) __threadfence();\n    last[0] ="),
         "raced",
         "data race",
     ),
-    "a missing barrier that the order of threads hides": (
-        _replace("device.h", " = value;\n  __syncthreads();\n  value = A(0);", " = value;\n  value = A(0);"),
-        "raced",
-        "data race",
-    ),
+    "a missing barrier that the order of threads hides": (_NO_BARRIER, "raced", "data race"),
 }
+NO_BUG = "no bug"
 
 
-def _verdicts(job: str) -> dict[str, str]:
-    """By order: what is said of all kernels in a build, by its name, or of those that have a bug, by the bug's."""
-    patch, flavour, _ = BUGS.get(job, (emulated.unchanged, job, "ok"))
-    library = emulated.build(flavour, patch, only="gradient_norm_penalty" if job in BUGS else "")
-    names = PENALTY if job in BUGS else SHARING if job == "raced" else ()
-    orders = ORDERS[2:] if job == "raced" else ORDERS[:1] if job in BUGS and flavour != "plain" else ORDERS
-    return {order: verdict(library, flavour, order, *names) for order in orders}
+def _with_bugs(flavour: str) -> Path:
+    """Build a library of one source with all bugs that a flavour detects, of which a check chooses one or none."""
+    patches = [(i, patch) for i, (patch, detector, _) in enumerate(BUGS.values(), 1) if detector == flavour]
+
+    def patched(name: str, text: str) -> str:
+        for number, patch in patches:
+            text = patch(number, name, text)
+        return text
+
+    return emulated.build(flavour, patched, only="gradient_norm_penalty")
+
+
+def _jobs(flavour: str) -> list[Job]:
+    orders = ORDERS[2:] if flavour == "raced" else ORDERS
+    library = emulated.build(flavour)
+    jobs = [Job(flavour, library, order, SHARING if flavour == "raced" else ()) for order in orders]
+    library = _with_bugs(flavour)
+    orders = ORDERS if flavour == "plain" else ORDERS[:1]
+    for number, (bug, (_, detector, _)) in enumerate(BUGS.items(), 1):
+        if detector == flavour:
+            jobs += [Job(bug, library, order, PENALTY, number) for order in orders]
+    return [*jobs, Job(f"{NO_BUG}, {flavour}", library, orders[0], PENALTY[: 1 if flavour == "raced" else 2])]
+
+
+def _verdicts(flavour: str) -> dict[str, dict[str, str]]:
+    """By build or bug and by order: what a check says."""
+    found: dict[str, dict[str, str]] = {}
+    jobs = _jobs(flavour)
+    for job, said in zip(jobs, verdicts(flavour, jobs), strict=True):
+        found.setdefault(job.name, {})[job.order] = said
+    return found
+
+
+def _check_all() -> dict[str, dict[str, str]]:
+    flavours = ["sanitized", "raced", "plain"]  # the longest first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers and checks are processes of their own
+        return {name: said for found in pool.map(_verdicts, flavours) for name, said in found.items()}
 
 
 @cache
 def _all_verdicts() -> dict[str, dict[str, str]]:
-    jobs = ["raced", "sanitized", "plain", *BUGS]  # the longest first
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers and checks are processes of their own
-        return dict(zip(jobs, pool.map(_verdicts, jobs), strict=True))
+    return once("emulated_verdicts", _check_all)
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_checks_see(bug: str) -> None:
     found = _all_verdicts()[bug]
     assert all(BUGS[bug][2] in said for said in found.values()), found
+
+
+@pytest.mark.parametrize("flavour", RUNTIMES)
+def test_the_checks_see_nothing_where_no_bug_acts(flavour: str) -> None:
+    assert set(_all_verdicts()[f"{NO_BUG}, {flavour}"].values()) == {"ok"}

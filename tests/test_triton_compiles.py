@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from shared import once
+
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "gpkernels" / "triton_kernels.csv"
 COLUMNS = ("call", "kernel", "dtype", "target", "registers", "spills", "shared", "widest_load")
@@ -49,7 +51,7 @@ def measure() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def resources() -> dict[tuple[str, ...], dict[str, Any]]:
-    return {tuple(row[c] for c in COLUMNS[:4]): row for row in measure()}
+    return {tuple(row[c] for c in COLUMNS[:4]): row for row in once("triton_compiles", measure)}
 
 
 def tracked() -> dict[tuple[str, ...], dict[str, int]]:

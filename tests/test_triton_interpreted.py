@@ -7,16 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import triton_cases
 from gpkernels import ops
+from shared import once
 
 TESTS = Path(__file__).parent
-RUNS: dict[str, Any] = {}
 NAMES = [(op, name) for name, op, _ in triton_cases.cases()]
 PAIRS = sorted({(op, name.partition(" of ")[2].split()[0].rstrip(",")) for op, name in NAMES})
 GUARDS = ("guarded-start", "guarded-end")
@@ -58,15 +58,22 @@ def interpret(*command: str) -> subprocess.CompletedProcess[str]:
     return finished(start(*command))
 
 
+def _run_all() -> dict[str, tuple[int, str, str]]:
+    programs = {g: start(str(TESTS / "triton_cases.py"), *([g] if g else [])) for g in ("", *GUARDS)}
+    done = {g: finished(program) for g, program in programs.items()}
+    return {g: (one.returncode, one.stdout, one.stderr) for g, one in done.items()}
+
+
+@cache
+def _runs() -> dict[str, tuple[int, str, str]]:
+    return once("triton_interpreted", _run_all)
+
+
 def cases(guard: str = "") -> dict[str, list[str]]:
     """(worst error, share of what it may be) of each case; a process runs them all, once, guarded ones beside it."""
-    if not RUNS:
-        programs = {g: start(str(TESTS / "triton_cases.py"), *([g] if g else [])) for g in ("", *GUARDS)}
-        RUNS.update({g: finished(program) for g, program in programs.items()})
-    done = RUNS[guard]
-    # After a crash the last line of stderr names the case.
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    return json.loads(done.stdout)
+    code, out, err = _runs()[guard]
+    assert code == 0, (code, err[-3000:])  # after a crash the last line of stderr names the case
+    return json.loads(out)
 
 
 @pytest.mark.parametrize(("op", "dtype"), PAIRS)

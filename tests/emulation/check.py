@@ -1,13 +1,19 @@
-"""Run emulated kernels on many arguments and compare with the reference: `python check.py LIBRARY [op ...]`.
+"""Run emulated kernels on many arguments and compare with the reference: `python check.py JOBS`.
 
-A process of its own, for sanitizers and kernels with bugs. Its last line says what was found: "ok", "wrong value" or
-the emulation's complaint; a sanitizer ends the process itself.
+Jobs are a list in JSON, each with "library", "ops" (all of them if it is empty) and "environment". Each has a process
+of its own, for sanitizers and kernels with bugs: a fork, as importing takes longer than most checks. The last line of
+its output says what was found: "ok", "wrong value" or the emulation's complaint; a sanitizer ends the process itself.
+Prints a list of exit codes, outputs and errors in JSON.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import os
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +65,12 @@ def _is_half(given: tuple[Any, ...]) -> bool:
     return any(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in given)
 
 
-def main() -> None:
+def run(job: dict[str, Any]) -> None:
+    os.environ.update(job["environment"])
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    kernels = emulated.kernels(Path(sys.argv[1]))
+    kernels = emulated.kernels(Path(job["library"]))
     try:
-        for name in sys.argv[2:] or kernels:
+        for name in job["ops"] or kernels:
             check(name, kernels[name])
     except AssertionError:
         print("wrong value")
@@ -74,5 +80,28 @@ def main() -> None:
         print("ok")
 
 
+def in_a_fork(job: dict[str, Any]) -> tuple[int, str, str]:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+            code = 1
+            try:
+                run(job)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        errors.seek(0)
+        return code, out.read(), errors.read()
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    print(json.dumps([in_a_fork(job) for job in json.loads(sys.argv[1])]))

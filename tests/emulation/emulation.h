@@ -3,6 +3,7 @@
 // It is strict: a barrier that not all threads reach, a shuffle whose lanes disagree on the mask or read a lane that
 // does not take part, a launch past the hardware's limits: all throw. Shared memory starts as NaN.
 // GPK_EMULATION_ORDER=forward|reverse|random:SEED permutes the threads of a block and the blocks of a grid.
+// GPK_EMULATION_BUG=NUMBER makes a bug act that a test has put into a kernel, of several in one build.
 #pragma once
 
 #include <cmath>
@@ -56,6 +57,7 @@ void fence();
 unsigned add(unsigned* at, unsigned value);
 unsigned next_place();
 void* shared_at(unsigned place, size_t bytes);
+bool seeded(int bug);
 
 GPK_UNSEEN inline uint3 thread_id() { return here.thread; }
 GPK_UNSEEN inline uint3 block_id() { return here.block; }
