@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "gradient.h"
 #include "shelf.h"
 
 namespace py = pybind11;
@@ -207,4 +208,5 @@ PYBIND11_MODULE(_program, m) {
       .def(py::init<py::function>())
       .def("__call__", py::overload_cast<const py::list&>(&Program::run, py::const_));
   add_shelf(m);
+  add_gradients(m);
 }

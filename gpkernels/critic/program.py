@@ -323,6 +323,12 @@ class Signature:
         self.known, self.met, self.options = known, False, chosen()
         self.program: Program | None = None
 
+    @property
+    def native(self) -> Any:
+        """The program in C++, where it runs without Python; None until it has run."""
+        parts = [] if self.program is None else self.program.parts
+        return parts[0].native if len(parts) == 1 else None
+
     def run(self, inputs: list[Tensor | None], work: Work, outsider: Outsider) -> Tensors:
         """Run ``work``, by the program if there is one. The list of inputs is emptied."""
         if not _traceable(inputs):
