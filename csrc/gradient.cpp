@@ -119,11 +119,13 @@ std::vector<at::Tensor> tensors_of(const py::handle& list) {
   return found;
 }
 
+bool is_forced(const py::object& forced) { return !forced().is_none(); }
+
 // Returns the gradients of all leaves. given: cotangents of the outputs and of the gradients at all inputs.
 std::vector<at::Tensor> finished(Halves& halves, std::vector<at::Tensor> given, std::vector<at::Tensor> saved) {
   const py::gil_scoped_acquire held;
   Key key;
-  bool usual = !is_seen() && halves.forced().is_none();
+  bool usual = !is_seen();
   for (const at::Tensor& x : given) {
     key.number(x.defined());
     if (x.defined()) key.tensor(x);
@@ -131,10 +133,9 @@ std::vector<at::Tensor> finished(Halves& halves, std::vector<at::Tensor> given, 
   }
   if (usual) {
     const auto found = halves.finish.find(key.bytes());
-    if (found != halves.finish.end()) {
-      const std::shared_ptr<Program> program = found->second;
+    const std::shared_ptr<Program> program = found == halves.finish.end() ? nullptr : found->second;
+    if (program && !(program->has_backends() && is_forced(halves.forced)))
       return program->run(joined(std::move(given), std::move(saved)));
-    }
   }
   const py::tuple made = halves.known.attr("finished")(listed(given), listed(saved));
   if (usual && !made[1].is_none()) halves.finish.emplace(key.bytes(), made[1].cast<std::shared_ptr<Program>>());
@@ -251,14 +252,15 @@ class Gradients {
       moving.push_back(i);
     }
     if (moving.empty() || moving[0] != 0) return begun();
+    std::optional<Graph> read;
+    if (!left_(model, wrapped(made.inputs[0])).cast<bool>()) read = this->read(made, graph);
+    if (read && !read->owner.defined()) return begun();
     std::vector<at::Tensor> found;
-    if (left_(model, wrapped(made.inputs[0])).cast<bool>()) {
-      const auto gradients = by_engine(made, graph);
+    if (!read || !held_by(read->owner).pull) {
+      std::optional<std::vector<at::Tensor>> gradients = by_engine(made, graph);
       if (!gradients) return begun();
       found = joined(std::move(made.outputs), std::move(*gradients));
     } else {
-      std::optional<Graph> read = this->read(made, graph);
-      if (!read || !read->owner.defined()) return begun();
       if (!read->graph) {  // each tensor is freed once it has been read
         output = py::none();
         for (const size_t i : moving) results->items[i] = py::none();
@@ -281,7 +283,7 @@ class Gradients {
     HANDLE_TH_ERRORS
     Made made{tensors_of(outputs), inputs, score, wanted, start, tag};
     std::optional<Graph> read = this->read(made, graph);
-    if (!read) return py::none();
+    if (!read || (read->owner.defined() && !held_by(read->owner).pull)) return py::none();
     bool usual = read->owner.defined();
     for (const py::handle& value : outputs) usual &= THPVariable_CheckExact(value.ptr());
     if (!usual)
@@ -292,7 +294,8 @@ class Gradients {
     END_HANDLE_TH_ERRORS_PYBIND
   }
 
-  // Adds the program that computes the gradients at inputs, under the key for which there was none.
+  // Adds the program that computes the gradients at inputs, under the key for which there was none; null: the engine is
+  // to compute them.
   void keep(const std::string& key, py::object known, std::shared_ptr<Program> pull, std::vector<int64_t> places,
             const py::list& leaves, size_t outputs) {
     if (halves_.size() >= capacity_) halves_.clear();
@@ -346,9 +349,10 @@ class Gradients {
     for (at::Tensor& x : found.saved)
       if (x.defined()) x = at::isTensorSubclassLike(x) ? x.detach() : detached(x);
     to.saved = std::move(found.saved);
-    if (is_seen() || !forced_().is_none()) return to;
-    const auto known = halves_.find(to.key.bytes());
-    if (known != halves_.end()) to.owner = known->second;
+    const auto known = is_seen() ? halves_.end() : halves_.find(to.key.bytes());
+    if (known == halves_.end()) return to;
+    const std::shared_ptr<Program>& pull = held_by(known->second).pull;
+    if (!pull || !pull->has_backends() || !is_forced(forced_)) to.owner = known->second;
     return to;
   }
 

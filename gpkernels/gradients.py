@@ -110,13 +110,10 @@ def gradient_of(
     model: Model, x: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "model"
 ) -> tuple[Any, Any]:
     """Return the output of a model, an argument of that name, and the gradient at its input."""
-    begun = None
-    if not (is_compiling() or transformed() or depth() or may_be_sharded()):
-        found = at_once(model, x, args, kwargs)
-        if type(found) is tuple:
-            return found
-        begun = found
-    inputs = _checked(model, x, name)
+    found = None if is_compiling() or may_be_sharded() else at_once(model, x, args, kwargs)
+    if type(found) is tuple:
+        return found
+    inputs, begun = _checked(model, x, name), found
     own = lambda: value_and_gradient(model, inputs, args, kwargs, name, depth() > 0, begun)  # noqa: E731
     eagerly = lambda: with_gathered(own, model)  # noqa: E731
     if transformed():

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.call import scores_of, uncompiled
-from gpkernels.critic.compiled import chosen
+from gpkernels.critic.compiled import Options, chosen
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import FROM_LOCAL, REENTRANT, Graph, attributes, check_graph, check_nodes
 from gpkernels.critic.parts import constant_scores
@@ -75,7 +75,7 @@ class Halves:
         plan, count = self.plan, len(self.plan.outputs)
         scores = tensors[self.score]
         assert scores is not None
-        passes = Passes(plan, tensors[count:], outsider)
+        passes = Passes(plan, tensors[count:], outsider, only_pulls=True)
         found = passes.pull({plan.outputs[self.score]: torch.ones_like(scores)})
         gradients = [
             None if p is None else found[p] if p in found else plan.calls[p[0]].outputs[p[1]].zeros()
@@ -213,7 +213,7 @@ class Made(NamedTuple):
 
 
 known = Cache()
-_tags: dict[Any, int] = {}
+_tags: dict[Options, int] = {}
 _native: Any = None
 
 
@@ -226,9 +226,8 @@ def native() -> Any:
     return _native
 
 
-def _tag() -> int:
-    """Number of the options in force, by which programs are told apart."""
-    options = chosen()
+def _tag(options: Options | None) -> int:
+    """Number of options of programs, by which these are told apart."""
     return 0 if options is None else _tags.setdefault(options, len(_tags) + 1)
 
 
@@ -246,9 +245,10 @@ def at_once(
     """Compute ``value_and_gradient`` in C++; None where the native path does not apply, or refuses the input."""
     if backends.program is None or dual_level() >= 0:
         return None
+    found: Any
     with uncompiled():
-        found = native().at_once(model, x, tuple(args), dict(kwargs), _tag())
-    return Begun(*found) if found is not None and len(found) == 3 else found  # type: ignore[no-any-return]
+        found = (_native or native()).at_once(model, x, tuple(args), dict(kwargs), _tag(chosen()))
+    return found if found is None or len(found) == 2 else Begun(*found)
 
 
 def value_and_gradient(
@@ -312,7 +312,7 @@ def _recorded(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]] | None:
     """Compute outputs and gradients with this module's derivatives; None where autograd has to compute them."""
     outputs, inputs, wanted, count = made.outputs, made.inputs, source.wanted, len(made.outputs)
-    found = native().gradient(outputs, inputs, made.score, wanted, start, graph, _tag())
+    found = native().gradient(outputs, inputs, made.score, wanted, start, graph, _tag(chosen()))
     if type(found) is not tuple:
         return found and (found[:count], found[count:])
     key, leaves, places, saved, graph = found
@@ -322,7 +322,8 @@ def _recorded(
     of: Halves = signature.known
     outsider: Any = None
     if of.generic:
-        if not graph:
+        if not graph:  # nothing is saved on products
+            native().keep(key, of, None, places, leaves, count)
             return None
         if of.plan.leaves_too_much():
             left_to_autograd.add(model, inputs[0].numel())
