@@ -50,7 +50,8 @@ class Flat {
     } else {
       return std::nullopt;
     }
-    return std::all_of(found.items.begin(), found.items.end(), is_leaf) ? std::optional(std::move(found)) : std::nullopt;
+    return std::all_of(found.items.begin(), found.items.end(), is_leaf) ? std::optional(std::move(found))
+                                                                        : std::nullopt;
   }
 
   // The same structure of other items.
@@ -188,8 +189,8 @@ struct Made {
   int64_t tag;
 };
 
-// What was read of its graph. leaves: the tensors at which it ends, undefined for inputs that are not wanted; places: of
-// the inputs among these; saved: tensors without their graph; graph: whether results have one; owner: of the halves,
+// What was read of its graph. leaves: the tensors at which it ends, undefined for inputs that are not wanted; places:
+// of the inputs among these; saved: tensors without their graph; graph: whether results have one; owner: of the halves,
 // undefined where they are not known.
 struct Graph {
   Key key;
@@ -199,30 +200,68 @@ struct Graph {
   at::Tensor owner;
 };
 
+bool is_imported(const char* name) { return PyDict_GetItemString(PyImport_GetModuleDict(), name) != nullptr; }
+
+// Context in which compiled parts of a model run eagerly, where there may be any.
+class Eagerly {
+ public:
+  explicit Eagerly(const py::object& uncompiled) {
+    if (!is_imported("torch._dynamo.eval_frame")) return;
+    context_ = uncompiled();
+    context_.attr("__enter__")();
+  }
+  ~Eagerly() noexcept(false) {
+    if (context_) context_.attr("__exit__")(py::none(), py::none(), py::none());
+  }
+  Eagerly(const Eagerly&) = delete;
+  Eagerly& operator=(const Eagerly&) = delete;
+
+ private:
+  py::object context_;
+};
+
+// Python functions. forced: returns the backend that is forced, or None; left: whether the engine is to compute the
+// gradient of a model, for an input; chosen: returns the options in force, or None; tag: returns their number, above 0;
+// dual_level: of forward-mode differentiation, -1 outside; may_be_sharded: whether parameters may be distributed;
+// uncompiled: the context.
+struct InPython {
+  py::object forced, left, chosen, tag, dual_level, may_be_sharded, uncompiled;
+
+  explicit InPython(const py::dict& all)
+      : forced(all["forced"]),
+        left(all["left"]),
+        chosen(all["chosen"]),
+        tag(all["tag"]),
+        dual_level(all["dual_level"]),
+        may_be_sharded(all["may_be_sharded"]),
+        uncompiled(all["uncompiled"]) {}
+
+  int64_t options() const {
+    const py::object found = chosen();
+    return found.is_none() ? 0 : tag(found).cast<int64_t>();
+  }
+};
+
 class Gradients {
  public:
-  // rules: as for ``Shelf``. refused: names of nodes that have no second derivative. forced: returns the
-  // backend that is forced, or None. left: whether the engine computes a model's gradient, for an input.
-  Gradients(const py::dict& rules, size_t capacity, std::vector<std::string> refused, py::object forced,
-            py::object left)
-      : reader_(rules),
-        capacity_(capacity),
-        refused_(std::move(refused)),
-        forced_(std::move(forced)),
-        left_(std::move(left)) {}
+  // rules: as for ``Shelf``. refused: names of nodes that have no second derivative.
+  // functions: those of ``InPython``, by name.
+  Gradients(const py::dict& rules, size_t capacity, std::vector<std::string> refused, const py::dict& functions)
+      : reader_(rules), capacity_(capacity), refused_(std::move(refused)), python_(functions) {}
 
   // Calls the model and returns (value, gradient), which have a graph in grad mode where something is trained;
   // (output, inputs, sequence number of the first node) for Python to continue; None, before any call, where this path
   // does not apply.
-  py::object at_once(const py::object& model, const py::object& x, const py::tuple& args, const py::dict& kwargs,
-                     int64_t tag) {
+  py::object at_once(const py::object& model, const py::object& x, const py::tuple& args, const py::dict& kwargs) {
     HANDLE_TH_ERRORS
     if (is_seen() || at::impl::torch_function_mode_enabled() || !PyCallable_Check(model.ptr())) return py::none();
+    if (python_.dual_level().cast<int>() >= 0) return py::none();
+    if (is_imported("torch.distributed.fsdp") && python_.may_be_sharded().cast<bool>()) return py::none();
     std::optional<Flat> given = Flat::of(x);
     if (!given) return py::none();
     const bool graph = at::GradMode::is_enabled();
     const at::AutoGradMode enabled(true);
-    Made made{{}, {}, 0, {}, 0, tag};
+    Made made{{}, {}, 0, {}, 0, 0};
     std::vector<size_t> at;
     for (size_t i = 0; i < given->items.size(); ++i) {
       if (!THPVariable_Check(given->items[i].ptr())) continue;
@@ -238,7 +277,12 @@ class Gradients {
     }
     if (at.empty()) return py::none();
     made.start = at::sequence_number::peek();
-    py::object output = model(given->filled(), *args, **kwargs);
+    py::object output;
+    {
+      const Eagerly eagerly(python_.uncompiled);
+      const py::object moved = given->filled();
+      output = args.empty() && kwargs.empty() ? model(moved) : model(moved, *args, **kwargs);
+    }
     const auto begun = [&] { return py::make_tuple(output, listed(made.inputs), made.start); };
     std::optional<Flat> results = Flat::of(output);
     if (!results || !results->is_ordered()) return begun();
@@ -253,7 +297,8 @@ class Gradients {
     }
     if (moving.empty() || moving[0] != 0) return begun();
     std::optional<Graph> read;
-    if (!left_(model, wrapped(made.inputs[0])).cast<bool>()) read = this->read(made, graph);
+    made.tag = python_.options();
+    if (!python_.left(model, wrapped(made.inputs[0])).cast<bool>()) read = this->read(made, graph);
     if (read && !read->owner.defined()) return begun();
     std::vector<at::Tensor> found;
     if (!read || !held_by(read->owner).pull) {
@@ -279,9 +324,9 @@ class Gradients {
   // compute them: a node has hooks, or no input is in the graph. The list of outputs is emptied where results have no
   // graph, so that each tensor is freed once it has been read.
   py::object gradient(const py::list& outputs, const std::vector<at::Tensor>& inputs, size_t score,
-                      const std::vector<bool>& wanted, uint64_t start, bool graph, int64_t tag) {
+                      const std::vector<bool>& wanted, uint64_t start, bool graph) {
     HANDLE_TH_ERRORS
-    Made made{tensors_of(outputs), inputs, score, wanted, start, tag};
+    Made made{tensors_of(outputs), inputs, score, wanted, start, python_.options()};
     std::optional<Graph> read = this->read(made, graph);
     if (!read || (read->owner.defined() && !held_by(read->owner).pull)) return py::none();
     bool usual = read->owner.defined();
@@ -300,7 +345,7 @@ class Gradients {
             const py::list& leaves, size_t outputs) {
     if (halves_.size() >= capacity_) halves_.clear();
     std::unique_ptr<Halves> made(
-        new Halves{std::move(known), forced_, std::move(pull), std::move(places), {}, outputs});
+        new Halves{std::move(known), python_.forced, std::move(pull), std::move(places), {}, outputs});
     for (size_t i = 0; i < leaves.size(); ++i)
       if (!leaves[i].is_none()) made->leaves.push_back(i);
     halves_.insert_or_assign(key, owner_of(std::move(made)));
@@ -344,7 +389,8 @@ class Gradients {
       if (to.places[i] >= 0 && !made.wanted[i]) to.leaves[to.places[i]] = at::Tensor();
     for (const at::Tensor& leaf : to.leaves) to.key.number(leaf.defined() ? at::isTensorSubclassLike(leaf) : -1);
     for (const at::Tensor& output : made.outputs) to.key.tensor(output);
-    to.graph = graph && std::any_of(to.leaves.begin(), to.leaves.end(), [](const at::Tensor& x) { return x.defined(); });
+    to.graph =
+        graph && std::any_of(to.leaves.begin(), to.leaves.end(), [](const at::Tensor& x) { return x.defined(); });
     for (const int64_t number : {int64_t(made.score), int64_t(to.graph), made.tag}) to.key.number(number);
     for (at::Tensor& x : found.saved)
       if (x.defined()) x = at::isTensorSubclassLike(x) ? x.detach() : detached(x);
@@ -352,7 +398,7 @@ class Gradients {
     const auto known = is_seen() ? halves_.end() : halves_.find(to.key.bytes());
     if (known == halves_.end()) return to;
     const std::shared_ptr<Program>& pull = held_by(known->second).pull;
-    if (!pull || !pull->has_backends() || !is_forced(forced_)) to.owner = known->second;
+    if (!pull || !pull->has_backends() || !is_forced(python_.forced)) to.owner = known->second;
     return to;
   }
 
@@ -422,7 +468,7 @@ class Gradients {
   const Reader reader_;
   const size_t capacity_;
   const std::vector<std::string> refused_;
-  const py::object forced_, left_;
+  const InPython python_;
   std::unordered_map<std::string, at::Tensor> halves_;  // owners
 };
 
@@ -430,10 +476,11 @@ class Gradients {
 
 void add_gradients(pybind11::module_& module) {
   py::class_<Gradients>(module, "Gradients")
-      .def(py::init<py::dict, size_t, std::vector<std::string>, py::object, py::object>())
+      .def(py::init<py::dict, size_t, std::vector<std::string>, py::dict>())
       .def("at_once", &Gradients::at_once)
       .def("gradient", &Gradients::gradient)
       .def("keep", &Gradients::keep)
-      .def("by_engine", py::overload_cast<const py::list&, const std::vector<at::Tensor>&, size_t,
-                                          const std::vector<bool>&, bool>(&Gradients::by_engine, py::const_));
+      .def("by_engine",
+           py::overload_cast<const py::list&, const std::vector<at::Tensor>&, size_t, const std::vector<bool>&, bool>(
+               &Gradients::by_engine, py::const_));
 }

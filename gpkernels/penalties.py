@@ -444,7 +444,7 @@ def _of_gradient(
     """Compute the penalty from the gradient as a value."""
     warn_of_batch_norm(critic)
     x = points_of(points).detach()
-    output, gradient = gradient_of(critic, x, args, kwargs or {}, "critic")
+    output, gradient = gradient_of(critic, x, args, kwargs, "critic")
     check_scores(scores_of(output), x, pack)
     return norm.of(gradient, pack)
 

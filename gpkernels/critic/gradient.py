@@ -18,6 +18,7 @@ from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.compiled import Options, chosen
+from gpkernels.critic.gathered import may_be_sharded
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import FROM_LOCAL, REENTRANT, Graph, attributes, check_graph, check_nodes
 from gpkernels.critic.parts import constant_scores
@@ -94,6 +95,9 @@ class Halves:
 
         tensors: the cotangents of outputs and gradients, the saved tensors, those that ``pull`` returned for backward.
         """
+        return apart(self._finish(tensors, outsider), tensors)
+
+    def _finish(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
         plan, count, inputs = self.plan, len(self.plan.outputs), len(self.places)
         values, gradients = tensors[:count], tensors[count : count + inputs]
         kept = count + inputs + plan.saved_count
@@ -121,7 +125,7 @@ class Halves:
         for call in plan.calls:  # zeros where PyTorch has zeros
             if call.leaf and call.trains and (seeds or call.sent) and call.number not in sums:
                 sums[call.number] = call.outputs[0].zeros()
-        return apart([sums.get(number) for number in range(plan.leaves)], tensors)
+        return [sums.get(number) for number in range(plan.leaves)]
 
     def finished(self, given: Given, tensors: Given, outsider: Any = None) -> tuple[list[Tensor | None], Any]:
         """Return the gradients of all leaves, and the program in C++ that computes them, or None.
@@ -131,7 +135,8 @@ class Halves:
         some = [c for c in given if c is not None]
         with own_dtypes(some[0].device):
             if any(is_batched(c) or is_legacy_batched(c) for c in some):
-                return self.finish([*given, *tensors], outsider), None
+                found = self._finish([*given, *tensors], outsider)
+                return [None if g is None else g.clone() for g in found], None
             key = tuple([None if c is None else (c.shape, c.stride(), c.dtype) for c in given])
             signature = self.finishes.get(key, lambda: self)
             return list(signature.run([*given, *tensors], self.finish, outsider or _nobody)), signature.native
@@ -221,14 +226,22 @@ def native() -> Any:
     """Return the native part of this module; only where ``backends.program`` is loaded."""
     global _native
     if _native is None:
-        refused, asked = [REENTRANT, FROM_LOCAL], (backends.forced, left_to_autograd.has)
-        _native = backends.program.Gradients(attributes(), CAPACITY, refused, *asked)
+        functions = {
+            "forced": backends.forced,
+            "left": left_to_autograd.has,
+            "chosen": chosen,
+            "tag": _tag,
+            "dual_level": dual_level,
+            "may_be_sharded": may_be_sharded,
+            "uncompiled": uncompiled,
+        }
+        _native = backends.program.Gradients(attributes(), CAPACITY, [REENTRANT, FROM_LOCAL], functions)
     return _native
 
 
-def _tag(options: Options | None) -> int:
-    """Number of options of programs, by which these are told apart."""
-    return 0 if options is None else _tags.setdefault(options, len(_tags) + 1)
+def _tag(options: Options) -> int:
+    """Number of options for programs, by which these are told apart."""
+    return _tags.setdefault(options, len(_tags) + 1)
 
 
 class Begun(NamedTuple):
@@ -240,14 +253,12 @@ class Begun(NamedTuple):
 
 
 def at_once(
-    model: Callable[..., Any], x: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: Callable[..., Any], x: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None
 ) -> tuple[Any, Any] | Begun | None:
     """Compute ``value_and_gradient`` in C++; None where the native path does not apply, or refuses the input."""
-    if backends.program is None or dual_level() >= 0:
+    if backends.program is None:
         return None
-    found: Any
-    with uncompiled():
-        found = (_native or native()).at_once(model, x, tuple(args), dict(kwargs), _tag(chosen()))
+    found: Any = (_native or native()).at_once(model, x, tuple(args), dict(kwargs or {}))
     return found if found is None or len(found) == 2 else Begun(*found)
 
 
@@ -277,7 +288,9 @@ def value_and_gradient(
         made = Made.of(output, moved, name)
         del output, begun  # where results have no graph, it is freed while it is differentiated
         left = dual or any_order or backends.program is None or left_to_autograd.has(model, moved[0])
-        found = None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start, graph)
+        found = (
+            None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start, graph)
+        )
         outputs, gradients = found or _by_engine(made, inputs, graph, name)
     return made.filled(outputs), inputs.gradients(gradients)
 
@@ -289,9 +302,7 @@ def _moved(x: Tensor, graph: bool, dual: bool) -> Tensor:
     return (x.view_as(x) if dual else x.detach()).requires_grad_()
 
 
-def _by_engine(
-    made: Made, source: Inputs, graph: bool, name: str
-) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+def _by_engine(made: Made, source: Inputs, graph: bool, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Compute outputs and gradients by autograd's engine."""
     outputs, inputs = made.outputs, made.inputs
     if backends.program is not None:
@@ -312,7 +323,7 @@ def _recorded(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]] | None:
     """Compute outputs and gradients with this module's derivatives; None where autograd has to compute them."""
     outputs, inputs, wanted, count = made.outputs, made.inputs, source.wanted, len(made.outputs)
-    found = native().gradient(outputs, inputs, made.score, wanted, start, graph, _tag(chosen()))
+    found = native().gradient(outputs, inputs, made.score, wanted, start, graph)
     if type(found) is not tuple:
         return found and (found[:count], found[count:])
     key, leaves, places, saved, graph = found

@@ -427,9 +427,13 @@ class Passes:
         rule, cuts = self.plan.variant(i, which)
         tensors = self.saved[call.saved]
         found = Saved([x if x is None or cut is None else x.narrow(*cut) for x, cut in zip(tensors, cuts, strict=True)])
-        if call.curved and which == (PENALISED if self.plan.plain else ALL) and isinstance(rule, Unary):
-            if rule.lasts or not self._only_pulls:
-                rule.prepared(found)  # used by pull, push and bend of these rows
+        if (
+            isinstance(rule, Unary)
+            and call.curved
+            and which == (PENALISED if self.plan.plain else ALL)
+            and (rule.lasts or not self._only_pulls)
+        ):
+            rule.prepared(found)  # used by pull, push and bend of these rows
         return found
 
 

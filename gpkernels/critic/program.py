@@ -176,9 +176,9 @@ class Program:
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Drop calls whose results are unused."""
-        memory = _memory(calls)  # of inputs, anything may be read later
+        memory = _memory(calls)
         read = {s for s in self.results if s is not None}
-        read_in = {memory.get(s) for s in (*read, *self.inputs)}
+        read_in = {None, *(memory.get(s) for s in read)}  # None: memory of inputs
         kept = []
         for call in reversed(calls):
             if isinstance(call, Outside):
@@ -310,7 +310,7 @@ def _filled(x: Any, memory: dict[Any, Any]) -> Any:
 
 
 def _memory(calls: list[Any]) -> dict[Slot, Slot | None]:
-    """Return where results of calls are: each in a memory of its own, but views in that of what they are views of."""
+    """Return in whose memory the results of calls are: their own, or a view's base; None for that of an input."""
     found: dict[Slot, Slot | None] = {}
     for call in calls:
         if isinstance(call, Outside):

@@ -28,7 +28,7 @@ _forward, _pull, _push, _bend = (
     )
 )
 
-_pull_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+aten = torch.ops.aten
 
 
 class Attention(Rule):
@@ -93,7 +93,10 @@ class Attention(Rule):
         """Return the cotangents of query, key and value, by the kernel of the node."""
         mask, is_causal, scale = constants
         dense = cotangent if cotangent.stride(-1) == 1 else cotangent.contiguous()
-        return _pull_on_cpu(dense, *kept, 0.0, is_causal, attn_mask=mask, scale=scale)
+        found: Sequence[Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dense, *kept, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        return found
 
     def _moved(self, s: Saved, t: Tensors) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
         """Return the tangents of query, key and value, and those of the output with the rows' mean of the scores'."""

@@ -150,8 +150,8 @@ class Elementwise(Rule):
 class Unary(Elementwise):
     """y = f(x), elementwise: ``slope(c, ...)`` is c f'(x), ``bent(u, ...)`` is u f''(x).
 
-    turned: where f'' follows from f', adds q f''(x) / f'(x) to its first argument; q = c f'(x) t is known already. lasts:
-    whether f'(x) alone costs no more than ``slope``, so that it is worth keeping for passes in backward.
+    turned: where f'' follows from f', adds q f''(x) / f'(x) to its first argument; q = c f'(x) t is known already.
+    lasts: whether f'(x) alone costs no more than ``slope``, so that it is worth keeping for passes in backward.
     """
 
     slope: Formula
