@@ -34,6 +34,12 @@ inline bool is_seen() {
          (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
 }
 
+// Returns the tensor without its graph; both share memory and version counter.
+inline at::Tensor detached(const at::Tensor& x) {
+  c10::TensorImpl* impl = x.unsafeGetTensorImpl();
+  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), false));
+}
+
 // Looks up one of gpkernels' ops.
 inline c10::OperatorHandle op(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 

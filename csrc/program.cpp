@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "gradient.h"
 #include "shelf.h"
 
 namespace py = pybind11;
@@ -133,7 +134,7 @@ Program::Program(const py::list& calls, std::vector<int> inputs, std::vector<int
     for (const int slot : call.results) count_ = std::max(count_, slot + 1);
 }
 
-Program::Program(py::function function) : function_(std::move(function)) {}
+Program::Program(py::function function) : has_backends_(true), function_(std::move(function)) {}
 
 py::list Program::run(const py::list& given) const {
   std::vector<at::Tensor> tensors(given.size());
@@ -177,6 +178,7 @@ void Program::add(const py::tuple& call, std::vector<int> frees, const py::objec
   const c10::OperatorHandle op =
       c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
   Call made{op, {}, {}, std::move(frees), {}};
+  has_backends_ |= name.first.starts_with("gpkernels::");
   if (!call[4].is_none()) {
     const auto at = call[4]
                         .cast<std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
@@ -207,4 +209,5 @@ PYBIND11_MODULE(_program, m) {
       .def(py::init<py::function>())
       .def("__call__", py::overload_cast<const py::list&>(&Program::run, py::const_));
   add_shelf(m);
+  add_gradients(m);
 }

@@ -44,6 +44,8 @@ class Program {
   pybind11::list run(const pybind11::list& given) const;
   // The same, releasing the GIL; undefined for -1.
   std::vector<at::Tensor> run(std::vector<at::Tensor> given) const;
+  // Whether a backend that is forced may change what is run.
+  bool has_backends() const { return has_backends_; }
 
  private:
   std::vector<at::Tensor> call(std::vector<at::Tensor> given) const;
@@ -52,5 +54,6 @@ class Program {
   std::vector<Call> calls_;
   std::vector<int> inputs_, outputs_;
   int count_ = 0;
+  bool has_backends_ = false;
   std::optional<pybind11::function> function_;
 };

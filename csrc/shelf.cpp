@@ -35,12 +35,6 @@ struct Done {
 
 constexpr size_t kValues = 3;  // besides the penalties
 
-// Returns the tensor without its graph; both share memory and version counter.
-at::Tensor detached(const at::Tensor& x) {
-  c10::TensorImpl* impl = x.unsafeGetTensorImpl();
-  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), false));
-}
-
 // Calls of the critic: for each the places of its samples, as in ``Caller::batches``, and whether the gradient at them
 // is needed. pack: samples per score, 0: any. tag: identifies the work. alone: index of the only value that is
 // returned, 0 for all of them.
@@ -149,29 +143,6 @@ class Shelf {
     return listed(read(outputs, start).leaves);
   }
 
-  // Returns the graph of a function's call: its key, the tensors at which it ends, the index of each input among these
-  // (-1: none), the saved tensors without their graph, and whether hooks have to be called in backward.
-  py::tuple graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& inputs, uint64_t start) const {
-    Key key;
-    Reader::Found found;
-    reader_.read_into(outputs, start, key, found);
-    std::vector<int64_t> places;
-    for (const at::Tensor& x : inputs) {
-      const auto edge = torch::autograd::impl::gradient_edge(x);
-      const auto at = std::find_if(found.leaves.begin(), found.leaves.end(), [&edge](const at::Tensor& leaf) {
-        return torch::autograd::impl::gradient_edge(leaf) == edge;
-      });
-      places.push_back(at == found.leaves.end() ? -1 : at - found.leaves.begin());
-      key.number(places.back());
-      key.sizes(x.sizes());
-    }
-    for (const at::Tensor& leaf : found.leaves) key.number(at::isTensorSubclassLike(leaf));
-    for (const at::Tensor& value : outputs) key.tensor(value);
-    for (at::Tensor& x : found.saved)
-      if (x.defined()) x = at::isTensorSubclassLike(x) ? x.detach() : detached(x);
-    return py::make_tuple(py::bytes(key.bytes()), listed(found.leaves), places, listed(found.saved), found.hooked);
-  }
-
   // Whether hooks have to be called in backward.
   bool hooked(const std::vector<at::Tensor>& outputs, uint64_t start) const { return read(outputs, start).hooked; }
 
@@ -263,7 +234,6 @@ void add_shelf(pybind11::module_& module) {
       .def("by_autograd", &Shelf::by_autograd)
       .def("run", &Shelf::run)
       .def("leaves", &Shelf::leaves)
-      .def("graph", &Shelf::graph)
       .def("hooked", &Shelf::hooked)
       .def("trains", &Shelf::trains)
       .def("add", &Shelf::add)

@@ -16,7 +16,7 @@ from gpkernels.critic.call import scores_of
 from gpkernels.ops.checks import check_batch, check_number
 from gpkernels.ops.gradient_norm_penalty import check_reduction
 from gpkernels.ops.instance_noise import add_instance_noise
-from gpkernels.ops.tensors import rows_of
+from gpkernels.ops.tensors import accumulation_dtype
 
 
 def approximate_r1_penalty(
@@ -89,13 +89,14 @@ def approximate_r1_penalty(
     clean, moved = (_summed(scores_of(critic(x, *critic_args, **kwargs)), x) for x in (real, noisy))
     squares = ((moved - clean) / sigma).square()
     if reduction == "none":
-        return squares
+        return squares.reshape(-1)
     return squares.mean() if reduction == "mean" else squares.sum()
 
 
 def _summed(scores: Tensor, x: Tensor) -> Tensor:
-    """Return one score per sample, (N,), in at least float32."""
+    """Return a score for each sample, (N,) or (N, 1), in at least float32."""
     n = x.shape[0]
     if scores.shape[:1] != (n,) and scores.numel() != n:
         raise ValueError(f"critic: expected a score for each of {n} samples, got shape {tuple(scores.shape)}")
-    return rows_of(scores.reshape(n, -1)).sum(1)
+    wide = scores.to(accumulation_dtype(scores.dtype))
+    return wide if wide.shape in ((n,), (n, 1)) else wide.reshape(n, -1).sum(1)

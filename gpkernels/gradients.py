@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gathered import with_gathered
-from gpkernels.critic.gradient import Inputs, value_and_gradient
+from gpkernels.critic.gradient import Begun, Inputs, at_once, value_and_gradient
 from gpkernels.ops.checks import check_floating, check_own
 
 Model = Callable[..., Any]
@@ -59,7 +59,7 @@ def input_gradient(
         >>> loss = (gradient.norm(dim=-1) - 1).abs().mean() + (gradient - normals).norm(dim=-1).mean()
         >>> loss.backward()
     """
-    return value_and_input_gradient(model, x, critic_args=critic_args, critic_kwargs=critic_kwargs)[1]
+    return gradient_of(model, x, critic_args, critic_kwargs)[1]
 
 
 def value_and_input_gradient(
@@ -103,14 +103,18 @@ def value_and_input_gradient(
         >>> loss = (energy - energies).square().mean() + (-gradient - forces).square().mean()
         >>> loss.backward()
     """
-    return gradient_of(model, _checked(model, x), critic_args, critic_kwargs or {})
+    return gradient_of(model, x, critic_args, critic_kwargs)
 
 
 def gradient_of(
-    model: Model, inputs: Inputs, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "model"
+    model: Model, x: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, name: str = "model"
 ) -> tuple[Any, Any]:
-    """Return the output of a model, an argument of that name, and the gradient at its inputs, without checks."""
-    own = lambda: value_and_gradient(model, inputs, args, kwargs, name, depth() > 0)  # noqa: E731
+    """Return the output of a model, an argument of that name, and the gradient at its input."""
+    found = None if is_compiling() else at_once(model, x, args, kwargs)
+    if found is not None and not isinstance(found, Begun):
+        return found
+    inputs, begun, kwargs = _checked(model, x, name), found, kwargs or {}
+    own = lambda: value_and_gradient(model, inputs, args, kwargs, name, depth() > 0, begun)  # noqa: E731
     eagerly = lambda: with_gathered(own, model)  # noqa: E731
     if transformed():
         return _by_transform(model, inputs, args, kwargs, name)
@@ -121,9 +125,9 @@ def gradient_of(
     return eagerly()
 
 
-def _checked(model: Model, x: Any) -> Inputs:
+def _checked(model: Model, x: Any, name: str) -> Inputs:
     if not callable(model):
-        raise TypeError(f"model: expected a module or a callable, got {type(model).__name__}")
+        raise TypeError(f"{name}: expected a module or a callable, got {type(model).__name__}")
     inputs = Inputs(x)
     if not inputs.tensors:
         if isinstance(x, Tensor):

@@ -20,7 +20,6 @@ from torch.compiler import is_compiling
 from gpkernels.critic.call import Group, check_scores, scores_of
 from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gathered import may_be_sharded, with_gathered
-from gpkernels.critic.gradient import Inputs
 from gpkernels.critic.parts import Between, Norm, Task, points_of
 from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
 from gpkernels.gradients import gradient_of
@@ -445,7 +444,7 @@ def _of_gradient(
     """Compute the penalty from the gradient as a value."""
     warn_of_batch_norm(critic)
     x = points_of(points).detach()
-    output, gradient = gradient_of(critic, Inputs(x), args, kwargs or {}, "critic")
+    output, gradient = gradient_of(critic, x, args, kwargs, "critic")
     check_scores(scores_of(output), x, pack)
     return norm.of(gradient, pack)
 

@@ -189,9 +189,8 @@ def __getattr__(name: str) -> Any:
 # --- the compiler's stance --------------------------------------------------------------------------------------------
 
 
-def compiler() -> Any:
-    """Return Dynamo's module with the compiler's stance; None if it is not imported, which would take seconds."""
-    return sys.modules.get("torch._dynamo.eval_frame")
+# Dynamo's module with the compiler's stance; None if it is not imported, which would take seconds.
+compiler: Callable[[], Any] = partial(sys.modules.get, "torch._dynamo.eval_frame")
 
 
 def compile_nothing() -> Any:

@@ -97,7 +97,7 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "said"),
     {
-        "a suite that is none": (["everything"], "expected one of ops, attention, steps, train"),
+        "a suite that is none": (["everything"], "expected one of ops, attention, gradients, steps, train"),
         "a peer that is none": (["--peers", "eager,theano"], "expected some of eager, compile, jax"),
         "a case that is none": (["ops", *FAST, "--case", "no such"], "expected part of a case's name, got no such"),
         "a critic without a shape": (["--critic", "torch.nn:Identity"], "--critic and --input: expected both"),

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import gpkernels as gpk
 from comparing import assert_same, batch, gradients
 from critics import dcgan, mlp, plain_loss, plain_penalty, plain_points
+from gpkernels.critic.by_autograd import left_to_autograd
 
 
 def _batch(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,3 +158,13 @@ def test_a_reentrant_checkpoint_is_refused(loss: str) -> None:
         with pytest.raises(RuntimeError, match="use use_reentrant=False"):
             LOSSES[loss][0](critic, *batch(8, 6))
     assert all(p.grad is None for p in critic.parameters())
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["by rules", "left to autograd"])
+def test_a_gradient_through_a_reentrant_checkpoint_is_refused(left: bool) -> None:
+    critic, (real, *_) = Checkpointed("reentrant").double(), batch(8, 6)
+    if left:
+        left_to_autograd.add(critic, real.numel())
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="use use_reentrant=False"):
+            gpk.input_gradient(critic, real)

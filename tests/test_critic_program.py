@@ -281,3 +281,21 @@ def test_a_program_is_of_indices_that_count_the_rows_or_not(loop: str) -> None:
         ours = loss(real, fake, critic_args=args).loss
         exact = plain_loss(lambda x, args=args: critic(x, *args), real, fake, torch.empty(0), "gan", "r1")
         assert_exactly_as(ours, exact, body)
+
+
+def test_writes_that_nothing_reads_are_dropped() -> None:
+    x = torch.randn(4)
+    recorder = program.Recorder([x], cheaply=False)
+    with torch.no_grad(), recorder:
+        x.sin().neg_()
+        z = x * 2
+        z.view(2, 2).add_(1)
+    made = program.Program.of(recorder, [z])
+    (stretch,) = made.parts
+    assert [call[0]._overloadpacket for call in stretch.calls] == [
+        torch.ops.aten.mul,
+        torch.ops.aten.view,
+        torch.ops.aten.add_,
+    ]
+    (again,) = made.run([x], lambda what, given: [])
+    assert torch.equal(again, z)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 import gpkernels as gpk
 from counting import counted
+from gpkernels import private
 from gpkernels.critic import gradient as engine
+from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.private import tree_flatten, tree_unflatten
 
 torch.manual_seed(0)
@@ -257,6 +261,156 @@ def test_without_grad_mode_there_is_no_graph() -> None:
     value, gradient = gpk.value_and_input_gradient(frozen, x)
     assert not value.requires_grad
     assert not gradient.requires_grad
+
+
+def test_whether_there_is_a_graph_follows_each_call() -> None:
+    """Calls of one graph share programs, but not where one has nothing to train."""
+    model, x = mlp(nn.Softplus(2.0)), torch.randn(4, 3, dtype=torch.float64)
+    exact = plain(model, x)[1].detach()
+    for _ in range(4):
+        for frozen, grad_mode, trains in itertools.product((False, True), repeat=3):
+            model.requires_grad_(not frozen)
+            with torch.set_grad_enabled(grad_mode):
+                value, gradient = gpk.value_and_input_gradient(model, x.requires_grad_(trains))
+            torch.testing.assert_close(gradient, exact)
+            has_graph = grad_mode and (trains or not frozen)
+            assert value.requires_grad == gradient.requires_grad == has_graph
+
+
+@pytest.mark.parametrize("name", ["ReLU", "tanh", "softplus"])
+def test_a_gradient_without_a_graph_makes_no_more_calls_than_pytorchs(name: str) -> None:
+    make, shape = MODELS[name]
+    model, x = make().requires_grad_(False), torch.randn(shape, dtype=torch.float64)
+    engine.known.clear()
+    for _ in range(4):
+        gpk.input_gradient(model, x)
+    (signature,) = engine.known._entries.values()
+    assert signature.program is not None
+    made = [call for part in signature.program.parts for call in part.calls]
+    x.requires_grad_()
+    y = model(x)
+    assert 0 < len(made) <= counted(lambda: torch.autograd.grad(y.sum(), x)).calls
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["by program", "left to autograd"])
+def test_python_does_not_look_at_nodes(left: bool) -> None:
+    """A call runs as many Python functions of this library for a deep model as for a shallow one."""
+    x = torch.randn(4, 3)
+    counts = []
+    for depth in (1, 12):
+        linear = [torch.randn(3, 3, requires_grad=True) for _ in range(depth)]
+
+        def model(x: Tensor, linear: list[Tensor] = linear) -> Tensor:
+            for w in linear:
+                x = (x @ w).tanh()
+            return x.sum(1)
+
+        seen: list[str] = []
+
+        def note(frame: Any, event: str, arg: object, seen: list[str] = seen) -> None:
+            if event == "call" and "gpkernels" in frame.f_code.co_filename:
+                seen.append(frame.f_code.co_name)
+
+        if left:
+            left_to_autograd.add(model, x.numel())
+        for _ in range(4):
+            gpk.input_gradient(model, x)
+        sys.setprofile(note)
+        try:
+            gpk.input_gradient(model, x)
+        finally:
+            sys.setprofile(None)
+        counts.append(len(seen))
+    assert counts[0] == counts[1] <= 16
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "list", "nested"])
+def test_containers_of_inputs(kind: str) -> None:
+    net = mlp(nn.Tanh(), 2)
+    a, b = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+    make: dict[str, Callable[[], Any]] = {
+        "dict": lambda: {"b": b, "n": 2, "a": a, "none": None, "index": torch.arange(4)},
+        "tuple": lambda: (a, b, torch.arange(4), None),
+        "list": lambda: [a, b, 1.5],
+        "nested": lambda: {"a": a, "more": [b]},
+    }
+
+    def model(x: Any) -> tuple[Tensor, Tensor, None]:
+        if isinstance(x, dict):
+            first, second = x["a"], x["b"] if "b" in x else x["more"][0]
+        else:
+            first, second = x[:2]
+        assert first.requires_grad
+        y = net(torch.cat([first, second], 1))
+        return y[:, :1], y[:, 1:].detach(), None
+
+    moved = [t.clone().requires_grad_() for t in (a, b)]
+    exact = torch.autograd.grad(net(torch.cat(moved, 1))[:, :1].sum(), moved)
+    for _ in range(4):
+        x = make[kind]()
+        (value, rest, nothing), gradient = gpk.value_and_input_gradient(model, x)
+        assert value.requires_grad
+        assert not rest.requires_grad
+        assert nothing is None
+        assert type(gradient) is type(x)
+        found = tree_flatten(gradient)[0]
+        entries = tree_flatten(x)[0]
+        assert len(found) == len(entries)
+        for g, entry in zip(found, entries, strict=True):
+            if entry is a or entry is b:
+                torch.testing.assert_close(g, exact[0 if entry is a else 1])
+            else:
+                assert g is None
+        assert not a.requires_grad
+
+
+def test_what_the_model_raises_comes_out_as_it_is() -> None:
+    def model(x: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    before = torch.compiler.is_compiling(), getattr(private.compiler(), "_stance", None)
+    for _ in range(3):
+        with pytest.raises(KeyError, match="mine"):
+            gpk.input_gradient(model, torch.randn(2, 3))
+    assert before == (torch.compiler.is_compiling(), getattr(private.compiler(), "_stance", None))
+
+
+def test_hooks_on_saved_tensors_see_what_backward_needs() -> None:
+    model, x = mlp(nn.Tanh()), torch.randn(4, 3, dtype=torch.float64)
+    for _ in range(4):
+        packed: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, p=packed: p.append(t.numel()) or t, lambda t: t):
+            gradient = gpk.input_gradient(model, x)
+        assert packed
+        exact = plain(model, x)[1]
+        weights = [w for w in model.parameters() if w.dim() > 1]
+        for a, b in zip(*(torch.autograd.grad(g.square().sum(), weights) for g in (gradient, exact)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_cotangents_may_be_a_batch() -> None:
+    model, x = mlp(nn.Tanh()), torch.randn(4, 3, dtype=torch.float64)
+    weights = [w for w in model.parameters() if w.dim() > 1]
+    cotangents = torch.randn(2, 4, 3, dtype=torch.float64)
+    for _ in range(4):
+        found = []
+        for g in (gpk.input_gradient(model, x), plain(model, x)[1]):
+            found.append(torch.autograd.grad(g, weights, cotangents, is_grads_batched=True))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_forced_backend_is_asked_for_in_both_halves() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    weights = list(model.parameters())
+    found = []
+    for backend in ("auto", "auto", "auto", "auto", "reference", "auto"):
+        with gpk.backend(backend):
+            gradient = gpk.input_gradient(model, x)
+            found.append(torch.autograd.grad(gradient.square().sum(), weights, allow_unused=True))
+    for again in found[1:]:
+        torch.testing.assert_close(again, found[0])
 
 
 def test_hooks_are_called() -> None:

@@ -14,12 +14,17 @@ from types import ModuleType
 import torch
 
 from gpkernels.arguments import Parser, UserError, check_file, check_folder, count, critic_errors, own_critic, written
-from gpkernels.bench import attention, machine, ops, results, steps
+from gpkernels.bench import attention, gradients, machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
 
 PROGRAM = "gpkernels bench"
 Suites = Mapping[str, Callable[[], ModuleType]]
-SUITES: Suites = {"ops": lambda: ops, "attention": lambda: attention, "steps": lambda: steps}
+SUITES: Suites = {
+    "ops": lambda: ops,
+    "attention": lambda: attention,
+    "gradients": lambda: gradients,
+    "steps": lambda: steps,
+}
 SECONDS, QUICK_SECONDS = 2.0, 0.2
 
 

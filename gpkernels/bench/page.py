@@ -27,7 +27,13 @@ NAMES = {
     BY_INDUCTOR: "gpkernels, compiled", AS_PROGRAM: 'gpkernels, backend="gpkernels"',
     EAGER: "eager PyTorch", "compile": "torch.compile", "jax": "JAX, jitted", LIMIT: "least the machine needs",
 }  # fmt: skip
-TITLES = {"ops": "Ops", "attention": "Attention", "steps": "Penalties and critic steps", "train": "Training iterations"}
+TITLES = {
+    "ops": "Ops",
+    "attention": "Attention",
+    "gradients": "Input gradients",
+    "steps": "Penalties and critic steps",
+    "train": "Training iterations",
+}
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

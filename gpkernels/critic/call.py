@@ -17,6 +17,7 @@ from gpkernels.critic.parts import Between, constant_scores, points_of
 from gpkernels.critic.together import Check, Watch
 from gpkernels.private import (
     compile_nothing,
+    compiler,
     dual_level,
     look_at_frames,
     look_at_no_frames,
@@ -184,11 +185,14 @@ class uncompiled:
     evaluation is per thread.
     """
 
-    __slots__ = ("_callback",)
+    __slots__ = ("_callback", "_entered")
     _lock, _inside = Lock(), 0
-    _before: Any = None  # the stance, if the compiler is imported
+    _before: Any = None  # the stance
 
     def __enter__(self) -> None:
+        self._entered = compiler() is not None
+        if not self._entered:  # nothing is compiled
+            return
         self._callback = look_at_no_frames()  # otherwise no stance can be set
         with uncompiled._lock:
             if not uncompiled._inside:
@@ -196,6 +200,8 @@ class uncompiled:
             uncompiled._inside += 1
 
     def __exit__(self, *exception: object) -> None:
+        if not self._entered:
+            return
         with uncompiled._lock:
             uncompiled._inside -= 1
             if not uncompiled._inside and uncompiled._before is not None:

@@ -17,13 +17,15 @@ from torch.autograd import Function
 from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.call import scores_of, uncompiled
+from gpkernels.critic.compiled import Options, chosen
+from gpkernels.critic.gathered import may_be_sharded
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.graph import Graph, check_graph, check_nodes, native
+from gpkernels.critic.graph import FROM_LOCAL, REENTRANT, Graph, attributes, check_graph, check_nodes
 from gpkernels.critic.parts import constant_scores
 from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
-from gpkernels.critic.program import Cache
-from gpkernels.critic.run import own_dtypes
+from gpkernels.critic.program import CAPACITY, Cache
+from gpkernels.critic.run import is_plain, own_dtypes
 from gpkernels.critic.work import apart
 from gpkernels.private import (
     dual_level,
@@ -46,12 +48,23 @@ class Halves:
     """Facts about both halves, forward and backward, that follow from a graph's key; shared by all runs.
 
     score: index of the output that is summed and differentiated. inputs: their numbers among the leaves, -1 for inputs
-    that are not in the graph. wanted: whether backward also computes their gradients. rows: as in ``Plan``.
+    that are not in the graph. wanted: whether backward also computes their gradients. rows: as in ``Plan``. graph:
+    whether there is a backward half.
     """
 
-    def __init__(self, key: Any, score: int, inputs: Sequence[int], wanted: Sequence[bool], rows: int | None) -> None:
+    again = AGAIN
+
+    def __init__(
+        self,
+        key: Any,
+        score: int,
+        inputs: Sequence[int],
+        wanted: Sequence[bool],
+        rows: int | None,
+        graph: bool = True,
+    ) -> None:
         moving = {number: wants for number, wants in zip(inputs, wanted, strict=True) if number >= 0}
-        self.plan, self.score = Plan(key, moving, rows, 0), score
+        self.plan, self.score, self.graph = Plan(key, moving, rows, 0), score, graph
         self.places = [self.plan.inputs.get(number) for number in inputs]
         self.generic = any(call.rule is None and not call.leaf for call in self.plan.calls)
         self.kept: list[tuple[int, int]] = []  # calls and outputs whose cotangents backward needs
@@ -63,12 +76,14 @@ class Halves:
         plan, count = self.plan, len(self.plan.outputs)
         scores = tensors[self.score]
         assert scores is not None
-        passes = Passes(plan, tensors[count:], outsider)
+        passes = Passes(plan, tensors[count:], outsider, only_pulls=True)
         found = passes.pull({plan.outputs[self.score]: torch.ones_like(scores)})
         gradients = [
             None if p is None else found[p] if p in found else plan.calls[p[0]].outputs[p[1]].zeros()
             for p in self.places
         ]
+        if not self.graph:
+            return apart(gradients, tensors)
         deltas, slopes = passes.deltas, passes.slopes()
         self.kept = [(i, nr) for i in sorted(deltas) for nr, u in enumerate(deltas[i]) if u is not None]
         self.sloped = [i for i in sorted(slopes) if i in deltas]
@@ -80,6 +95,9 @@ class Halves:
 
         tensors: the cotangents of outputs and gradients, the saved tensors, those that ``pull`` returned for backward.
         """
+        return apart(self._finish(tensors, outsider), tensors)
+
+    def _finish(self, tensors: Given, outsider: Any) -> list[Tensor | None]:
         plan, count, inputs = self.plan, len(self.plan.outputs), len(self.places)
         values, gradients = tensors[:count], tensors[count : count + inputs]
         kept = count + inputs + plan.saved_count
@@ -107,7 +125,21 @@ class Halves:
         for call in plan.calls:  # zeros where PyTorch has zeros
             if call.leaf and call.trains and (seeds or call.sent) and call.number not in sums:
                 sums[call.number] = call.outputs[0].zeros()
-        return apart([sums.get(number) for number in range(plan.leaves)], tensors)
+        return [sums.get(number) for number in range(plan.leaves)]
+
+    def finished(self, given: Given, tensors: Given, outsider: Any = None) -> tuple[list[Tensor | None], Any]:
+        """Return the gradients of all leaves, and the program in C++ that computes them, or None.
+
+        given: cotangents, of which there is at least one, of outputs and gradients. tensors: the others of ``finish``.
+        """
+        some = [c for c in given if c is not None]
+        with own_dtypes(some[0].device):
+            if any(is_batched(c) or is_legacy_batched(c) for c in some):
+                found = self._finish([*given, *tensors], outsider)
+                return [None if g is None else g.clone() for g in found], None
+            key = tuple([None if c is None else (c.shape, c.stride(), c.dtype) for c in given])
+            signature = self.finishes.get(key, lambda: self)
+            return list(signature.run([*given, *tensors], self.finish, outsider or _nobody)), signature.native
 
     def _scale(self, seeds: Mapping[Place, Tensor]) -> Tensor | None:
         """Return one factor per sample if the scores' cotangents are such multiples of the pulled ones, else None."""
@@ -154,11 +186,12 @@ class Inputs:
 
 
 class Made(NamedTuple):
-    """Result of a model's call. at: indices of the outputs with a graph; score: the one that is differentiated."""
+    """Result of a model's call. outputs: those with a graph; at: their indices; score: which one is differentiated."""
 
-    flat: list[Any]
+    flat: list[Any]  # None in place of outputs with a graph
     spec: Any
     at: list[int]
+    outputs: list[Tensor]
     score: int
     inputs: Sequence[Tensor]
 
@@ -168,17 +201,16 @@ class Made(NamedTuple):
         scores = scores_of(output, name)
         flat, spec = _flat(output)
         at = [i for i, u in enumerate(flat) if isinstance(u, Tensor) and u.requires_grad]
-        score = next((k for k, i in enumerate(at) if flat[i] is scores), None)
+        outputs = [flat[i] for i in at]
+        score = next((k for k, u in enumerate(outputs) if u is scores), None)
         if score is None:
             raise constant_scores(name)
-        return Made(flat, spec, at, score, inputs)
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        return [self.flat[i] for i in self.at]
+        for i in at:
+            flat[i] = None
+        return Made(flat, spec, at, outputs, score, inputs)
 
     def filled(self, outputs: Sequence[Tensor]) -> Any:
-        """Return the output with the tensors that have a graph replaced."""
+        """Return the output of the model, with these tensors for those that have a graph."""
         flat = list(self.flat)
         for i, u in zip(self.at, outputs, strict=True):
             flat[i] = u
@@ -186,6 +218,48 @@ class Made(NamedTuple):
 
 
 known = Cache()
+_tags: dict[Options, int] = {}
+_native: Any = None
+
+
+def native() -> Any:
+    """Return the native part of this module; only where ``backends.program`` is loaded."""
+    global _native
+    if _native is None:
+        functions = {
+            "forced": backends.forced,
+            "left": left_to_autograd.has,
+            "chosen": chosen,
+            "tag": _tag,
+            "dual_level": dual_level,
+            "may_be_sharded": may_be_sharded,
+            "uncompiled": uncompiled,
+        }
+        _native = backends.program.Gradients(attributes(), CAPACITY, [REENTRANT, FROM_LOCAL], functions)
+    return _native
+
+
+def _tag(options: Options) -> int:
+    """Number of options for programs, by which these are told apart."""
+    return _tags.setdefault(options, len(_tags) + 1)
+
+
+class Begun(NamedTuple):
+    """What C++ could not finish. moved: the input that the model was called with; start: number of its first node."""
+
+    output: Any
+    moved: list[Tensor]
+    start: int
+
+
+def at_once(
+    model: Callable[..., Any], x: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Any] | Begun | None:
+    """Compute ``value_and_gradient`` in C++; None where the native path does not apply, or refuses the input."""
+    if backends.program is None:
+        return None
+    found: Any = (_native or native()).at_once(model, x, tuple(args), dict(kwargs or {}))
+    return found if found is None or len(found) == 2 else Begun(*found)
 
 
 def value_and_gradient(
@@ -195,22 +269,29 @@ def value_and_gradient(
     kwargs: Mapping[str, Any],
     name: str,
     any_order: bool = False,
+    begun: Begun | None = None,
 ) -> tuple[Any, Any]:
     """Return the model's output, and the gradient of its summed scores at the inputs, in their structure.
 
     Where grad mode is on, both have a graph to the weights, and to the inputs that require gradients. any_order:
-    whether it is to be differentiable more than once.
+    whether it is to be differentiable more than once. begun: the model's call, if it was made.
     """
     graph, dual = torch.is_grad_enabled(), dual_level() >= 0
     with torch.enable_grad():
-        moved = [_moved(t, graph, dual) for t in inputs.tensors]
-        start = 0 if backends.program is None else next_sequence_number()
-        with uncompiled():
-            output = model(inputs.filled(moved), *args, **kwargs)
+        if begun is None:
+            moved = [_moved(t, graph, dual) for t in inputs.tensors]
+            start = 0 if backends.program is None else next_sequence_number()
+            with uncompiled():
+                output = model(inputs.filled(moved), *args, **kwargs)
+        else:
+            output, moved, start = begun
         made = Made.of(output, moved, name)
-        left = not graph or dual or any_order or backends.program is None or left_to_autograd.has(model, moved[0])
-        found = None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start)
-        outputs, gradients = found or _by_autograd(made, graph, name)
+        del output, begun  # where results have no graph, it is freed while it is differentiated
+        left = dual or any_order or backends.program is None or left_to_autograd.has(model, moved[0])
+        found = (
+            None if left or any(u.is_complex() for u in made.outputs) else _recorded(model, made, inputs, start, graph)
+        )
+        outputs, gradients = found or _by_engine(made, inputs, graph, name)
     return made.filled(outputs), inputs.gradients(gradients)
 
 
@@ -221,44 +302,52 @@ def _moved(x: Tensor, graph: bool, dual: bool) -> Tensor:
     return (x.view_as(x) if dual else x.detach()).requires_grad_()
 
 
-def _by_autograd(made: Made, graph: bool, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+def _by_engine(made: Made, source: Inputs, graph: bool, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Compute outputs and gradients by autograd's engine."""
-    outputs = made.outputs
+    outputs, inputs = made.outputs, made.inputs
+    if backends.program is not None:
+        found = native().by_engine(outputs, inputs, made.score, source.wanted, graph)
+        if found is not None:
+            return found[: len(outputs)], found[len(outputs) :]
     scores = outputs[made.score]
-    check_graph([scores] if scores.requires_grad else [])
-    gradients = torch.autograd.grad(scores, made.inputs, torch.ones_like(scores), create_graph=graph, allow_unused=True)
+    check_graph([scores])
+    ones = torch.ones_like(scores)
+    gradients = torch.autograd.grad(scores, inputs, ones, create_graph=graph, allow_unused=True)
     if all(g is None for g in gradients):
         raise constant_scores(name)
     return outputs if graph else [u.detach() for u in outputs], gradients
 
 
 def _recorded(
-    model: Any, made: Made, source: Inputs, start: int
+    model: Any, made: Made, source: Inputs, start: int, graph: bool
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]] | None:
     """Compute outputs and gradients with this module's derivatives; None where autograd has to compute them."""
-    outputs, inputs, wanted = made.outputs, made.inputs, source.wanted
-    key, leaves, places, saved, hooked = native().graph(outputs, inputs, start)
-    if hooked or all(place < 0 for place in places):
-        return None
+    outputs, inputs, wanted, count = made.outputs, made.inputs, source.wanted, len(made.outputs)
+    found = native().gradient(outputs, inputs, made.score, wanted, start, graph)
+    if type(found) is not tuple:
+        return found and (found[:count], found[count:])
+    key, leaves, places, saved, graph = found
     signature = known.get(
-        (key, made.score, wanted),
-        lambda: Halves(_checked(outputs, start).key, made.score, places, wanted, rows_of(inputs)),
+        key, lambda: Halves(_checked(outputs, start).key, made.score, places, wanted, rows_of(inputs), graph)
     )
     of: Halves = signature.known
     outsider: Any = None
     if of.generic:
+        if not graph:  # nothing is saved on products
+            native().keep(key, of, None, places, leaves, count)
+            return None
         if of.plan.leaves_too_much():
             left_to_autograd.add(model, inputs[0].numel())
-        graph = Graph(outputs, start)
         ends = frozenset(i for i, call in enumerate(of.plan.calls) if call.leaf)
-        outsider = Outsider(graph.nodes, ends, again=True)
+        outsider = Outsider(Graph(outputs, start).nodes, ends, again=True)
     values = [u.detach() for u in outputs]
     with torch.no_grad(), own_dtypes(inputs[0].device):
         results = list(signature.run([*values, *saved], of.pull, outsider or _nobody))
+    if signature.native is not None and all(x is None or is_plain(x) for x in (*inputs, *leaves)):
+        native().keep(key, of, signature.native, places, leaves, count)
     gradients = results[: len(inputs)]
-    for place, wants in zip(places, wanted, strict=True):
-        if place >= 0 and not wants:
-            leaves[place] = None
+    if not graph:
+        return values, gradients
     held = of, outsider, values, gradients, [*saved, *results[len(inputs) :]]
     given = iter(Gradient.apply(held, *leaves))
     return [next(given) for _ in values], [None if g is None else next(given) for g in gradients]
@@ -311,16 +400,10 @@ class Gradient(Function):
         tensors, outsider = ctx.saved_tensors, ctx.outsider
         if not graph_is_kept():
             ctx.outsider = None
-        some = [c for c in given if c is not None]
-        if not some:
+        if all(c is None for c in given):
             return (None,) * (1 + of.plan.leaves)
-        with own_dtypes(some[0].device):
-            if any(is_batched(c) or is_legacy_batched(c) for c in some):
-                return None, *of.finish([*given, *tensors], outsider)
-            key = tuple([None if c is None else (c.shape, c.stride(), c.dtype) for c in given])
-            signature = of.finishes.get(key, lambda: of)
-            run = lambda: signature.run([*given, *tensors], of.finish, outsider or _nobody)  # noqa: E731
-            return None, *(run() if outsider is None else by_itself(run))
+        run = lambda: of.finished(given, tensors, outsider)[0]  # noqa: E731
+        return None, *(run() if outsider is None else by_itself(run))
 
 
 class _Inside(Function):

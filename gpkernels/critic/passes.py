@@ -30,10 +30,16 @@ Cotangents = dict[Place, Tensor]
 
 
 class Passes:
-    """Passes over one graph. outsider: differentiates a call without a rule, given a name of the request."""
+    """Passes over one graph.
 
-    def __init__(self, plan: Plan, saved: Sequence[Tensor | None], outsider: Outsider) -> None:
-        self.plan, self.saved, self.outsider = plan, saved, outsider
+    outsider: differentiates a call without a rule, given a name of the request. only_pulls: whether there is no
+    pass but ``pull``.
+    """
+
+    def __init__(
+        self, plan: Plan, saved: Sequence[Tensor | None], outsider: Outsider, only_pulls: bool = False
+    ) -> None:
+        self.plan, self.saved, self.outsider, self._only_pulls = plan, saved, outsider, only_pulls
         self.to_weights: dict[Place, list[Any]] = {}
         self.deltas: dict[int, list[Tensor | None]] = {}
         self._tangents: dict[int, list[Tensor | None]] = {}
@@ -421,7 +427,12 @@ class Passes:
         rule, cuts = self.plan.variant(i, which)
         tensors = self.saved[call.saved]
         found = Saved([x if x is None or cut is None else x.narrow(*cut) for x, cut in zip(tensors, cuts, strict=True)])
-        if call.curved and which == (PENALISED if self.plan.plain else ALL) and isinstance(rule, Unary):
+        if (
+            isinstance(rule, Unary)
+            and call.curved
+            and which == (PENALISED if self.plan.plain else ALL)
+            and (rule.lasts or not self._only_pulls)
+        ):
             rule.prepared(found)  # used by pull, push and bend of these rows
         return found
 

@@ -176,18 +176,22 @@ class Program:
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Drop calls whose results are unused."""
+        memory = _memory(calls)
         read = {s for s in self.results if s is not None}
+        read_in = {None, *(memory.get(s) for s in read)}  # None: memory of inputs
         kept = []
         for call in reversed(calls):
             if isinstance(call, Outside):
-                read.update(s for s in call.inputs if s is not None)
-                kept.append(call)
-                continue
-            func, args, kwargs, out = call
-            made = [s for s in _flat(out) if isinstance(s, Slot)]
-            if func._schema.is_mutable or any(s in read for s in made):
-                read.update(s for s in (*_flat(args), *_flat(list(kwargs.values()))) if isinstance(s, Slot))
-                kept.append(call)
+                given = [s for s in call.inputs if s is not None]
+            else:
+                func, args, kwargs, out = call
+                given = [s for s in (*_flat(args), *_flat(list(kwargs.values()))) if isinstance(s, Slot)]
+                writes = func._schema.is_mutable and any(memory.get(s) in read_in for s in given)
+                if not writes and not any(s in read for s in _flat(out) if isinstance(s, Slot)):
+                    continue
+            read.update(given)
+            read_in.update(memory.get(s) for s in given)
+            kept.append(call)
         return kept[::-1]
 
     def _parted(self, calls: list[Any]) -> list[Any]:
@@ -305,6 +309,19 @@ def _filled(x: Any, memory: dict[Any, Any]) -> Any:
     return [_filled(y, memory) for y in x] if isinstance(x, list) else x
 
 
+def _memory(calls: list[Any]) -> dict[Slot, Slot | None]:
+    """Return in whose memory the results of calls are: their own, or a view's base; None for that of an input."""
+    found: dict[Slot, Slot | None] = {}
+    for call in calls:
+        if isinstance(call, Outside):
+            continue
+        func, args, _, out = call
+        shared = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        base = found.get(args[0]) if shared and isinstance(args[0], Slot) else None
+        found.update((s, base if shared else s) for s in _flat(out) if isinstance(s, Slot))
+    return found
+
+
 def _store(memory: dict[Any, Any], slots: Any, values: Any) -> None:
     if isinstance(slots, Slot):
         memory[slots] = values
@@ -322,6 +339,12 @@ class Signature:
     def __init__(self, known: Any) -> None:
         self.known, self.met, self.options = known, False, chosen()
         self.program: Program | None = None
+
+    @property
+    def native(self) -> Any:
+        """The program in C++, where it runs without Python; None until it has run."""
+        parts = [] if self.program is None else self.program.parts
+        return parts[0].native if len(parts) == 1 else None
 
     def run(self, inputs: list[Tensor | None], work: Work, outsider: Outsider) -> Tensors:
         """Run ``work``, by the program if there is one. The list of inputs is emptied."""

@@ -176,13 +176,11 @@ class _Shelf:
 
     def keep(self, key: bytes | None, signed: Signed) -> None:
         """Add the signature's program to the native cache, if it runs without Python."""
-        known = signed.signature.program
+        known = signed.signature.native
         if key is None or known is None or signed.hooked:
             return
-        if not signed.native_matches or not all(map(_is_plain, signed.leaves)):
-            return
-        if len(known.parts) == 1 and known.parts[0].native is not None:
-            native().add(key, known.parts[0].native)
+        if signed.native_matches and all(map(is_plain, signed.leaves)):
+            native().add(key, known)
 
 
 VALUES = "loss", "adversarial", "consistency"  # then the penalties: the results of a step besides gradients
@@ -282,7 +280,8 @@ def _native_path_is_off() -> bool:
     return backends.program is None or backends.forced() is not None or is_compiling()
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is of no subclass but ``Parameter``."""
     return type(x) in (Tensor, torch.nn.Parameter)
 
 

@@ -28,6 +28,8 @@ _forward, _pull, _push, _bend = (
     )
 )
 
+aten = torch.ops.aten
+
 
 class Attention(Rule):
     """softmax(scale q k^T + mask) v; a group of query heads may share a head of keys and values."""
@@ -85,7 +87,16 @@ class Attention(Rule):
         if c[0] is None:
             return [None] * len(self.inputs)
         kept, constants = self._call(s)
-        return self._gathered(s, _pull(c[0], *kept, *constants), wanted)
+        return self._gathered(s, self._pulled(c[0], kept, constants), wanted)
+
+    def _pulled(self, cotangent: Tensor, kept: Sequence[Tensor], constants: Any) -> Sequence[Tensor]:
+        """Return the cotangents of query, key and value, by the kernel of the node."""
+        mask, is_causal, scale = constants
+        dense = cotangent if cotangent.stride(-1) == 1 else cotangent.contiguous()
+        found: Sequence[Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dense, *kept, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        return found
 
     def _moved(self, s: Saved, t: Tensors) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
         """Return the tangents of query, key and value, and those of the output with the rows' mean of the scores'."""
@@ -131,6 +142,9 @@ class OnGPU(Attention):
 
     def _rows(self, s: Saved, query: Tensor, key: Tensor, value: Tensor, constants: Any) -> tuple[Any, ...]:
         return _forward(query, key, value, *constants)
+
+    def _pulled(self, cotangent: Tensor, kept: Sequence[Tensor], constants: Any) -> Sequence[Tensor]:
+        return _pull(cotangent, *kept, *constants)
 
 
 class FlashOnGPU(OnGPU):

@@ -151,12 +151,14 @@ class Unary(Elementwise):
     """y = f(x), elementwise: ``slope(c, ...)`` is c f'(x), ``bent(u, ...)`` is u f''(x).
 
     turned: where f'' follows from f', adds q f''(x) / f'(x) to its first argument; q = c f'(x) t is known already.
+    lasts: whether f'(x) alone costs no more than ``slope``, so that it is worth keeping for passes in backward.
     """
 
     slope: Formula
     bent: Formula | None = None
     turned: Callable[..., None] | None = None
     sends = True
+    lasts = False
 
     def prepare(self, *s: Any) -> tuple[Tensor, Tensor] | None:
         """Compute f'(x) and f''(x), where they are expensive enough to be shared by all passes; else None."""

@@ -281,6 +281,7 @@ class Reciprocal(Smooth):
 class Sin(Smooth):
     names = ("SinBackward0",)
     saved, origins = ("self",), (0,)
+    lasts = True
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.cos(), x.sin().neg_()
@@ -295,6 +296,7 @@ class Sin(Smooth):
 class Cos(Smooth):
     names = ("CosBackward0",)
     saved, origins = ("self",), (0,)
+    lasts = True
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.sin().neg_(), x.cos().neg_()
