@@ -126,3 +126,15 @@ def test_a_program_has_the_cheaper_call_and_the_bits_of_its_first_run(name: str)
         assert torch.equal(u, v)  # type: ignore[arg-type]
         assert torch.equal(u, z)
         assert not any(z.untyped_storage()._cdata == t.untyped_storage()._cdata for t in (c, x, w))
+
+
+@pytest.mark.parametrize("side", [0, 1, 2], ids=["first", "second", "both"])
+def test_a_batch_of_products_with_an_expanded_tensor_is_one_call_of_dense_ones(side: int) -> None:
+    dense, row = torch.randn(5, 4, 4), torch.randn(5, 1, 4).expand(5, 4, 4)
+    a, b = (row if side in (i, 2) else dense for i in range(2))
+    check(aten.bmm.default, (a, b))
+    with torch.no_grad(), Recorder([a, b]) as recorder:
+        aten.bmm(a, b)
+    assert [call[0]._overloadpacket for call in recorder.calls] == [*[aten.contiguous] * (1 + side // 2), aten.bmm]
+    assert cheaper(aten.bmm.default, (dense, dense.mT), {}) is None
+    assert cheaper(aten.bmm.default, (dense, dense[:1].expand(5, 4, 4)), {}) is None
