@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gpkernels as gpk
 from gpkernels.critic.cheaper import cheaper
 from gpkernels.critic.program import Cheaply, Program, Recorder
 
@@ -126,3 +127,44 @@ def test_a_program_has_the_cheaper_call_and_the_bits_of_its_first_run(name: str)
         assert torch.equal(u, v)  # type: ignore[arg-type]
         assert torch.equal(u, z)
         assert not any(z.untyped_storage()._cdata == t.untyped_storage()._cdata for t in (c, x, w))
+
+
+@pytest.mark.parametrize("side", [0, 1, 2], ids=["first", "second", "both"])
+def test_a_batch_of_products_with_an_expanded_tensor_is_one_call_of_dense_ones(side: int) -> None:
+    dense, row = torch.randn(5, 4, 4), torch.randn(5, 1, 4).expand(5, 4, 4)
+    a, b = (row if side in (i, 2) else dense for i in range(2))
+    check(aten.bmm.default, (a, b))
+    with torch.no_grad(), Recorder([a, b]) as recorder:
+        product = aten.bmm(a, b)
+    assert [call[0]._overloadpacket for call in recorder.calls] == [*[aten.contiguous] * (1 + side // 2), aten.bmm]
+    program = Program.of(recorder, [product])
+    for _ in range(3):
+        (again,) = program.run([a, b], lambda what, given: [])
+        assert torch.equal(again, product)
+    assert cheaper(aten.bmm.default, (dense, dense.mT), {}) is None
+    assert cheaper(aten.bmm.default, (dense, dense[:1].expand(5, 4, 4)), {}) is None
+
+
+@pytest.mark.parametrize("last", ["permuted", "mean", "tokens"])
+def test_a_cotangent_that_is_copied_has_pytorchs_numbers_in_every_call(last: str) -> None:
+    """A convolution or product with an expanded or permuted cotangent: what copies it is no view."""
+    conv, top = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Linear(4, 1)
+    calls = {
+        "permuted": lambda x: top(conv(x).permute(0, 2, 3, 1)).sum((1, 2, 3)),
+        "mean": lambda x: conv(x).tanh().mean((1, 2, 3)) + conv(x).mean((1, 2, 3)),
+        "tokens": lambda x: (conv(x).flatten(2) @ x.flatten(2).mT).mean((1, 2)),
+    }
+    critic = calls[last]
+    for _ in range(5):
+        x = torch.randn(2, 3, 8, 8)
+        found = []
+        for penalty in (lambda x: gpk.r1_penalty(critic, x), lambda x: plain_r1(critic, x)):
+            value = penalty(x)
+            found.append((value, *torch.autograd.grad(value, [conv.weight])))
+        torch.testing.assert_close(*found)
+
+
+def plain_r1(critic: Any, x: Tensor) -> Tensor:
+    moved = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(moved).sum(), moved, create_graph=True)
+    return gradient.flatten(1).square().sum(1).mean()

@@ -2,7 +2,8 @@
 
 PyTorch gives nearly every convolution on a CPU to oneDNN. For images as small as those that penalties are tried out on
 this takes two to four times as long as PyTorch's own loop over the samples, as weights are laid out anew in every call;
-and for the few channels of an image its gradient of the input takes as much longer whatever the size.
+and for the few channels of an image its gradient of the input takes as much longer whatever the size. A batch of
+products with an expanded tensor, such as the gradient of a mean over tokens, is made matrix by matrix, each copied.
 """
 
 from __future__ import annotations
@@ -77,7 +78,19 @@ def _in_planes(tensors: Sequence[Tensor], geometry: Sequence[Any]) -> list[Any]:
     return [*(x.unsqueeze(2) for x in tensors), [1, *stride], [0, *padding]]
 
 
+def _products(a: Tensor, b: Tensor) -> Callable[[], Tensor] | None:
+    if not (a.device.type == "cpu" and (_is_expanded(a) or _is_expanded(b))):
+        return None
+    return lambda: aten.bmm(*[x.contiguous() if _is_expanded(x) else x for x in (a, b)])
+
+
+def _is_expanded(x: Tensor) -> bool:
+    """Whether rows or columns of matrices are one in memory."""
+    return any(n > 1 and stride == 0 for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+
+
 _OTHERS: dict[Any, Callable[..., Any]] = {
+    aten.bmm.default: _products,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }

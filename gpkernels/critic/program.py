@@ -55,6 +55,11 @@ def _is_view(func: Any) -> bool:
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
+def _shares(x: Tensor, out: Tensor) -> bool:
+    """Whether what may be a view is one: ``contiguous`` gives a copy, too."""
+    return x.untyped_storage()._cdata == out.untyped_storage()._cdata
+
+
 class Outside:
     """A call that is not recorded and made anew in each run, by its name."""
 
@@ -132,7 +137,7 @@ class Recorder(TorchDispatchMode):
         if func is _DETACH:  # no autograd here
             self._same(out, given[0][0])
             return out
-        if _is_view(func) and isinstance(out, Tensor) and isinstance(given[0][0], Slot):
+        if _is_view(func) and isinstance(out, Tensor) and isinstance(given[0][0], Slot) and _shares(args[0], out):
             key = func, str(given)
             known = self.views.setdefault(key, None)
             if known is not None:
