@@ -121,7 +121,7 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if said.startswith("PyTorch sees") and torch.cuda.is_available():
+    if said.endswith("got cuda") and torch.cuda.is_available():
         pytest.skip("there is such a device")
     code, page, error = told(capsys, *arguments)
     assert code == 2
@@ -268,12 +268,10 @@ def test_bare_products_are_those_of_the_call() -> None:
     assert counts.watched(bare).calls < counts.watched(trial.calls[EAGER]()).calls
 
 
-@pytest.mark.parametrize("name", ops.OPS)
+@pytest.mark.parametrize("name", [name for name in ops.OPS if name != "add_instance_noise"])  # which is drawn anew
 def test_both_sides_of_an_op_give_the_same(name: str) -> None:
     torch.manual_seed(0)
     batch = ops.Batch.draw((16, 3, 4, 4), CPU)
-    if name == "add_instance_noise":
-        pytest.skip("noise is drawn anew")
     op = ops.OPS[name]
     ours, eager = op.ours(batch)(), op.eager(batch)()
     if ours is None:
