@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,8 +115,8 @@ def gradient_of(
     if found is not None and not isinstance(found, Begun):
         return found
     inputs, begun, kwargs = _checked(model, x, name), found, kwargs or {}
-    own = lambda: value_and_gradient(model, inputs, args, kwargs, name, depth() > 0, begun)  # noqa: E731
-    eagerly = lambda: with_gathered(own, model)  # noqa: E731
+    own = partial(value_and_gradient, model, inputs, args, kwargs, name, depth() > 0, begun)
+    eagerly = partial(with_gathered, own, model)
     if transformed():
         return _by_transform(model, inputs, args, kwargs, name)
     if is_compiling():

@@ -194,13 +194,11 @@ compiler: Callable[[], Any] = partial(sys.modules.get, "torch._dynamo.eval_frame
 
 
 def compile_nothing() -> Any:
-    """Make compiled functions run eagerly; return the stance for ``set_stance``, None without a compiler.
+    """Make compiled functions run eagerly; return the previous stance, for ``set_stance``.
 
     ``torch.compiler.set_stance`` does the same at many times the cost.
     """
     frames = compiler()
-    if frames is None:
-        return None
     if not hasattr(frames, "DynamoStance"):
         torch.compiler.set_stance("force_eager")
         return "default"

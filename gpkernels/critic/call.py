@@ -187,7 +187,7 @@ class uncompiled:
 
     __slots__ = ("_callback", "_entered")
     _lock, _inside = Lock(), 0
-    _before: Any = None  # the stance
+    _before: Any = None  # the stance outside, while a thread is inside
 
     def __enter__(self) -> None:
         self._entered = compiler() is not None
@@ -204,7 +204,7 @@ class uncompiled:
             return
         with uncompiled._lock:
             uncompiled._inside -= 1
-            if not uncompiled._inside and uncompiled._before is not None:
+            if not uncompiled._inside:
                 before, uncompiled._before = uncompiled._before, None
                 set_stance(before)
         if self._callback is not None:

@@ -8,6 +8,7 @@ and computes all weight gradients in one pass back. Nothing is differentiated tw
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -258,7 +259,7 @@ def at_once(
     """Compute ``value_and_gradient`` in C++; None where the native path does not apply, or refuses the input."""
     if backends.program is None:
         return None
-    found: Any = (_native or native()).at_once(model, x, tuple(args), dict(kwargs or {}))
+    found: Any = native().at_once(model, x, tuple(args), dict(kwargs or {}))
     return found if found is None or len(found) == 2 else Begun(*found)
 
 
@@ -402,8 +403,9 @@ class Gradient(Function):
             ctx.outsider = None
         if all(c is None for c in given):
             return (None,) * (1 + of.plan.leaves)
-        run = lambda: of.finished(given, tensors, outsider)[0]  # noqa: E731
-        return None, *(run() if outsider is None else by_itself(run))
+        run = partial(of.finished, given, tensors, outsider)
+        gradients, _ = run() if outsider is None else by_itself(run)
+        return None, *gradients
 
 
 class _Inside(Function):

@@ -117,7 +117,7 @@ def test_the_estimate_at_the_optimum_leaves_the_run_as_it_was_and_lies_above_it(
 
 
 def test_networks_of_the_ring_are_orthogonal_and_see_it_at_order_one() -> None:
-    layers = unrolled.orthogonal(2, 16, 1)
+    layers = unrolled.orthogonal([2, 16, 1], torch.nn.ReLU(), unrolled.GAIN)
     first = layers[0]
     assert isinstance(first, torch.nn.Linear)
     torch.testing.assert_close(first.weight.T @ first.weight, 0.64 * torch.eye(2))

@@ -32,7 +32,9 @@ def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair
 def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build the networks of the unrolled GAN's code: two hidden tanh layers, orthogonal of gain 1.4, biases 0."""
     (dims,) = data.shape
-    generator, critic = (nn.Sequential(*_orthogonal([n, width, width, m])) for n, m in ((latent, dims), (dims, 1)))
+    generator, critic = (
+        nn.Sequential(*orthogonal([n, width, width, m], nn.Tanh(), 1.4)) for n, m in ((latent, dims), (dims, 1))
+    )
     return generator, critic
 
 
@@ -50,6 +52,17 @@ def dense(sizes: list[int], activation: nn.Module, *, batch_norm: bool = False) 
     return layers
 
 
+def orthogonal(sizes: list[int], activation: nn.Module, gain: float) -> list[nn.Module]:
+    """Linear layers with activations in between: orthogonal of one gain, biases 0."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes):
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, gain)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, activation]
+    return layers[:-1]
+
+
 def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
     hidden = [latent, width, width, width]
     if data.kind == "points":
@@ -62,13 +75,3 @@ def _critic(data: DataSet, width: int) -> list[nn.Module]:
     if data.kind == "points":
         return dense([*data.shape, width, width, width, 1], nn.ReLU())
     return [nn.Flatten(), *dense([math.prod(data.shape), 2 * width, width, 1], nn.LeakyReLU(0.2))]
-
-
-def _orthogonal(sizes: list[int]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layer = nn.Linear(fan_in, fan_out)
-        nn.init.orthogonal_(layer.weight, gain=1.4)
-        nn.init.zeros_(layer.bias)
-        layers += [layer, nn.Tanh()]
-    return layers[:-1]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from gpkernels.arguments import UserError
 from gptrainer.algorithms import Setup, System, build_system
 from gptrainer.data import DATASETS
+from gptrainer.data.points import Draw
 from gptrainer.loop import Trainer
+from gptrainer.models import sample
 from gptrainer.processes import Draws, Processes
 from gptrainer.reproduce.experiment import Context, NotRun
 from gptrainer.systems import configure
@@ -52,3 +54,24 @@ def system_of(algorithm: str, data: str, generator: nn.Module, critic: nn.Module
     draws = Draws(processes, seed, torch.device("cpu"))
     config = configure(algorithm, data, seed=seed, **values)
     return build_system(config, Setup(generator, critic, processes, draws))
+
+
+def play(
+    system: System,
+    draw: Draw,
+    steps: int,
+    random: torch.Generator,
+    every: int,
+    look: Callable[[int], None],
+    critic_steps: int = 1,
+) -> None:
+    """Train both networks of a system on samples of ``draw``. look: called after every ``every`` steps."""
+    size, latent = system.config.batch_size, system.config.latent
+    for step in range(steps):
+        system.begin_step(step)
+        for _ in range(critic_steps):
+            real = draw(size, random)
+            system.critic_step(real, sample(system.generator, torch.randn(size, latent, generator=random)))
+        system.generator_step(torch.randn(size, latent, generator=random), real)
+        if (step + 1) % every == 0:
+            look(step + 1)

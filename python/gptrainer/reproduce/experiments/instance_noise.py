@@ -17,7 +17,7 @@ from gptrainer.models.closed_form import Line
 from gptrainer.models.mlp import dense
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
-from gptrainer.reproduce.training import system_of
+from gptrainer.reproduce.training import play, system_of
 
 PAPERS = "Arjovsky & Bottou 2017, section 3; Sønderby et al. 2017, section 3.2"
 SIGMAS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0)
@@ -96,22 +96,21 @@ def _logistic(x: float) -> float:
 def _train(algorithm: str, settings: Settings, seed: int) -> dict[str, list[float]]:
     """Train a generator of a curve on another one, in a space where two curves do not meet; record exact W1."""
     torch.manual_seed(seed)
-    width, steps, batch = settings["train_width"], settings["train_steps"], settings["train_batch"]
+    width, steps = settings["train_width"], settings["train_steps"]
     generator, critic = (nn.Sequential(*dense([n, width, width, m], nn.ReLU())) for n, m in ((1, SPACE), (SPACE, 1)))
     noise = {"noise": 0.5, "noise_steps": steps} if algorithm == "gan-noise" else {}
-    system = system_of(algorithm, "lines", generator, critic, seed, lr=1e-3, batch_size=batch, **noise)
+    system = system_of(
+        algorithm, "lines", generator, critic, seed, lr=1e-3, batch_size=settings["train_batch"], latent=1, **noise
+    )
     random = torch.Generator().manual_seed(seed)
     latent, unseen = torch.randn(512, 1, generator=random), curve(512, random)
     values: dict[str, list[float]] = {"step": [], "wasserstein": []}
-    for step in range(steps):
-        system.begin_step(step)
-        for _ in range(CRITIC_STEPS):
-            real, fake = curve(batch, random), sample(generator, torch.randn(batch, 1, generator=random))
-            system.critic_step(real, fake)
-        system.generator_step(torch.randn(batch, 1, generator=random), real)
-        if (step + 1) % max(1, steps // 12) == 0:
-            values["step"].append(step + 1)
-            values["wasserstein"].append(wasserstein_1(sample(generator, latent), unseen))
+
+    def look(step: int) -> None:
+        values["step"].append(step)
+        values["wasserstein"].append(wasserstein_1(sample(generator, latent), unseen))
+
+    play(system, curve, steps, random, max(1, steps // 12), look, critic_steps=CRITIC_STEPS)
     return values
 
 

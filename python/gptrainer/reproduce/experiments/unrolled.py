@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,14 +11,15 @@ from torch import Tensor, nn
 from gptrainer import plots
 from gptrainer.data.points import Mixture, circle
 from gptrainer.models import sample
+from gptrainer.models.mlp import orthogonal
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings
-from gptrainer.reproduce.training import system_of
+from gptrainer.reproduce.training import play, system_of
 
 PAPER = "Metz et al. 2017, section 3.1, figure 2 and appendix A"
 RING = Mixture(circle(8, 2.0), 0.02)
 REACH = 0.2  # ten times a mode's sigma
-LATENT, WIDTH = 256, 128
+LATENT, WIDTH, GAIN = 256, 128, 0.8
 LOOKS, SHOWN = 40, 8  # evaluations; how many of them are drawn
 
 
@@ -41,25 +41,24 @@ def measure(settings: Settings, seed: int, context: Context) -> Findings:
 
 def _run(algorithm: str, settings: Settings, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    generator = nn.Sequential(*orthogonal(LATENT, WIDTH, WIDTH, 2))
-    critic = nn.Sequential(Quarter(), *orthogonal(2, WIDTH, 1))
+    generator = nn.Sequential(*orthogonal([LATENT, WIDTH, WIDTH, 2], nn.ReLU(), GAIN))
+    critic = nn.Sequential(Quarter(), *orthogonal([2, WIDTH, 1], nn.ReLU(), GAIN))
     ahead = {"unroll": 5} if algorithm == "unrolled" else {}
-    batch, steps = settings["batch"], settings["steps"]
-    values = {"lr": 1e-4, "generator_lr": 1e-3, "betas": (0.5, 0.999), "batch_size": batch, "latent": LATENT}
-    system = system_of(algorithm, "ring", generator, critic, seed, **values, **ahead)
+    steps = settings["steps"]
+    values = {"lr": 1e-4, "generator_lr": 1e-3, "betas": (0.5, 0.999), "latent": LATENT}
+    system = system_of(algorithm, "ring", generator, critic, seed, batch_size=settings["batch"], **values, **ahead)
     random = torch.Generator().manual_seed(seed)
     latent = torch.randn(1000, LATENT, generator=random)
     curve: dict[str, Any] = {"step": [], "modes": [], "samples": []}
-    for step in range(1, steps + 1):
-        real, fake = RING.sample(batch, random), sample(generator, torch.randn(batch, LATENT, generator=random))
-        system.critic_step(real, fake)
-        system.generator_step(torch.randn(batch, LATENT, generator=random), real)
-        if step % (steps // LOOKS) == 0:
-            points = sample(generator, latent)
-            near = torch.cdist(points, RING.centres) < REACH
-            curve["step"].append(step)
-            curve["modes"].append([mode for mode in range(8) if near[:, mode].double().mean() >= 0.01])
-            curve["samples"].append(points[:300].double().tolist())
+
+    def look(step: int) -> None:
+        points = sample(generator, latent)
+        near = torch.cdist(points, RING.centres) < REACH
+        curve["step"].append(step)
+        curve["modes"].append([mode for mode in range(8) if near[:, mode].double().mean() >= 0.01])
+        curve["samples"].append(points[:300].double().tolist())
+
+    play(system, RING.sample, steps, random, steps // LOOKS, look)
     curve["samples"] = curve["samples"][4 :: LOOKS // SHOWN]
     return curve
 
@@ -69,17 +68,6 @@ class Quarter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x / 4
-
-
-def orthogonal(*sizes: int) -> list[nn.Module]:
-    """Linear layers with ReLU in between, orthogonal of gain 0.8, biases 0."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        linear = nn.Linear(fan_in, fan_out)
-        nn.init.orthogonal_(linear.weight, gain=0.8)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return layers[:-1]
 
 
 def exhibit(findings: Sequence[Findings]) -> Exhibits:
