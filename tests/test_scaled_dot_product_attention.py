@@ -22,13 +22,25 @@ from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Layout
 from gpkernels.ops import attention_blocks
+from gpkernels.ops import scaled_dot_product_attention as module
 from gpkernels.private import TorchDispatchMode, tree_leaves
 
 attention = gpk.scaled_dot_product_attention
 
 
-@pytest.fixture(params=["one block", "many blocks"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+MOST_SCORES_KEPT = module.MOST_SCORES_KEPT
+
+
+@pytest.fixture(autouse=True)
+def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small calls do as large ones."""
+    monkeypatch.setattr(module, "MOST_SCORES_KEPT", 0)
+
+
+@pytest.fixture(params=["one block", "many blocks", "scores kept"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, by_blocks: None) -> str:
+    if request.param == "scores kept":
+        monkeypatch.setattr(module, "MOST_SCORES_KEPT", MOST_SCORES_KEPT)
     if request.param == "many blocks":
         monkeypatch.setattr(attention_blocks, "CPU_BYTES", 96)
         monkeypatch.setattr(attention_blocks, "FEWEST_ROWS", 2)
@@ -195,6 +207,19 @@ def test_a_third_derivative_is_refused() -> None:
         second.sum().backward()
 
 
+def test_few_scores_are_kept_on_a_cpu_and_differentiated_to_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_SCORES_KEPT", 2 * 3 * 6 * 6)
+    x = torch.randn(2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(attention(x, x, x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(second.sum(), x)[0].isfinite().all()
+    assert not keeps_no_scores(x, x, x)
+    longer = torch.cat([x.detach(), x.detach()[..., :1, :]], -2).requires_grad_()
+    assert keeps_no_scores(longer, x, x)
+    with torch.no_grad():  # no derivative is wanted: the fused kernel
+        assert keeps_no_scores(x, x, x)
+
+
 def test_dropout_and_a_learned_mask_take_the_plain_form() -> None:
     tensors = FORMS["plain"].tensors()
     for others in ({"dropout_p": 0.5}, {"attn_mask": torch.randn(7, 5, dtype=torch.float64, requires_grad=True)}):
@@ -290,17 +315,24 @@ def test_bad_input_is_named(name: str) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that a call makes."""
+    """The elements of the largest tensor that a call makes, and the ops that it dispatches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.elements, self.ops = 0, set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.ops.add(func._overloadpacket)
         made = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if isinstance(x, Tensor)]
         self.elements = max([self.elements, *made])
         return out
+
+
+def keeps_no_scores(*tensors: Tensor) -> bool:
+    with Largest() as seen:
+        attention(*tensors)
+    return torch.ops.gpkernels.scaled_dot_product_attention in seen.ops
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -8,6 +8,7 @@ second derivative. Here the rows' logsumexp is kept, from which blocks of scores
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from gpkernels.ops.tensors import accumulation_dtype
 from gpkernels.private import dual_level, transforms_active
 
 aten = torch.ops.aten
+
+MOST_SCORES_KEPT = 1 << 20  # of all heads of a call on a CPU
 
 
 def scaled_dot_product_attention_reference(
@@ -42,13 +45,16 @@ def scaled_dot_product_attention_reference(
     if is_causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(seen.logical_not(), -torch.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
-    return (torch.dropout(weights, dropout_p, True) @ value.to(wide)).to(query.dtype)
+    if attn_mask is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        hidden = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf) if hidden else scores + attn_mask
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+    if dropout_p:
+        weights = torch.dropout(weights, dropout_p, True)
+    return (weights @ value.to(wide)).to(query.dtype)
 
 
 # --- raw ops, on (B, H, T, D), (B, H, S, D) and (B, H, S, Dv) ---------------------------------------------------------
@@ -244,6 +250,12 @@ def _composes_alone() -> bool:
     return transforms_active() or dual_level() >= 0
 
 
+def _is_small(query: Tensor, key: Tensor, batch: Sequence[int]) -> bool:
+    """Whether a derivative of the reference, which keeps its scores, takes less time than to compute them again."""
+    scores = math.prod(batch) * query.shape[-2] * key.shape[-2]
+    return query.device.type == "cpu" and scores <= MOST_SCORES_KEPT
+
+
 class _Attention(Differentiable):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Any:
@@ -367,10 +379,10 @@ def scaled_dot_product_attention(
 
     None of PyTorch's fused kernels can be differentiated twice, and its plain form keeps several
     :math:`(T, S)` matrices for each head. Here value, first and second derivative keep a number per row, and compute
-    scores by blocks. Three cases take the plain form, which keeps the matrices and has derivatives of any order:
-    dropout, a mask that requires a gradient, and transforms of ``torch.func`` and forward mode. Otherwise a third
-    derivative raises RuntimeError. On CPUs the plain form is faster for a few hundred rows, and slower from about a
-    thousand on.
+    scores by blocks. Four cases take the plain form, which keeps the matrices and has derivatives of any order:
+    dropout, a mask that requires a gradient, transforms of ``torch.func`` and forward mode, and on CPUs up to
+    :math:`2^{20}` scores in all heads together, which take less time to keep than to compute again. Otherwise a third
+    derivative raises RuntimeError.
 
     Args:
         query (Tensor): queries.
@@ -421,8 +433,9 @@ def scaled_dot_product_attention(
     if enable_gqa:
         key, value = (_spread(name, x, query) for name, x in (("key", key), ("value", value)))
     batch = _batch(query, key, value, attn_mask)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if dropout_p > 0 or learned or _composes_alone():
+    if dropout_p > 0 or learned or _composes_alone() or (differentiated and _is_small(query, key, batch)):
         return scaled_dot_product_attention_reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
     tensors = [_four_axes(x, batch) for x in (query, key, value)]
     if attn_mask is not None:
