@@ -244,7 +244,7 @@ struct InPython {
 
 class Gradients {
  public:
-  // rules: as for ``Shelf``. refused: names of nodes that have no second derivative.
+  // rules: as for ``Shelf``. refused: names of nodes whose second derivative is not PyTorch's: Python refuses or mends.
   // functions: those of ``InPython``, by name.
   Gradients(const py::dict& rules, size_t capacity, std::vector<std::string> refused, const py::dict& functions)
       : reader_(rules), capacity_(capacity), refused_(std::move(refused)), python_(functions) {}

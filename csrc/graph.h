@@ -19,6 +19,9 @@ using Dropout = torch::autograd::generated::NativeDropoutBackward0;
 using torch::autograd::Edge;
 using torch::autograd::Node;
 
+// The node of DTensor.from_local, whose gradient gpkernels/private.py gives a graph.
+constexpr const char* kFromLocal = "_FromTorchTensorBackward";
+
 // A tensor without values whose graph is an output of a node.
 inline at::Tensor handle_of(const Edge& edge) {
   const auto& meta = edge.function->input_metadata(edge.input_nr);
@@ -52,7 +55,7 @@ class Reader {
   // Contents of one graph.
   struct Found {
     std::vector<at::Tensor> saved, leaves;
-    bool hooked = false;  // a node has hooks on its gradients
+    bool hooked = false;  // a node has hooks on its gradients, or gets one in Python
   };
 
   // start: sequence number of the critic's first node; older nodes end its graph.
@@ -133,6 +136,7 @@ class Reader {
     }
     to.hooked |= !node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty();
     const std::string name = node->name();
+    to.hooked |= name == kFromLocal;
     key.text(name.data(), name.size());
     key.number(node->num_inputs());
     for (uint32_t i = 0; i < node->num_inputs(); ++i) {

@@ -105,6 +105,31 @@ def forward_class(node: Any) -> Any:
     return getattr(type(node), "_forward_cls", None)
 
 
+# --- tensors that processes share -------------------------------------------------------------------------------------
+
+FROM_LOCAL = "_FromTorchTensorBackward"  # the node of DTensor.from_local
+
+
+def local_placements(node: Any) -> tuple[Any, ...]:
+    """Return how ``DTensor.from_local`` was told that its argument is placed, from its node."""
+    return tuple(node.forward_input_placements)
+
+
+def local_gradient(node: Any) -> Callable[..., Any]:
+    """Make a hook of a node of ``DTensor.from_local`` that computes its gradient with a graph, which PyTorch drops."""
+    mesh, placements = node.forward_input_device_mesh, node.grad_placements
+    if placements is None:  # as from_local documents it: the gradient of a part of a sum is the sum's
+        replicated = sys.modules["torch.distributed.tensor"].Replicate()
+        placements = tuple(replicated if place.is_partial() else place for place in local_placements(node))
+
+    def hook(gradients: tuple[Tensor | None, ...], cotangents: tuple[Any, ...]) -> tuple[Tensor | None, ...] | None:
+        if cotangents[0] is None or not torch.is_grad_enabled():
+            return None
+        return cotangents[0].redistribute(mesh, placements).to_local(), *gradients[1:]
+
+    return hook
+
+
 # --- parameters that ``fully_shard`` distributes ----------------------------------------------------------------------
 
 # FSDP gathers and frees the parameters of a module in groups, whose attributes critic/gathered.py reads: its public

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,17 @@ WAYS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
 }
 
 
+def tensor_parallel(critic: nn.Sequential, last: bool = True) -> nn.Module:
+    """A matrix in two parts by columns, one by rows; last: also the one after them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"0.0": ColwiseParallel(), "1.0": RowwiseParallel()}
+    more = {"2": RowwiseParallel(input_layouts=Replicate())} if last else {}
+    return parallelize_module(critic, init_device_mesh("cpu", (2,)), {**plan, **more})
+
+
 def full(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -136,13 +148,14 @@ def errors(found: Any, exact: Any) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def trained(mine: nn.Module, ours: Loss, exact: Loss, twin: nn.Module, rank: int) -> float:
-    """Compare losses and weights over some steps of training."""
+def trained(mine: nn.Module, ours: Loss, exact: Loss, twin: nn.Module, rank: int, whole: bool = False) -> float:
+    """Compare losses and weights over some steps of training; whole: whether each process has the whole batch."""
     batch = whole_batch()
+    rows = batch if whole else batch.rows(4 * rank, 4 * rank + 4)
     optimisers = [torch.optim.SGD(module.parameters(), 0.05, momentum=0.9) for module in (mine, twin)]
     worst = 0.0
     for _ in range(STEPS):
-        losses = ours(mine, batch.rows(4 * rank, 4 * rank + 4)), exact(twin, batch)
+        losses = ours(mine, rows), exact(twin, batch)
         for optimiser, loss in zip(optimisers, losses, strict=True):
             optimiser.zero_grad()
             loss.backward()
@@ -156,8 +169,10 @@ def trained(mine: nn.Module, ours: Loss, exact: Loss, twin: nn.Module, rank: int
 Check = Callable[[int], float]
 
 
-def check(way: Callable[[nn.Sequential], nn.Module], ours: Loss, exact: Loss, **options: Any) -> Check:
-    return lambda rank: trained(way(make(**options)), ours, exact, make(**options), rank)
+def check(
+    way: Callable[[nn.Sequential], nn.Module], ours: Loss, exact: Loss, whole: bool = False, **options: Any
+) -> Check:
+    return lambda rank: trained(way(make(**options)), ours, exact, make(**options), rank, whole)
 
 
 # --- checks of more than one critic's steps; each returns an error
@@ -273,6 +288,40 @@ def clipping(rank: int) -> float:
     return errors(critic.parameters(), twin.parameters())
 
 
+def sequence_parallel(rank: int) -> float:
+    """Tokens in parts where they are normalised, as in a transformer; each process has all samples."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down, self.norm = nn.Linear(3, 8), nn.Linear(8, 4), nn.LayerNorm(4)
+            self.wide, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.down(self.up(x.unflatten(1, (2, 3))).tanh()))
+            return self.last(F.silu(self.wide(h))).sum((1, 2))
+
+    twin, critic = Tokens().double(), Tokens().double()
+    plan = {
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "wide": ColwiseParallel(input_layouts=Shard(1)),
+        "last": RowwiseParallel(),
+    }
+    parallelize_module(critic, init_device_mesh("cpu", (2,)), plan)
+    return trained(critic, wgan, plain, twin, rank, whole=True)
+
+
 FREES = WAYS["fully_shard that frees after forward"]
 CHECKS: dict[str, Check] = {
     f"{what}, by {way}": check(WAYS[way], *pair) for what, pair in LOSSES.items() for way in WAYS
@@ -282,6 +331,10 @@ CHECKS: dict[str, Check] = {
     "checkpointed blocks, by fully_shard": check(checkpointed, wgan, plain),
     "a critic that is a function, by fully_shard": check(FREES, lambda c, b: wgan(lambda x: c(x), b), plain),
     "a compiled step, by fully_shard": check(FREES, torch.compile(wgan, backend="aot_eager"), plain),
+    **{f"{what}, by tensor parallelism": check(tensor_parallel, *pair, whole=True) for what, pair in LOSSES.items()},
+    "parallel and plain layers": check(partial(tensor_parallel, last=False), wgan, plain, whole=True),
+    "a call without a rule, by tensor parallelism": check(tensor_parallel, wgan, plain, whole=True, activation=nn.Mish),
+    "tokens in parts": sequence_parallel,
     "DDP around the whole loss": ddp_around_the_loss,
     "fully_shard around the whole loss": fully_shard_around_the_loss,
     "accumulated gradients, by DDP": accumulation_by_ddp,
@@ -298,12 +351,14 @@ CHECKS: dict[str, Check] = {
 # --- what is refused
 
 
-def parallel_tensors() -> nn.Module:
+def parts_of_samples(loss: Loss) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
-    critic = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).double()
-    return parallelize_module(critic, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    critic = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    plan = {"0": RowwiseParallel(input_layouts=Shard(-1))}
+    return loss(parallelize_module(critic, init_device_mesh("cpu", (2,)), plan), whole_batch())
 
 
 def distributed_samples(function: Callable[..., Any]) -> Any:
@@ -314,10 +369,7 @@ def distributed_samples(function: Callable[..., Any]) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    f"tensor parallelism, {name}": (
-        lambda loss=loss: loss(parallel_tensors(), whole_batch()),
-        "by torch.distributed.fsdp.fully_shard instead",
-    )
+    f"samples in parts, {name}": (lambda loss=loss: parts_of_samples(loss), "expected whole samples on each process")
     for name, loss in {"whole loss": wgan, "penalty": penalty, "composed": composed, "gradient": of_gradients}.items()
 } | {
     "distributed samples of a penalty": (lambda: distributed_samples(gpk.r1_penalty), "real: expected the samples of"),

@@ -361,6 +361,30 @@ def sharded_parameters() -> None:
         dist.destroy_process_group()
 
 
+def tensors_of_processes() -> None:
+    """PyTorch drops the graph where the gradient of a local tensor is placed in another way; the hook keeps it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        mesh = init_device_mesh("cpu", (1,))
+        columns = DTensor.from_local(torch.eye(2), mesh, [Shard(1)], run_check=False)
+        x = torch.ones(1, 2, requires_grad=True)
+        made = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+        node, value = made.grad_fn, (made @ columns).pow(3).sum().full_tensor()
+        assert node.name() == private.FROM_LOCAL
+        assert private.local_placements(node) == (Replicate(),)
+        (dropped,) = torch.autograd.grad(value, x, create_graph=True)
+        assert not dropped.requires_grad
+        node.register_hook(private.local_gradient(node))
+        (kept,) = torch.autograd.grad(value, x, create_graph=True)
+        assert torch.equal(kept, dropped)
+        assert torch.autograd.grad(kept.sum(), x)[0].tolist() == [[6, 6]]
+    finally:
+        dist.destroy_process_group()
+
+
 def hooks_on_saved_tensors() -> None:
     assert private.saved_tensors_hooks(False) is None
     seen: list[object] = []
@@ -399,6 +423,7 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     grad_mode: ("set_grad_mode",),
     while_it_traces: ("restart_of_trace",),
     sharded_parameters: ("fsdp_gather", "fsdp_groups", "fsdp_reduces", "fsdp_state", "_reshard_after_forward"),
+    tensors_of_processes: ("FROM_LOCAL", "local_gradient", "local_placements"),
     hooks_on_saved_tensors: ("saved_tensors_hooks",),
     of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),
 }

@@ -22,25 +22,25 @@ from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Layout
 from gpkernels.ops import attention_blocks
-from gpkernels.ops import scaled_dot_product_attention as module
+from gpkernels.ops import scaled_dot_product_attention as op
 from gpkernels.private import TorchDispatchMode, tree_leaves
 
 attention = gpk.scaled_dot_product_attention
 
 
-MOST_SCORES_KEPT = module.MOST_SCORES_KEPT
+MOST_SCORES_KEPT = op.MOST_SCORES_KEPT
 
 
 @pytest.fixture(autouse=True)
 def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small calls do as large ones."""
-    monkeypatch.setattr(module, "MOST_SCORES_KEPT", 0)
+    monkeypatch.setattr(op, "MOST_SCORES_KEPT", 0)
 
 
 @pytest.fixture(params=["one block", "many blocks", "scores kept"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, by_blocks: None) -> str:
     if request.param == "scores kept":
-        monkeypatch.setattr(module, "MOST_SCORES_KEPT", MOST_SCORES_KEPT)
+        monkeypatch.setattr(op, "MOST_SCORES_KEPT", MOST_SCORES_KEPT)
     if request.param == "many blocks":
         monkeypatch.setattr(attention_blocks, "CPU_BYTES", 96)
         monkeypatch.setattr(attention_blocks, "FEWEST_ROWS", 2)
@@ -208,7 +208,7 @@ def test_a_third_derivative_is_refused() -> None:
 
 
 def test_few_scores_are_kept_on_a_cpu_and_differentiated_to_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_SCORES_KEPT", 2 * 3 * 6 * 6)
+    monkeypatch.setattr(op, "MOST_SCORES_KEPT", 2 * 3 * 6 * 6)
     x = torch.randn(2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(attention(x, x, x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)

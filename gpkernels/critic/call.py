@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gpkernels import backends
-from gpkernels.critic.graph import Graph, check_nodes, native
+from gpkernels.critic.graph import Graph, native, prepare_nodes
 from gpkernels.critic.parts import Between, constant_scores, points_of
 from gpkernels.critic.together import Check, Watch
 from gpkernels.private import (
@@ -114,7 +114,7 @@ class Pass:
 
     def _read(self, roots: list[Tensor]) -> None:
         graph = Graph(roots, self.start)
-        check_nodes(graph.nodes, self.x.requires_grad)
+        self.by_engine = prepare_nodes(graph.nodes, [self.x] if self.x.requires_grad else [])
         self.graph_key, self.nodes, self.saved = graph.key, graph.nodes, graph.saved
         found = native().leaves(roots, self.start) if any(leaf is None for leaf in graph.leaves) else graph.leaves
         self.leaves = [leaf for leaf in found if leaf is not None]

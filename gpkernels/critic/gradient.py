@@ -21,7 +21,7 @@ from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.compiled import Options, chosen
 from gpkernels.critic.gathered import may_be_sharded
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.graph import FROM_LOCAL, REENTRANT, Graph, attributes, check_graph, check_nodes
+from gpkernels.critic.graph import REENTRANT, Graph, attributes, prepare_graph, prepare_nodes
 from gpkernels.critic.parts import constant_scores
 from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
@@ -29,6 +29,7 @@ from gpkernels.critic.program import CAPACITY, Cache
 from gpkernels.critic.run import is_plain, own_dtypes
 from gpkernels.critic.work import apart
 from gpkernels.private import (
+    FROM_LOCAL,
     dual_level,
     graph_is_kept,
     is_batched,
@@ -311,7 +312,7 @@ def _by_engine(made: Made, source: Inputs, graph: bool, name: str) -> tuple[Sequ
         if found is not None:
             return found[: len(outputs)], found[len(outputs) :]
     scores = outputs[made.score]
-    check_graph([scores])
+    prepare_graph([scores], inputs)
     ones = torch.ones_like(scores)
     gradients = torch.autograd.grad(scores, inputs, ones, create_graph=graph, allow_unused=True)
     if all(g is None for g in gradients):
@@ -356,7 +357,7 @@ def _recorded(
 
 def _checked(outputs: Sequence[Tensor], start: int) -> Graph:
     graph = Graph(outputs, start)
-    check_nodes(graph.nodes, True)
+    prepare_nodes(graph.nodes, ())
     return graph
 
 

@@ -20,11 +20,11 @@ from gpkernels import backends
 from gpkernels.critic.program import CAPACITY, watched
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule
+from gpkernels.private import FROM_LOCAL, local_gradient, local_placements
 
 DROPOUT = "NativeDropoutBackward0"
 LEAF = "torch::autograd::AccumulateGrad"
 REENTRANT = "CheckpointFunctionBackward"
-FROM_LOCAL = "_FromTorchTensorBackward"
 GIVEN = "torch::autograd::Error"  # node of a graph input while AOTAutograd traces
 _WRAP = 1 << 64
 Edge = tuple[Any, int]  # (node, output number)
@@ -142,24 +142,36 @@ def _in_order(roots: Sequence[Edge], start: int, places: dict[Edge, int]) -> lis
     return order
 
 
-def check_graph(outputs: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where PyTorch's second derivative of the outputs would be wrong without an error."""
-    check_nodes(_in_order([(edge.node, edge.output_nr) for edge in map(get_gradient_edge, outputs)], 0, {}), True)
+def prepare_graph(outputs: Sequence[Tensor], samples: Sequence[Tensor]) -> None:
+    """Call ``prepare_nodes`` with the nodes that the outputs depend on."""
+    prepare_nodes(_in_order([(edge.node, edge.output_nr) for edge in map(get_gradient_edge, outputs)], 0, {}), samples)
 
 
-def check_nodes(nodes: Sequence[Edge], moves: bool) -> None:
-    """Raise RuntimeError for nodes that cannot be differentiated here. moves: whether gradients at samples count."""
-    names = {node.name() for node, _ in nodes}
-    if REENTRANT in names:
+def prepare_nodes(nodes: Sequence[Edge], samples: Sequence[Tensor]) -> bool:
+    """Make the nodes differentiable twice, and return whether that took hooks. samples: whose gradients are wanted.
+
+    Raises RuntimeError where PyTorch's second derivative would be wrong without an error.
+    """
+    named: dict[str, list[Any]] = {REENTRANT: [], FROM_LOCAL: []}
+    for node, _ in nodes:
+        named.get(node.name(), []).append(node)
+    if named[REENTRANT]:
         raise RuntimeError(
             "critic: torch.utils.checkpoint with use_reentrant=True has no second derivative, and its backward changes "
             "the gradients of weights; use use_reentrant=False"
         )
-    if FROM_LOCAL in names and moves:
-        raise RuntimeError(
-            "critic: its samples become a DTensor, as in tensor parallelism, and PyTorch drops the second derivative "
-            "of DTensor.from_local; shard the weights by torch.distributed.fsdp.fully_shard instead"
-        )
+    if not (named[FROM_LOCAL] and samples):
+        return False
+    ends = {get_gradient_edge(x).node for x in samples}
+    for node in named[FROM_LOCAL]:
+        placements = local_placements(node)
+        if node.next_functions[0][0] in ends and any(place.is_shard() and place.dim > 0 for place in placements):
+            raise RuntimeError(
+                "critic: expected whole samples on each process, got DTensor.from_local(samples, "
+                f"placements={placements}); replicate them, as the norm of a part is not that of the whole"
+            )
+        node.register_hook(local_gradient(node))
+    return True
 
 
 def index_by_row(indices: Sequence[Tensor | None]) -> bool:
