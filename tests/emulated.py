@@ -145,6 +145,17 @@ def memory_sets(library: Path) -> int:
     return int(ctypes.CDLL(str(library)).emulated_memory_sets())
 
 
+@contextmanager
+def logged(library: Path, path: Path) -> Iterator[None]:
+    """Write a line to a file for each launch: where the kernel is in the library, grid, block, bytes of arguments."""
+    log = ctypes.CDLL(str(library)).emulated_log
+    log(str(path).encode())
+    try:
+        yield
+    finally:
+        log(None)
+
+
 def traffic(library: Path) -> tuple[int, int]:
     """Bytes that kernels of a "counted" library have read and written in global memory, in this process."""
     count = ctypes.CDLL(str(library)).emulated_bytes

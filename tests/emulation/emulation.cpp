@@ -6,12 +6,15 @@
 // write in global memory.
 #include "emulation.h"
 
+#include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <fstream>
+#include <iomanip>
 #include <memory>
 #include <random>
 #include <set>
@@ -414,6 +417,25 @@ void* shared_at(unsigned place, size_t bytes) {
   return shared[place].first.get();
 }
 
+namespace {
+std::ofstream logged;
+}
+
+// Writes a line: where the kernel is in this library, grid, block, and the bytes of each argument.
+void log(const void* kernel, dim3 grid, dim3 size, std::initializer_list<std::pair<const void*, size_t>> arguments) {
+  if (!logged.is_open()) return;
+  Dl_info image;
+  dladdr(kernel, &image);
+  logged << std::hex << uintptr_t(kernel) - uintptr_t(image.dli_fbase) << std::dec;
+  for (const dim3& d : {grid, size}) logged << ' ' << d.x << ',' << d.y << ',' << d.z;
+  logged << std::hex << std::setfill('0');
+  for (const auto& [at, bytes] : arguments) {
+    logged << ' ';
+    for (size_t i = 0; i < bytes; ++i) logged << std::setw(2) << int(static_cast<const unsigned char*>(at)[i]);
+  }
+  logged << std::dec << std::endl;
+}
+
 bool seeded(int bug) {
   static const char* const wanted = std::getenv("GPK_EMULATION_BUG");
   static const int number = wanted ? std::atoi(wanted) : 0;
@@ -424,6 +446,10 @@ bool seeded(int bug) {
 
 extern "C" unsigned emulated_launches() { return emulation::launched; }
 extern "C" unsigned emulated_memory_sets() { return emulation::set; }
+extern "C" void emulated_log(const char* path) {
+  emulation::logged.close();
+  if (path) emulation::logged.open(path);
+}
 
 // --- counting bytes -----------------------------------------------------------------------------------------------
 

@@ -10,8 +10,10 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 // --- the language -------------------------------------------------------------------------------------------------
 
@@ -50,6 +52,7 @@ struct Here {
 extern Here here;
 
 void run(dim3 grid, dim3 size, const std::function<void()>& kernel);
+void log(const void* kernel, dim3 grid, dim3 size, std::initializer_list<std::pair<const void*, size_t>> arguments);
 void set_memory(void* at, int value, size_t count);
 void sync_block();
 uint64_t shuffle(unsigned mask, uint64_t bits, int flipped);
@@ -67,6 +70,10 @@ GPK_UNSEEN inline dim3 grid_size() { return here.grid; }
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, cudaStream_t, const Arguments&... arguments) {
   const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
+  const auto logged = [&](const Parameters&... each) {
+    log(reinterpret_cast<const void*>(kernel), grid, size, {{&each, sizeof(each)}...});
+  };
+  std::apply(logged, held);
   run(grid, size, [&] { std::apply(kernel, held); });
 }
 
