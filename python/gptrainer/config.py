@@ -12,19 +12,15 @@ from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS
 from gptrainer.models import NETWORKS
 
-if TYPE_CHECKING:
+try:
     from tyro.conf import arg as arg
+except ImportError:  # the options can be listed without it
+    arg = dict
 
+if TYPE_CHECKING:
     Data = str
     NetworkName = str
 else:
-    try:
-        from tyro.conf import arg
-    except ImportError:  # the options can be listed without it
-
-        def arg(**_: Any) -> None:
-            """Annotate an option for tyro."""
-
     Data = Literal[tuple(DATASETS)]
     NetworkName = Literal[tuple(NETWORKS)]
 Norm = Literal["none", "batch"]
@@ -49,6 +45,10 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
+SYSTEMS: dict[str, type[TrainConfig]] = {}
+"""The systems by name, which ``gptrainer.systems`` defines."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Options of every system. ``gptrainer.systems.configure`` supplies those without a default here."""
@@ -58,8 +58,17 @@ class TrainConfig:
     """Adversarial part of the critic's loss."""
     generator_loss: ClassVar[str] = "nonsaturating"
     """Generator's loss."""
+    penalties: ClassVar[tuple[str, ...]] = ()
+    """Zero-centred penalties of the critic's loss."""
     terms: ClassVar[tuple[str, ...]] = ()
     """Parts of the critic's loss beyond the adversarial one that get a curve."""
+
+    def __init_subclass__(cls, **constants: Any) -> None:
+        """Set class variables, and register a class that has a name as a system."""
+        for name, value in constants.items():
+            setattr(cls, name, value)
+        if "algorithm" in constants:
+            SYSTEMS[cls.algorithm] = cls
 
     data: Annotated[Data, arg(metavar="DATA")]
     """The data set; `gpkernels train --list` describes them."""
