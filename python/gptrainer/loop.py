@@ -48,7 +48,7 @@ class Trainer:
         noise_seed, dropout_seed = torch.randint(2**62, (2,)).tolist()
         self.draws = Draws(self.processes, noise_seed, self.device)
         torch.manual_seed(dropout_seed + self.processes.rank)
-        self.system = build_system(config, Setup(self.generator, self.critic, self.processes, self.draws))
+        self.system = build_system(config, Setup(self.generator, self.critic, self.draws))
         self.averages: dict[str, AveragedModel] = {}
         if config.ema:
             mean = get_ema_multi_avg_fn(config.ema)
@@ -223,7 +223,7 @@ class Trainer:
     def _log(self, metrics: dict[str, float]) -> None:
         points = torch.Generator().manual_seed(self.config.seed + self.step)
         with evaluating(self.critic):
-            norm = mean_gradient_norm(self.system.scorer, self.real, self.fake, points)
+            norm = mean_gradient_norm(self.system.scores, self.real, self.fake, points)
         values = metrics | {"gradient_norm": self.processes.mean(torch.tensor(norm, device=self.device)).item()}
         logs.append(self.critic_curve, self.step, values)
         self.events.scalars("critic", values, self.step)
