@@ -19,7 +19,8 @@ from gptrainer.config import FREE_ON_RESUME, TrainConfig
 from gptrainer.data import load_batches
 from gptrainer.divergence import check_losses, check_weights
 from gptrainer.interruption import Stopped, interruptions
-from gptrainer.metrics import build_quality, mean_gradient_norm
+from gptrainer.metrics.distances import mean_gradient_norm
+from gptrainer.metrics.quality import build_quality
 from gptrainer.models import build_models, evaluating, mixes_samples, sample
 from gptrainer.processes import Draws, Processes, local_device
 

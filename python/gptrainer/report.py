@@ -15,7 +15,7 @@ from gptrainer import plots
 from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.logs import CSV_NAME
 from gptrainer.loop import Trainer
-from gptrainer.metrics import ImageQuality
+from gptrainer.metrics.quality import ImageQuality
 from gptrainer.models import evaluating, sample
 
 TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0, "r3gan": 0.0}  # of the gradient norm
