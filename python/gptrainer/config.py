@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Data = str
     NetworkName = str
 else:
-    Data = Literal[tuple(DATASETS)]
-    NetworkName = Literal[tuple(NETWORKS)]
+    Data = Annotated[Literal[tuple(DATASETS)], arg(metavar="DATA")]
+    NetworkName = Annotated[Literal[tuple(NETWORKS)], arg(metavar="NETWORK")]
 Norm = Literal["none", "batch"]
 
 # A resumed run may change these; all others must be those of its checkpoint.
@@ -70,13 +70,13 @@ class TrainConfig:
         if "algorithm" in constants:
             SYSTEMS[cls.algorithm] = cls
 
-    data: Annotated[Data, arg(metavar="DATA")]
+    data: Data
     """The data set; `gpkernels train --list` describes them."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
     """Folder of the data's files, where it has any."""
     limit: Annotated[int | None, arg(metavar="INT")] = None
     """Train on the first LIMIT images; where the data has no test images, the rest are held out."""
-    network: Annotated[NetworkName, arg(metavar="NETWORK")]
+    network: NetworkName
     """The pair of networks; `gpkernels train --list` describes them."""
     critic_norm: Norm = "none"
     """Normalisation in DCGAN's critics."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from gpkernels.arguments import UserError
 from gptrainer.config import SYSTEMS as SYSTEMS
-from gptrainer.config import Norm, TrainConfig, arg
+from gptrainer.config import NetworkName, Norm, TrainConfig, arg
 from gptrainer.models import NETWORKS, default_network
 
 Betas = tuple[float, float]
@@ -97,6 +97,7 @@ class WGANGPConfig(AdamConfig, algorithm="wgan-gp", objective="wgan", generator_
 class CTGANConfig(WGANGPConfig, algorithm="ct-gan", terms=("penalty", "consistency")):
     """WGAN-GP with a consistency term between two dropout passes (Wei et al. 2018)."""
 
+    network: NetworkName = "ct"
     consistency_weight: float = 2.0
     """Weight of the consistency term, lambda_2."""
     consistency_margin: float = 0.0
@@ -178,6 +179,9 @@ class UnrolledConfig(DCGANConfig, algorithm="unrolled"):
 class SemiSupervisedConfig(DCGANConfig, algorithm="ssl-ct-gan", terms=("labelled_loss", "consistency")):
     """Critic that classifies from few labels (Wei et al. 2018, Salimans et al. 2016)."""
 
+    network: NetworkName = "semi-supervised"
+    latent: int = NETWORKS["semi-supervised"].latent
+    width: int = NETWORKS["semi-supervised"].width
     lr: float = 3e-3
     batch_size: int = 100
     ema: float = 0.9999
@@ -203,30 +207,18 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     "folder32": DCGAN,
 }
 # Where a paper has values of its own for a system on a data set, or the size of a data set asks for them.
-RING = {"batch_size": 512, "latent": 256}
+RING = {"network": "unrolled", "batch_size": 512, "latent": 256}
 MILD = {"gamma": 0.1, "lr": 1e-3}  # modes are hundredths wide here: the paper's 10 keeps the critic flat
 IN_THE_PLANE = ("8gaussians", "25gaussians", "swissroll", "ring")
-RESIDUAL = {"lr": 2e-4, "decay_steps": 100_000}
+RESIDUAL = {"network": "resnet", "lr": 2e-4, "decay_steps": 100_000}
 PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     **{("unrolled", data): RING for data in IN_THE_PLANE},
     **{(algorithm, data): MILD for algorithm in ("r1", "r2", "r3gan") for data in IN_THE_PLANE},
     ("wgan-gp", "cifar10"): RESIDUAL,
-    ("ct-gan", "cifar10"): RESIDUAL,
+    ("ct-gan", "cifar10"): {**RESIDUAL, "network": "ct-resnet"},
     # 14 steps an epoch, where the paper's 1e-4 would average over 700 epochs; 397 digits are left for evaluation.
     ("ssl-ct-gan", "digits"): {"ema": 0.999, "limit": 1400},
 }
-
-
-def network_for(algorithm: str, data: str) -> str:
-    """Name of a system's default network on a data set."""
-    residual = data == "cifar10" and algorithm in ("wgan-gp", "ct-gan")
-    if algorithm == "ct-gan":
-        return "ct-resnet" if residual else "ct"
-    if algorithm == "ssl-ct-gan":
-        return "semi-supervised"
-    if residual:
-        return "resnet"
-    return "unrolled" if algorithm == "unrolled" and data in IN_THE_PLANE else default_network(data)
 
 
 def configure(algorithm: str, data: str = "digits", **values: Any) -> TrainConfig:
@@ -237,13 +229,12 @@ def configure(algorithm: str, data: str = "digits", **values: Any) -> TrainConfi
     """
     system = SYSTEMS[algorithm]
     given = {name: value for name, value in values.items() if value is not None}
-    usual = network_for(algorithm, data)
-    chosen = given.get("network", usual)
     own = set().union(*(vars(base) for base in system.mro() if issubclass(base, TrainConfig) and base != TrainConfig))
-    defaults = {name: value for name, value in DATA_DEFAULTS[data].items() if name not in own}
-    defaults |= PAIRS.get((algorithm, data), {})
-    if chosen != usual or algorithm == "ssl-ct-gan":
+    common = {"network": default_network(data), "out": Path("runs") / f"{algorithm}-{data}", **DATA_DEFAULTS[data]}
+    defaults = {name: value for name, value in common.items() if name not in own} | PAIRS.get((algorithm, data), {})
+    usual = {**vars(system), **defaults}["network"]
+    chosen = given.get("network", usual)
+    if chosen != usual:
         defaults |= {"latent": NETWORKS[chosen].latent, "width": NETWORKS[chosen].width}
-    defaults |= {"network": usual, "out": Path("runs") / f"{algorithm}-{data}"}
     names = {field.name for field in fields(system)}
     return system(data=data, **{name: value for name, value in defaults.items() if name in names} | given)

@@ -44,14 +44,14 @@ def _generator(data: DataSet, latent: int, width: int, batch_norm: bool) -> nn.M
         *norm(nn.BatchNorm1d(4 * width * 16)),
         nn.ReLU(),
         nn.Unflatten(1, (4 * width, 4, 4)),
-        transposed(4 * width, 2 * width, 5),
+        transposed(4 * width, 2 * width),
         *norm(nn.BatchNorm2d(2 * width)),
         nn.ReLU(),
         *([nn.ZeroPad2d((0, -1, 0, -1))] if data.shape[-1] == 28 else []),  # from 8x8 to 7x7
-        transposed(2 * width, width, 5),
+        transposed(2 * width, width),
         *norm(nn.BatchNorm2d(width)),
         nn.ReLU(),
-        transposed(width, data.shape[0], 5),
+        transposed(width, data.shape[0]),
         to_range(data),
     )
 
