@@ -43,10 +43,10 @@ def dense(
     sizes: list[int], activation: nn.Module, *, batch_norm: bool = False, dropout: float = 0.0
 ) -> list[nn.Module]:
     """Linear layers with activations in between: hidden He-uniform, output Glorot-uniform, biases 0."""
-    drop = [nn.Dropout(dropout)] if dropout else []
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes[:-1]):
-        layers += [nn.Linear(fan_in, fan_out), *([nn.BatchNorm1d(fan_out)] if batch_norm else []), activation, *drop]
+        layers += [nn.Linear(fan_in, fan_out), *([nn.BatchNorm1d(fan_out)] if batch_norm else []), activation]
+        layers += [nn.Dropout(dropout)] if dropout else []
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     for layer in linear:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from gptrainer.data import DataSet
@@ -13,29 +11,14 @@ Dropout = tuple[float, float, float]
 CT_DROPOUT: Dropout = (0.2, 0.5, 0.5)  # Wei et al. 2018
 
 
-def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: Dropout = (0.0, 0.0, 0.0)) -> Pair:
-    """Build three upsampling blocks, and a critic of two downsampling and two further blocks of ``width`` channels.
-
-    dropout: after the critic's second, third and fourth block.
-    """
-    return _generator(data, latent, width), _critic(data, width, dropout)
-
-
 class Block(nn.Module):
     """Residual block of two 3x3 convolutions, upsampling before the first or downsampling after the last.
 
+    change: "up", "down" or "none".
     first: a critic's first block, without an activation of the images, and with pooling first in the shortcut.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        out: int,
-        change: Literal["up", "down", "none"] = "none",
-        *,
-        batch_norm: bool = False,
-        first: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, out: int, change: str, *, batch_norm: bool = False, first: bool = False) -> None:
         super().__init__()
         up: list[nn.Module] = [nn.Upsample(scale_factor=2)] if change == "up" else []
         down: list[nn.Module] = [nn.AvgPool2d(2)] if change == "down" else []
@@ -54,8 +37,12 @@ class Block(nn.Module):
         return self.shortcut(x) + self.residual(x)
 
 
-def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
-    return nn.Sequential(
+def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: Dropout = (0.0, 0.0, 0.0)) -> Pair:
+    """Build three upsampling blocks, and a critic of two downsampling and two further blocks of ``width`` channels.
+
+    dropout: after the critic's second, third and fourth block.
+    """
+    generator = nn.Sequential(
         linear(latent, width * 16),
         nn.Unflatten(1, (width, 4, 4)),
         *(Block(width, width, "up", batch_norm=True) for _ in range(3)),
@@ -64,11 +51,8 @@ def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
         convolution(width, data.shape[0], 3, he=False),
         to_range(data),
     )
-
-
-def _critic(data: DataSet, width: int, dropout: Dropout) -> FeatureCritic:
-    blocks = (Block(width, width, "down"), Block(width, width), Block(width, width))
+    blocks = [Block(width, width, change) for change in ("down", "none", "none")]
     layers: list[nn.Module] = [Block(data.shape[0], width, "down", first=True)]
     for block, p in zip(blocks, dropout, strict=True):
-        layers += [block, nn.Dropout(p)] if p else [block]
-    return FeatureCritic(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(width, 1))
+        layers += [block, *([nn.Dropout(p)] if p else [])]
+    return generator, FeatureCritic(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(width, 1))
