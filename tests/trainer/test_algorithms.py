@@ -326,6 +326,17 @@ def test_the_semi_supervised_classifier_learns_from_its_few_labels(tiny: MakeCon
     assert end < 0.4
 
 
+def test_the_semi_supervised_system_refuses_networks_that_do_not_classify(tiny: MakeConfig) -> None:
+    with pytest.raises(UserError, match="--network: expected semi-supervised for ssl-ct-gan, got mlp"):
+        Trainer(tiny(algorithm="ssl-ct-gan", data="digits", network="mlp"))
+
+
+@pytest.mark.parametrize("network", ["mlp", "mlp12", "unrolled"])
+def test_ct_gan_trains_any_fully_connected_critic(network: str, tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm="ct-gan", network=network))
+    assert trainer.train_step()["consistency"] == 0  # without dropout both passes are one
+
+
 # --- unrolling --------------------------------------------------------------------------------------------------------
 
 

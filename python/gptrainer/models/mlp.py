@@ -33,10 +33,8 @@ def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair
 def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build the networks of the unrolled GAN's code: two hidden tanh layers, orthogonal of gain 1.4, biases 0."""
     (dims,) = data.shape
-    generator, critic = (
-        nn.Sequential(*orthogonal([n, width, width, m], nn.Tanh(), 1.4)) for n, m in ((latent, dims), (dims, 1))
-    )
-    return generator, critic
+    generator = nn.Sequential(*orthogonal([latent, width, width, dims], nn.Tanh(), 1.4))
+    return generator, FeatureCritic(*orthogonal([dims, width, width, 1], nn.Tanh(), 1.4))
 
 
 def dense(

@@ -30,14 +30,12 @@ class Classifier(FeatureCritic):
         x = images
         with torch.no_grad():
             for layer in self:
+                x = layer(x)
                 if isinstance(layer, nn.Linear):
-                    x = layer(x)
                     mean, spread = x.mean(dim=0), x.std(dim=0, correction=0)
                     layer.parametrizations.weight.original0 /= spread[:, None]  # type: ignore[union-attr]
                     layer.bias.copy_((layer.bias - mean) / spread)
                     x = (x - mean) / spread
-                else:
-                    x = layer(x)
 
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
