@@ -66,6 +66,7 @@ class TrainConfig:
     def __init_subclass__(cls, **constants: Any) -> None:
         """Set class variables, and register a class that has a name as a system."""
         for name, value in constants.items():
+            assert name in TrainConfig.__annotations__, name
             setattr(cls, name, value)
         if "algorithm" in constants:
             SYSTEMS[cls.algorithm] = cls

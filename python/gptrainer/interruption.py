@@ -20,12 +20,14 @@ class Stopped(KeyboardInterrupt):
 def interruptions() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM as requests to stop after the step; the same signal again stops at once."""
     received: list[int] = []
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, _: FrameType | None) -> None:
         signal.signal(number, before[number])
         received.append(number)
 
-    before = {int(number): signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, request)
     try:
         yield received
     finally:
