@@ -90,7 +90,5 @@ def read(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     state = {} if content.startswith(OLD_MAGIC) else unpack(content)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(
-            f"--resume: {path} was written by another version and cannot be resumed (expected format {FORMAT})"
-        )
+        raise UserError(f"--resume: {path} was written by another version; expected format {FORMAT}")
     return state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,10 +31,9 @@ def write_csv(path: Path, *curves: Curve) -> None:
     """Write one row for each step and one column for each curve; missing points are empty cells."""
     rows: dict[float, dict[str, float]] = {}
     for curve in curves:
-        for values in zip(*curve.values(), strict=True):
-            point = dict(zip(curve, values, strict=True))
-            rows.setdefault(point["step"], {}).update(point)
-    columns = dict.fromkeys(chain(*curves))
+        for i, step in enumerate(curve["step"]):
+            rows.setdefault(step, {}).update({name: values[i] for name, values in curve.items()})
+    columns = dict.fromkeys(name for curve in curves for name in curve)
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
