@@ -50,49 +50,48 @@ def trial(case: str, device: torch.device, options: dict[str, Any], **place: Any
     folder = tempfile.TemporaryDirectory(prefix="gpkernels-bench-")
     config = configure(**options, device=device.type, out=Path(folder.name))
     trainer = Trainer(config)
-    plain = PlainTrainer(config, copy.deepcopy(trainer.generator), copy.deepcopy(trainer.critic))
+    plain = plain_iteration(config, copy.deepcopy(trainer.generator), copy.deepcopy(trainer.critic))
 
     def ours() -> object:
         return folder, trainer.train_step()  # the folder lives as long as the call
 
-    calls: dict[str, Callable[[], Call]] = {OURS: lambda: ours, EAGER: lambda: plain.step}
+    calls: dict[str, Callable[[], Call]] = {OURS: lambda: ours, EAGER: lambda: plain}
     return Trial(SUITE, case, calls, lambda: bare_products(trainer.train_step), **place)
 
 
-class PlainTrainer:
-    """WGAN and WGAN-GP as in tutorials: PyTorch's optimisers with their defaults, a generator pass for each critic
-    step, a double backward for the penalty."""
+def plain_iteration(config: TrainConfig, generator: nn.Module, critic: nn.Module) -> Callable[[], None]:
+    """Make an iteration of WGAN or WGAN-GP as in tutorials.
 
-    def __init__(self, config: TrainConfig, generator: nn.Module, critic: nn.Module) -> None:
-        self.config, self.generator, self.critic = config, generator, critic
-        self.device = torch.device(config.device)
-        self.batches = load_batches(config.data, config.batch_size, config.seed, self.device)
-        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.RMSprop, lr=config.lr)
-        if isinstance(config, AdamConfig):
-            make = partial(torch.optim.Adam, lr=config.lr, betas=config.betas)
-        self.critic_optimiser, self.generator_optimiser = (make(net.parameters()) for net in (critic, generator))
+    It has PyTorch's optimisers with their defaults, a generator pass for each critic step, and a double backward for
+    the penalty.
+    """
+    device, weight = torch.device(config.device), getattr(config, "penalty_weight", 0.0)
+    batches = load_batches(config.data, config.batch_size, config.seed, device)
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.RMSprop
+    if isinstance(config, AdamConfig):
+        make = partial(torch.optim.Adam, betas=config.betas)
+    critic_optimiser, generator_optimiser = (make(net.parameters(), lr=config.lr) for net in (critic, generator))
 
-    def step(self) -> None:
-        """Take one iteration."""
-        for _ in range(self.config.n_critic):
-            real = self.batches.next()
+    def generated() -> Tensor:
+        return generator(torch.randn(config.batch_size, config.latent, device=device))
+
+    def iteration() -> None:
+        for _ in range(config.n_critic):
+            real = batches.next()
             with torch.no_grad():
-                fake = self.generator(self.noise())
-            eps = torch.rand(len(real), device=self.device)
-            weight = getattr(self.config, "penalty_weight", 0.0)
-            loss = plain_loss(self.critic, real, fake, eps, "wgan", "wgan-gp" if weight else "none", weight)
-            self.critic_optimiser.zero_grad()
+                fake = generated()
+            eps = torch.rand(len(real), device=device)
+            loss = plain_loss(critic, real, fake, eps, "wgan", "wgan-gp" if weight else "none", weight)
+            critic_optimiser.zero_grad()
             loss.backward()
-            self.critic_optimiser.step()
-            if isinstance(self.config, WGANConfig):
+            critic_optimiser.step()
+            if isinstance(config, WGANConfig):
                 with torch.no_grad():
-                    for weights in self.critic.parameters():
-                        weights.clamp_(-self.config.clip, self.config.clip)
-        loss = -self.critic(self.generator(self.noise())).mean()
-        self.generator_optimiser.zero_grad()
+                    for weights in critic.parameters():
+                        weights.clamp_(-config.clip, config.clip)
+        loss = -critic(generated()).mean()
+        generator_optimiser.zero_grad()
         loss.backward()
-        self.generator_optimiser.step()
+        generator_optimiser.step()
 
-    def noise(self) -> Tensor:
-        """Draw latent points, (N, latent)."""
-        return torch.randn(self.config.batch_size, self.config.latent, device=self.device)
+    return iteration

@@ -1,16 +1,47 @@
-"""Checkpoints of a run: the last one and the one before it."""
+"""Checkpoints of a run, the last one and the one before it; states whose damage is detected by a checksum."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpkernels.arguments import UserError, replacing
-from gptrainer.files import Damaged, pack, unpack
 
 FORMAT = 3
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 OLD_MAGIC = b"gpkernels checkpoint\n"  # of formats 1 and 2
+MAGIC = b"gpkernels state\n"
+HEAD = len(MAGIC) + 32  # of SHA-256
+
+
+class Damaged(Exception):
+    """Raised for content that is not what was written."""
+
+
+def pack(state: dict[str, Any]) -> bytes:
+    """Serialise a state, with its checksum in front."""
+    payload = io.BytesIO()
+    torch.save(state, payload)
+    content = payload.getvalue()
+    return MAGIC + hashlib.sha256(content).digest() + content
+
+
+def unpack(content: bytes) -> dict[str, Any]:
+    """Restore what ``pack`` made, without running code from it; Damaged for anything else."""
+    payload = memoryview(content)[HEAD:]
+    if not content.startswith(MAGIC):
+        raise Damaged("is damaged or of another kind")
+    if hashlib.sha256(payload).digest() != content[len(MAGIC) : HEAD]:
+        raise Damaged("is damaged: its checksum does not match")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling fails in many ways
+        raise Damaged("is damaged or of another kind") from error
+    return state
 
 
 class Checkpoints:
@@ -56,13 +87,8 @@ class Checkpoints:
 
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint; Damaged if it is not as it was written, UserError if another version wrote it."""
-    try:
-        content = path.read_bytes()
-    except PermissionError as error:
-        raise UserError(f"--resume: {path} cannot be read: {error.strerror}") from error
+    content = path.read_bytes()
     state = {} if content.startswith(OLD_MAGIC) else unpack(content)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(
-            f"--resume: {path} was written by another version and cannot be resumed (expected format {FORMAT})"
-        )
+        raise UserError(f"--resume: {path} was written by another version; expected format {FORMAT}")
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -119,17 +120,9 @@ def _systems(argv: Sequence[str]) -> Any:
 
 
 def _one_line(message: str) -> str:
-    """Extract the complaint from tyro's message: the first paragraph below its title."""
-    paragraphs: list[list[str]] = [[]]
-    for line in message.splitlines():
-        text = line.strip("\u2502 ")
-        if not text.strip("-\u2500") or text[0] in "\u256d\u2570":  # the frame, of dashes in plain terminals
-            paragraphs.append([])
-        else:
-            paragraphs[-1].append(text)
-    texts = [" ".join(paragraph) for paragraph in paragraphs if paragraph]
-    titled = "\u256d" not in message  # otherwise the title is part of the frame
-    return next(iter(texts[titled:]), "the command line could not be read")
+    """Extract the complaint from tyro's message, which is between its first two rules."""
+    complaint = re.split(r"^.*[-\u2500]{3}.*$", message.replace("\u2502", ""), flags=re.MULTILINE)[1]
+    return " ".join(complaint.split())
 
 
 def _prepare(config: TrainConfig) -> Processes:

@@ -12,21 +12,17 @@ from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS
 from gptrainer.models import NETWORKS
 
-if TYPE_CHECKING:
+try:
     from tyro.conf import arg as arg
+except ImportError:  # the options can be listed without it
+    arg = dict
 
+if TYPE_CHECKING:
     Data = str
     NetworkName = str
 else:
-    try:
-        from tyro.conf import arg
-    except ImportError:  # the options can be listed without it
-
-        def arg(**_: Any) -> None:
-            """Annotate an option for tyro."""
-
-    Data = Literal[tuple(DATASETS)]
-    NetworkName = Literal[tuple(NETWORKS)]
+    Data = Annotated[Literal[tuple(DATASETS)], arg(metavar="DATA")]
+    NetworkName = Annotated[Literal[tuple(NETWORKS)], arg(metavar="NETWORK")]
 Norm = Literal["none", "batch"]
 
 # A resumed run may change these; all others must be those of its checkpoint.
@@ -49,6 +45,10 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
+SYSTEMS: dict[str, type[TrainConfig]] = {}
+"""The systems by name, which ``gptrainer.systems`` defines."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Options of every system. ``gptrainer.systems.configure`` supplies those without a default here."""
@@ -58,16 +58,26 @@ class TrainConfig:
     """Adversarial part of the critic's loss."""
     generator_loss: ClassVar[str] = "nonsaturating"
     """Generator's loss."""
+    penalties: ClassVar[tuple[str, ...]] = ()
+    """Zero-centred penalties of the critic's loss."""
     terms: ClassVar[tuple[str, ...]] = ()
     """Parts of the critic's loss beyond the adversarial one that get a curve."""
 
-    data: Annotated[Data, arg(metavar="DATA")]
+    def __init_subclass__(cls, **constants: Any) -> None:
+        """Set class variables, and register a class that has a name as a system."""
+        for name, value in constants.items():
+            assert name in TrainConfig.__annotations__, name
+            setattr(cls, name, value)
+        if "algorithm" in constants:
+            SYSTEMS[cls.algorithm] = cls
+
+    data: Data
     """The data set; `gpkernels train --list` describes them."""
     data_dir: Annotated[Path | None, arg(metavar="PATH")] = None
     """Folder of the data's files, where it has any."""
     limit: Annotated[int | None, arg(metavar="INT")] = None
     """Train on the first LIMIT images; where the data has no test images, the rest are held out."""
-    network: Annotated[NetworkName, arg(metavar="NETWORK")]
+    network: NetworkName
     """The pair of networks; `gpkernels train --list` describes them."""
     critic_norm: Norm = "none"
     """Normalisation in DCGAN's critics."""

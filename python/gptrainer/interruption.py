@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,13 +20,10 @@ class Stopped(KeyboardInterrupt):
 def interruptions() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM as requests to stop after the step; the same signal again stops at once."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, _: FrameType | None) -> None:
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, before[number])
         received.append(number)
 
     for number in before:

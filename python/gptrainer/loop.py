@@ -15,11 +15,12 @@ from gpkernels.arguments import UserError
 from gptrainer import logs
 from gptrainer.algorithms import Setup, build_system
 from gptrainer.checkpoint import Checkpoints
-from gptrainer.config import FREE_ON_RESUME, TrainConfig
+from gptrainer.config import FREE_ON_RESUME, TrainConfig, flag
 from gptrainer.data import load_batches
 from gptrainer.divergence import check_losses, check_weights
 from gptrainer.interruption import Stopped, interruptions
-from gptrainer.metrics import build_quality, mean_gradient_norm
+from gptrainer.metrics.distances import mean_gradient_norm
+from gptrainer.metrics.quality import build_quality
 from gptrainer.models import build_models, evaluating, mixes_samples, sample
 from gptrainer.processes import Draws, Processes, local_device
 
@@ -40,6 +41,9 @@ class Trainer:
         self.out = config.out
         self.device = local_device(config.device)
         self.checkpoints = Checkpoints(self.out)
+        for name in ("batch_size", "generator_batch_size"):
+            if (size := config.resolved(name)) % self.processes.size:
+                raise UserError(f"{flag(name)}: expected a multiple of the {self.processes.size} processes, got {size}")
         saved = self._load() if config.resume else None
         # Independent streams: networks, noise, dropout (torch's own), data order, measurements.
         torch.manual_seed(config.seed)
@@ -48,7 +52,7 @@ class Trainer:
         noise_seed, dropout_seed = torch.randint(2**62, (2,)).tolist()
         self.draws = Draws(self.processes, noise_seed, self.device)
         torch.manual_seed(dropout_seed + self.processes.rank)
-        self.system = build_system(config, Setup(self.generator, self.critic, self.processes, self.draws))
+        self.system = build_system(config, Setup(self.generator, self.critic, self.draws))
         self.averages: dict[str, AveragedModel] = {}
         if config.ema:
             mean = get_ema_multi_avg_fn(config.ema)
@@ -57,11 +61,9 @@ class Trainer:
         self.batches_a_pass = 1 if mixes_samples(self.generator) else config.n_critic
         options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "shard": self.processes}
         self.batches = load_batches(config.data, config.batch_size, config.seed, self.device, **options)
-        generated = config.resolved("generator_batch_size")
-        if generated % self.processes.size:
-            expected = f"a multiple of the {self.processes.size} processes"
-            raise UserError(f"--generator-batch-size: expected {expected}, got {generated}")
         self.quality = build_quality(config.data, config.latent, config.seed, self.device, data_dir=config.data_dir)
+        self.stateful: dict[str, Any] = {**self.networks, "system": self.system, "data": self.batches}
+        self.stateful |= {f"average_{name}": average for name, average in self.averages.items()}
         self.step = 0
         self.critic_curve: dict[str, list[float]] = {"step": []}
         self.quality_curve: dict[str, list[float]] = {"step": []}
@@ -162,10 +164,7 @@ class Trainer:
         return {
             "config": self.config.settings(),
             "step": self.step,
-            **{name: network.state_dict() for name, network in self.networks.items()},
-            "averages": {name: average.state_dict() for name, average in self.averages.items()},
-            "system": self.system.state_dict(),
-            "data": self.batches.state_dict(),
+            **{name: part.state_dict() for name, part in self.stateful.items()},
             "noise": self.draws.generator.get_state(),
             "rng": self.processes.gather((torch.get_rng_state(), on_gpu)),
             "critic_curve": self.critic_curve,
@@ -192,12 +191,8 @@ class Trainer:
                 raise UserError(f"--resume: the run in {self.out} has {processes} processes, not {self.processes.size}")
             self.step = saved["step"]
             self.critic_curve, self.quality_curve = saved["critic_curve"], saved["quality_curve"]
-            for name, network in self.networks.items():
-                network.load_state_dict(saved[name])
-            for name, average in self.averages.items():
-                average.load_state_dict(saved["averages"][name])
-            self.system.load_state_dict(saved["system"])
-            self.batches.load_state_dict(saved["data"])
+            for name, part in self.stateful.items():
+                part.load_state_dict(saved[name])
             self.draws.generator.set_state(saved["noise"])
             random, on_gpu = saved["rng"][self.processes.rank]
             torch.set_rng_state(random)
@@ -223,7 +218,7 @@ class Trainer:
     def _log(self, metrics: dict[str, float]) -> None:
         points = torch.Generator().manual_seed(self.config.seed + self.step)
         with evaluating(self.critic):
-            norm = mean_gradient_norm(self.system.scorer, self.real, self.fake, points)
+            norm = mean_gradient_norm(self.system.scores, self.real, self.fake, points)
         values = metrics | {"gradient_norm": self.processes.mean(torch.tensor(norm, device=self.device)).item()}
         logs.append(self.critic_curve, self.step, values)
         self.events.scalars("critic", values, self.step)

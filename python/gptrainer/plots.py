@@ -24,8 +24,7 @@ SMALLEST = 64
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.edgecolor": SOFT,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,12 +33,9 @@ STYLE: Any = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
-    "axes.facecolor": PAPER,
-    "figure.facecolor": PAPER,
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), PAPER),
     "grid.color": "#e4e2da",
     "grid.linewidth": 0.8,
-    "xtick.color": INK,
-    "ytick.color": INK,
 }
 
 

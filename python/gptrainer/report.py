@@ -12,11 +12,10 @@ from safetensors.torch import save
 import gpkernels
 from gpkernels.arguments import replacing
 from gptrainer import plots
-from gptrainer.algorithms.system import ESTIMATES
 from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.logs import CSV_NAME
 from gptrainer.loop import Trainer
-from gptrainer.metrics import ImageQuality
+from gptrainer.metrics.quality import ImageQuality
 from gptrainer.models import evaluating, sample
 
 TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0, "r3gan": 0.0}  # of the gradient norm
@@ -57,7 +56,7 @@ def write_report(trainer: Trainer, seconds: float) -> list[str]:
         part.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     title = f"{config.algorithm} on {config.data}, after {trainer.step:,} generator steps"
     _plot_samples(paths["samples"], title, trainer)
-    estimate, target = ESTIMATES[config.objective], TARGETS.get(config.algorithm)
+    estimate, target = trainer.system.estimate, TARGETS.get(config.algorithm)
     plots.plot_curves(paths["curves"], title, estimate, trainer.critic_curve, quality, facts, target)
     return [
         *(f"{name:<8} {path}" for name, path in paths.items()),
@@ -85,4 +84,4 @@ def _plot_samples(path: Path, title: str, trainer: Trainer) -> None:
     real = POINTS[config.data](1000, random)
     plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line
     with evaluating(trainer.critic):
-        plot(path, title, generated, real, trainer.system.scorer, trainer.device)
+        plot(path, title, generated, real, trainer.critic, trainer.device)

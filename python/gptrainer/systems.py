@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from gpkernels.arguments import UserError
-from gptrainer.config import Norm, TrainConfig, arg
+from gptrainer.config import SYSTEMS as SYSTEMS
+from gptrainer.config import NetworkName, Norm, TrainConfig, arg
 from gptrainer.models import NETWORKS, default_network
 
 Betas = tuple[float, float]
@@ -21,6 +22,7 @@ class AdamConfig(TrainConfig):
 
     betas: Annotated[Betas, arg(metavar="FLOAT FLOAT")]
     """Adam's betas."""
+    n_critic: int = 1
 
 
 @settings
@@ -29,31 +31,24 @@ class DCGANConfig(AdamConfig):
 
     lr: float = 2e-4
     betas: Betas = (0.5, 0.999)
-    n_critic: int = 1
 
 
 @settings
-class GANConfig(DCGANConfig):
+class GANConfig(DCGANConfig, algorithm="gan", generator_loss="saturating"):
     """Minimax game, whose generator gradient vanishes (Goodfellow et al. 2014)."""
 
-    algorithm: ClassVar[str] = "gan"
-    generator_loss: ClassVar[str] = "saturating"
     critic_norm: Norm = "batch"
 
 
 @settings
-class NSGANConfig(GANConfig):
+class NSGANConfig(GANConfig, algorithm="nsgan", generator_loss="nonsaturating"):
     """Non-saturating game: the generator minimises -log D (Goodfellow et al. 2014)."""
-
-    algorithm: ClassVar[str] = "nsgan"
-    generator_loss: ClassVar[str] = "nonsaturating"
 
 
 @settings
-class NoisyGANConfig(GANConfig):
+class NoisyGANConfig(GANConfig, algorithm="gan-noise"):
     """Minimax with noise on real and generated samples that falls to 0 (Sønderby et al. 2017)."""
 
-    algorithm: ClassVar[str] = "gan-noise"
     noise: float
     """Standard deviation of the noise in the first step."""
     noise_steps: int = 0
@@ -62,30 +57,19 @@ class NoisyGANConfig(GANConfig):
 
 
 @settings
-class HingeConfig(GANConfig):
+class HingeConfig(GANConfig, algorithm="hinge", objective="hinge", generator_loss="wgan"):
     """Hinge loss of the critic's scores (Lim and Ye 2017)."""
 
-    algorithm: ClassVar[str] = "hinge"
-    objective: ClassVar[str] = "hinge"
-    generator_loss: ClassVar[str] = "wgan"
-
 
 @settings
-class LSGANConfig(GANConfig):
+class LSGANConfig(GANConfig, algorithm="lsgan", objective="least-squares", generator_loss="least-squares"):
     """Least squares, with targets 1 and 0 for the critic's scores (Mao et al. 2017)."""
 
-    algorithm: ClassVar[str] = "lsgan"
-    objective: ClassVar[str] = "least-squares"
-    generator_loss: ClassVar[str] = "least-squares"
-
 
 @settings
-class WGANConfig(TrainConfig):
+class WGANConfig(TrainConfig, algorithm="wgan", objective="wgan", generator_loss="wgan"):
     """RMSprop, weights clipped after each step (Arjovsky et al. 2017)."""
 
-    algorithm: ClassVar[str] = "wgan"
-    objective: ClassVar[str] = "wgan"
-    generator_loss: ClassVar[str] = "wgan"
     lr: float = 5e-5
     batch_size: int = 64
     n_critic: int = 5
@@ -95,13 +79,9 @@ class WGANConfig(TrainConfig):
 
 
 @settings
-class WGANGPConfig(AdamConfig):
+class WGANGPConfig(AdamConfig, algorithm="wgan-gp", objective="wgan", generator_loss="wgan", terms=("penalty",)):
     """Adam and a gradient penalty, two- or one-sided (Gulrajani et al. 2017)."""
 
-    algorithm: ClassVar[str] = "wgan-gp"
-    terms: ClassVar[tuple[str, ...]] = ("penalty",)
-    objective: ClassVar[str] = "wgan"
-    generator_loss: ClassVar[str] = "wgan"
     lr: float = 1e-4
     n_critic: int = 5
     penalty_weight: Weight
@@ -114,11 +94,10 @@ class WGANGPConfig(AdamConfig):
 
 
 @settings
-class CTGANConfig(WGANGPConfig):
+class CTGANConfig(WGANGPConfig, algorithm="ct-gan", terms=("penalty", "consistency")):
     """WGAN-GP with a consistency term between two dropout passes (Wei et al. 2018)."""
 
-    algorithm: ClassVar[str] = "ct-gan"
-    terms: ClassVar[tuple[str, ...]] = ("penalty", "consistency")
+    network: NetworkName = "ct"
     consistency_weight: float = 2.0
     """Weight of the consistency term, lambda_2."""
     consistency_margin: float = 0.0
@@ -132,16 +111,12 @@ class CTGANConfig(WGANGPConfig):
 
 
 @settings
-class R1Config(AdamConfig):
+class R1Config(AdamConfig, algorithm="r1", penalties=("r1",), terms=("penalty",)):
     """Non-saturating game with a zero-centred penalty on real data (Mescheder et al. 2018)."""
 
     # The paper uses RMSprop with alpha .99: Adam with these betas, but for its bias correction.
-    algorithm: ClassVar[str] = "r1"
-    penalties: ClassVar[tuple[str, ...]] = ("r1",)
-    terms: ClassVar[tuple[str, ...]] = ("penalty",)
     lr: float = 1e-4
     betas: Betas = (0.0, 0.99)
-    n_critic: int = 1
     ema: float = 0.999
     gamma: float = 10.0
     """Weight of the penalty, gamma/2 E |grad D|^2."""
@@ -154,21 +129,15 @@ class R1Config(AdamConfig):
 
 
 @settings
-class R2Config(R1Config):
+class R2Config(R1Config, algorithm="r2", penalties=("r2",)):
     """Non-saturating game with a zero-centred penalty on generated data (Mescheder et al. 2018)."""
-
-    algorithm: ClassVar[str] = "r2"
-    penalties: ClassVar[tuple[str, ...]] = ("r2",)
 
 
 @settings
-class R3GANConfig(R1Config):
+class R3GANConfig(R1Config, algorithm="r3gan", objective="relativistic", penalties=("r1", "r2")):
     """Relativistic game with zero-centred penalties on real and generated data (Huang et al. 2024)."""
 
     # The paper's first values for CIFAR-10, which it then lets fall.
-    algorithm: ClassVar[str] = "r3gan"
-    objective: ClassVar[str] = "relativistic"
-    penalties: ClassVar[tuple[str, ...]] = ("r1", "r2")
     lr: float = 2e-4
     generator_batch_size: int = 0
     """Samples in a generator batch: those of --batch-size, as each is scored beside a real one."""
@@ -183,11 +152,9 @@ class R3GANConfig(R1Config):
 
 
 @settings
-class DRAGANConfig(DCGANConfig):
+class DRAGANConfig(DCGANConfig, algorithm="dragan", terms=("penalty",)):
     """Non-saturating game with a gradient penalty around real data (Kodali et al. 2017)."""
 
-    algorithm: ClassVar[str] = "dragan"
-    terms: ClassVar[tuple[str, ...]] = ("penalty",)
     penalty_weight: Weight = 10.0
     """Weight of the gradient penalty."""
     scale: float = 0.5
@@ -199,27 +166,23 @@ class DRAGANConfig(DCGANConfig):
 
 
 @settings
-class UnrolledConfig(AdamConfig):
+class UnrolledConfig(DCGANConfig, algorithm="unrolled"):
     """Generator trained against the critic some steps ahead (Metz et al. 2017)."""
 
-    algorithm: ClassVar[str] = "unrolled"
     lr: float = 1e-4
     generator_lr: float = 1e-3
-    betas: Betas = (0.5, 0.999)
-    n_critic: int = 1
     unroll: int = 5
     """Critic steps that the generator's loss looks ahead."""
 
 
 @settings
-class SemiSupervisedConfig(AdamConfig):
+class SemiSupervisedConfig(DCGANConfig, algorithm="ssl-ct-gan", terms=("labelled_loss", "consistency")):
     """Critic that classifies from few labels (Wei et al. 2018, Salimans et al. 2016)."""
 
-    algorithm: ClassVar[str] = "ssl-ct-gan"
-    terms: ClassVar[tuple[str, ...]] = ("labelled_loss", "consistency")
+    network: NetworkName = "semi-supervised"
+    latent: int = NETWORKS["semi-supervised"].latent
+    width: int = NETWORKS["semi-supervised"].width
     lr: float = 3e-3
-    betas: Betas = (0.5, 0.999)
-    n_critic: int = 1
     batch_size: int = 100
     ema: float = 0.9999
     consistency_weight: float = 0.1
@@ -227,14 +190,6 @@ class SemiSupervisedConfig(AdamConfig):
     labels_per_class: int = 10
     """Labelled images of each class; the others are used without their labels."""
 
-
-SYSTEMS: dict[str, type[TrainConfig]] = {
-    system.algorithm: system
-    for system in (
-        GANConfig, NSGANConfig, NoisyGANConfig, HingeConfig, LSGANConfig, WGANConfig, WGANGPConfig, CTGANConfig,
-        R1Config, R2Config, R3GANConfig, DRAGANConfig, UnrolledConfig, SemiSupervisedConfig,
-    )
-}  # fmt: skip
 
 # Width and steps are sized for two CPU cores; the noise, which no paper fixes, for the distance of the modes.
 TOY = {"steps": 2000, "batch_size": 256, "betas": (0.5, 0.9), "penalty_weight": 0.1, "width": 128}
@@ -252,30 +207,18 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     "folder32": DCGAN,
 }
 # Where a paper has values of its own for a system on a data set, or the size of a data set asks for them.
-RING = {"batch_size": 512, "latent": 256}
+RING = {"network": "unrolled", "batch_size": 512, "latent": 256}
 MILD = {"gamma": 0.1, "lr": 1e-3}  # modes are hundredths wide here: the paper's 10 keeps the critic flat
 IN_THE_PLANE = ("8gaussians", "25gaussians", "swissroll", "ring")
-RESIDUAL = {"lr": 2e-4, "decay_steps": 100_000}
+RESIDUAL = {"network": "resnet", "lr": 2e-4, "decay_steps": 100_000}
 PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     **{("unrolled", data): RING for data in IN_THE_PLANE},
     **{(algorithm, data): MILD for algorithm in ("r1", "r2", "r3gan") for data in IN_THE_PLANE},
     ("wgan-gp", "cifar10"): RESIDUAL,
-    ("ct-gan", "cifar10"): RESIDUAL,
+    ("ct-gan", "cifar10"): {**RESIDUAL, "network": "ct-resnet"},
     # 14 steps an epoch, where the paper's 1e-4 would average over 700 epochs; 397 digits are left for evaluation.
     ("ssl-ct-gan", "digits"): {"ema": 0.999, "limit": 1400},
 }
-
-
-def network_for(algorithm: str, data: str) -> str:
-    """Name of a system's default network on a data set."""
-    residual = data == "cifar10" and algorithm in ("wgan-gp", "ct-gan")
-    if algorithm == "ct-gan":
-        return "ct-resnet" if residual else "ct"
-    if algorithm == "ssl-ct-gan":
-        return "semi-supervised"
-    if residual:
-        return "resnet"
-    return "unrolled" if algorithm == "unrolled" and data in IN_THE_PLANE else default_network(data)
 
 
 def configure(algorithm: str, data: str = "digits", **values: Any) -> TrainConfig:
@@ -286,13 +229,12 @@ def configure(algorithm: str, data: str = "digits", **values: Any) -> TrainConfi
     """
     system = SYSTEMS[algorithm]
     given = {name: value for name, value in values.items() if value is not None}
-    usual = network_for(algorithm, data)
-    chosen = given.get("network", usual)
     own = set().union(*(vars(base) for base in system.mro() if issubclass(base, TrainConfig) and base != TrainConfig))
-    defaults = {name: value for name, value in DATA_DEFAULTS[data].items() if name not in own}
-    defaults |= PAIRS.get((algorithm, data), {})
-    if chosen != usual or algorithm == "ssl-ct-gan":
+    common = {"network": default_network(data), "out": Path("runs") / f"{algorithm}-{data}", **DATA_DEFAULTS[data]}
+    defaults = {name: value for name, value in common.items() if name not in own} | PAIRS.get((algorithm, data), {})
+    usual = {**vars(system), **defaults}["network"]
+    chosen = given.get("network", usual)
+    if chosen != usual:
         defaults |= {"latent": NETWORKS[chosen].latent, "width": NETWORKS[chosen].width}
-    defaults |= {"network": usual, "out": Path("runs") / f"{algorithm}-{data}"}
     names = {field.name for field in fields(system)}
     return system(data=data, **{name: value for name, value in defaults.items() if name in names} | given)

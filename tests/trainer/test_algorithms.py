@@ -14,7 +14,7 @@ import gpkernels
 from gpkernels.arguments import UserError
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
 from gptrainer.algorithms.unrolled import critic_loss, look_ahead
-from gptrainer.algorithms.wgan import WithFeatures
+from gptrainer.algorithms.variants import WithFeatures
 from gptrainer.config import TrainConfig
 from gptrainer.data import DATASETS
 from gptrainer.loop import Trainer
@@ -51,7 +51,12 @@ def test_every_system_trains_both_networks_and_stays_finite(name: str, tiny: Mak
         assert sum(moved) >= len(moved) - 1, network  # the bias of a score is no concern of a Wasserstein critic
         assert all(tensor.isfinite().all() for tensor in tensors)
     assert trainer.critic_curve["step"] == [*range(1, 21)]
-    assert {trainer.system.estimate, "critic_loss", "generator_loss", "gradient_norm"} <= trainer.critic_curve.keys()
+    assert {
+        trainer.system.estimate.name,
+        "critic_loss",
+        "generator_loss",
+        "gradient_norm",
+    } <= trainer.critic_curve.keys()
     assert all(math.isfinite(x) for values in trainer.critic_curve.values() for x in values)
 
 
@@ -83,8 +88,8 @@ def test_the_js_estimate_of_scores_that_tell_nothing_is_zero_and_of_perfect_ones
     system = Trainer(tiny(algorithm="gan")).system
     nothing = gpkernels.gan_discriminator_loss(torch.zeros(8), torch.zeros(8))
     perfect = gpkernels.gan_discriminator_loss(torch.full((8,), 50.0), torch.full((8,), -50.0))
-    assert system.estimated(nothing).item() == pytest.approx(0, abs=1e-6)
-    assert system.estimated(perfect).item() == pytest.approx(math.log(2))
+    assert system.estimate.of(nothing).item() == pytest.approx(0, abs=1e-6)
+    assert system.estimate.of(perfect).item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("name", ["hinge", "lsgan"])
@@ -116,7 +121,9 @@ def test_estimates_are_0_for_equal_and_greatest_for_disjoint_distributions(
     for (on_real, on_fake), expected in ((equal, 0.0), (disjoint, most)):  # scores of the best critic
         best = Between(on_real, on_fake)
         system.critic_loss.critic = best
-        assert system.estimated(system.critic_parts(real, fake).adversarial).item() == pytest.approx(expected, abs=1e-6)
+        assert system.estimate.of(system.critic_parts(real, fake).adversarial).item() == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 class Between(nn.Module):
@@ -317,6 +324,17 @@ def test_the_semi_supervised_classifier_learns_from_its_few_labels(tiny: MakeCon
     start, end = trainer.quality_curve["held_out_error"]
     assert start > 0.7
     assert end < 0.4
+
+
+def test_the_semi_supervised_system_refuses_networks_that_do_not_classify(tiny: MakeConfig) -> None:
+    with pytest.raises(UserError, match="--network: expected semi-supervised for ssl-ct-gan, got mlp"):
+        Trainer(tiny(algorithm="ssl-ct-gan", data="digits", network="mlp"))
+
+
+@pytest.mark.parametrize("network", ["mlp", "mlp12", "unrolled"])
+def test_ct_gan_trains_any_fully_connected_critic(network: str, tiny: MakeConfig) -> None:
+    trainer = Trainer(tiny(algorithm="ct-gan", network=network))
+    assert trainer.train_step()["consistency"] == 0  # without dropout both passes are one
 
 
 # --- unrolling --------------------------------------------------------------------------------------------------------

@@ -52,11 +52,6 @@ def test_shards_together_are_the_batch_of_one_process(load: Callable[..., Any]) 
             assert torch.equal(part, joint[rank::3])
 
 
-def test_a_batch_that_processes_cannot_share_evenly_is_refused() -> None:
-    with pytest.raises(UserError, match="--batch-size: expected a multiple of the 3 processes, got 16"):
-        load_batches("digits", 16, 0, CPU, shard=(0, 3))
-
-
 def test_a_state_of_other_data_is_refused() -> None:
     batches = ShuffledBatches(torch.arange(12), 4, seed=0)
     batches.next()

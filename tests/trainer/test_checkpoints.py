@@ -15,11 +15,10 @@ import unmeasured
 from torch import nn
 
 from gpkernels.arguments import UserError
-from gptrainer.checkpoint import NAME, PREVIOUS, Checkpoints, read
+from gptrainer.checkpoint import NAME, PREVIOUS, Checkpoints, Damaged, read
 from gptrainer.cli import main, parse
 from gptrainer.config import TrainConfig
 from gptrainer.divergence import check_losses
-from gptrainer.files import Damaged
 from gptrainer.loop import Trainer
 from gptrainer.systems import SYSTEMS
 

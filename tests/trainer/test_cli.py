@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gptrainer import checkpoint, logs, loop, report
+from gptrainer.checkpoint import pack
 from gptrainer.cli import main, parse
-from gptrainer.files import pack
 from gptrainer.systems import configure
 
 QUICK = ("wgan-gp", "--data", "8gaussians", "--width", "8", "--batch-size", "16", "--steps", "3")

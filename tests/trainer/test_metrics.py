@@ -9,7 +9,7 @@ from scipy import linalg
 from torch import nn
 
 from gptrainer.data import MIXTURES
-from gptrainer.metrics import (
+from gptrainer.metrics.distances import (
     Moments,
     frechet_distance,
     gradient_norms,

@@ -13,7 +13,7 @@ from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS
 from gptrainer.models import NETWORKS, build_models, default_network
 from gptrainer.models.closed_form import Line
-from gptrainer.models.layers import FeatureCritic, SameConv2d, SameConvTranspose2d, convolution, transposed
+from gptrainer.models.layers import FeatureCritic, SameConv2d, convolution, transposed
 
 # One data set for each shape.
 SHAPES = ("8gaussians", "dirac", "digits", "fashion-mnist", "cifar10", "folder")
@@ -117,7 +117,7 @@ def test_convolutions_pad_as_tensorflows_same(size: int, kernel: int, stride: in
 
 @pytest.mark.parametrize("size", [2, 4, 7])
 def test_transposed_convolutions_are_the_transposes_of_those(size: int) -> None:
-    up = SameConvTranspose2d(2, 3, 5, 2).double()
+    up = transposed(2, 3).double()
     down = SameConv2d(3, 2, 5, 2, bias=False).double()
     down.weight.data = up.weight.data
     x = torch.randn(1, 2, size, size, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_points_have_hidden_layers_of_he_and_an_output_layer_of_glorot() -> None
 
 
 def test_convolutions_count_the_stride_in_their_fans() -> None:
-    down, up, glorot = convolution(64, 128, 5, 2), transposed(64, 32, 5), convolution(64, 64, 3, he=False)
+    down, up, glorot = convolution(64, 128, 5, 2), transposed(64, 32), convolution(64, 64, 3, he=False)
     for layer, spread in (
         (down, math.sqrt(4 / (64 * 25 + 128 * 25 / 4))),
         (up, math.sqrt(4 / (64 * 25 / 4 + 32 * 25))),

@@ -9,7 +9,7 @@ from PIL import Image
 from gptrainer import plots
 from gptrainer.algorithms.system import ESTIMATES
 from gptrainer.data import DATASETS, POINTS
-from gptrainer.metrics import build_quality
+from gptrainer.metrics.quality import build_quality
 from gptrainer.models import build_models, sample
 
 CPU = torch.device("cpu")

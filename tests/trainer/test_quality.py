@@ -9,8 +9,9 @@ from torch import nn
 
 from gptrainer.data import DATASETS, POINTS, load_digits, load_images
 from gptrainer.data.idx import DEBIAN
-from gptrainer.metrics import build_quality, cache, classifier
+from gptrainer.metrics import cache, classifier
 from gptrainer.metrics.cache import classifier_of
+from gptrainer.metrics.quality import build_quality
 from gptrainer.models import build_models
 
 CPU = torch.device("cpu")

@@ -112,7 +112,7 @@ def test_the_estimate_at_the_optimum_leaves_the_run_as_it_was_and_lies_above_it(
     optimal = meaningful_loss.estimate_at_optimum(trainer, 300)
     torch.testing.assert_close((trainer.critic.state_dict(), system.critic_optimiser.state_dict()), before)
     torch.testing.assert_close(list(trainer.generator.parameters()), far)
-    present = system.metrics(system.critic_parts(trainer.real, trainer.fake))[system.estimate].item()
+    present = system.metrics(system.critic_parts(trainer.real, trainer.fake))[system.estimate.name].item()
     assert present < optimal <= math.log(2)
 
 

@@ -1,23 +1,20 @@
-"""The systems of the papers: the base, which most are an instance of, and a small file for each that differs."""
+"""The systems of the papers: the base, which most are an instance of, and a class for each that differs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from gptrainer.algorithms.noisy import NoisyGAN
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedCTGAN
 from gptrainer.algorithms.system import Setup, System
 from gptrainer.algorithms.unrolled import UnrolledGAN
-from gptrainer.algorithms.wgan import CTGAN, WGANGP
-from gptrainer.algorithms.zero_centred import R3GAN, ZeroCentred
+from gptrainer.algorithms.variants import CTGAN, R3GAN, NoisyGAN, ZeroCentred
 from gptrainer.config import TrainConfig
 
 __all__ = ["Setup", "System", "build_system"]
 
 BUILDERS: dict[str, Callable[[Any, Setup], System]] = {
     "gan-noise": NoisyGAN,
-    "wgan-gp": WGANGP,
     "ct-gan": CTGAN,
     "r1": ZeroCentred,
     "r2": ZeroCentred,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import gpkernels
 from gpkernels.arguments import UserError
 from gptrainer.algorithms.system import Setup, System
-from gptrainer.data import ImageSet, ShuffledBatches, load_images
+from gptrainer.data import ShuffledBatches, load_images
 from gptrainer.models import sample
 from gptrainer.models.semi_supervised import Classifier
 from gptrainer.systems import SemiSupervisedConfig
@@ -51,29 +51,31 @@ class SemiSupervisedLoss(nn.Module):
         return Losses(loss, adversarial.detach(), labelled.detach(), consistency.detach())
 
 
-class LogSumExp(nn.Module):
-    """Map logits (N, K) to scores (N,)."""
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return logits.logsumexp(1)
-
-
 class SemiSupervisedCTGAN(System):
     """The classifier learns from few labels and all images, the generator by matching the mean of its last features
     (Salimans et al. 2016, section 3.1)."""
 
     def __init__(self, config: SemiSupervisedConfig, setup: Setup) -> None:
+        if not isinstance(setup.critic, Classifier):
+            raise UserError(f"--network: expected semi-supervised for {config.algorithm}, got {config.network}")
         super().__init__(config, setup, SemiSupervisedLoss(setup.critic, config.consistency_weight))
         options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit}
         train = load_images(config.data, **options)
         self.held_out = load_images(config.data, split="held-out", **options)
-        device = setup.draws.device
-        self.labelled = LabelledBatches(train, config.labels_per_class, config.batch_size, config.seed, device)
-        if isinstance(setup.critic, Classifier):
-            setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(device))
+        chosen = few_of_each_class(cast(Tensor, train.labels), config.labels_per_class, config.seed)
+        self.labelled = train.subset(chosen)
+        self.stateful["labelled"] = self.order = ShuffledBatches(
+            torch.arange(len(chosen)), min(config.batch_size, len(chosen)), config.seed
+        )
+        setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(setup.draws.device))
+
+    def labelled_batch(self) -> tuple[Tensor, Tensor]:
+        """Draw labelled images, (n, C, H, W), and their labels, (n,)."""
+        batch = self.labelled.subset(self.order.next())
+        return batch.images.to(self.draws.device), cast(Tensor, batch.labels).to(self.draws.device)
 
     def critic_parts(self, real: Tensor, fake: Tensor) -> Losses:
-        images, labels = (self.processes.rows(x) for x in self.labelled.next())
+        images, labels = (self.processes.rows(x) for x in self.labelled_batch())
         losses: Losses = self.critic_loss(images, labels, real, fake)
         return losses
 
@@ -83,40 +85,20 @@ class SemiSupervisedCTGAN(System):
         both = self.processes.mean(torch.stack([real_mean, fake_mean]))
         return (both[0] - both[1]).square().mean()
 
-    @property
-    def scorer(self) -> nn.Module:
-        return nn.Sequential(self.critic, LogSumExp())
+    def scores(self, x: Tensor) -> Tensor:
+        return self.critic(x).logsumexp(1)
 
     def measure(self, critic: nn.Module) -> dict[str, float]:
         logits = sample(critic, self.held_out.images.to(self.draws.device)).cpu()
-        assert self.held_out.labels is not None
-        return {"held_out_error": logits.argmax(1).ne(self.held_out.labels).double().mean().item()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"labelled": self.labelled.order.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.labelled.order.load_state_dict(state["labelled"])
+        return {"held_out_error": logits.argmax(1).ne(cast(Tensor, self.held_out.labels)).double().mean().item()}
 
 
-class LabelledBatches:
-    """Endless batches of the few labelled images of each class."""
-
-    def __init__(self, data: ImageSet, per_class: int, size: int, seed: int, device: torch.device) -> None:
-        if data.labels is None:
-            raise UserError("--data: ssl-ct-gan needs images with labels")
-        shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        of_class = [shuffled[data.labels[shuffled] == label] for label in data.labels.unique()]
-        fewest = min(map(len, of_class))
-        if per_class > fewest:
-            expected = f"at most {fewest}, the size of the smallest class"
-            raise UserError(f"--labels-per-class: expected {expected}, got {per_class}")
-        chosen = torch.cat([indices[:per_class] for indices in of_class])
-        self.images, self.labels = data[chosen].to(device), data.labels[chosen].to(device)
-        self.order = ShuffledBatches(torch.arange(len(chosen)), min(size, len(chosen)), seed)
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Return images, (n, C, H, W), and labels, (n,)."""
-        chosen = self.order.next().to(self.labels.device)
-        return self.images[chosen], self.labels[chosen]
+def few_of_each_class(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Draw indices of ``count`` images of each class; UserError where a class has fewer."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    of_class = [shuffled[labels[shuffled] == label] for label in labels.unique()]
+    fewest = min(map(len, of_class))
+    if count > fewest:
+        expected = f"at most {fewest}, the size of the smallest class"
+        raise UserError(f"--labels-per-class: expected {expected}, got {count}")
+    return torch.cat([indices[:count] for indices in of_class])

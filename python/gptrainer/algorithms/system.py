@@ -13,8 +13,8 @@ import gpkernels
 from gpkernels.optim import RMSprop
 from gptrainer.config import TrainConfig
 from gptrainer.models import mixes_samples
-from gptrainer.processes import Draws, Processes
-from gptrainer.systems import AdamConfig, R1Config, WGANConfig
+from gptrainer.processes import Draws
+from gptrainer.systems import AdamConfig, R1Config, WGANConfig, WGANGPConfig
 
 Metrics = dict[str, Tensor]
 """Scalars of a step by name, without a graph."""
@@ -31,6 +31,10 @@ class Estimate(NamedTuple):
     formula: str
     most: float
     slope: float
+
+    def of(self, adversarial: Tensor) -> Tensor:
+        """Estimate the divergence by the adversarial part of the critic's loss."""
+        return self.most - self.slope * adversarial
 
 
 ESTIMATES = {
@@ -70,7 +74,6 @@ class Setup(NamedTuple):
 
     generator: nn.Module
     critic: nn.Module
-    processes: Processes
     draws: Draws
 
     def critic_loss(self, config: TrainConfig, critic: nn.Module | None = None) -> gpkernels.CriticLoss:
@@ -87,14 +90,17 @@ class System:
 
     def __init__(self, config: TrainConfig, setup: Setup, critic_loss: nn.Module | None = None) -> None:
         """critic_loss: maps (real, fake) to ``Parts``, by default the ``CriticLoss`` of the config."""
-        self.generator, self.critic, self.processes, self.draws = setup
-        self.config = config
-        self.critic_loss = setup.processes.parallel(critic_loss or setup.critic_loss(config))
-        self.parallel_generator = setup.processes.parallel(setup.generator)
+        self.generator, self.critic, self.draws = setup
+        self.config, self.processes = config, setup.draws.processes
+        self.critic_loss = self.processes.parallel(critic_loss or setup.critic_loss(config))
+        self.parallel_generator = self.processes.parallel(setup.generator)
         self.generator_weights = [p for p in setup.generator.parameters() if p.requires_grad]
         self.critic_optimiser, self.generator_optimiser = optimisers(config, setup)
         self.optimisers = {"critic": self.critic_optimiser, "generator": self.generator_optimiser}
         self._rates = {name: optimiser.param_groups[0]["lr"] for name, optimiser in self.optimisers.items()}
+        self.stateful: dict[str, Any] = dict(self.optimisers)
+        self.estimate = ESTIMATES[config.objective]
+        self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
         """Set what depends on the number of steps already taken."""
@@ -114,7 +120,8 @@ class System:
     def metrics(self, parts: Parts) -> Metrics:
         """Metrics of a critic step."""
         losses = {term: getattr(parts, term) for term in self.config.terms}
-        return {self.estimate: self.estimated(parts.adversarial), "critic_loss": parts.loss.detach(), **losses}
+        estimated = self.estimate.of(parts.adversarial)
+        return {self.estimate.name: estimated, "critic_loss": parts.loss.detach(), **losses}
 
     def generator_step(self, latent: Tensor, real: Tensor) -> Metrics:
         """Update the generator once; return its loss before the update. real: the critic's last batch."""
@@ -126,7 +133,8 @@ class System:
 
     def critic_parts(self, real: Tensor, fake: Tensor) -> Parts:
         """Compute what the critic minimises."""
-        parts: Parts = self.critic_loss(real, fake)
+        eps = self.draws.uniform(real) if isinstance(self.config, WGANGPConfig) else None
+        parts: Parts = self.critic_loss(real, fake, eps=eps)
         return parts
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
@@ -137,20 +145,9 @@ class System:
         """Transform a batch into what the critic is given."""
         return x
 
-    @property
-    def estimate(self) -> str:
-        """Name of the divergence that the critic's loss estimates."""
-        return ESTIMATES[self.config.objective].name
-
-    def estimated(self, adversarial: Tensor) -> Tensor:
-        """Estimate it by the adversarial part of the critic's loss."""
-        estimate = ESTIMATES[self.config.objective]
-        return estimate.most - estimate.slope * adversarial
-
-    @property
-    def scorer(self) -> nn.Module:
-        """A module that maps samples to one score each."""
-        return self.critic
+    def scores(self, x: Tensor) -> Tensor:
+        """Score samples, one number each."""
+        return self.critic(x)
 
     def measure(self, critic: nn.Module) -> dict[str, float]:
         """Evaluate the critic, where it is of use by itself."""
@@ -158,12 +155,12 @@ class System:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, except for the networks."""
-        return {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
+        return {name: part.state_dict() for name, part in self.stateful.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a ``state_dict``."""
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state[name])
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
 
 
 def optimisers(config: TrainConfig, setup: Setup) -> tuple[Optimizer, Optimizer]:

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 import gpkernels
-from gptrainer.algorithms.system import Setup, System
+from gptrainer.algorithms.system import System
 from gptrainer.processes import Processes
 from gptrainer.systems import UnrolledConfig
 
@@ -22,12 +22,10 @@ class UnrolledGAN(System):
     generator maximises the critic's whole loss, in which real samples count too: the critic to come depends on G.
     """
 
-    def __init__(self, config: UnrolledConfig, setup: Setup) -> None:
-        super().__init__(config, setup)
-        self.unroll = config.unroll
+    config: UnrolledConfig
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
-        weights = look_ahead(self.critic, self.critic_optimiser, real, fake, self.unroll, self.processes)
+        weights = look_ahead(self.critic, self.critic_optimiser, real, fake, self.config.unroll, self.processes)
         return -critic_loss(self.critic, weights, real, fake)
 
 

@@ -96,10 +96,8 @@ def load_batches(
 ) -> Batches:
     """Make endless batches of a data set. Images are shuffled in each epoch and prepared in advance by a thread.
 
-    batch_size: over all processes, which together get the batches of one process.
+    batch_size: over all processes, a multiple of their number; together they get the batches of one process.
     """
-    if batch_size % shard[1]:
-        raise UserError(f"--batch-size: expected a multiple of the {shard[1]} processes, got {batch_size}")
     if DATASETS[data].kind == "points":
         if limit is not None:
             raise UserError(f"--limit: expected none, since {data} is sampled afresh for each batch, got {limit}")

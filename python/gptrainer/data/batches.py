@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gpkernels.arguments import UserError
 from gptrainer.data.images import Indexed
+from gptrainer.data.points import Draw
 
 Shard = tuple[int, int]
 """(rank, world size). A process gets the rows rank::world of each batch."""
@@ -57,20 +57,13 @@ class ShuffledBatches:
 class SampledBatches:
     """Fresh samples of a distribution in every batch."""
 
-    def __init__(
-        self,
-        sample: Callable[[int, torch.Generator], Tensor],
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        shard: Shard = (0, 1),
-    ) -> None:
-        self.sample, self.batch_size, self.device = sample, batch_size, device
+    def __init__(self, draw: Draw, batch_size: int, seed: int, device: torch.device, shard: Shard = (0, 1)) -> None:
+        self.draw, self.batch_size, self.device = draw, batch_size, device
         self.rank, self.world = shard
         self.generator = torch.Generator().manual_seed(seed)
 
     def next(self) -> Tensor:
-        return self.sample(self.batch_size, self.generator)[self.rank :: self.world].to(self.device)
+        return self.draw(self.batch_size, self.generator)[self.rank :: self.world].to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gpkernels.arguments import replacing
+from gptrainer.checkpoint import Damaged, pack, unpack
 from gptrainer.data import ImageSet
-from gptrainer.files import Damaged, pack, unpack
 from gptrainer.metrics import classifier
 from gptrainer.metrics.classifier import Classifier, shape_of, train_classifier
 

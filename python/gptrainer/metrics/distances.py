@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 import gpkernels
 from gptrainer.data import Mixture
@@ -62,12 +63,14 @@ def mode_coverage(points: Tensor, mixture: Mixture, least: float = 20 / 2500) ->
     return near.any(dim=1).double().mean().item(), int((near.double().mean(dim=0) >= least).sum())
 
 
-def gradient_norms(critic: nn.Module, points: Tensor) -> Tensor:
+def gradient_norms(critic: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     """Compute |grad D| at each point, (N,). points: (N, *)."""
     return gpkernels.input_gradient(critic, points).detach().flatten(1).norm(dim=1)
 
 
-def mean_gradient_norm(critic: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator) -> float:
+def mean_gradient_norm(
+    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, generator: torch.Generator
+) -> float:
     """Estimate E |grad D| at interpolates of real and fake."""
     eps = torch.rand(len(real), generator=generator).to(real)
     return gradient_norms(critic, gpkernels.interpolate(real, fake, eps)).mean().item()

@@ -87,3 +87,12 @@ class PointsQuality:
 
 def _latent_points(latent: int, seed: int, n: int) -> Tensor:
     return torch.randn(n, latent, generator=torch.Generator().manual_seed(seed))
+
+
+def build_quality(
+    data: str, latent: int, seed: int, device: torch.device, *, data_dir: Path | None = None
+) -> ImageQuality | PointsQuality:
+    """Build the measure of a data set. The classifier of images is trained once and then cached."""
+    if DATASETS[data].kind == "images":
+        return ImageQuality(data, latent, seed, device, data_dir)
+    return PointsQuality(data, latent, seed, device)

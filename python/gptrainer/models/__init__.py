@@ -29,16 +29,13 @@ class Network:
     build: Callable[[DataSet, int, int, bool], Pair]
 
 
-def _convolutional(data: DataSet) -> bool:
-    return data.shape[-1] in (28, 32, 64)
+def _sides(*sides: int) -> Callable[[DataSet], bool]:
+    """Test whether the last axis of a sample has one of these lengths."""
+    return lambda data: data.shape[-1] in sides
 
 
-def _of_shape(*shape: int) -> Callable[[DataSet], bool]:
-    return lambda data: not shape or data.shape[-len(shape) :] == shape
-
-
-ANY = _of_shape()
-PLANAR, LINEAR, PIXELS_32 = _of_shape(2), _of_shape(1), _of_shape(32, 32)
+PLANAR, LINEAR, PIXELS_32, CONVOLUTIONAL = _sides(2), _sides(1), _sides(32), _sides(28, 32, 64)
+ANY = _sides(*(data.shape[-1] for data in DATASETS.values()))
 CT = partial(dcgan.build, dropout=CT_DROPOUT)
 CT_MLP = partial(mlp.build, dropout=CT_DROPOUT)
 CT_RESNET = partial(resnet.build, dropout=resnet.CT_DROPOUT)
@@ -46,8 +43,8 @@ NETWORKS = {
     "mlp": Network("three hidden layers; for points those of WGAN-GP", 2, 512, ANY, mlp.build),
     "mlp12": Network("a critic of 12 hidden layers (WGAN-GP, fig. 1b)", 2, 512, PLANAR, mlp.build_deep),
     "unrolled": Network("two hidden layers of tanh, orthogonal (unrolled GAN)", 256, 128, PLANAR, mlp.build_unrolled),
-    "dcgan": Network("convolutions: WGAN-GP's at 28 and 32 pixels, WGAN's at 64", 128, 64, _convolutional, dcgan.build),
-    "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, _convolutional, dcgan.build_mlp),
+    "dcgan": Network("convolutions: WGAN-GP's at 28 and 32 pixels, WGAN's at 64", 128, 64, CONVOLUTIONAL, dcgan.build),
+    "wgan-mlp": Network("WGAN's fully connected generator, DCGAN's critic", 100, 512, CONVOLUTIONAL, dcgan.build_mlp),
     "resnet": Network("WGAN-GP's residual networks", 128, 128, PIXELS_32, resnet.build),
     "ct": Network("as dcgan, else mlp, with CT-GAN's dropout in the critic", 128, 64, ANY, CT),
     "ct-mlp": Network("as mlp, with CT-GAN's dropout in the critic", 2, 512, ANY, CT_MLP),
@@ -64,7 +61,7 @@ def default_network(data: str) -> str:
     """Name of the default network for a data set."""
     if data in ("dirac", "lines"):
         return data
-    return "dcgan" if _convolutional(DATASETS[data]) else "mlp"
+    return "dcgan" if CONVOLUTIONAL(DATASETS[data]) else "mlp"
 
 
 def build_models(data: str, latent: int, width: int, *, network: str | None = None, batch_norm: bool = False) -> Pair:

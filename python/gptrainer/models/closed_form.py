@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gptrainer.data import DataSet
-from gptrainer.models.layers import Pair
+from gptrainer.models.layers import FeatureCritic, Pair
 from gptrainer.models.mlp import dense
 
 
@@ -37,7 +37,7 @@ class Point(nn.Module):
 
 def build_line(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build the line at 1 and a critic of three hidden layers."""
-    return Line(), nn.Sequential(*dense([*data.shape, width, width, width, 1], nn.ReLU()))
+    return Line(), FeatureCritic(*dense([*data.shape, width, width, width, 1], nn.ReLU()))
 
 
 def build_dirac(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:

@@ -44,26 +44,31 @@ def _generator(data: DataSet, latent: int, width: int, batch_norm: bool) -> nn.M
         *norm(nn.BatchNorm1d(4 * width * 16)),
         nn.ReLU(),
         nn.Unflatten(1, (4 * width, 4, 4)),
-        transposed(4 * width, 2 * width, 5),
+        transposed(4 * width, 2 * width),
         *norm(nn.BatchNorm2d(2 * width)),
         nn.ReLU(),
         *([nn.ZeroPad2d((0, -1, 0, -1))] if data.shape[-1] == 28 else []),  # from 8x8 to 7x7
-        transposed(2 * width, width, 5),
+        transposed(2 * width, width),
         *norm(nn.BatchNorm2d(width)),
         nn.ReLU(),
-        transposed(width, data.shape[0], 5),
+        transposed(width, data.shape[0]),
         to_range(data),
     )
 
 
 def _critic(data: DataSet, width: int, batch_norm: bool, dropout: float = 0.0) -> FeatureCritic:
-    if data.shape[-1] == 64:
-        return _critic_64(data, width, batch_norm, dropout)
+    large = data.shape[-1] == 64
+    channels = [data.shape[0], *(width * 2**i for i in range(4 if large else 3))]
     layers: list[nn.Module] = []
-    for channels, out in pairwise([data.shape[0], width, 2 * width, 4 * width]):
-        layers.append(convolution(channels, out, 5, stride=2))
-        layers += _after(out, batch_norm and channels != data.shape[0], dropout)
-    return FeatureCritic(*layers, nn.Flatten(), linear(4 * width * 16, 1))
+    for n, m in pairwise(channels):
+        layers.append(nn.Conv2d(n, m, 4, 2, 1, bias=False) if large else convolution(n, m, 5, stride=2))
+        layers += [nn.BatchNorm2d(m)] if batch_norm and n != data.shape[0] else []
+        layers += [nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
+    features = channels[-1] * 16
+    if not large:
+        return FeatureCritic(*layers, nn.Flatten(), linear(features, 1))
+    # The code's last layer is a convolution over all of the 4x4 pixels left, which is this one.
+    return FeatureCritic(*layers, nn.Flatten(), nn.Linear(features, 1, bias=False)).apply(_init_64)
 
 
 def _generator_64(data: DataSet, latent: int, width: int) -> nn.Module:
@@ -71,21 +76,6 @@ def _generator_64(data: DataSet, latent: int, width: int) -> nn.Module:
     for n, m in pairwise([8 * width, 4 * width, 2 * width, width, data.shape[0]]):
         layers += [nn.BatchNorm2d(n), nn.ReLU(), nn.ConvTranspose2d(n, m, 4, 2, 1, bias=False)]
     return nn.Sequential(*layers, to_range(data)).apply(_init_64)
-
-
-def _critic_64(data: DataSet, width: int, batch_norm: bool, dropout: float) -> FeatureCritic:
-    layers: list[nn.Module] = []
-    for n, m in pairwise([data.shape[0], width, 2 * width, 4 * width, 8 * width]):
-        layers.append(nn.Conv2d(n, m, 4, 2, 1, bias=False))
-        layers += _after(m, batch_norm and n != data.shape[0], dropout)
-    # The code's last layer is a convolution over all of the 4x4 pixels left, which is this one.
-    return FeatureCritic(*layers, nn.Flatten(), nn.Linear(8 * width * 16, 1, bias=False)).apply(_init_64)
-
-
-def _after(channels: int, batch_norm: bool, dropout: float) -> list[nn.Module]:
-    """Layers after a convolution of a critic."""
-    norm = [nn.BatchNorm2d(channels)] if batch_norm else []
-    return [*norm, nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
 
 
 def _init_64(layer: nn.Module) -> None:

@@ -30,26 +30,19 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         sizes = zip(input.shape[2:], self.kernel_size, self.stride, strict=True)
-        (up, down), (left, right) = (_padding(*size) for size in sizes)
+        total = [max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n, kernel, stride in sizes]
+        (up, down), (left, right) = ((n // 2, n - n // 2) for n in total)
         if (up, left) == (down, right):
             return F.conv2d(input, self.weight, self.bias, self.stride, (up, left))
         return super().forward(F.pad(input, (left, right, up, down)))
 
 
-class SameConvTranspose2d(nn.ConvTranspose2d):
-    """The transpose of such a convolution: outputs of size * stride."""
+class Doubling(nn.ConvTranspose2d):
+    """The transpose of such a convolution with a 5x5 kernel and stride 2: outputs of twice the size."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        output = super().forward(input)
-        for dim, size, kernel, stride in zip((2, 3), input.shape[2:], self.kernel_size, self.stride, strict=True):
-            output = output.narrow(dim, _padding(size * stride, kernel, stride)[0], size * stride)
-        return output
-
-
-def _padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Padding (before, after)."""
-    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
+        height, width = input.shape[2:]
+        return super().forward(input)[:, :, 1 : 1 + 2 * height, 1 : 1 + 2 * width]
 
 
 class GaussianNoise(nn.Module):
@@ -90,10 +83,10 @@ def convolution(channels: int, out: int, kernel: int, stride: int = 1, *, he: bo
     return layer
 
 
-def transposed(channels: int, out: int, kernel: int, stride: int = 2) -> SameConvTranspose2d:
-    """Transposed convolution initialised as in the WGAN-GP code, with a fan-in of 1 / stride^2 of the kernel."""
-    layer = SameConvTranspose2d(channels, out, kernel, stride)
-    _uniform(layer, channels * kernel**2 / stride**2, out * kernel**2)
+def transposed(channels: int, out: int) -> Doubling:
+    """Transposed convolution initialised as in the WGAN-GP code, with a fan-in of 1/4 of the kernel."""
+    layer = Doubling(channels, out, 5, 2)
+    _uniform(layer, channels * 25 / 4, out * 25)
     return layer
 
 

@@ -16,33 +16,35 @@ DEPTH = 12
 def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
     """Build three hidden layers, for points as in the WGAN-GP code. dropout: after the critic's activations."""
     generator = _generator(data, latent, width)
-    critic: list[nn.Module] = []
-    for layer in _critic(data, width):
-        drops = dropout and isinstance(layer, nn.ReLU | nn.LeakyReLU)
-        critic += [layer, nn.Dropout(dropout)] if drops else [layer]
-    return generator, FeatureCritic(*critic) if dropout else nn.Sequential(*critic)
+    if data.kind == "points":
+        critic = dense([*data.shape, width, width, width, 1], nn.ReLU(), dropout=dropout)
+    else:
+        sizes = [math.prod(data.shape), 2 * width, width, 1]
+        critic = [nn.Flatten(), *dense(sizes, nn.LeakyReLU(0.2), dropout=dropout)]
+    return generator, FeatureCritic(*critic)
 
 
 def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build a critic of 12 hidden layers, whose gradients vanish or explode under clipping."""
     critic = dense([*data.shape, *[width] * DEPTH, 1], nn.ReLU())
-    return _generator(data, latent, width), nn.Sequential(*critic)
+    return _generator(data, latent, width), FeatureCritic(*critic)
 
 
 def build_unrolled(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build the networks of the unrolled GAN's code: two hidden tanh layers, orthogonal of gain 1.4, biases 0."""
     (dims,) = data.shape
-    generator, critic = (
-        nn.Sequential(*orthogonal([n, width, width, m], nn.Tanh(), 1.4)) for n, m in ((latent, dims), (dims, 1))
-    )
-    return generator, critic
+    generator = nn.Sequential(*orthogonal([latent, width, width, dims], nn.Tanh(), 1.4))
+    return generator, FeatureCritic(*orthogonal([dims, width, width, 1], nn.Tanh(), 1.4))
 
 
-def dense(sizes: list[int], activation: nn.Module, *, batch_norm: bool = False) -> list[nn.Module]:
+def dense(
+    sizes: list[int], activation: nn.Module, *, batch_norm: bool = False, dropout: float = 0.0
+) -> list[nn.Module]:
     """Linear layers with activations in between: hidden He-uniform, output Glorot-uniform, biases 0."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, fan_out), *([nn.BatchNorm1d(fan_out)] if batch_norm else []), activation]
+        layers += [nn.Dropout(dropout)] if dropout else []
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     for layer in linear:
@@ -69,9 +71,3 @@ def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
         return nn.Sequential(*dense([*hidden, *data.shape], nn.ReLU()))
     layers = dense([*hidden, math.prod(data.shape)], nn.ReLU(), batch_norm=True)
     return nn.Sequential(*layers, to_range(data), nn.Unflatten(1, data.shape))
-
-
-def _critic(data: DataSet, width: int) -> list[nn.Module]:
-    if data.kind == "points":
-        return dense([*data.shape, width, width, width, 1], nn.ReLU())
-    return [nn.Flatten(), *dense([math.prod(data.shape), 2 * width, width, 1], nn.LeakyReLU(0.2))]

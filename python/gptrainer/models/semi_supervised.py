@@ -30,41 +30,30 @@ class Classifier(FeatureCritic):
         x = images
         with torch.no_grad():
             for layer in self:
+                x = layer(x)
                 if isinstance(layer, nn.Linear):
-                    x = layer(x)
                     mean, spread = x.mean(dim=0), x.std(dim=0, correction=0)
                     layer.parametrizations.weight.original0 /= spread[:, None]  # type: ignore[union-attr]
                     layer.bias.copy_((layer.bias - mean) / spread)
                     x = (x - mean) / spread
-                else:
-                    x = layer(x)
 
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build (generator, classifier). width: of the narrowest hidden layers, 250 in the code."""
-    return _generator(data, latent, 2 * width), _classifier(data, width)
-
-
-def _classifier(data: DataSet, width: int) -> Classifier:
-    sizes = [math.prod(data.shape), 4 * width, 2 * width, width, width, width]
-    layers: list[nn.Module] = [nn.Flatten(), GaussianNoise(INPUT_SIGMA)]
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [_normalised(fan_in, fan_out, train_scale=False), nn.ReLU(), GaussianNoise(HIDDEN_SIGMA)]
-    return Classifier(*layers, _normalised(width, data.classes, train_scale=True))
-
-
-def _generator(data: DataSet, latent: int, width: int) -> nn.Module:
     pixels = math.prod(data.shape)
     layers: list[nn.Module] = [Uniform()]
-    for fan_in in (latent, width):
-        hidden = nn.Linear(fan_in, width, bias=False)
+    for fan_in in (latent, 2 * width):
+        hidden = nn.Linear(fan_in, 2 * width, bias=False)
         nn.init.xavier_uniform_(hidden.weight)
-        norm = nn.BatchNorm1d(width, eps=BATCH_NORM_EPS)
+        norm = nn.BatchNorm1d(2 * width, eps=BATCH_NORM_EPS)
         norm.weight.requires_grad_(False)  # a shift, and no scale
         layers += [hidden, norm, nn.Softplus()]
-    return nn.Sequential(
-        *layers, _normalised(width, pixels, train_scale=True), to_range(data), nn.Unflatten(1, data.shape)
-    )
+    layers += [_normalised(2 * width, pixels, train_scale=True), to_range(data), nn.Unflatten(1, data.shape)]
+    generator = nn.Sequential(*layers)
+    layers = [nn.Flatten(), GaussianNoise(INPUT_SIGMA)]
+    for fan_in, fan_out in pairwise([pixels, 4 * width, 2 * width, width, width, width]):
+        layers += [_normalised(fan_in, fan_out, train_scale=False), nn.ReLU(), GaussianNoise(HIDDEN_SIGMA)]
+    return generator, Classifier(*layers, _normalised(width, data.classes, train_scale=True))
 
 
 def _normalised(fan_in: int, fan_out: int, *, train_scale: bool) -> nn.Module:

@@ -50,10 +50,9 @@ def train(trainer: Trainer, every: int, look: Callable[[Trainer, dict[str, float
 
 def system_of(algorithm: str, data: str, generator: nn.Module, critic: nn.Module, seed: int, **values: Any) -> System:
     """Build a system on given networks, to call its ``critic_step`` with any real and generated batch."""
-    processes = Processes()
-    draws = Draws(processes, seed, torch.device("cpu"))
+    draws = Draws(Processes(), seed, torch.device("cpu"))
     config = configure(algorithm, data, seed=seed, **values)
-    return build_system(config, Setup(generator, critic, processes, draws))
+    return build_system(config, Setup(generator, critic, draws))
 
 
 def play(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gpkernels
 from gptrainer import plots
 from gptrainer.data import POINTS
-from gptrainer.metrics import wasserstein_1
+from gptrainer.metrics.distances import wasserstein_1
 from gptrainer.models import build_models, sample
 from gptrainer.models.closed_form import Line
 from gptrainer.models.mlp import dense

@@ -47,7 +47,7 @@ def _rank(curve: dict[str, Any]) -> float:
 def _run(algorithm: str, data: str, quality: str, settings: Settings, seed: int, context: Context) -> dict[str, Any]:
     values = {name: value for name, value in settings.items() if name not in OURS}
     trainer = start(algorithm, data, settings["steps"], seed, context, **values)
-    estimate = trainer.system.estimate
+    estimate = trainer.system.estimate.name
     every = settings["steps"] // settings["evaluations"]
     optima = settings.get("optima", 0)
     curve: dict[str, Any] = {"step": [], "estimate": [], "quality": [trainer.quality_curve[quality][0]]}
@@ -71,7 +71,7 @@ def estimate_at_optimum(trainer: Trainer, steps: int) -> float:
     system = trainer.system
     before = copy.deepcopy((system.critic.state_dict(), system.critic_optimiser.state_dict()))
     values = [
-        system.metrics(system.critic_step(*batch))[system.estimate].item() for batch in trainer.next_batches(steps)
+        system.metrics(system.critic_step(*batch))[system.estimate.name].item() for batch in trainer.next_batches(steps)
     ]
     system.critic.load_state_dict(before[0])
     system.critic_optimiser.load_state_dict(before[1])

@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp, vjp
 import gpkernels
 from gptrainer import plots
 from gptrainer.data import load_batches
-from gptrainer.metrics import gradient_norms
+from gptrainer.metrics.distances import gradient_norms
 from gptrainer.models import build_models
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings

@@ -42,7 +42,7 @@ def _on_labels_alone(trainer: Trainer, every: int) -> dict[str, Any]:
     system: Any = trainer.system
     curve: dict[str, Any] = {"step": [], "error": []}
     for step in range(1, trainer.config.steps + 1):
-        images, labels = system.labelled.next()
+        images, labels = system.labelled_batch()
         system.critic_optimiser.zero_grad()
         F.cross_entropy(trainer.critic(images), labels).backward()
         system.critic_optimiser.step()

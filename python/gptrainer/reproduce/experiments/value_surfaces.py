@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import gpkernels
 from gptrainer import plots
 from gptrainer.data import POINTS
-from gptrainer.metrics import gradient_norms, wasserstein_1
+from gptrainer.metrics.distances import gradient_norms, wasserstein_1
 from gptrainer.models import build_models
 from gptrainer.reproduce import pictures
 from gptrainer.reproduce.experiment import Bound, Claim, Context, Exhibits, Experiment, Findings, Settings

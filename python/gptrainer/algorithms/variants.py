@@ -1,0 +1,95 @@
+"""Systems that differ from the base in few lines: noise, consistency, zero-centred penalties."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gpkernels
+from gpkernels.critic.parts import CriticLossParts
+from gptrainer.algorithms.system import Setup, System
+from gptrainer.systems import CTGANConfig, NoisyGANConfig, R1Config
+
+
+class NoisyGAN(System):
+    """The minimax game on data and samples with added N(0, sigma^2), sigma falling linearly to 0 (Sønderby et al. 2017,
+    section 3.2; Arjovsky and Bottou 2017, section 3)."""
+
+    config: NoisyGANConfig
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self.sigma = self.config.noise * max(0.0, 1 - step / self.config.resolved("noise_steps"))
+
+    def critic_input(self, x: Tensor) -> Tensor:
+        return self.draws.noisy(x, self.sigma)
+
+
+class CTGAN(System):
+    """Wei et al. 2018, as their code trains.
+
+    D' and D'' are two passes over the same real batch, D_ the last feature layer. The penalty and the generator see
+    the critic with dropout too. The critic has ``with_features`` (``gptrainer.models.layers``).
+    """
+
+    def __init__(self, config: CTGANConfig, setup: Setup) -> None:
+        super().__init__(config, setup, setup.critic_loss(config, WithFeatures(setup.critic)))
+
+
+class WithFeatures(nn.Module):
+    """A critic that returns (scores, features), as ``CriticLoss`` expects for the consistency term."""
+
+    def __init__(self, critic: Any) -> None:
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (N, *) to (N, 1) and (N, d)."""
+        scores, features = self.critic.with_features(x)
+        return scores, features
+
+
+class ZeroCentred(System):
+    """The non-saturating game with gamma/2 E |grad D|^2 at real (R1) or generated (R2) data (Mescheder et al. 2018,
+    eqs. 9 and 10).
+
+    lazy > 1: the penalty at every lazy-th critic step only, times lazy, with the critic's learning rate and betas
+    corrected for the fewer terms (Karras et al. 2020, appendix B).
+    """
+
+    config: R1Config
+
+    def __init__(self, config: R1Config, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.last_penalty = torch.zeros((), device=setup.draws.device)
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self.critic_steps = step * self.config.n_critic
+
+    def critic_parts(self, real: Tensor, fake: Tensor) -> CriticLossParts:
+        """Compute the loss; its penalty is the sum of those of the last step that had any."""
+        due = self.critic_steps % self.config.lazy == 0
+        self.critic_steps += 1
+        parts: CriticLossParts = self.critic_loss(real, fake, with_penalty=due)
+        if due:
+            self.last_penalty = torch.stack(list(parts.penalty.values())).sum()
+        return parts._replace(penalty=self.last_penalty)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"last_penalty": self.last_penalty}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.last_penalty = state["last_penalty"].to(self.draws.device)
+
+
+class R3GAN(ZeroCentred):
+    """Huang et al. 2024, eq. 2 and Algorithm 1: critic and generator of pairs, both penalties."""
+
+    def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.no_grad():
+            real_scores = self.critic(real)
+        return gpkernels.relativistic_generator_loss(real_scores, self.critic(fake))
