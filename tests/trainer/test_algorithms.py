@@ -331,6 +331,11 @@ def test_the_semi_supervised_system_refuses_networks_that_do_not_classify(tiny: 
         Trainer(tiny(algorithm="ssl-ct-gan", data="digits", network="mlp"))
 
 
+def test_the_consistency_term_refuses_critics_without_features(tiny: MakeConfig) -> None:
+    with pytest.raises(UserError, match="--network: expected one with features for ct-gan, got dirac"):
+        Trainer(tiny(algorithm="ct-gan", data="dirac", network="dirac"))
+
+
 @pytest.mark.parametrize("network", ["mlp", "mlp12", "unrolled"])
 def test_ct_gan_trains_any_fully_connected_critic(network: str, tiny: MakeConfig) -> None:
     trainer = Trainer(tiny(algorithm="ct-gan", network=network))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels
+from gpkernels.arguments import UserError
 from gpkernels.critic.parts import CriticLossParts
 from gptrainer.algorithms.system import Setup, System
 from gptrainer.systems import CTGANConfig, NoisyGANConfig, R1Config
@@ -35,6 +36,8 @@ class CTGAN(System):
     """
 
     def __init__(self, config: CTGANConfig, setup: Setup) -> None:
+        if not hasattr(setup.critic, "with_features"):
+            raise UserError(f"--network: expected one with features for {config.algorithm}, got {config.network}")
         super().__init__(config, setup, setup.critic_loss(config, WithFeatures(setup.critic)))
 
 
