@@ -47,7 +47,7 @@ class Signed:
             mine.append(tuple([numbers[id(leaf)] for leaf in one.leaves]))
         self.native_matches = all(one.native_matches for one in passes)
         self.hooked = backends.program is not None and any(
-            native().hooked([u for u in one.outputs if u.requires_grad], one.start) for one in passes
+            native().hooked([u for u in one.outputs if u.requires_grad], one.x, one.start) for one in passes
         )
         key = tuple([one.key for one in passes]), tuple(mine), task
         self.signature = program.signatures.get(key, lambda: Known([one.key for one in passes], mine))
