@@ -18,7 +18,8 @@ class Log {
     for (const py::handle& item : expected) {
       const py::tuple both = item.cast<py::tuple>();
       const py::tuple call = both[0];
-      Call made{call[0], {}, !call[2].is_none(), {}, both[1].is_none() ? -1 : both[1].cast<int64_t>()};
+      const int64_t place = both[1].is_none() ? -1 : both[1].cast<int64_t>();
+      Call made{call[0], {}, !call[2].is_none(), {}, call[3].cast<bool>(), place};
       for (const py::handle& value : call[1].cast<py::tuple>())
         made.values.push_back(py::reinterpret_borrow<py::object>(value));
       if (made.has_sizes)
@@ -32,6 +33,7 @@ class Log {
     std::vector<py::object> values;
     bool has_sizes;
     std::vector<int64_t> sizes;
+    bool filled;    // whether only integers within a sequence are sizes
     int64_t place;  // index of the batch size among the sizes; -1: unknown
   };
 
@@ -73,42 +75,52 @@ class Check {
     if (found < 0) throw py::error_already_set();
     return found;
   }
-  static bool is_value(PyObject* x) { return PyFloat_CheckExact(x) || PyBool_Check(x) || PyUnicode_CheckExact(x); }
+
+  // Reads the arguments of a call as Python does: class Call of together.py.
+  struct Described {
+    const Log::Call& known;
+    size_t next = 0;  // of the values
+    std::vector<int64_t> sizes = {};
+
+    bool is_next(PyObject* x) { return next < known.values.size() && equal(known.values[next++].ptr(), x); }
+
+    // are_sizes: whether integers are sizes; within: the same for those within a sequence.
+    bool same(PyObject* x, bool are_sizes, bool within) {
+      if (are_sizes && PyLong_Check(x) && !PyBool_Check(x)) {
+        sizes.push_back(int64_t(PyLong_AsUnsignedLongLongMask(x)));
+        return true;
+      }
+      if (PyLong_Check(x) || PyFloat_Check(x) || PyComplex_Check(x) || PyUnicode_Check(x) || x == Py_None)
+        return is_next(x);
+      if (PyTuple_Check(x) || PyList_Check(x)) {
+        for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(x); ++i)
+          if (!same(PySequence_Fast_GET_ITEM(x, i), within, within)) return false;
+      } else if (PySlice_Check(x)) {
+        const auto* slice = reinterpret_cast<PySliceObject*>(x);
+        for (PyObject* end : {slice->start, slice->stop, slice->step})
+          if (!same(end, false, false)) return false;
+      }
+      return true;
+    }
+  };
+
+  static bool is_size(PyObject* name) {
+    for (const char* known : {"size", "shape", "repeats", "dims"})
+      if (PyUnicode_CompareWithASCIIString(name, known) == 0) return true;
+    return false;
+  }
 
   bool same(const Log::Call& known, const py::object& func, const py::tuple& args, PyObject* kwargs) const {
     if (!equal(known.function.ptr(), func.ptr())) return false;
-    size_t next = 0;
-    const auto is_next = [&](PyObject* x) {
-      return next < known.values.size() && equal(known.values[next++].ptr(), x);
-    };
-    const Py_ssize_t count = PyTuple_GET_SIZE(args.ptr());
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* x = PyTuple_GET_ITEM(args.ptr(), i);
-      if (is_value(x) && !is_next(x)) return false;
-    }
+    Described found{known};
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args.ptr()); ++i)
+      if (!found.same(PyTuple_GET_ITEM(args.ptr(), i), known.has_sizes && !known.filled, known.has_sizes)) return false;
     PyObject *name, *value;
-    for (Py_ssize_t at = 0; kwargs && PyDict_Next(kwargs, &at, &name, &value);)
-      if ((is_value(value) || PyLong_CheckExact(value)) &&
-          !is_next(py::make_tuple(py::handle(name), py::handle(value)).ptr()))
-        return false;
-    std::vector<int64_t> sizes;
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* x = PyTuple_GET_ITEM(args.ptr(), i);
-      if (!PyLong_CheckExact(x)) continue;
-      if (known.has_sizes)
-        sizes.push_back(int64_t(PyLong_AsUnsignedLongLongMask(x)));
-      else if (!is_next(x))
-        return false;
+    for (Py_ssize_t at = 0; kwargs && PyDict_Next(kwargs, &at, &name, &value);) {
+      const bool sizes = known.has_sizes && is_size(name);
+      if (!found.is_next(name) || !found.same(value, sizes, sizes)) return false;
     }
-    if (next != known.values.size()) return false;
-    if (!known.has_sizes) return true;
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* x = PyTuple_GET_ITEM(args.ptr(), i);
-      if (PyTuple_Check(x) || PyList_Check(x))
-        for (const py::handle& n : py::reinterpret_borrow<py::sequence>(x))
-          if (PyLong_CheckExact(n.ptr())) sizes.push_back(int64_t(PyLong_AsUnsignedLongLongMask(n.ptr())));
-    }
-    return fits(known, sizes);
+    return found.next == known.values.size() && (!known.has_sizes || fits(known, found.sizes));
   }
 
   // Whether sizes scale with the batch exactly where they have to.

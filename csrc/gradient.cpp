@@ -384,6 +384,7 @@ class Gradients {
       to.key.sizes(x.sizes());
     }
     const auto is_absent = [](int64_t place) { return place < 0; };
+    found.hooked |= std::any_of(made.inputs.begin(), made.inputs.end(), &has_hooks);
     if (found.hooked || std::all_of(to.places.begin(), to.places.end(), is_absent)) return std::nullopt;
     for (size_t i = 0; i < to.places.size(); ++i)
       if (to.places[i] >= 0 && !made.wanted[i]) to.leaves[to.places[i]] = at::Tensor();

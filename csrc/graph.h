@@ -32,6 +32,11 @@ inline at::Tensor handle_of(const Edge& edge) {
   return made;
 }
 
+// Whether hooks see the gradient at an input of a model, a leaf or a view that was made for it.
+inline bool has_hooks(const at::Tensor& input) {
+  return input.requires_grad() && !torch::autograd::impl::gradient_edge(input).function->tensor_pre_hooks().empty();
+}
+
 struct Names {
   std::vector<py::object> saved, constants;  // attributes
   const Typed* typed = nullptr;              // the same past Python

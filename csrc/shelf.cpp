@@ -143,8 +143,10 @@ class Shelf {
     return listed(read(outputs, start).leaves);
   }
 
-  // Whether hooks have to be called in backward.
-  bool hooked(const std::vector<at::Tensor>& outputs, uint64_t start) const { return read(outputs, start).hooked; }
+  // Whether hooks have to be called in backward. x: the batch.
+  bool hooked(const std::vector<at::Tensor>& outputs, const at::Tensor& x, uint64_t start) const {
+    return has_hooks(x) || read(outputs, start).hooked;
+  }
 
   // Whether a dropout node is in training mode.
   bool trains(const py::handle& node) const {
@@ -178,7 +180,7 @@ class Shelf {
     for (const Called& one : calls) {
       Reader::Found found;
       reader_.read_into(one.outputs, one.start, key, found);
-      key.number(found.hooked);
+      key.number(found.hooked || has_hooks(one.x));
       key.sizes(one.x.sizes());
       for (const at::Tensor& leaf : found.leaves) {
         const auto [at, is_new] = numbers.emplace(leaf.unsafeGetTensorImpl(), int64_t(done.leaves.size()));
@@ -208,6 +210,24 @@ class Shelf {
   std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
 };
 
+// A context in which hooks on the gradients of some tensors are not called: their gradients are delivered later,
+// through the same tensors.
+class Unhooked {
+ public:
+  explicit Unhooked(const std::vector<at::Tensor>& tensors) {
+    for (const at::Tensor& x : tensors) hooks_.try_emplace(torch::autograd::impl::gradient_edge(x).function);
+  }
+
+  void swap(const py::args&) {
+    for (auto& [node, hooks] : hooks_) node->tensor_pre_hooks().swap(hooks);
+  }
+
+ private:
+  using Hooks = std::vector<std::unique_ptr<torch::autograd::FunctionPreHook>>;
+
+  std::unordered_map<decltype(Edge::function), Hooks> hooks_;
+};
+
 // Returns a tensor without values whose graph is the given output of a node.
 at::Tensor joint(const py::handle& node, uint32_t number) {
   if (!torch::autograd::THPCppFunction_Check(node.ptr()))
@@ -227,6 +247,10 @@ void add_shelf(pybind11::module_& module) {
   py::class_<Check>(module, "Check")
       .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),
            py::arg() = py::none());
+  py::class_<Unhooked>(module, "Unhooked")
+      .def(py::init<const std::vector<at::Tensor>&>())
+      .def("__enter__", &Unhooked::swap)
+      .def("__exit__", &Unhooked::swap);
   py::class_<How>(module, "How").def(py::init<Places, std::vector<bool>, int64_t, int64_t, size_t>());
   py::class_<Shelf>(module, "Shelf")
       .def(py::init<py::dict, size_t>())

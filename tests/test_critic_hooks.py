@@ -61,3 +61,66 @@ def test_a_hook_is_called() -> None:
     critic = Hooked()
     gpk.r1_penalty(critic, torch.randn(5, 4))
     assert critic.calls > 0
+
+
+class HookedInput(nn.Module):
+    """Doubles the gradient at its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda gradient: 2 * gradient)
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_a_hook_on_the_samples_changes_the_penalty() -> None:
+    torch.manual_seed(0)
+    critic = HookedInput().double()
+    loss = gpk.CriticLoss(critic)
+    for _ in range(5):
+        real, fake, eps = batch(5, 4)
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
+        ours = gpk.gradient_penalty(critic, real, fake, eps=eps)
+        assert_exactly_as(ours, plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp")), critic)
+        x = real.clone().requires_grad_()
+        (exact,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        assert_exactly_as(gpk.input_gradient(critic, real).exp().sum(), exact.exp().sum(), critic)
+
+
+class Scaled(nn.Module):
+    """With hooks on an activation, on a weight and on a value that was computed before the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.raw = nn.Parameter(torch.randn(6))
+        self.first.weight.register_hook(lambda gradient: 3 * gradient)
+
+    def prepare(self) -> None:
+        self.scale = self.raw * 1.5
+        self.scale.register_hook(lambda gradient: 5 * gradient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h.register_hook(lambda gradient: 2 * gradient)
+        return self.last(h * self.scale)
+
+
+@pytest.mark.parametrize("together", [None, True, False])
+def test_hooks_on_weights_are_called_once(together: bool | None) -> None:
+    torch.manual_seed(0)
+    critic = Scaled().double()
+    loss = gpk.CriticLoss(critic, together=together)
+    for _ in range(5):
+        real, fake, eps = batch(5, 4)
+        critic.prepare()
+        ours = loss(real, fake, eps=eps).loss
+        critic.prepare()
+        assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+        critic.prepare()
+        ours = gpk.gradient_penalty(critic, real, fake, eps=eps)
+        critic.prepare()
+        assert_exactly_as(ours, plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp")), critic)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gpkernels as gpk
-from comparing import PENALTIES, assert_same, batch, gradients, recorded
+from comparing import PENALTIES, assert_exactly_as, assert_same, batch, gradients, recorded
 from critics import (
     ACTIVATIONS,
     Noisy,
@@ -343,3 +344,52 @@ def test_backward_twice_and_accumulation_add_up() -> None:
         (gpk.CriticLoss(critic)(real[part], fake[part], eps=eps[part]).loss / 2).backward()
     assert_same([p.grad for p in critic.parameters()], whole)
     assert first(critic(real)).shape == (6, 1)
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_rows_of_a_weight_may_be_picked_by_the_samples_numbers(n: int) -> None:
+    table = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    first = nn.Linear(6, 6).double()
+    first.register_parameter("table", table)
+
+    def critic(x: Tensor) -> Tensor:
+        return (torch.tanh(first(x)) * table[torch.arange(len(x))]).sum(1)
+
+    for _ in range(4):
+        real, fake, eps = batch(n, 6)
+        ours = gpk.gradient_penalty(critic, real, fake, eps=eps)
+        assert_exactly_as(ours, plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp")), first)
+
+
+def _with_a_slice_written(h: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    out[:, 1:3] = h[:, 1:3]
+    return out
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: torch.fmod(h, 0.7),
+        lambda h: torch.nan_to_num(h),
+        lambda h: torch.addcdiv(h, h.detach(), h.detach().square() + 1),
+        lambda h: h**0,
+        _with_a_slice_written,
+        lambda h: torch.fmod(h, 0.7).sin(),
+        lambda h: torch.nan_to_num(h) * h,
+    ],
+)
+def test_a_bias_that_the_penalty_does_not_reach_has_no_gradient(function: Callable[[Tensor], Tensor]) -> None:
+    first, top = nn.Linear(6, 6).double(), nn.Linear(6, 1).double()
+    critic = nn.ModuleList([first, top])
+
+    def scores(x: Tensor) -> Tensor:
+        return top(function(first(x))) + x.square().sum(1, keepdim=True)
+
+    for _ in range(4):
+        real, fake, eps = batch(3, 6)
+        ours = gpk.gradient_penalty(scores, real, fake, eps=eps)
+        assert_exactly_as(ours, plain_penalty(scores, plain_points(real, fake, eps, "wgan-gp")), critic)
+        x = real.clone().requires_grad_()
+        (exact,) = torch.autograd.grad(scores(x).sum(), x, create_graph=True)
+        assert_exactly_as(gpk.input_gradient(scores, real).exp().sum(), exact.exp().sum(), critic)

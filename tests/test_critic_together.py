@@ -106,6 +106,24 @@ HIDDEN: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "batch norm of what is detached": lambda h, _: h + F.batch_norm(h.detach(), None, None, training=True),
     "a product of detached samples": lambda h, _: h @ (h.detach().t() @ h.detach()) / 5,
     "a constant row for each": lambda h, _: h * ROWS.repeat(len(h) // N, 1),
+    "a tensor of the number of samples": lambda h, _: h * torch.tensor([float(len(h))], dtype=h.dtype),
+    "a tensor of the shape": lambda h, _: h / torch.tensor(h.shape).prod(),
+    "an array of the number of samples": lambda h, _: h * torch.as_tensor(np.full(8, len(h) / 7)),
+    "filled with the number of samples": lambda h, _: h * torch.full((8,), len(h), dtype=h.dtype),
+    "filled with it, like the samples": lambda h, _: h * h.new_full((8,), len(h)),
+    "a column by the number of samples": lambda h, _: h + h[:, [len(h) % 8]],
+    "a column by it, selected": lambda h, _: h + h[:, len(h) % 8][:, None],
+    "columns up to the number of samples": lambda h, _: h + h[:, : len(h) - 2].sum(1, keepdim=True),
+    "columns rolled by it": lambda h, _: h + torch.roll(h, (len(h),), (1,)),
+    "columns padded by it": lambda h, _: h + F.pad(h, (0, len(h))).mean(1, keepdim=True),
+    "ones summed": lambda h, _: h / torch.ones(len(h), 8, dtype=h.dtype).sum(0),
+    "ones counted": lambda h, _: h * torch.ones_like(h).cumsum(0),
+    "ones counted along another axis": lambda h, _: (
+        (h.view(-1, 2, 4).transpose(0, 1) * torch.ones(1, len(h), 1, dtype=h.dtype).cumsum(1))
+        .transpose(0, 1)
+        .flatten(1)
+    ),
+    "a product of ones": lambda h, _: h + torch.ones(1, len(h), dtype=h.dtype) @ torch.ones_like(h),
 }
 
 # The same, visible in the graph.
@@ -242,3 +260,59 @@ def test_masks_of_dropout_differ_from_sample_to_sample() -> None:
             return sum(loss(real, fake, eps=eps).loss.item() for _ in range(3000)) / 3000
 
     assert mean(True) == pytest.approx(mean(False), rel=0.1)
+
+
+class Counting(nn.Module):
+    """Counts its calls in an attribute, which it computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.top, self.calls = nn.Linear(WIDTH, 8), nn.Linear(8, 1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.first(x)
+        return self.top((h.sin() if self.calls % 5 == 0 else h.tanh()) / self.calls)
+
+
+def test_a_critic_that_counts_its_calls_is_called_as_often_as_in_pytorch() -> None:
+    critic = Counting().double()
+    loss = gpk.CriticLoss(critic)
+    for call in range(7):
+        real, fake, eps = batch(N, WIDTH)
+        ours = loss(real, fake, eps=eps).loss
+        critic.calls = 3 * call
+        assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda h: torch.rand(8, dtype=h.dtype),
+        lambda h: torch.randint(0, 3, (8,)),
+        lambda h: F.dropout(torch.ones(8, dtype=h.dtype)),
+        lambda h: torch.rand(len(h), 8, dtype=h.dtype)[:1],
+    ],
+)
+def test_numbers_drawn_for_all_samples_of_a_call_are_drawn_in_each(drawn: Callable[[Tensor], Tensor]) -> None:
+    critic = Critic(lambda h, _: h * drawn(h)).double()
+    loss = gpk.CriticLoss(critic)
+    for seed in range(5):
+        real, fake, eps = batch(N, WIDTH)
+        torch.manual_seed(seed)
+        ours = loss(real, fake, eps=eps).loss
+        torch.manual_seed(seed)
+        assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+
+
+def test_numbers_drawn_for_each_sample_leave_one_batch() -> None:
+    rows: list[int] = []
+
+    def noisy(h: Tensor, _: Critic) -> Tensor:
+        rows.append(len(h))
+        return h + 0.1 * torch.rand_like(h) + torch.rand(len(h), dtype=h.dtype)[:, None]
+
+    loss = gpk.CriticLoss(Critic(noisy).double())
+    for _ in range(4):
+        loss(*batch(N, WIDTH)[:2])
+    assert rows == [N] * 6 + [3 * N] * 2

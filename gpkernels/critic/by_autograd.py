@@ -7,13 +7,15 @@ engine is the fastest implementation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from gpkernels import backends
 from gpkernels.critic.call import Pass, Plain
 from gpkernels.critic.parts import Task, constant_scores, rows_of_group
 from gpkernels.ops.consistency import consistency_term_reference
@@ -30,7 +32,11 @@ def by_autograd(
     if not task.gradients or loss is None or not loss.requires_grad:
         return values, [], []
     batches = {id(one.x) for one in passes}
-    found = torch.autograd.grad(loss, list(leaves), allow_unused=True)
+    edges = [get_gradient_edge(x) for x in leaves]  # a value from outside of the critic is a leaf in each pass
+    leaves = list({(edge.node, edge.output_nr): x for x, edge in zip(leaves, edges, strict=True)}.values())
+    trained = [x for x in leaves if id(x) not in batches]
+    with nullcontext() if backends.program is None else backends.program.Unhooked(trained):
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
     gradients = [(x, g.clone()) for x, g in zip(leaves, found, strict=True) if g is not None and id(x) not in batches]
     at_batch = {id(x): g for x, g in zip(leaves, found, strict=True) if id(x) in batches}
     samples = []

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from gpkernels import backends
 from gpkernels.critic.graph import Graph, native, prepare_nodes
 from gpkernels.critic.parts import Between, constant_scores, points_of
-from gpkernels.critic.together import Check, Watch
+from gpkernels.critic.together import Check, Record, Watch
 from gpkernels.private import (
     compile_nothing,
     compiler,
@@ -128,7 +128,7 @@ def call(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     pack: int = 1,
-    observer: Watch | Check | None = None,
+    observer: Record | Check | None = None,
 ) -> Pass:
     """Call the critic once with all samples of the given groups."""
     x = _batch([points_of(g.x) for g in groups], wants or any(g.penalised for g in groups))

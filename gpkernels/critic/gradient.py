@@ -124,8 +124,8 @@ class Halves:
         for number, place in plan.inputs.items():
             if place in at_inputs and plan.calls[place[0]].trains:
                 sums[number] = at_inputs[place]
-        for call in plan.calls:  # zeros where PyTorch has zeros
-            if call.leaf and call.trains and (seeds or call.sent) and call.number not in sums:
+        for call, sent in zip(plan.calls, plan.sent(passes.bent()), strict=True):  # zeros where PyTorch has zeros
+            if call.leaf and call.trains and (seeds or sent) and call.number not in sums:
                 sums[call.number] = call.outputs[0].zeros()
         return [sums.get(number) for number in range(plan.leaves)]
 

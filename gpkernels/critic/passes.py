@@ -192,6 +192,10 @@ class Passes:
                 tangents[i, nr] = u
         self._bent[i] = {p: u for p, u in zip(places, found[own:], strict=True) if u is not None}
 
+    def bent(self) -> set[Place]:
+        """Return the places at which calls without a rule have curvature."""
+        return {place for found in self._bent.values() for place in found}
+
     # --- bend ---------------------------------------------------------------------------------------------------------
 
     def bend(self, seeds: Mapping[Place, Tensor], scale: Tensor | None) -> Cotangents:

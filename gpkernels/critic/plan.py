@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpkernels.critic.graph import LEAF
@@ -41,7 +41,8 @@ class Call:
         self.shapes = [None if m is None else tuple(m[0]) for m in entry[4]] if len(entry) > 4 else []
         self.saved = slice(saved, saved + len(self.shapes))
         self.rule: Rule | None = None  # None: left to autograd
-        self.moves = self.trains = self.tangible = self.sent = self.pushed = self.uses_tangents = self.curved = False
+        self.moves = self.trains = self.tangible = self.pushed = self.uses_tangents = self.curved = False
+        self.sends: Sequence[bool] = ()  # to which parents PyTorch's double backward returns a gradient, possibly zero
         self.number = -1  # index among the leaves
 
 
@@ -118,16 +119,15 @@ class Plan:
         for call in reversed(self.calls):
             parents = [None if p is None else self.calls[p[0]] for p in call.parents]
             moving = [p is not None and p.moves for p in parents]
-            sends: Sequence[bool] = [False] * len(parents)
+            call.sends = [False] * len(parents)
             if call.moves and not call.leaf:
                 call.curved = call.rule is None or call.rule.curved(moving)
                 call.uses_tangents = call.curved or any(p is not None and not p.moves for p in parents)
-                sends = [True] * len(parents) if call.rule is None else call.rule.sends_to(moving)
-            tangible = any(p is not None and p.tangible for p in parents)
-            for p, sent in zip(parents, sends, strict=True):
+                if call.rule is not None and any(p is not None and p.tangible for p in parents):
+                    call.sends = call.rule.sends_to(moving)
+            for p in parents:
                 if p is not None:
                     p.pushed |= call.moves and (call.uses_tangents or call.pushed)
-                    p.sent |= call.sent or (sent and tangible)
 
     @property
     def x(self) -> Place | None:
@@ -140,10 +140,25 @@ class Plan:
         assert self.x is not None
         return self.cut_meta(self.x, Window(self.plain, self.rows))
 
-    def reached(self) -> Iterator[tuple[int, Meta]]:
-        """Yield the leaves that have a gradient in PyTorch, possibly zero."""
-        for call in self.calls:
-            if call.leaf and (call.sent or self.plain):
+    def sent(self, bent: Iterable[Place]) -> list[bool]:
+        """Return for each call whether its values have a gradient in PyTorch's double backward, possibly zero.
+
+        bent: where calls without a rule have curvature.
+        """
+        found = [False] * len(self.calls)
+        for i, _ in bent:
+            found[i] = True
+        for i in range(len(self.calls) - 1, -1, -1):
+            call = self.calls[i]
+            for p, sends in zip(call.parents, call.sends, strict=True):
+                if p is not None:
+                    found[p[0]] |= found[i] or sends
+        return found
+
+    def reached(self, bent: Iterable[Place]) -> Iterator[tuple[int, Meta]]:
+        """Yield the leaves that have a gradient in PyTorch, possibly zero; bent: as in ``sent``."""
+        for call, sent in zip(self.calls, self.sent(bent), strict=True):
+            if call.leaf and (sent or self.plain):
                 yield call.number, call.outputs[0]
 
     # --- samples ------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Signed:
         self.native_matches = all(one.native_matches for one in passes)
         self.hooked = any(one.by_engine for one in passes) or (
             backends.program is not None
-            and any(native().hooked([u for u in one.outputs if u.requires_grad], one.start) for one in passes)
+            and any(native().hooked([u for u in one.outputs if u.requires_grad], one.x, one.start) for one in passes)
         )
         key = tuple([one.key for one in passes]), tuple(mine), task
         self.signature = program.signatures.get(key, lambda: Known([one.key for one in passes], mine))

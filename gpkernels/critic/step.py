@@ -19,7 +19,7 @@ from gpkernels.critic.call import Group, call, call_each_group
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
 from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, Signed, made, numbers_of, run, shelf
-from gpkernels.critic.together import Differs, Log, Seen, Watch, keeps_apart, settled
+from gpkernels.critic.together import Differs, Log, Record, Seen, Watch, keeps_apart, settled
 
 
 class Begun(NamedTuple):
@@ -290,6 +290,7 @@ def _one_by_one(
     """Process each group as a batch of its own, in the order fake, real, points."""
     at_once = _go_at_once(groups[0].batch, task)
     mode, watch = _to_see(critic, groups, seen)
+    records: list[Record] = []
     if begun is not None:
         more = given.args, given.kwargs
         passes = made(critic, [[group] for group in groups], task, wants, None, *more, begun.before)
@@ -301,8 +302,10 @@ def _one_by_one(
     passes = []
     teacher = next((group for group in groups if group.penalised), None)  # its pass shows whether samples interact
     for group in groups:
-        learns = mode is not None and group is teacher
-        asks, on = wants and not group.penalised, watch if learns else None
+        asks, on = wants and not group.penalised, None
+        if watch is not None:
+            on = watch if group is teacher else Record(critic)
+            records.append(on)
         passes.append(call(critic, [group], asks, given.args, given.kwargs, task.pack, on))
         if group is not groups[-1] and at_once:
             continue
@@ -316,6 +319,8 @@ def _one_by_one(
             known = found.get(id(leaf))
             found[id(leaf)] = leaf, g if known is None else known[1].add_(g)
         inputs += at_samples
+    if seen is not None and not all(record.reason is None and record.log == records[0].log for record in records):
+        seen.set(mode, None)
     return sums, list(found.values()), inputs
 
 
@@ -325,7 +330,7 @@ def _to_see(critic: Any, groups: list[Group], seen: Seen | None) -> tuple[Any, W
         return None, None
     mode = seen.mode(critic, groups[0].batch)
     what = seen.get(mode)
-    return (mode, Watch()) if what == "looked" else (mode, None) if what == "new" else (None, None)
+    return (mode, Watch(critic)) if what == "looked" else (mode, None) if what == "new" else (None, None)
 
 
 def _note(seen: Seen | None, mode: Any, watch: Watch | None, signed: Signed) -> None:

@@ -10,7 +10,7 @@ abandoned, and groups stay separate from then on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,23 @@ _SHAPES: set[Any] = {
 }
 
 
+# Those of them whose integers are sizes only within a sequence: their own are values.
+_FILLED: set[Any] = {torch.full, _T.new_full}
+_SIZES = ("size", "shape", "repeats", "dims")  # names of their arguments that are sizes
+# Calls that draw numbers.
+_DRAWN = ("rand", "normal", "bernoulli", "multinomial", "poisson", "exponential", "uniform", "dropout", "gumbel")
+# Calls whose results are equal in every row, or independent, where those of their arguments are.
+_BY_ROW = {
+    *("add", "sub", "rsub", "mul", "div", "truediv", "rtruediv", "radd", "rmul", "neg", "pow", "rpow", "exp", "log"),
+    *("sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "relu", "abs", "square", "clamp", "round", "floor", "where"),
+    *("lt", "gt", "le", "ge", "eq", "ne", "to", "type", "type_as", "float", "double", "half", "bfloat16", "long"),
+    *("int", "bool", "cuda", "cpu", "contiguous", "clone", "detach", "requires_grad_", "view", "reshape", "expand"),
+    *("expand_as", "unsqueeze", "squeeze", "flatten", "getitem"),
+}
+_OTHERS = torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, type(...), type
+_VALUES = int, float, complex, str, type(None)
+
+
 def _tensors(args: Any) -> Iterator[Tensor]:
     for arg in args:
         if isinstance(arg, Tensor):
@@ -60,34 +77,95 @@ def _tensors(args: Any) -> Iterator[Tensor]:
             yield from (x for x in arg if isinstance(x, Tensor))
 
 
-Call = tuple[Any, tuple[Any, ...], tuple[int, ...] | None]  # (function, values, sizes)
+class Call(NamedTuple):
+    """A call's arguments but its tensors: values, which must not depend on the batch, and sizes, which may.
 
-
-def _described(func: Any, args: Any, kwargs: Any) -> Call:
-    """Describe a call's non-tensor arguments: values, which must not depend on the batch, and sizes, which may."""
-    values = [a for a in args if type(a) in (float, bool, str)]
-    if kwargs:
-        values += [(k, a) for k, a in kwargs.items() if type(a) in (float, bool, str, int)]
-    whole = [a for a in args if type(a) is int]
-    if func not in _SHAPES:
-        return func, (*values, *whole), None
-    for a in args:
-        if isinstance(a, (tuple, list)):
-            whole += [n for n in a if type(n) is int]
-    return func, tuple(values), tuple(whole)
-
-
-class Watch(TorchFunctionMode):
-    """Function mode that observes a critic for dependences between samples that its graph does not show.
-
-    reason: why the groups have to stay separate, or None. log: the calls.
+    sizes: None for a function that has none. filled: whether only integers within a sequence are sizes.
     """
 
-    def __init__(self) -> None:
+    function: Any
+    values: tuple[Any, ...]
+    sizes: tuple[int, ...] | None
+    filled: bool
+
+    @staticmethod
+    def of(func: Any, args: Any, kwargs: Any) -> Call:
+        values: list[Any] = []
+        sizes: list[int] | None = [] if func in _SHAPES else None
+        filled = func in _FILLED
+        for x in args:
+            _describe(x, values, None if filled else sizes, sizes)
+        for name, x in (kwargs or {}).items():
+            values.append(name)
+            own = sizes if name in _SIZES else None
+            _describe(x, values, own, own)
+        return Call(func, tuple(values), None if sizes is None else tuple(sizes), filled)
+
+
+def _describe(x: Any, values: list[Any], sizes: list[int] | None, within: list[int] | None) -> None:
+    """Add an argument to values, or to sizes; within: the sizes for integers within a sequence."""
+    if isinstance(x, int) and not isinstance(x, bool) and sizes is not None:
+        sizes.append(x)
+    elif isinstance(x, _VALUES):
+        values.append(x)
+    elif isinstance(x, (tuple, list)):
+        for item in x:
+            _describe(item, values, within, within)
+    elif isinstance(x, slice):
+        for end in (x.start, x.stop, x.step):
+            _describe(end, values, None, None)
+
+
+def _is_described(x: Any) -> bool:
+    """Whether an argument is a tensor, or of the kinds that can be compared."""
+    if isinstance(x, (tuple, list)):
+        return all(map(_is_described, x))
+    if isinstance(x, slice):
+        return all(isinstance(end, _VALUES) for end in (x.start, x.stop, x.step))
+    return isinstance(x, (Tensor, *_VALUES, *_OTHERS))
+
+
+class Record(TorchFunctionMode):
+    """Function mode that records the calls of a critic.
+
+    reason: why the groups have to stay separate, or None.
+    """
+
+    def __init__(self, critic: Any = None) -> None:
         super().__init__()
-        self.rows = 0
         self.reason: str | None = None
         self.log: list[Call] = []
+        self._critic, self._numbers = critic, ()
+
+    def __enter__(self) -> Any:
+        self._numbers = _numbers_of(self._critic)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if _numbers_of(self._critic) != self._numbers:
+            self._stop("a number that the critic keeps is changed by its forward pass")
+
+    def _stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.log.append(Call.of(func, args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _numbers_of(critic: Any) -> tuple[Any, ...]:
+    """Return the numbers among the attributes of a critic's modules, such as a counter of its calls."""
+    modules = critic.modules() if isinstance(critic, nn.Module) else ()
+    return tuple([x for module in modules for x in vars(module).values() if type(x) in (int, float)])
+
+
+class Watch(Record):
+    """Function mode that observes a critic for dependences between samples that its graph does not show."""
+
+    def __init__(self, critic: Any = None) -> None:
+        super().__init__(critic)
+        self.rows = 0
         self.reshaped: dict[int, Any] = {}  # node of a reshape's result, by index in the log
         self._kinds: dict[int, str] = {}  # of tensors that depend on the batch, by id: "graph" or "mask"
         self._masks: dict[int, Any] = {}  # node that a mask was computed from, by id
@@ -103,29 +181,42 @@ class Watch(TorchFunctionMode):
         self._kinds[id(x)] = "graph"
         self._masks[id(x)] = get_gradient_edge(x).node
 
-    def _stop(self, reason: str) -> None:
-        self.reason = self.reason or reason
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.log.append(_described(func, args, kwargs))
         given = list(_tensors((*args, *kwargs.values())))
         versions = [x._version for x in given]
-        out = func(*args, **kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
         self._alive += [given, out]
         if func in _DESCRIBE:
             return out
-        tracked = [x for x in given if id(x) in self._kinds]
-        if func in _FRESH:
-            self._fresh.update(id(x) for x in _tensors((out,)))
-            return out
         name = getattr(func, "__name__", str(func))
+        if not _is_described((*args, *kwargs.values())):
+            self._stop(f"{name} takes an argument that cannot be compared")
+        tracked = [x for x in given if id(x) in self._kinds]
+        if not tracked or func in _FRESH:
+            self._look_aside(name, func, given, out)
+        if func in _FRESH:
+            return out
         if any(x._version != v and not x.requires_grad for x, v in zip(given, versions, strict=True)):
             self._stop(f"{name} changes a tensor in place that is not an activation")
         if not tracked:
             return out
         self._look(name, func, given, tracked, out)
         return out
+
+    def _look_aside(self, name: str, func: Any, given: list[Tensor], out: Any) -> None:
+        """Look at a call that reads no samples: its result may depend on their number, or be drawn for all of them."""
+        results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
+        by_row = all(self.rows in x.shape for x in results)
+        if any(kind in name for kind in _DRAWN) and not (func in _FRESH and by_row):
+            self._stop(f"{name} draws numbers that samples share")
+        if func not in _FRESH and any(id(x) in self._fresh for x in given):
+            own = name.strip("_") in _BY_ROW and bool(results)
+            if not own or ("getitem" in name and not by_row):
+                self._stop(f"{name} may compute a function of the number of samples")
+        elif func not in _FRESH:
+            return
+        self._fresh.update(id(x) for x in results)
 
     def _look(self, name: str, func: Any, given: list[Tensor], tracked: list[Tensor], out: Any) -> None:
         for x in given:
@@ -198,9 +289,9 @@ class Check(TorchFunctionMode):
         at = self._at
         if at >= len(self._log):
             raise Differs
-        (known, values, sizes), place = self._log[at]
-        called = _described(func, args, kwargs)
-        if called[0] != known or called[1] != values or (sizes is not None and not self._fits(called[2], sizes, place)):
+        known, place = self._log[at]
+        called, sizes = Call.of(func, args, kwargs), known.sizes
+        if called[:2] != known[:2] or (sizes is not None and not self._fits(called.sizes, sizes, place)):
             raise Differs
         self._at = at + 1
         return func(*args, **kwargs) if kwargs else func(*args)

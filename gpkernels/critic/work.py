@@ -266,7 +266,7 @@ def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
     for one, numbers in zip(ones, known.leaves, strict=True):
         for k, more in one.passes.leaves().items():
             parts[numbers[k]] += more
-        for k, meta in one.plan.reached():
+        for k, meta in one.plan.reached(one.passes.bent()):
             blank[numbers[k]] = meta
     given = [number for number, found in enumerate(parts) if found and number not in known.x]
     sums = dict(zip(given, totals([parts[number] for number in given]), strict=True))

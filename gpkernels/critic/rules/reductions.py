@@ -21,7 +21,8 @@ class Index(Rule):
     saved, origins, indexes = ("indices",), (), True
 
     def set_up(self, by_row: bool) -> None:
-        self.by_row = by_row
+        x = self.inputs[0]
+        self.by_row = by_row and x is not None and x.shape[0] == self.outputs[0].shape[0]  # not the first rows of more
 
     def _indices(self, s: Saved, rows: Tensor) -> list[Any]:
         """Return the indices, of all rows or of some; rows: a tensor with as many."""

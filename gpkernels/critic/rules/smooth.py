@@ -340,6 +340,9 @@ class Power(Smooth):
         self.exponent = exponent
         self.flat = exponent == 0
 
+    def sends_to(self, moving: Sequence[bool]) -> Sequence[bool]:
+        return (not self.flat,)
+
     def push(self, s: Saved, t: Tensors) -> Tensors:
         return (None,) if self.flat else super().push(s, t)
 
