@@ -38,8 +38,11 @@ gpu-report: install  ## all that needs a GPU, in one file to commit: bench/resul
 dist: install  ## wheels with and without kernels and the source distribution, in dist/
 	$(BIN)/python tools/distribution.py
 
-test-dist: install  ## build and install what `make dist` makes
-	$(BIN)/python -m pytest -m slow tests/test_distribution.py tests/test_install.py
+test-dist: install  ## build and install what `make dist` makes; TORCH=2.14.1: the same wheel with that release as well
+	if [ -n "$(TORCH)" ]; then $(PYTHON) -m venv build/torch-$(TORCH) && \
+	  build/torch-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) numpy; fi
+	$(if $(TORCH),GPK_OTHER_TORCH="$$(echo $(CURDIR)/build/torch-$(TORCH)/lib/python3*/site-packages)") \
+	  $(BIN)/python -m pytest -m slow tests/test_distribution.py tests/test_install.py
 
 test-load: install  ## memory over ten thousand steps, threads, and arbitrary arguments
 	GPK_LOAD=1 $(BIN)/python -m pytest tests/test_load.py

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -38,11 +40,11 @@ def one(folder: Path, pattern: str) -> Path:
     return found
 
 
-def fresh(folder: Path, wheel: Path) -> Path:
-    """A venv that finds this one's packages, PyTorch among them, and has the wheel; pip may fetch nothing."""
+def fresh(folder: Path, wheel: Path, site: str = SITE) -> Path:
+    """A venv that finds another's packages, PyTorch among them, and has the wheel; pip may fetch nothing."""
     venv.create(folder, with_pip=True)
     packages = one(folder / "lib", "python3*") / "site-packages"
-    (packages / "shared.pth").write_text(SITE + "\n")
+    (packages / "shared.pth").write_text(site + "\n")
     command = [folder / "bin/python", "-m", "pip", "install", "--no-index", "--ignore-installed", "--no-deps", wheel]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "bin"
@@ -62,6 +64,24 @@ def test_the_wheel_verifies_itself_where_there_is_no_compiler(dist: Path, tmp_pa
     assert "cpu        available" in page
     assert f"loaded, for torch {torch.__version__.partition('+')[0]} only" in page
     assert "none failed" in told(installed, "gpkernels", "verify", "--quick", "--backend", "cpu")
+
+
+@pytest.mark.skipif("GPK_OTHER_TORCH" not in os.environ, reason="make test-dist TORCH=VERSION")
+def test_the_same_wheel_verifies_itself_with_another_torch(dist: Path, tmp_path: Path) -> None:
+    site = os.environ["GPK_OTHER_TORCH"]
+    (other,) = metadata.distributions(name="torch", path=[site])
+    assert other.version.partition("+")[0] != torch.__version__.partition("+")[0]
+    installed = fresh(tmp_path / "venv", one(dist, f"*-{TAG}-{TAG}-manylinux*.whl"), site)
+    page = told(installed, "gpkernels", "info")
+    assert f"torch {other.version.partition('+')[0]}" in page
+    assert "cpu        available" in page
+    assert "none failed" in told(installed, "gpkernels", "verify", "--quick", "--backend", "cpu")
+
+
+def test_the_wheel_installs_wherever_pytorchs_does(dist: Path) -> None:
+    (pytorch,) = metadata.distributions(name="torch", path=[SITE])
+    (platform,) = re.findall(r"^Tag: .*-(\S+)$", pytorch.read_text("WHEEL") or "", re.M)
+    assert one(dist, f"*-{TAG}-{TAG}-*.whl").stem.endswith(f"-{platform}")
 
 
 def test_the_wheel_leaves_an_installed_torch_alone(dist: Path) -> None:

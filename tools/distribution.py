@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Libraries of PyTorch, which is loaded before the modules; a wheel must not bring its own.
 TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libc10.so")
+PLATFORM = "manylinux_2_28_x86_64"  # of PyTorch's wheels; csrc/older_libraries.cpp
 
 
 def run(*command: str | Path, **environment: str) -> None:
@@ -41,7 +42,7 @@ def build(out: Path) -> list[Path]:
         run("build", "--wheel", "--no-isolation", "--outdir", folder, tree, GPKERNELS_BUILD="cpu")
         (wheel,) = folder.glob("*.whl")
         excluded = [word for library in TORCH for word in ("--exclude", library)]
-        run("auditwheel", "repair", *excluded, "--wheel-dir", out, wheel)
+        run("auditwheel", "repair", *excluded, "--plat", PLATFORM, "--only-plat", "--wheel-dir", out, wheel)
         shutil.rmtree(tree / "build")  # it has the kernels
         run("build", "--wheel", "--no-isolation", "--outdir", out, tree, GPKERNELS_BUILD="none")
     return sorted(out.iterdir())
