@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -210,3 +211,29 @@ def test_any_tensors_are_computed_or_refused_with_a_reason(name: str, data: st.D
         assert found or name == "clip_weights_"
         if all(x.isfinite().all() and x.abs().max() < 1e3 for x in before if x.device.type == "cpu" and x.numel()):
             assert all(x.isfinite().all() for x in found if x.device.type == "cpu"), (given, result)
+
+
+MANY = 2**31 + 2**16  # elements, which 32 bits do not count
+PAST_32_BITS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {  # of zeros with a 3 at the end
+    "norm of a row": (lambda x: gpk.gradient_norm_penalty(x[None], 0.0, reduction="sum"), 9.0),
+    "norms of two rows": (lambda x: gpk.gradient_norm_penalty(x.view(2, -1), 0.0, reduction="none")[1], 9.0),
+    "sum of scores": (lambda x: gpk.wgan_generator_loss(x) * MANY, -3.0),
+}
+
+
+@pytest.mark.parametrize("name", PAST_32_BITS)
+def test_elements_past_32_bits_are_counted(name: str) -> None:
+    """The pages of the zeros are the operating system's, so that they take no memory."""
+    function, expected = PAST_32_BITS[name]
+    x = torch.from_numpy(np.zeros(MANY, "int16")).view(torch.bfloat16)
+    x[-1] = 3
+    before = _memory()
+    assert float(function(x)) == expected
+    assert _memory() - before < 2**16  # KiB
+
+
+def test_an_expanded_tensor_is_not_written() -> None:
+    x = torch.ones(1).expand(MANY)
+    with pytest.raises(RuntimeError, match=r"params\[0\].*not overlap"):
+        gpk.clip_weights_([x], 0.5)
+    assert x[0] == 1
