@@ -249,7 +249,3 @@ def _trainer(command: str, *arguments: str) -> int:
         arguments = ("--list",) if command == "train" else arguments  # tyro writes its help
     code: int = importlib.import_module(place).main(arguments)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -65,7 +65,7 @@ def test_a_broken_extension_is_a_reason_and_no_error(tmp_path: Path, content: by
     assert name in facts["build_error"]
     assert f"it is for PyTorch {OLDEST_TORCH} or later, and this is {torch.__version__}" in facts["build_error"]
     assert "\n" not in facts["build_error"]
-    page = run("-m", "gpkernels.cli", "info", path=tmp_path)
+    page = run("-m", "gpkernels", "info", path=tmp_path)
     assert page.returncode == 0
     assert "not loaded" in page.stdout
     assert name in page.stdout
@@ -456,7 +456,7 @@ def test_info_says_reference_of_an_op_that_has_no_kernel_yet(monkeypatch: pytest
 
 @pytest.mark.parametrize("arguments", [["nonsense"], [], ["info", "--nonsense"]], ids=str)
 def test_a_wrong_command_is_two_and_no_traceback(arguments: list[str]) -> None:
-    done = run("-m", "gpkernels.cli", *arguments)
+    done = run("-m", "gpkernels", *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("gpkernels")
@@ -465,7 +465,7 @@ def test_a_wrong_command_is_two_and_no_traceback(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("option", ["", "--json", "--kernels"], ids=["page", "json", "kernels"])
 def test_a_reader_that_is_gone_is_no_traceback(option: str) -> None:
-    command = f"{sys.executable} -m gpkernels.cli info {option} | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m gpkernels info {option} | head -1; exit ${{PIPESTATUS[0]}}"
     own = {**os.environ, "PYTHONPATH": str(Path(gpk.__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(["bash", "-c", command], env=own, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 141)
@@ -512,7 +512,7 @@ def test_importing_imports_no_triton() -> None:
 
 
 def test_info_prints_what_each_gpu_kernel_needs() -> None:
-    page = run("-m", "gpkernels.cli", "info", "--kernels")
+    page = run("-m", "gpkernels", "info", "--kernels")
     assert page.returncode == 0
     assert "gradient_norm_penalty: reduce_long_rows" in page.stdout
     assert "sm_90" in page.stdout

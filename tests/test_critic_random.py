@@ -168,6 +168,25 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "a row for each": lambda a, b, w, m: a * torch.linspace(0, 1, len(a), dtype=a.dtype)[:, None],
     "the largest of all": lambda a, b, w, m: a / (1 + b.detach().abs().max().item()),
     "one by one": lambda a, b, w, m: torch.stack([row * w for row in a]),
+    "a number for the samples": lambda a, b, w, m: a * torch.tensor([1 / len(a)], dtype=a.dtype),
+    "filled with their number": lambda a, b, w, m: a + torch.full((WIDTH,), 1 / len(a), dtype=a.dtype),
+    "the last of them": lambda a, b, w, m: a - torch.tanh(b)[len(a) - 1],
+    "ones counted": lambda a, b, w, m: a / a.new_ones(len(a)).sum(),
+    # strides
+    "expanded": lambda a, b, w, m: a[:, 2:3].expand(-1, WIDTH).tanh() * b,
+    "permuted": lambda a, b, w, m: (a.view(-1, 2, 3).transpose(1, 2) @ m[:2, :2]).flatten(1),
+    "a mean permuted": lambda a, b, w, m: a.view(-1, 2, 3).permute(2, 0, 1).mean(0).sin().repeat(1, 3),
+    "every other": lambda a, b, w, m: torch.cat([a[:, ::2], b[:, 1::2].cos()], 1),
+    "overlapping windows": lambda a, b, w, m: a.unfold(1, 4, 1).sin().sum(1).repeat(1, 2)[:, :WIDTH],
+    "columns copied": lambda a, b, w, m: F.linear(a.t().contiguous().t(), m.t()),
+}
+# Batches in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda x: x,
+    "columns first": lambda x: x.t().contiguous().t(),
+    "part of more": lambda x: torch.cat([x, x], 1)[:, :WIDTH],
+    "every other column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "one sample, repeated": lambda x: x[:1].expand(len(x), -1),
 }
 
 
@@ -225,6 +244,8 @@ step = st.tuples(st.sampled_from(sorted(CALLS)), st.integers(0, 3), st.integers(
     frozen=st.booleans(),
     inputs=st.booleans(),
     seed=st.integers(0, 1000),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    other=st.integers(1, 5),
 )
 def test_a_random_critic_has_pytorchs_value_and_gradients(
     steps: list[tuple[str, int, int, int]],
@@ -235,13 +256,15 @@ def test_a_random_critic_has_pytorchs_value_and_gradients(
     frozen: bool,
     inputs: bool,
     seed: int,
+    layout: str,
+    other: int,
 ) -> None:
     torch.manual_seed(seed)
     critic = Random(steps, frozen).double()
     loss = gpk.CriticLoss(critic, objective=objective, penalty=penalty, together=together)
-    for _ in range(5):
-        real, fake, eps = batch(n, WIDTH)
-        real.requires_grad_(inputs)
+    for size in (n, n, n, other, n, other):
+        real, fake, eps = batch(size, WIDTH)
+        real = LAYOUTS[layout](real).requires_grad_(inputs)
         exact, alone = plain(critic, real, fake, eps, objective, penalty)
         assume(exact is not None)
         ours = loss(real, fake, eps=eps).loss

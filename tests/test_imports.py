@@ -26,6 +26,7 @@ LAYERS = (
     ("info", "arguments"),
     ("verify", "bench"),
     ("cli",),
+    ("__main__",),
 )
 LEVELS = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}
 SOURCES = {

@@ -70,7 +70,7 @@ def read_tests(path: Path) -> dict[str, Any]:
 
 def parts(folder: Path, device: str, dry: bool) -> list[Part]:
     """Return the parts of a report. dry: the smallest of each, on a CPU."""
-    cli = [sys.executable, "-c", "import sys; from gpkernels.cli import main; sys.exit(main())"]
+    cli = [sys.executable, "-m", "gpkernels"]
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", GPU_TESTS]
     quick = ["--quick", "--seconds", "0.01"] if dry else []
     bench = [*cli, "bench", "--device", device, *quick]

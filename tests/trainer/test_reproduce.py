@@ -400,7 +400,7 @@ def test_the_command_runs_reports_and_resumes_in_processes_of_its_own(
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are told by /proc")
 def test_a_command_that_is_ended_from_outside_leaves_no_process_behind(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "gpkernels.cli", "reproduce", "dirac-gan", "--jobs", "1", "--out", str(tmp_path)]
+    argv = [sys.executable, "-m", "gpkernels", "reproduce", "dirac-gan", "--jobs", "1", "--out", str(tmp_path)]
     command = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
     try:
