@@ -227,6 +227,7 @@ KEEPING: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "tokens": lambda h, _: torch.softmax(h.view(-1, 4, 2) @ h.view(-1, 4, 2).mT, 2).flatten(1)[:, :8],
     "group norm": lambda h, _: F.group_norm(h, 2),
     "the largest": lambda h, _: h - h.max(1, keepdim=True).values,
+    "a normalised weight": lambda h, critic: F.linear(h, F.normalize(critic.first.weight @ critic.first.weight.mT)),
 }
 
 

@@ -55,8 +55,11 @@ _SHAPES: set[Any] = {
 # Those of them whose integers are sizes only within a sequence: their own are values.
 _FILLED: set[Any] = {torch.full, _T.new_full}
 _SIZES = ("size", "shape", "repeats", "dims")  # names of their arguments that are sizes
-# Calls that draw numbers.
-_DRAWN = ("rand", "normal", "bernoulli", "multinomial", "poisson", "exponential", "uniform", "dropout", "gumbel")
+# Calls that draw numbers, beside those whose names begin with rand or contain dropout.
+_DRAWN = {
+    *("normal", "log_normal", "uniform", "bernoulli", "binomial", "multinomial", "poisson", "exponential", "geometric"),
+    *("cauchy", "gumbel_softmax", "rrelu"),
+}
 # Calls whose results are equal in every row, or independent, where those of their arguments are.
 _BY_ROW = {
     *("add", "sub", "rsub", "mul", "div", "truediv", "rtruediv", "radd", "rmul", "neg", "pow", "rpow", "exp", "log"),
@@ -208,7 +211,7 @@ class Watch(Record):
         """Look at a call that reads no samples: its result may depend on their number, or be drawn for all of them."""
         results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
         by_row = all(self.rows in x.shape for x in results)
-        if any(kind in name for kind in _DRAWN) and not (func in _FRESH and by_row):
+        if _draws(name) and not (func in _FRESH and by_row):
             self._stop(f"{name} draws numbers that samples share")
         if func not in _FRESH and any(id(x) in self._fresh for x in given):
             own = name.strip("_") in _BY_ROW and bool(results)
@@ -253,6 +256,11 @@ class Watch(Record):
             else:  # such as argmax: its uses are observed
                 self._kinds[id(y)] = "mask"
                 self._masks[id(y)] = None
+
+
+def _draws(name: str) -> bool:
+    plain = name.strip("_")
+    return plain in _DRAWN or plain.startswith("rand") or "dropout" in plain
 
 
 def _is_product(name: str) -> bool:
