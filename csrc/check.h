@@ -18,7 +18,7 @@ class Log {
     for (const py::handle& item : expected) {
       const py::tuple both = item.cast<py::tuple>();
       const py::tuple call = both[0];
-      const int64_t place = both[1].is_none() ? -1 : both[1].cast<int64_t>();
+      const int64_t place = both[1].is_none() ? kUnknown : both[1].cast<int64_t>();
       Call made{call[0], {}, !call[2].is_none(), {}, call[3].cast<bool>(), place};
       for (const py::handle& value : call[1].cast<py::tuple>())
         made.values.push_back(py::reinterpret_borrow<py::object>(value));
@@ -28,13 +28,15 @@ class Log {
     }
   }
 
+  static constexpr int64_t kUnknown = -1;
+
   struct Call {
     py::object function;
     std::vector<py::object> values;
     bool has_sizes;
     std::vector<int64_t> sizes;
     bool filled;    // whether only integers within a sequence are sizes
-    int64_t place;  // index of the batch size among the sizes; -1: unknown
+    int64_t place;  // index of the batch size among the sizes; kUnknown, or another negative number if none scales
   };
 
   const std::vector<Call>& calls() const { return calls_; }
@@ -129,8 +131,9 @@ class Check {
     for (size_t i = 0; i < sizes.size(); ++i) {
       const int64_t a = sizes[i], b = known.sizes[i];
       const bool scaled = b > 0 && a * then_ == b * now_;
-      if (known.place < 0 && !(b == then_ ? scaled : a == b || scaled)) return false;
-      if (known.place >= 0 && !(int64_t(i) == known.place ? scaled || (a == b && a == -1) : a == b)) return false;
+      if (known.place == Log::kUnknown && !(b == then_ ? scaled : a == b || scaled)) return false;
+      if (known.place != Log::kUnknown && !(int64_t(i) == known.place ? scaled || (a == b && a == -1) : a == b))
+        return false;
     }
     return true;
   }

@@ -117,6 +117,8 @@ HIDDEN: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "columns rolled by it": lambda h, _: h + torch.roll(h, (len(h),), (1,)),
     "columns padded by it": lambda h, _: h + F.pad(h, (0, len(h))).mean(1, keepdim=True),
     "ones summed": lambda h, _: h / torch.ones(len(h), 8, dtype=h.dtype).sum(0),
+    "more ones summed": lambda h, _: h / torch.ones(len(h) + 1, dtype=h.dtype).sum(),
+    "twice as many ones summed": lambda h, _: h / torch.zeros(2 * len(h), 1, dtype=h.dtype).add(1).sum(),
     "ones counted": lambda h, _: h * torch.ones_like(h).cumsum(0),
     "ones counted along another axis": lambda h, _: (
         (h.view(-1, 2, 4).transpose(0, 1) * torch.ones(1, len(h), 1, dtype=h.dtype).cumsum(1))
@@ -227,6 +229,8 @@ KEEPING: dict[str, Callable[[Tensor, Critic], Tensor]] = {
     "tokens": lambda h, _: torch.softmax(h.view(-1, 4, 2) @ h.view(-1, 4, 2).mT, 2).flatten(1)[:, :8],
     "group norm": lambda h, _: F.group_norm(h, 2),
     "the largest": lambda h, _: h - h.max(1, keepdim=True).values,
+    "a causal mask": lambda h, _: h @ torch.ones(8, 8, dtype=h.dtype).tril(),
+    "positions": lambda h, _: h + torch.zeros(8, dtype=h.dtype).add(1).cumsum(0),
     "a normalised weight": lambda h, critic: F.linear(h, F.normalize(critic.first.weight @ critic.first.weight.mT)),
 }
 

@@ -174,7 +174,8 @@ class Watch(Record):
         self._masks: dict[int, Any] = {}  # node that a mask was computed from, by id
         self.pairs: list[tuple[Any, Any]] = []  # nodes that must agree on the sample axis
         self._alive: list[Any] = []
-        self._fresh: set[int] = set()
+        self.fixed: set[int] = set()  # calls whose sizes must not scale with the batch, by index in the log
+        self._fresh: dict[int, set[int]] = {}  # calls that made what a tensor without samples depends on, by its id
 
     def follow(self, x: Tensor) -> None:
         """Register the batch that the critic is about to be called with."""
@@ -213,13 +214,18 @@ class Watch(Record):
         by_row = all(self.rows in x.shape for x in results)
         if _draws(name) and not (func in _FRESH and by_row):
             self._stop(f"{name} draws numbers that samples share")
-        if func not in _FRESH and any(id(x) in self._fresh for x in given):
-            own = name.strip("_") in _BY_ROW and bool(results)
-            if not own or ("getitem" in name and not by_row):
+        made = {i for x in given for i in self._fresh.get(id(x), ())}
+        if func in _FRESH and self.log[-1].sizes is not None:
+            made = {len(self.log) - 1}
+        elif func in _FRESH and not made:
+            made = {_UNSIZED}
+        elif made and (name.strip("_") not in _BY_ROW or not results or ("getitem" in name and not by_row)):
+            sizes = [None if i == _UNSIZED else self.log[i].sizes for i in made]
+            if any(n is None or self.rows in n for n in sizes):
                 self._stop(f"{name} may compute a function of the number of samples")
-        elif func not in _FRESH:
-            return
-        self._fresh.update(id(x) for x in results)
+            self.fixed |= made
+        if made:
+            self._fresh.update((id(x), made) for x in results)
 
     def _look(self, name: str, func: Any, given: list[Tensor], tracked: list[Tensor], out: Any) -> None:
         for x in given:
@@ -268,12 +274,16 @@ def _is_product(name: str) -> bool:
     return name in ("linear", "matmul", "mm", "bmm", "addmm", "einsum", "bilinear") or "conv" in name or "norm" in name
 
 
+_NOWHERE = -2  # index of the batch size among sizes of which none may scale
+_UNSIZED = -1  # stands for a call that made a tensor as large as another
+
+
 class Differs(BaseException):
     """Raised where the critic's calls differ from the recorded ones. Not an Exception, which a critic might catch."""
 
 
 class Log:
-    """Recorded calls, each with the index of the size that is the batch's, if known."""
+    """Recorded calls, each with the index of the size that is the batch's, if known; ``_NOWHERE`` if none is."""
 
     def __init__(self, calls: list[tuple[Call, int | None]]) -> None:
         self.calls = calls
@@ -381,5 +391,6 @@ def settled(watch: Watch, plan: Plan, nodes: Sequence[Any]) -> Log | None:
         layout = layouts[places[node]] if node in places else None
         if node is not None and layout is None:
             return None
-        expected.append((call, None if layout is None else layout.axis))
+        place = _NOWHERE if i in watch.fixed else None if layout is None else layout.axis
+        expected.append((call, place))
     return Log(expected)
