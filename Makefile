@@ -48,7 +48,7 @@ test-load: install  ## memory over ten thousand steps, threads, and arbitrary ar
 	GPK_LOAD=1 $(BIN)/python -m pytest tests/test_load.py
 
 SANITIZED := $(CURDIR)/build/sanitized
-# Without vector instructions sums have another order, whose rounding power 3 magnifies beyond four units in float64.
+# One comparison is left out: it misses its bound in float64 by 5 % in this build, presumably as sums are not vectorised.
 test-sanitize: install  ## the C++ modules under the address and undefined-behaviour sanitizers of gcc
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -111,7 +111,7 @@ FROM_LOCAL = "_FromTorchTensorBackward"  # the node of DTensor.from_local
 
 
 def local_placements(node: Any) -> tuple[Any, ...]:
-    """Return how ``DTensor.from_local`` was told that its argument is placed, from its node."""
+    """Return the placements that ``DTensor.from_local`` was called with, from its node."""
     return tuple(node.forward_input_placements)
 
 

@@ -50,8 +50,6 @@ _SHAPES: set[Any] = {
     *(_T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, torch.zeros, torch.ones, torch.full, torch.empty),
     *(torch.rand, torch.randn),
 }
-
-
 # Those of them whose integers are sizes only within a sequence: their own are values.
 _FILLED: set[Any] = {torch.full, _T.new_full}
 _SIZES = ("size", "shape", "repeats", "dims")  # names of their arguments that are sizes
@@ -70,6 +68,8 @@ _BY_ROW = {
 }
 _OTHERS = torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, type(...), type
 _VALUES = int, float, complex, str, type(None)
+_NOWHERE = -2  # index of the batch size among sizes of which none may scale
+_UNSIZED = -1  # stands for a call that made a tensor as large as another
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:
@@ -197,20 +197,20 @@ class Watch(Record):
         if not _is_described((*args, *kwargs.values())):
             self._stop(f"{name} takes an argument that cannot be compared")
         tracked = [x for x in given if id(x) in self._kinds]
+        results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
         if not tracked or func in _FRESH:
-            self._look_aside(name, func, given, out)
+            self._look_without_samples(name, func, given, results)
         if func in _FRESH:
             return out
         if any(x._version != v and not x.requires_grad for x, v in zip(given, versions, strict=True)):
             self._stop(f"{name} changes a tensor in place that is not an activation")
         if not tracked:
             return out
-        self._look(name, func, given, tracked, out)
+        self._look(name, func, given, tracked, results)
         return out
 
-    def _look_aside(self, name: str, func: Any, given: list[Tensor], out: Any) -> None:
+    def _look_without_samples(self, name: str, func: Any, given: list[Tensor], results: list[Tensor]) -> None:
         """Look at a call that reads no samples: its result may depend on their number, or be drawn for all of them."""
-        results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
         by_row = all(self.rows in x.shape for x in results)
         if _draws(name) and not (func in _FRESH and by_row):
             self._stop(f"{name} draws numbers that samples share")
@@ -227,7 +227,7 @@ class Watch(Record):
         if made:
             self._fresh.update((id(x), made) for x in results)
 
-    def _look(self, name: str, func: Any, given: list[Tensor], tracked: list[Tensor], out: Any) -> None:
+    def _look(self, name: str, func: Any, given: list[Tensor], tracked: list[Tensor], results: list[Tensor]) -> None:
         for x in given:
             own = isinstance(x, nn.Parameter) or x.requires_grad or id(x) in self._kinds or id(x) in self._fresh
             if (
@@ -238,7 +238,6 @@ class Watch(Record):
                 and not _is_product(name)
             ):
                 self._stop(f"{name} reads a constant with a row for each sample")
-        results = list(_tensors((out,) if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()))
         if not results:
             self._stop(f"{name} reads a value out of the graph")
         masks = [x for x in tracked if self._kinds[id(x)] == "mask"]
@@ -272,10 +271,6 @@ def _draws(name: str) -> bool:
 def _is_product(name: str) -> bool:
     """Whether a function's constants may have any sizes: the graph shows its effect on samples."""
     return name in ("linear", "matmul", "mm", "bmm", "addmm", "einsum", "bilinear") or "conv" in name or "norm" in name
-
-
-_NOWHERE = -2  # index of the batch size among sizes of which none may scale
-_UNSIZED = -1  # stands for a call that made a tensor as large as another
 
 
 class Differs(BaseException):

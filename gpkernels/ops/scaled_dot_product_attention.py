@@ -433,9 +433,10 @@ def scaled_dot_product_attention(
     if enable_gqa:
         key, value = (_spread(name, x, query) for name, x in (("key", key), ("value", value)))
     batch = _batch(query, key, value, attn_mask)
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if dropout_p > 0 or learned or _composes_alone() or (differentiated and _is_small(query, key, batch)):
+    graph = torch.is_grad_enabled()
+    learned = graph and attn_mask is not None and attn_mask.requires_grad
+    small = graph and any(x.requires_grad for x in (query, key, value)) and _is_small(query, key, batch)
+    if dropout_p > 0 or learned or small or _composes_alone():
         return scaled_dot_product_attention_reference(query, key, value, attn_mask, dropout_p, is_causal, scale)
     tensors = [_four_axes(x, batch) for x in (query, key, value)]
     if attn_mask is not None:
