@@ -24,7 +24,9 @@ GPK_HIDDEN double gpk_pow(double, double) __asm__("pow");
 double gpk_log(double x) { return gpk_log_2_15(x); }
 double gpk_pow(double x, double y) { return gpk_pow_2_15(x, y); }
 
-[[noreturn]] GPK_HIDDEN void gpk_bad_array_new_length() __asm__("_ZSt28__throw_bad_array_new_lengthv");
+// Weak, for compilers that link libstdc++ statically.
+[[noreturn]] __attribute__((weak)) GPK_HIDDEN void gpk_bad_array_new_length() __asm__(
+    "_ZSt28__throw_bad_array_new_lengthv");
 void gpk_bad_array_new_length() { throw std::bad_array_new_length(); }
 }
 

@@ -74,8 +74,9 @@ def steps() -> str:
 def programs() -> str:
     """Compare whole training steps of published programs, those that gain most first."""
     rows = sorted(_read(f"{XEON}-programs"), key=lambda row: -float(row["eager_over_gpkernels"]))
-    head = ("program", "eager, ms", "gpkernels, ms", "eager over gpkernels")
-    return _table(head, [[row[column] for column in row] for row in rows])
+    h200 = {row["program"]: list(row.values())[1:] for row in _read(f"{H200}-programs")}
+    head = ("program", "Xeon: eager, ms", "gpkernels, ms", "eager over it", "H200: eager, ms", "gpkernels, ms")
+    return _table((*head, "eager over it"), [[*row.values(), *h200[row["program"]]] for row in rows])
 
 
 def compiled() -> str:

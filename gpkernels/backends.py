@@ -1,6 +1,6 @@
 """Choice of the implementation of each op, and the reason for it.
 
-"auto" leaves the choice to PyTorch's dispatcher: a native kernel where one is registered for the device type, on GPUs
+"auto" leaves the choice to PyTorch's dispatcher: a native kernel where an op has one for the device type, on GPUs
 otherwise a Triton kernel where Triton is installed, otherwise the reference. A forced backend that cannot run raises at
 the first call and names the remedy. Importing never fails because of a backend, and does not import Triton.
 
@@ -15,7 +15,7 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -40,6 +40,7 @@ _everywhere = "auto"  # set by set_backend
 _chosen: ContextVar[str] = ContextVar("gpkernels.backend")  # set by backend
 _CARRIED = "gpkernels.backend"  # key of the choice in PyTorch's thread-local state
 _tables: dict[str, Callable[[], Mapping[str, Callable[..., Any]]]] = {}
+_by_triton: set[tuple[str, str]] = set()  # names of ops and device types where "auto" selects Triton kernels
 _fast_paths: list[tuple[Op, Callable[..., Any]]] = []
 
 
@@ -163,9 +164,19 @@ def interprets_triton() -> bool:
 
 
 def takes_triton(device_type: str) -> bool:
-    """Whether "auto" selects Triton kernels for a device type. Queries how PyTorch was built, not the device."""
-    built = {"cuda": torch.backends.cuda.is_built() and cuda_error is not None, "xpu": xpu_is_built()}
+    """Whether Triton kernels can run on a device type. Queries how PyTorch was built, not the device."""
+    built = {"cuda": torch.backends.cuda.is_built(), "xpu": xpu_is_built()}
     return built.get(device_type, False) and has_triton()
+
+
+def register_triton(library: torch.library.Library, names: Iterable[str], kernel: Callable[[str], Any]) -> None:
+    """Register Triton kernels on GPUs, for the ops without a native kernel there."""
+    for device in GPUS:
+        if takes_triton(device):
+            for name in names:
+                if not has_kernel(f"{library.ns}::{name}", device.upper()):
+                    library.impl(name, kernel(name), device.upper())
+                    _by_triton.add((name, device))
 
 
 def bind_directly(ops: Mapping[str, Op]) -> None:
@@ -342,7 +353,7 @@ def implementation(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
         reason = f"it runs on {name} tensors, got {device} tensors; use backend 'auto'"
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was forced, but {op.name} cannot run on it: {reason}")
-    return op.overload
+    return op.implementation if (op.name, device) in _by_triton else op.overload
 
 
 def running(device_type: str) -> str:
@@ -356,6 +367,8 @@ def running(device_type: str) -> str:
 
 def running_op(name: str, device_type: str) -> str:
     """Return the backend that "auto" selects for one op on a device type."""
+    if (name, device_type) in _by_triton:
+        return "triton"
     known = has_kernel(f"gpkernels::{name}", device_type.upper())
     return running(device_type) if known else "reference"
 

@@ -38,9 +38,8 @@ def facts() -> dict[str, Any]:
             for name in sorted(ops.ALL)
         },
         "hardware": (
-            "CPU kernels run on this machine's CPU; every CUDA and Triton kernel but attention's and the critic steps "
-            "have run on an NVIDIA H200 (PyTorch 2.11, CUDA 13.0), on no other GPU; memcheck and racecheck ran there "
-            "before interpolate, score_loss and gradient_norm_penalty changed and relativistic_loss was written"
+            "CPU kernels run on this machine's CPU; every CUDA and Triton kernel and the critic steps have run on an "
+            "NVIDIA H200 (PyTorch 2.11, CUDA 13.0), on no other GPU, with memcheck, the CUDA kernels with racecheck"
         ),
     }
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import gpkernels as gpk
-from gpkernels import backends, cli, info, ops, registration
+from gpkernels import backends, cli, info, ops
 from gpkernels.ops.gradient_norm_penalty import gradient_norm_penalty_op
 from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.version import OLDEST_TORCH
@@ -518,21 +518,28 @@ def test_info_prints_what_each_gpu_kernel_needs() -> None:
     assert "sm_90" in page.stdout
 
 
-@pytest.mark.parametrize(("cuda", "triton"), [(True, False), (False, True), (True, True), (False, False)])
-def test_gpus_get_triton_where_there_is_no_cuda_library(
-    cuda: bool, triton: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("native", [(), ("interpolate", "rmsprop_"), tuple(ops.ALL)], ids=["none", "some", "all"])
+def test_gpus_get_triton_for_ops_without_a_cuda_kernel(
+    native: tuple[str, ...], triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Library:
+        ns = "gpkernels"
         registered: ClassVar[list[tuple[str, str]]] = []
 
         def impl(self, name: str, kernel: object, key: str) -> None:
             self.registered.append((name, key))
 
-    monkeypatch.setattr(backends, "cuda_error", None if cuda else "no library")
+    monkeypatch.setattr(backends, "_by_triton", set())
     monkeypatch.setattr(backends, "has_triton", lambda: triton)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(backends, "xpu_is_built", lambda: False)
+    monkeypatch.setattr(backends, "has_kernel", lambda name, key: name.removeprefix("gpkernels::") in native)
+    monkeypatch.setattr(backends, "cuda_error", None)
     Library.registered.clear()
-    registration.register_triton(Library())
-    everything = {(name, "CUDA") for name in ops.ALL}
-    assert set(Library.registered) == (everything if triton and not cuda else set())
+    backends.register_triton(Library(), ops.ALL, lambda name: None)  # type: ignore[arg-type]
+    others = [name for name in ops.ALL if name not in native] if triton else []
+    assert Library.registered == [(name, "CUDA") for name in others]
+    for name in ops.ALL:
+        expected = "triton" if name in others else "cuda" if name in native else "reference"
+        assert backends.running_op(name, "cuda") == expected

@@ -43,7 +43,7 @@ def drawn(axes: int, size: tuple[int, ...] = SIZES[0], dtype: torch.dtype = torc
 
 
 def spread(x: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, x.numel(), dtype=torch.float64).to(x.dtype).reshape(x.shape)
+    return torch.linspace(-1, 1, x.numel(), dtype=torch.float64).to(x).reshape(x.shape)
 
 
 def three_orders(function: Callable[..., Tensor], image: Tensor, grid: Tensor) -> list[Tensor]:

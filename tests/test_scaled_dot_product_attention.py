@@ -114,9 +114,9 @@ def orders(function: Callable[..., Tensor], tensors: list[Tensor], others: dict[
     """Value, first and second derivatives."""
     torch.manual_seed(2)
     value = function(*tensors, **others)
-    cotangent = torch.randn(value.shape, dtype=torch.float64).to(value.dtype).requires_grad_()
+    cotangent = torch.randn(value.shape, dtype=torch.float64).to(value).requires_grad_()
     first = torch.autograd.grad(value, tensors, cotangent, create_graph=True)
-    tangents = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in tensors]
+    tangents = [torch.randn(x.shape, dtype=torch.float64).to(x) for x in tensors]
     return [value, *first, *torch.autograd.grad(first, [cotangent, *tensors], tangents)]
 
 
@@ -218,6 +218,13 @@ def test_few_scores_are_kept_on_a_cpu_and_differentiated_to_any_order(monkeypatc
     assert keeps_no_scores(longer, x, x)
     with torch.no_grad():  # no derivative is wanted: the fused kernel
         assert keeps_no_scores(x, x, x)
+
+
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 2048), (torch.float64, 2048), (torch.bfloat16, 1024)])
+def test_few_scores_are_kept_on_a_gpu(dtype: torch.dtype, length: int) -> None:
+    for more in (0, 1):
+        x = torch.empty(2, 2, length + more, 64, dtype=dtype, device="meta", requires_grad=True)
+        assert keeps_no_scores(x, x, x) == bool(more)
 
 
 def test_dropout_and_a_learned_mask_take_the_plain_form() -> None:

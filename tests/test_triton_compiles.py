@@ -67,10 +67,11 @@ def test_kernel_needs_what_the_table_says(row: tuple[str, ...], resources: dict)
     import triton
 
     now, before = resources[row], tracked()[row]
-    assert now["spills"] == 0
-    of_tiles = row[0].startswith("scaled_dot_product_attention")
-    assert now["registers"] <= (512 if row[3].startswith("gfx") else 255) if of_tiles else 128
-    assert now["shared"] <= (65536 if of_tiles else 16384)
+    of_tiles, amd = row[0].startswith("scaled_dot_product_attention"), row[3].startswith("gfx")
+    # Second derivatives of float32 spill a little with the tiles that the others have.
+    assert now["spills"] <= (256 if of_tiles and row[2] == "fp32" else 0)
+    assert now["registers"] <= ((512 if amd else 255) if of_tiles else 128)
+    assert now["shared"] <= ((65536 if amd else 99 * 1024) if of_tiles else 16384)
     if triton.__version__ == VERSION:
         assert {column: now[column] for column in COLUMNS[4:]} == before
 

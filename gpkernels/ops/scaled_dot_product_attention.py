@@ -24,7 +24,8 @@ from gpkernels.private import dual_level, transforms_active
 
 aten = torch.ops.aten
 
-MOST_SCORES_KEPT = 1 << 20  # of all heads of a call on a CPU
+# Of all heads of a call; a GPU launches more kernels for the plain form, in less time than to compute scores again.
+MOST_SCORES_KEPT, MOST_KEPT_ON_GPU, MOST_KEPT_OF_16_BITS_ON_GPU = 1 << 20, 1 << 24, 1 << 22
 
 
 def scaled_dot_product_attention_reference(
@@ -252,8 +253,10 @@ def _composes_alone() -> bool:
 
 def _is_small(query: Tensor, key: Tensor, batch: Sequence[int]) -> bool:
     """Whether a derivative of the reference, which keeps its scores, takes less time than to compute them again."""
-    scores = math.prod(batch) * query.shape[-2] * key.shape[-2]
-    return query.device.type == "cpu" and scores <= MOST_SCORES_KEPT
+    most = MOST_SCORES_KEPT
+    if query.device.type != "cpu":
+        most = MOST_KEPT_OF_16_BITS_ON_GPU if query.element_size() == 2 else MOST_KEPT_ON_GPU
+    return math.prod(batch) * query.shape[-2] * key.shape[-2] <= most
 
 
 class _Attention(Differentiable):
@@ -380,9 +383,9 @@ def scaled_dot_product_attention(
     None of PyTorch's fused kernels can be differentiated twice, and its plain form keeps several
     :math:`(T, S)` matrices for each head. Here value, first and second derivative keep a number per row, and compute
     scores by blocks. Four cases take the plain form, which keeps the matrices and has derivatives of any order:
-    dropout, a mask that requires a gradient, transforms of ``torch.func`` and forward mode, and on CPUs up to
-    :math:`2^{20}` scores in all heads together, which take less time to keep than to compute again. Otherwise a third
-    derivative raises RuntimeError.
+    dropout, a mask that requires a gradient, transforms of ``torch.func`` and forward mode, and few scores in all heads
+    together, which take less time to keep than to compute again: :math:`2^{20}` on CPUs, :math:`2^{24}` on GPUs, of
+    types of 16 bits :math:`2^{22}`. Otherwise a third derivative raises RuntimeError.
 
     Args:
         query (Tensor): queries.

@@ -2,12 +2,13 @@
 
 The formulas are in ``gpkernels/ops/attention_blocks.py``. A program has some rows and goes over the keys, or some keys
 and goes over the rows; each result has one writer, so there are no atomics. Tensors are (B, T, H, D) in memory. Tiles
-of scores are computed again from the rows' logsumexp. The sizes of tiles have not been tuned on hardware.
+of scores are computed again from the rows' logsumexp.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -362,10 +363,10 @@ def _kept(query: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor) -> No
 
 
 def _tile_of(dtype: torch.dtype, width: int) -> tuple[int, int]:
-    """Return rows and columns of a tile, and warps, with which no kernel spills, but float32's wider than 64."""
-    if dtype == torch.float32:
+    """Return rows and columns of a tile, and warps: the largest tile with which kernels spill little or nothing."""
+    if width > (64 if dtype == torch.float32 else 128):
         return 16, 8
-    return (32, 4) if width <= 128 else (16, 8)
+    return (32, 4) if dtype == torch.float32 or width > 64 else (64, 4)
 
 
 def _precision() -> str:
@@ -403,10 +404,17 @@ def _tokens_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _is_for_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a call is left to the blocks: float64, wider heads, nothing to do."""
+    """Whether a call is left to the blocks: float64, wider heads, nothing to do, a GPU that Triton does not support."""
     width = max(query.shape[3], value.shape[3])
     wide = width > (WIDEST_FLOAT32 if query.dtype == torch.float32 else WIDEST)
-    return query.dtype == torch.float64 or wide or not (query.numel() and key.numel() and value.numel())
+    nothing = not (query.numel() and key.numel() and value.numel())
+    return query.dtype == torch.float64 or wide or nothing or not _is_supported(query.device)
+
+
+@cache
+def _is_supported(device: torch.device) -> bool:
+    """Whether a GPU has what Triton compiles for; NVIDIA's need compute capability 8."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def scaled_dot_product_attention(
