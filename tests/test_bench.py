@@ -98,7 +98,7 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
     ("arguments", "said"),
     {
         "a suite that is none": (["everything"], "expected one of ops, attention, gradients, steps, train"),
-        "a peer that is none": (["--peers", "eager,theano"], "expected some of eager, compile, jax"),
+        "a peer that is none": (["--peers", "eager,theano"], "expected some of eager, compile, jax, jvp"),
         "a case that is none": (["ops", *FAST, "--case", "no such"], "expected part of a case's name, got no such"),
         "a critic without a shape": (["--critic", "torch.nn:Identity"], "--critic and --input: expected both"),
         "a critic that is no module": (["--critic", "math:sqrt", "--input", "2x2"], "expected a torch.nn.Module"),

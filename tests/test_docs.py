@@ -156,6 +156,7 @@ def test_the_gains_of_the_readme_are_the_measured_ones() -> None:
         gains = re.findall(rf"(?<![\d.])\d\.\d{{{digits}}}(?!\d)", re.sub("`.*?`", "", table[0]))
         assert gains == [found[program] for program in programs]
         assert set(programs) <= set(found)
+    assert set(programs) == set(measured[0])
 
 
 def test_files_that_the_documents_name_exist() -> None:

@@ -88,6 +88,7 @@ def parts(folder: Path, device: str, dry: bool) -> list[Part]:
     )
     for suite, case in (("ops", "interpolate, small"), ("steps", "MLP"), ("attention", "derivatives")):
         only = ["--case", case] if dry else []
+        only += ["--peers", "eager,jvp_flash_attention"] if suite == "attention" else []
         file = f"{suite}.json"
         found.append(Part(f"bench {suite}", [*bench, suite, *only, "--json", str(folder / file)], file, read_json))
     programs = [sys.executable, str(ROOT / "bench" / "programs.py"), "--device", device]

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpkernels.bench.results import Row, duration
-from gpkernels.bench.trial import AS_PROGRAM, BY_INDUCTOR, EAGER, LIMIT, OURS
+from gpkernels.bench.trial import AS_PROGRAM, BY_INDUCTOR, EAGER, JVP_FLASH, LIMIT, OURS
 
 COLOURS = {
     OURS: "#2563a8", BY_INDUCTOR: "#5b9bd5", AS_PROGRAM: "#2a9d8f",
-    EAGER: "#8a94a0", "compile": "#d9622b", "jax": "#7b4fa3", LIMIT: "#1f2933",
+    EAGER: "#8a94a0", "compile": "#d9622b", "jax": "#7b4fa3", JVP_FLASH: "#b0307a", LIMIT: "#1f2933",
 }  # fmt: skip
 NAMES = {
     BY_INDUCTOR: "gpkernels, compiled", AS_PROGRAM: 'gpkernels, backend="gpkernels"',

@@ -14,7 +14,8 @@ from gpkernels.bench.results import Row
 
 OURS, EAGER, LIMIT = "gpkernels", "eager", "limit"
 BY_INDUCTOR, AS_PROGRAM = f"{OURS}, Inductor", f"{OURS}, backend"
-PEERS = (EAGER, "compile", "jax")
+JVP_FLASH = "jvp_flash_attention"
+PEERS = (EAGER, "compile", "jax", JVP_FLASH)
 COMPILED = {"compile": (BY_INDUCTOR, AS_PROGRAM)}  # measured along with a peer
 COUNTED = (OURS, EAGER)  # peers that bypass PyTorch's dispatcher are not counted
 
