@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import gpkernels
 from gpkernels.arguments import UserError
-from gpkernels.critic.parts import CriticLossParts
-from gptrainer.algorithms.system import Setup, System
-from gptrainer.systems import CTGANConfig, NoisyGANConfig, R1Config
+from gptrainer.algorithms.system import Metrics, System
+from gptrainer.processes import Draws
+from gptrainer.systems import NoisyGANConfig, R1Config
 
 
 class NoisyGAN(System):
@@ -35,10 +35,11 @@ class CTGAN(System):
     the critic with dropout too. The critic has ``with_features`` (``gptrainer.models.layers``).
     """
 
-    def __init__(self, config: CTGANConfig, setup: Setup) -> None:
-        if not hasattr(setup.critic, "with_features"):
-            raise UserError(f"--network: expected one with features for {config.algorithm}, got {config.network}")
-        super().__init__(config, setup, setup.critic_loss(config, WithFeatures(setup.critic)))
+    def build_critic_loss(self, critic: nn.Module) -> nn.Module:
+        if not hasattr(critic, "with_features"):
+            network = self.config.network
+            raise UserError(f"--network: expected one with features for {self.config.algorithm}, got {network}")
+        return super().build_critic_loss(WithFeatures(critic))
 
 
 class WithFeatures(nn.Module):
@@ -49,9 +50,7 @@ class WithFeatures(nn.Module):
         self.critic = critic
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (N, *) to (N, 1) and (N, d)."""
-        scores, features = self.critic.with_features(x)
-        return scores, features
+        return self.critic.with_features(x)
 
 
 class ZeroCentred(System):
@@ -64,22 +63,22 @@ class ZeroCentred(System):
 
     config: R1Config
 
-    def __init__(self, config: R1Config, setup: Setup) -> None:
-        super().__init__(config, setup)
-        self.last_penalty = torch.zeros((), device=setup.draws.device)
+    def __init__(self, config: R1Config, generator: nn.Module, critic: nn.Module, draws: Draws) -> None:
+        super().__init__(config, generator, critic, draws)
+        self.last_penalty = torch.zeros((), device=draws.device)
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
         self.critic_steps = step * self.config.n_critic
 
-    def critic_parts(self, real: Tensor, fake: Tensor) -> CriticLossParts:
+    def critic_parts(self, real: Tensor, fake: Tensor) -> Metrics:
         """Compute the loss; its penalty is the sum of those of the last step that had any."""
         due = self.critic_steps % self.config.lazy == 0
         self.critic_steps += 1
-        parts: CriticLossParts = self.critic_loss(real, fake, with_penalty=due)
+        parts = self.critic_loss(real, fake, with_penalty=due)._asdict()
         if due:
-            self.last_penalty = torch.stack(list(parts.penalty.values())).sum()
-        return parts._replace(penalty=self.last_penalty)
+            self.last_penalty = torch.stack(list(parts["penalty"].values())).sum()
+        return parts | {"penalty": self.last_penalty}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"last_penalty": self.last_penalty}

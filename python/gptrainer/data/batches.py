@@ -82,10 +82,9 @@ class Prefetched:
         self.state = batches.state_dict()
 
     def next(self) -> Tensor:
-        while len(self.ahead) < AHEAD:
-            self.ahead.append(self.thread.submit(self._make))
+        while len(self.ahead) <= AHEAD:
+            self.ahead.append(self.thread.submit(lambda: (self.batches.next(), self.batches.state_dict())))
         batch, self.state = self.ahead.popleft().result()
-        self.ahead.append(self.thread.submit(self._make))
         return batch.to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,9 +95,6 @@ class Prefetched:
             self.ahead.popleft().exception()  # waits; the batch is discarded
         self.batches.load_state_dict(state)
         self.state = state
-
-    def _make(self) -> tuple[Tensor, dict[str, Any]]:
-        return self.batches.next(), self.batches.state_dict()
 
 
 Batches = ShuffledBatches | SampledBatches | Prefetched

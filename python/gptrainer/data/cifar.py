@@ -10,13 +10,10 @@ import numpy as np
 import torch
 
 from gpkernels.arguments import UserError
-from gptrainer.data.images import ImageSet, Scaling
+from gptrainer.data.images import Read
 
-SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
 FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "held-out": ["test_batch"]}
-# Dequantised as in the WGAN-GP code: 2 (x / 256 - .5) + U[0, 1/128).
-SCALING = Scaling(levels=256, low=-1.0, high=1.0, noise=1 / 128)
 ARRAYS = (
     "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
 )  # fmt: skip
@@ -24,8 +21,8 @@ ARRAYS = (
 Part = tuple[np.ndarray, np.ndarray]
 
 
-def load_cifar10(folder: Path | None, split: str) -> ImageSet:
-    """Load 32x32 images in [-1, 1), 50,000 for training and 10,000 held out."""
+def read(folder: Path | None, split: str) -> Read:
+    """Read 32x32 images, 50,000 for training and 10,000 held out."""
     if folder is None:
         raise UserError(
             "--data-dir: cifar10 needs the folder that contains cifar-10-batches-py or cifar-10-batches-bin"
@@ -35,7 +32,7 @@ def load_cifar10(folder: Path | None, split: str) -> ImageSet:
     if min(sizes) != max(sizes):  # whole records may be missing
         raise UserError(f"--data-dir: {FILES[split][sizes.index(min(sizes))]} in {folder} is cut off")
     pixels, labels = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
-    return ImageSet(pixels.view(-1, *SHAPE), labels.long(), 10, SCALING)
+    return pixels.view(-1, 3, 32, 32), labels.long()
 
 
 def _read(folder: Path, name: str) -> Part:

@@ -11,54 +11,46 @@ import torch
 from torch import Tensor
 
 from gpkernels.arguments import UserError
-from gptrainer.data.images import ImageSet, Scaling
+from gptrainer.data.images import Read
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-def load_folder(folder: Path | None, size: int) -> ImageSet:
-    """Load the central squares of all images below a folder, in [-1, 1]; subfolders are classes if all are in one."""
+def read(size: int, folder: Path | None, split: str) -> Read:
+    """Find all images below a folder, to be read as central squares; subfolders are classes if all are in one."""
     if folder is None or not folder.is_dir():
         raise UserError(f"--data-dir: expected a folder of images, got {folder or 'none'}")
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in ENDINGS]
-    names = sorted(str(file) for file in files if not file.name.startswith("."))
-    if not names:
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+    paths = sorted(images, key=str)
+    if not paths:
         raise UserError(f"--data-dir: no image ({', '.join(ENDINGS)}) found in {folder}")
-    tops = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
+    tops = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes, labels = np.unique(tops, return_inverse=True)
     known = len(classes) > 1 and "" not in classes
-    return ImageSet(
-        FolderPixels(folder, np.array(names), size),
-        torch.from_numpy(labels) if known else None,
-        len(classes) if known else 0,
-        Scaling(low=-1.0, high=1.0),
-    )
+    return FolderPixels(np.array(paths), size), torch.from_numpy(labels) if known else None
 
 
 class FolderPixels:
-    """Images of a folder as (n, 3, size, size) bytes. names: relative to the folder, (N,)."""
+    """Images in files as (n, 3, size, size) bytes. paths: an array of them, (N,)."""
 
-    def __init__(self, folder: Path, names: np.ndarray, size: int) -> None:
-        self.folder, self.names, self.size = folder, names, size
+    def __init__(self, paths: np.ndarray, size: int) -> None:
+        self.paths, self.size = paths, size
         self.decoders = ThreadPoolExecutor(max_workers=torch.get_num_threads(), thread_name_prefix="decoder")
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.paths)
 
     def __getitem__(self, chosen: Tensor, /) -> Tensor:
-        paths = (self.folder / name for name in self.names[chosen.numpy()])
-        squares = list(self.decoders.map(partial(decode, size=self.size), paths))
+        squares = list(self.decoders.map(partial(decode, size=self.size), self.paths[chosen.numpy()]))
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
     def subset(self, chosen: Tensor) -> FolderPixels:
-        """The images with these indices, (n,)."""
-        return FolderPixels(self.folder, self.names[chosen.numpy()], self.size)
+        return FolderPixels(self.paths[chosen.numpy()], self.size)
 
     def fingerprint(self) -> str:
         """Names, sizes and modification times; the images are not read."""
-        files = [(str(name), (self.folder / name).stat()) for name in self.names]
-        listing = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in files)
-        return f"{self.folder.resolve()} {self.size}\n{listing}"
+        files = [(path.resolve(), path.stat()) for path in self.paths]
+        return f"{self.size}\n" + "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in files)
 
 
 def decode(path: Path, size: int) -> np.ndarray:

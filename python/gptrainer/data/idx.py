@@ -12,25 +12,28 @@ import torch
 from torch import Tensor
 
 from gpkernels.arguments import UserError
-from gptrainer.data.images import ImageSet
+from gptrainer.data.images import Read
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PREFIX = {"train": "train", "held-out": "t10k"}
 UNSIGNED_BYTES = 8
 
 
-def load_fashion_mnist(folder: Path | None, split: str) -> ImageSet:
-    """Load 28x28 images in [0, 1], 60,000 for training and 10,000 held out."""
+def read(folder: Path | None, split: str) -> Read:
+    """Read 28x28 images, 60,000 for training and 10,000 held out."""
     folder, prefix = folder or DEBIAN, PREFIX[split]
     pixels = _read(folder, f"{prefix}-images-idx3-ubyte", 3)
     labels = _read(folder, f"{prefix}-labels-idx1-ubyte", 1).long()
     if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max() > 9:
         raise UserError(f"--data-dir: the {prefix} files in {folder} are not those of Fashion-MNIST")
-    return ImageSet(pixels.unsqueeze(1), labels, 10)
+    return pixels.unsqueeze(1), labels
 
 
 def _read(folder: Path, name: str, dims: int) -> Tensor:
-    """Read a compressed IDX file of bytes, or map a plain one."""
+    """Read a compressed IDX file of bytes, or map a plain one.
+
+    It has two zeros, the type, the number of axes, their lengths as big-endian 32-bit numbers, and the values.
+    """
     plain, packed = folder / name, folder / f"{name}.gz"
     if not plain.is_file() and not packed.is_file():
         raise UserError(
@@ -39,18 +42,15 @@ def _read(folder: Path, name: str, dims: int) -> Tensor:
         )
     try:
         if plain.is_file():
-            return _parse(np.memmap(plain, np.uint8, mode="c"), dims)  # copy on write: torch wants writable arrays
-        return _parse(np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8), dims)
+            content: np.ndarray = np.memmap(plain, np.uint8, mode="c")  # copy on write: torch wants writable arrays
+        else:
+            content = np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8)
+        begin = 4 + 4 * dims
+        if len(content) < begin or content[:4].tolist() != [0, 0, UNSIGNED_BYTES, dims]:
+            raise ValueError(f"not an IDX file of bytes with {dims} axes")
+        shape = content[4:begin].view(">u4").tolist()
+        if len(content) - begin != math.prod(shape) or not shape[0]:
+            raise ValueError(f"expected {' x '.join(map(str, shape))} values, got {len(content) - begin}")
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise UserError(f"--data-dir: {name} in {folder} is damaged: {error}") from error
-
-
-def _parse(content: np.ndarray, dims: int) -> Tensor:
-    """Parse two zeros, the type, the number of axes, their lengths as big-endian 32-bit numbers, and the values."""
-    begin = 4 + 4 * dims
-    if len(content) < begin or content[:4].tolist() != [0, 0, UNSIGNED_BYTES, dims]:
-        raise ValueError(f"not an IDX file of bytes with {dims} axes")
-    shape = content[4:begin].view(">u4").tolist()
-    if len(content) - begin != math.prod(shape) or not shape[0]:
-        raise ValueError(f"expected {' x '.join(map(str, shape))} values, got {len(content) - begin}")
     return torch.from_numpy(content[begin:].reshape(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,18 +19,21 @@ class Indexed(Protocol):
     def __getitem__(self, chosen: Tensor, /) -> Tensor: ...
 
 
+Read = tuple[Indexed, Tensor | None]
+"""Bytes, (N, C, H, W), and labels, (N,) from 0 up, or None."""
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """The map from bytes to floats: low + (high - low) byte / levels; batches get noise in [0, noise) on top."""
+    """The map from bytes to floats: low + (1 - low) byte / levels; batches get noise in [0, noise) on top."""
 
     levels: int = 255
     low: float = 0.0
-    high: float = 1.0
     noise: float = 0.0
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Convert uint8 to float32."""
-        return pixels.float().div_(self.levels).mul_(self.high - self.low).add_(self.low)
+        return pixels.float().div_(self.levels).mul_(1.0 - self.low).add_(self.low)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ImageSet:
     pixels: Indexed
     labels: Tensor | None
     classes: int
-    scaling: Scaling = Scaling()
+    scaling: Scaling
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -70,10 +74,9 @@ class ImageSet:
         return total.hexdigest()
 
 
-def load_digits() -> ImageSet:
-    """Load scikit-learn's 1,797 handwritten digits of 8x8 pixels with 17 shades, scaled to [0, 1]."""
-    from sklearn.datasets import load_digits as load
+def read_digits(folder: Path | None, split: str) -> Read:
+    """Read scikit-learn's 1,797 handwritten digits of 8x8 pixels with 17 shades, which need no folder."""
+    from sklearn.datasets import load_digits
 
-    bunch = load()
-    pixels = torch.tensor(bunch.images, dtype=torch.uint8).unsqueeze(1)
-    return ImageSet(pixels, torch.tensor(bunch.target, dtype=torch.int64), 10, Scaling(levels=16))
+    digits = load_digits()
+    return torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1), torch.tensor(digits.target, dtype=torch.int64)

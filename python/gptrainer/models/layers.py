@@ -65,7 +65,7 @@ class Uniform(nn.Module):
 
 def to_range(data: DataSet) -> nn.Module:
     """Output activation for the range of a data set's pixels."""
-    return nn.Sigmoid() if data.range[0] == 0 else nn.Tanh()
+    return nn.Sigmoid() if data.scaling.low == 0 else nn.Tanh()
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
