@@ -21,7 +21,7 @@ from gptrainer.config import TrainConfig, flag
 from gptrainer.data import DATASETS
 from gptrainer.loop import Trainer
 from gptrainer.models import NETWORKS
-from gptrainer.processes import Processes, local_device
+from gptrainer.processes import ALONE, Processes, local_device
 from gptrainer.stopping import Stopped
 from gptrainer.systems import SYSTEMS, configure
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         print(listing())
         return 0
     trainer: Trainer | None = None
-    processes = Processes()
+    processes = ALONE
     try:
         config = parse(argv)
         if config is None:

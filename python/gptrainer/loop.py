@@ -20,7 +20,7 @@ from gptrainer.data import load_batches
 from gptrainer.metrics.distances import mean_gradient_norm
 from gptrainer.metrics.quality import build_quality
 from gptrainer.models import build_models, evaluating, mixes_samples, sample
-from gptrainer.processes import Draws, Processes, local_device
+from gptrainer.processes import ALONE, Draws, Processes, local_device
 from gptrainer.stopping import Stopped, check_losses, check_weights, interruptions
 
 BOOST, BOOST_FIRST, BOOST_EVERY = 100, 25, 500  # critic steps, and the generator steps that have as many
@@ -33,10 +33,9 @@ class Trainer:
     generator, critic: the networks in training; ``evaluated`` returns those that are measured.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes | None = None) -> None:
+    def __init__(self, config: TrainConfig, processes: Processes = ALONE) -> None:
         """Load the checkpoint if the run is resumed; UserError says what is wrong with it."""
-        self.config = config
-        self.processes = processes or Processes()
+        self.config, self.processes = config, processes
         self.out = config.out
         self.device = local_device(config.device)
         self.checkpoints = Checkpoints(self.out)
@@ -58,7 +57,7 @@ class Trainer:
             self.averages = {name: AveragedModel(net, multi_avg_fn=mean) for name, net in self.networks.items()}
         # The generator is constant between its steps: one pass serves n_critic batches, unless it mixes samples.
         self.batches_a_pass = 1 if mixes_samples(self.generator) else config.n_critic
-        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "shard": self.processes}
+        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "processes": self.processes}
         self.batches = load_batches(config.data, config.batch_size, config.seed, self.device, **options)
         self.quality = build_quality(config.data, config.latent, config.seed, self.device, data_dir=config.data_dir)
         self.stateful: dict[str, Any] = {**self.networks, "system": self.system, "data": self.batches}

@@ -50,14 +50,9 @@ def figure(path: Path, width: float, height: float) -> Iterator[Any]:
 
 
 def plot_images(
-    path: Path,
-    title: str,
-    generated: Tensor,
-    real: Tensor,
-    low: float,
-    classes: tuple[Tensor, Tensor] | None = None,
+    path: Path, title: str, generated: Tensor, real: Tensor, classes: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Generated images beside real ones. Images: (N, C, H, W) with values from ``low`` to 1, C 1 or 3.
+    """Generated images beside real ones. Images: (N, C, H, W) in [0, 1], C 1 or 3.
 
     classes: (N,) of each, which make one row a class.
     """
@@ -67,14 +62,13 @@ def plot_images(
         for i, (ax, name, images) in enumerate(zip(fig.subplots(1, 2), (rows, "Real"), (generated, real), strict=True)):
             in_order = torch.where(torch.arange(100) < len(images), torch.arange(100), -1).view(10, 10)
             chosen = in_order if classes is None else _by_class(classes[i], int(torch.cat(classes).max()))
-            ax.imshow(image_grid(images, low, chosen), cmap="bone_r", vmin=0, vmax=1, interpolation="none")
+            ax.imshow(image_grid(images, chosen), cmap="bone_r", vmin=0, vmax=1, interpolation="none")
             ax.set_title(name, fontweight="normal")
             ax.set_axis_off()
 
 
-def image_grid(images: Tensor, low: float, chosen: Tensor) -> Any:
+def image_grid(images: Tensor, chosen: Tensor) -> Any:
     """One picture, (H, W) or (H, W, 3) in [0, 1]. chosen: (rows, columns) indices of images, -1 for a gap."""
-    images = (images - low) / (1 - low)
     if images.shape[1] == 1:
         images = F.pad(images, (1, 1, 1, 1))  # a stroke at the edge of an image fades out instead of being cut
     scale = max(1, SMALLEST // images.shape[2])  # small images are enlarged smoothly

@@ -79,7 +79,8 @@ def _plot_samples(path: Path, title: str, trainer: Trainer) -> None:
         real = real_images[torch.randperm(len(real_images), generator=random)[: len(latent)]]
         classify, labelled = trainer.quality.classifier.classify, trainer.quality.labelled
         classes = (classify(generated), classify(real)) if labelled else None
-        plots.plot_images(path, title, generated, real, DATASETS[config.data].scaling.low, classes)
+        low = DATASETS[config.data].scaling.low
+        plots.plot_images(path, title, (generated - low) / (1 - low), (real - low) / (1 - low), classes)
         return
     real = POINTS[config.data](1000, random)
     plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line

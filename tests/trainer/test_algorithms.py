@@ -13,8 +13,7 @@ from torch.nn import functional as F
 import gpkernels
 from gpkernels.arguments import UserError
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
-from gptrainer.algorithms.unrolled import critic_loss, look_ahead
-from gptrainer.algorithms.variants import WithFeatures
+from gptrainer.algorithms.variants import WithFeatures, critic_loss, look_ahead
 from gptrainer.config import TrainConfig
 from gptrainer.data import DATASETS
 from gptrainer.loop import Trainer

@@ -11,6 +11,7 @@ import torch
 from gpkernels.arguments import UserError
 from gptrainer.data import ShuffledBatches, load_batches, load_images
 from gptrainer.data.batches import Prefetched
+from gptrainer.processes import Processes
 
 CPU = torch.device("cpu")
 Write = Callable[..., Path]
@@ -44,7 +45,7 @@ def test_another_seed_gives_other_batches(load: Callable[..., Any]) -> None:
 
 def test_shards_together_are_the_batch_of_one_process(load: Callable[..., Any]) -> None:
     whole = load(6, 5)
-    shards = [load(6, 5, shard=(rank, 3)) for rank in range(3)]
+    shards = [load(6, 5, processes=Processes(rank, 3)) for rank in range(3)]
     for _ in range(5):
         joint, parts = whole.next(), [shard.next() for shard in shards]
         assert [len(part) for part in parts] == [2, 2, 2]

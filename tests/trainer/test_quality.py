@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gptrainer.data import DATASETS, POINTS, load_images
-from gptrainer.data.idx import DEBIAN
+from gptrainer.data.readers import DEBIAN
 from gptrainer.metrics import classifier
 from gptrainer.metrics.classifier import classifier_of
 from gptrainer.metrics.quality import build_quality

@@ -6,8 +6,7 @@ from torch import nn
 
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedCTGAN
 from gptrainer.algorithms.system import System
-from gptrainer.algorithms.unrolled import UnrolledGAN
-from gptrainer.algorithms.variants import CTGAN, R3GAN, NoisyGAN, ZeroCentred
+from gptrainer.algorithms.variants import CTGAN, R3GAN, NoisyGAN, UnrolledGAN, ZeroCentred
 from gptrainer.config import TrainConfig
 from gptrainer.processes import Draws
 

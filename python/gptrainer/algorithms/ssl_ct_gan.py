@@ -55,21 +55,19 @@ class SemiSupervisedCTGAN(System):
             raise UserError(f"--network: expected semi-supervised for {config.algorithm}, got {config.network}")
         super().__init__(config, generator, critic, draws)
         options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit}
-        train = load_images(config.data, **options)
+        self.train = load_images(config.data, **options)
         self.held_out = load_images(config.data, split="held-out", **options)
-        chosen = few_of_each_class(cast(Tensor, train.labels), config.labels_per_class, config.seed)
-        self.labelled = train.subset(chosen)
-        self.stateful["labelled"] = self.order = ShuffledBatches(
-            torch.arange(len(chosen)), min(config.batch_size, len(chosen)), config.seed
-        )
-        critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(draws.device))
+        chosen = few_of_each_class(cast(Tensor, self.train.labels), config.labels_per_class, config.seed)
+        self.labelled = ShuffledBatches(chosen, min(config.batch_size, len(chosen)), config.seed)
+        self.stateful["labelled"] = self.labelled
+        critic.initialise(self.train[torch.arange(min(INITIAL, len(self.train)))].to(draws.device))
 
     def build_critic_loss(self, critic: nn.Module) -> nn.Module:
         return SemiSupervisedLoss(critic, self.config.consistency_weight)
 
     def labelled_batch(self) -> tuple[Tensor, Tensor]:
         """Draw labelled images, (n, C, H, W), and their labels, (n,)."""
-        batch = self.labelled.subset(self.order.next())
+        batch = self.train.subset(self.labelled.next())
         return batch.images.to(self.draws.device), cast(Tensor, batch.labels).to(self.draws.device)
 
     def critic_parts(self, real: Tensor, fake: Tensor) -> Metrics:

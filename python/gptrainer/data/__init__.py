@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 
 from gpkernels.arguments import UserError
-from gptrainer.data import cifar, folder, idx
-from gptrainer.data.batches import Batches, Prefetched, SampledBatches, Shard, ShuffledBatches
-from gptrainer.data.images import ImageSet, Read, Scaling, read_digits
+from gptrainer.data.batches import Batches, Prefetched, SampledBatches, ShuffledBatches
+from gptrainer.data.images import ImageSet, Read, Scaling
 from gptrainer.data.points import MIXTURES, POINTS, Mixture
+from gptrainer.data.readers import read_cifar10, read_digits, read_fashion_mnist, read_folder
+from gptrainer.processes import ALONE, Processes
 
 __all__ = [
-    "DATASETS", "MIXTURES", "POINTS", "Batches", "DataSet", "ImageSet", "Mixture", "SampledBatches", "Shard",
+    "DATASETS", "MIXTURES", "POINTS", "Batches", "DataSet", "ImageSet", "Mixture", "SampledBatches",
     "ShuffledBatches", "Split", "load_batches", "load_images",
 ]  # fmt: skip
 
@@ -52,15 +53,17 @@ DATASETS = {
     "lines": DataSet("the segment (0, u), u uniform in [0, 1]", (2,)),
     "dirac": DataSet("all mass at 0", (1,)),
     "digits": DataSet("1,797 handwritten digits, with scikit-learn", (1, 8, 8), read_digits, Scaling(levels=16), 10),
-    "fashion-mnist": DataSet("70,000 pictures of clothes, from IDX files", (1, 28, 28), idx.read, UNIT, 10, True),
+    "fashion-mnist": DataSet(
+        "70,000 pictures of clothes, from IDX files", (1, 28, 28), read_fashion_mnist, UNIT, 10, True
+    ),
     "cifar10": DataSet(
-        "60,000 photographs in ten classes, from local files", (3, 32, 32), cifar.read, DEQUANTISED, 10, True
+        "60,000 photographs in ten classes, from local files", (3, 32, 32), read_cifar10, DEQUANTISED, 10, True
     ),
     "folder": DataSet(
-        "any folder of images, cropped to squares of 64 pixels", (3, 64, 64), partial(folder.read, 64), SIGNED
+        "any folder of images, cropped to squares of 64 pixels", (3, 64, 64), partial(read_folder, 64), SIGNED
     ),
     "folder32": DataSet(
-        "any folder of images, cropped to squares of 32 pixels", (3, 32, 32), partial(folder.read, 32), SIGNED
+        "any folder of images, cropped to squares of 32 pixels", (3, 32, 32), partial(read_folder, 32), SIGNED
     ),
 }
 
@@ -96,7 +99,7 @@ def load_batches(
     *,
     data_dir: Path | None = None,
     limit: int | None = None,
-    shard: Shard = (0, 1),
+    processes: Processes = ALONE,
 ) -> Batches:
     """Make endless batches of a data set. Images are shuffled in each epoch and prepared in advance by a thread.
 
@@ -105,6 +108,6 @@ def load_batches(
     if DATASETS[data].kind == "points":
         if limit is not None:
             raise UserError(f"--limit: expected none, since {data} is sampled afresh for each batch, got {limit}")
-        return SampledBatches(POINTS[data], batch_size, seed, device, shard)
+        return SampledBatches(POINTS[data], batch_size, seed, device, processes)
     images = load_images(data, data_dir=data_dir, limit=limit)
-    return Prefetched(ShuffledBatches(images, batch_size, seed, shard, noise=images.scaling.noise), device)
+    return Prefetched(ShuffledBatches(images, batch_size, seed, processes, noise=images.scaling.noise), device)

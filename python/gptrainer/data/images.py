@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -72,11 +71,3 @@ class ImageSet:
         for part in (pixels if isinstance(pixels, Tensor) else pixels.fingerprint(), self.labels):
             total.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
         return total.hexdigest()
-
-
-def read_digits(folder: Path | None, split: str) -> Read:
-    """Read scikit-learn's 1,797 handwritten digits of 8x8 pixels with 17 shades, which need no folder."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1), torch.tensor(digits.target, dtype=torch.int64)
