@@ -114,7 +114,7 @@ def _systems(argv: Sequence[str]) -> Any:
     early.add_argument("--data", nargs="?", default="digits")
     early.add_argument("--network", nargs="?")
     named = early.parse_known_args(argv)[0]
-    data = named.data if named.data in DATASETS else "digits"  # tyro complains of an unknown name
+    data = named.data if named.data in DATASETS else "digits"  # an unknown name is refused with the other options
     network = named.network if named.network in NETWORKS else None
     from tyro.extras import subcommand_type_from_defaults
 

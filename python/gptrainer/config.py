@@ -43,8 +43,7 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
-SYSTEMS: dict[str, type[TrainConfig]] = {}
-"""The systems by name, which ``gptrainer.systems`` defines."""
+SYSTEMS: dict[str, type[TrainConfig]] = {}  # by name; ``gptrainer.systems`` defines them
 
 
 @dataclass(frozen=True, kw_only=True)

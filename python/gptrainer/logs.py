@@ -42,10 +42,10 @@ class EventLog:
         if enabled:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
             except ImportError:
                 print("no TensorBoard log: install it with pip install 'gpkernels[tensorboard]'", file=sys.stderr)
-            else:
-                self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Log one point of a curve for each name."""

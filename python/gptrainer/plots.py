@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from gpkernels.arguments import replacing
 from gptrainer.algorithms.system import Estimate
+from gptrainer.logs import Curve
 
-Curve = Mapping[str, Sequence[float]]
+Facts = Mapping[str, float]
 Score = Callable[[Tensor], Tensor]
 INK, SOFT, PAPER = "#1f2933", "#8a94a0", "#fcfbf7"
 BLUE, ORANGE, GREEN, PURPLE = "#2563a8", "#d9622b", "#2f8f6b", "#7b4fa3"
 DPI = 160
-SMALLEST = 64
-"""Pixels that an image is at least enlarged towards."""
+SMALLEST = 64  # pixels that an image is at least enlarged towards
 STYLE: Any = {
     "font.size": 11,
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -132,13 +132,7 @@ def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, score: Sc
 
 
 def plot_curves(
-    path: Path,
-    title: str,
-    estimate: Estimate,
-    critic: Curve,
-    quality: Curve,
-    facts: Mapping[str, float],
-    target: float | None,
+    path: Path, title: str, estimate: Estimate, critic: Curve, quality: Curve, facts: Facts, target: float | None
 ) -> None:
     """Three panels over the generator's steps, and a fourth where the critic is itself a classifier.
 
@@ -166,7 +160,7 @@ def plot_curves(
         fig.align_ylabels()
 
 
-def _quality_panel(ax: Any, quality: Curve, facts: Mapping[str, float]) -> None:
+def _quality_panel(ax: Any, quality: Curve, facts: Facts) -> None:
     line: Any = {"linewidth": 2, "marker": "o", "markersize": 4, "color": GREEN}
     if "modes_covered" in quality:
         share = 100 * np.asarray(quality["share_within_4_sigma"])

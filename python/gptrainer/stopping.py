@@ -47,8 +47,7 @@ def check_losses(losses: Mapping[str, float], step: int, networks: Mapping[str, 
 
 def check_weights(networks: Mapping[str, nn.Module], step: int) -> None:
     """Raise UserError naming the network and the weight if a weight is not finite."""
-    broken = _broken(networks)
-    if broken:
+    if broken := _broken(networks):
         raise UserError(f"the run diverged at step {step}: {' and '.join(broken)}")
 
 

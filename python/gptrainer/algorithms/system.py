@@ -16,8 +16,7 @@ from gptrainer.models import mixes_samples
 from gptrainer.processes import Draws
 from gptrainer.systems import AdamConfig, R1Config, WGANConfig, WGANGPConfig
 
-Metrics = dict[str, Tensor]
-"""Scalars of a step by name."""
+Metrics = dict[str, Tensor]  # scalars of a step by name
 
 
 class Estimate(NamedTuple):
@@ -100,8 +99,8 @@ class System:
     def metrics(self, parts: Metrics) -> Metrics:
         """Metrics of a critic step."""
         terms = {term: parts[term] for term in self.config.terms}
-        estimated = self.estimate.of(parts["adversarial"])
-        return {self.estimate.name: estimated, "critic_loss": parts["loss"].detach(), **terms}
+        estimated = {self.estimate.name: self.estimate.of(parts["adversarial"])}
+        return estimated | {"critic_loss": parts["loss"].detach()} | terms
 
     def generator_step(self, latent: Tensor, real: Tensor) -> Metrics:
         """Update the generator once; return its loss before the update. real: the critic's last batch."""

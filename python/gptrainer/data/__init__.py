@@ -14,7 +14,7 @@ from gpkernels.arguments import UserError
 from gptrainer.data.batches import Batches, Prefetched, SampledBatches, ShuffledBatches
 from gptrainer.data.images import ImageSet, Read, Scaling
 from gptrainer.data.points import MIXTURES, POINTS, Mixture
-from gptrainer.data.readers import read_cifar10, read_digits, read_fashion_mnist, read_folder
+from gptrainer.data.readers import cifar10, digits, fashion_mnist, images
 from gptrainer.processes import ALONE, Processes
 
 __all__ = [
@@ -52,19 +52,17 @@ DATASETS = {
     "ring": DataSet("eight narrow Gaussians, sigma .01, on the unit circle", (2,)),
     "lines": DataSet("the segment (0, u), u uniform in [0, 1]", (2,)),
     "dirac": DataSet("all mass at 0", (1,)),
-    "digits": DataSet("1,797 handwritten digits, with scikit-learn", (1, 8, 8), read_digits, Scaling(levels=16), 10),
-    "fashion-mnist": DataSet(
-        "70,000 pictures of clothes, from IDX files", (1, 28, 28), read_fashion_mnist, UNIT, 10, True
-    ),
+    "digits": DataSet("1,797 handwritten digits, with scikit-learn", (1, 8, 8), digits, Scaling(levels=16), 10),
+    "fashion-mnist": DataSet("70,000 pictures of clothes, from IDX files", (1, 28, 28), fashion_mnist, UNIT, 10, True),
     "cifar10": DataSet(
-        "60,000 photographs in ten classes, from local files", (3, 32, 32), read_cifar10, DEQUANTISED, 10, True
+        "60,000 photographs in ten classes, from local files", (3, 32, 32), cifar10, DEQUANTISED, 10, tested=True
     ),
-    "folder": DataSet(
-        "any folder of images, cropped to squares of 64 pixels", (3, 64, 64), partial(read_folder, 64), SIGNED
-    ),
-    "folder32": DataSet(
-        "any folder of images, cropped to squares of 32 pixels", (3, 32, 32), partial(read_folder, 32), SIGNED
-    ),
+    **{
+        name: DataSet(
+            f"any folder of images, cropped to squares of {side} pixels", (3, side, side), partial(images, side), SIGNED
+        )
+        for name, side in (("folder", 64), ("folder32", 32))
+    },
 }
 
 
@@ -79,16 +77,16 @@ def load_images(
     assert known.read is not None, data
     pixels, labels = known.read(data_dir, split)
     classes = 0 if labels is None else known.classes or int(labels.max()) + 1
-    images = ImageSet(pixels, labels, classes, known.scaling)
+    found = ImageSet(pixels, labels, classes, known.scaling)
     if split == "held-out" and known.tested:
-        return images
-    if limit is not None and not 0 < limit <= len(images):
-        raise UserError(f"--limit: expected a number from 1 to the {len(images)} images of {data}, got {limit}")
+        return found
+    if limit is not None and not 0 < limit <= len(found):
+        raise UserError(f"--limit: expected a number from 1 to the {len(found)} images of {data}, got {limit}")
     if split == "train":
-        return images if limit is None else images.subset(torch.arange(limit))
-    if limit is None or limit == len(images):
+        return found if limit is None else found.subset(torch.arange(limit))
+    if limit is None or limit == len(found):
         raise UserError(f"--limit: expected fewer than all images, since {data} has no test images to hold out")
-    return images.subset(torch.arange(limit, len(images)))
+    return found.subset(torch.arange(limit, len(found)))
 
 
 def load_batches(
@@ -109,5 +107,5 @@ def load_batches(
         if limit is not None:
             raise UserError(f"--limit: expected none, since {data} is sampled afresh for each batch, got {limit}")
         return SampledBatches(POINTS[data], batch_size, seed, device, processes)
-    images = load_images(data, data_dir=data_dir, limit=limit)
-    return Prefetched(ShuffledBatches(images, batch_size, seed, processes, noise=images.scaling.noise), device)
+    samples = load_images(data, data_dir=data_dir, limit=limit)
+    return Prefetched(ShuffledBatches(samples, batch_size, seed, processes, noise=samples.scaling.noise), device)

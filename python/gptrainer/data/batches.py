@@ -97,4 +97,3 @@ class Prefetched:
 
 
 Batches = ShuffledBatches | SampledBatches | Prefetched
-"""Endless batches that resume from a state."""

@@ -18,8 +18,7 @@ class Indexed(Protocol):
     def __getitem__(self, chosen: Tensor, /) -> Tensor: ...
 
 
-Read = tuple[Indexed, Tensor | None]
-"""Bytes, (N, C, H, W), and labels, (N,) from 0 up, or None."""
+Read = tuple[Indexed, Tensor | None]  # bytes, (N, C, H, W), and labels, (N,) from 0 up, or None
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,6 @@ class Scaling:
     levels: int = 255
     low: float = 0.0
     noise: float = 0.0
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Convert uint8 to float32."""
-        return pixels.float().div_(self.levels).mul_(1.0 - self.low).add_(self.low)
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ class ImageSet:
         return len(self.pixels)
 
     def __getitem__(self, chosen: Tensor, /) -> Tensor:
-        return self.scaling(self.pixels[chosen])
+        levels, low = self.scaling.levels, self.scaling.low
+        return self.pixels[chosen].float().div_(levels).mul_(1.0 - low).add_(low)
 
     @property
     def images(self) -> Tensor:

@@ -33,7 +33,7 @@ Part = tuple[np.ndarray, np.ndarray]
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-def read_digits(folder: Path | None, split: str) -> Read:
+def digits(folder: Path | None, split: str) -> Read:
     """Read scikit-learn's 1,797 handwritten digits of 8x8 pixels with 17 shades, which need no folder."""
     from sklearn.datasets import load_digits
 
@@ -41,7 +41,7 @@ def read_digits(folder: Path | None, split: str) -> Read:
     return torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1), torch.tensor(digits.target, dtype=torch.int64)
 
 
-def read_fashion_mnist(folder: Path | None, split: str) -> Read:
+def fashion_mnist(folder: Path | None, split: str) -> Read:
     """Read 28x28 images, 60,000 for training and 10,000 held out."""
     folder, prefix = folder or DEBIAN, PREFIX[split]
     pixels = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
@@ -78,7 +78,7 @@ def _read_idx(folder: Path, name: str, dims: int) -> Tensor:
     return torch.from_numpy(content[begin:].reshape(shape))
 
 
-def read_cifar10(folder: Path | None, split: str) -> Read:
+def cifar10(folder: Path | None, split: str) -> Read:
     """Read 32x32 images, 50,000 for training and 10,000 held out."""
     if folder is None:
         raise UserError(
@@ -136,12 +136,12 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_folder(size: int, folder: Path | None, split: str) -> Read:
+def images(size: int, folder: Path | None, split: str) -> Read:
     """Find all images below a folder, to be read as central squares; subfolders are classes if all are in one."""
     if folder is None or not folder.is_dir():
         raise UserError(f"--data-dir: expected a folder of images, got {folder or 'none'}")
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
-    paths = sorted(images, key=str)
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+    paths = sorted(files, key=str)
     if not paths:
         raise UserError(f"--data-dir: no image ({', '.join(ENDINGS)}) found in {folder}")
     tops = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]

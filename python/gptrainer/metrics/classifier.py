@@ -23,12 +23,10 @@ from gptrainer.data import ImageSet, ShuffledBatches
 
 VERSION = 3
 SEED = 0
-MOST = 50_000
-"""Images to train on."""
+MOST = 50_000  # images to train on
 NOTEWORTHY = 10_000
 EPOCHS = 25
-IMAGES_SHOWN = 150_000
-"""Bound on EPOCHS times the images of a large set."""
+IMAGES_SHOWN = 150_000  # bound on EPOCHS times the images of a large set
 BATCH = 64
 CHUNK = 2048
 

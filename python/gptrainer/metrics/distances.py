@@ -14,6 +14,7 @@ from gptrainer.data import Mixture
 
 Array = NDArray[np.float64]
 Moments = tuple[Array, Array]
+Scores = Callable[[Tensor], Tensor]
 
 
 def moments(features: Array) -> Moments:
@@ -56,14 +57,12 @@ def mode_coverage(points: Tensor, mixture: Mixture, least: float = 20 / 2500) ->
     return near.any(dim=1).double().mean().item(), int((near.double().mean(dim=0) >= least).sum())
 
 
-def gradient_norms(critic: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+def gradient_norms(critic: Scores, points: Tensor) -> Tensor:
     """Compute |grad D| at each point, (N,). points: (N, *)."""
     return gpkernels.input_gradient(critic, points).detach().flatten(1).norm(dim=1)
 
 
-def mean_gradient_norm(
-    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, generator: torch.Generator
-) -> float:
+def mean_gradient_norm(critic: Scores, real: Tensor, fake: Tensor, generator: torch.Generator) -> float:
     """Estimate E |grad D| at interpolates of real and fake."""
     eps = torch.rand(len(real), generator=generator).to(real)
     return gradient_norms(critic, gpkernels.interpolate(real, fake, eps)).mean().item()

@@ -33,7 +33,7 @@ class ImageQuality:
         train = load_images(data, data_dir=data_dir)
         self.classifier = classifier_of(data, train)
         self.labelled = train.labels is not None
-        self.latent = _latent_points(latent, seed, IMAGES).to(device)
+        self.latent = torch.randn(IMAGES, latent, generator=torch.Generator().manual_seed(seed)).to(device)
         real = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
         features = self.classifier.features(real[torch.arange(min(REAL_IMAGES, len(real)))])
         self.real = moments(features)
@@ -68,7 +68,7 @@ class PointsQuality:
     def __init__(self, data: str, latent: int, seed: int, device: torch.device) -> None:
         self.mixture = MIXTURES.get(data)
         self.name = "wasserstein_1" if self.mixture is None else "share_within_4_sigma"
-        self.latent = _latent_points(latent, seed, POINTS_COUNTED).to(device)
+        self.latent = torch.randn(POINTS_COUNTED, latent, generator=torch.Generator().manual_seed(seed)).to(device)
         real = POINTS[data](POINTS_COUNTED, torch.Generator().manual_seed(seed))
         self.real, other = real[:POINTS_TRANSPORTED], real[POINTS_TRANSPORTED : 2 * POINTS_TRANSPORTED]
         self.facts = {"wasserstein_1_of_real_halves": wasserstein_1(self.real, other)}
@@ -83,10 +83,6 @@ class PointsQuality:
             return distance
         share, modes = mode_coverage(points, self.mixture)
         return {self.name: share, "modes_covered": modes, **distance}
-
-
-def _latent_points(latent: int, seed: int, n: int) -> Tensor:
-    return torch.randn(n, latent, generator=torch.Generator().manual_seed(seed))
 
 
 def build_quality(

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from gptrainer.data import DataSet
 
-Pair = tuple[nn.Module, nn.Module]
-"""A generator and a critic."""
+Pair = tuple[nn.Module, nn.Module]  # a generator and a critic
 Convolution = TypeVar("Convolution", bound=nn.Conv2d | nn.ConvTranspose2d)
 CT_DROPOUT = 0.5  # after each activation, except in residual networks
 
