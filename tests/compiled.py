@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +25,6 @@ TABLE = ROOT / "gpkernels" / "cuda_kernels.csv"
 ARCHITECTURES = (80, 90, 100, 120)
 COLUMNS = ("kernel", "target", "variants", "registers", "spilled_bytes", "shared_bytes")
 OBJECTS = ROOT / "build" / "compiled"
-# PyTorch's headers take longer than the kernels: a compiler reads them once for half of the sources.
-HALVES = (SOURCES[::2], SOURCES[1::2])
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<target>\S+)'.*?(?P<spilled>\d+) bytes spill stores"
     r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
@@ -45,28 +43,69 @@ def release() -> str:
     return found[1] if found else "unknown"
 
 
-def object_of(source: Path) -> Path:
-    """The object file that a source's kernels are in."""
-    return OBJECTS / f"half{1 + next(i for i, half in enumerate(HALVES) if source in half)}.o"
+class Part(NamedTuple):
+    """Sources that a compiler reads together, and the architectures that it compiles them for."""
+
+    sources: tuple[Path, ...]
+    architectures: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "-".join([self.sources[0].stem, *(f"sm_{a}" for a in self.architectures)])
+
+    @property
+    def object(self) -> Path:
+        """The file that the kernels are in."""
+        return OBJECTS / f"{self}.o"
+
+    def resources(self) -> list[dict[str, Any]]:
+        """A row for each variant of each kernel and architecture; the object stays, and is made anew after a change."""
+        texts = [
+            path.read_text() for path in sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir()])
+        ]
+        key = hashlib.sha256(repr((torch.__version__, release(), self, texts)).encode()).hexdigest()
+        known = self.object.with_suffix(".json")
+        with alone(OBJECTS / str(self)):
+            if known.exists():
+                there, rows = json.loads(known.read_text())
+                if there == key:
+                    return rows
+            known.unlink(missing_ok=True)
+            rows = self._compile()
+            known.write_text(json.dumps([key, rows]))
+            return rows
+
+    def _compile(self) -> list[dict[str, Any]]:
+        together = self.object.with_suffix(".cu")
+        together.write_text("".join(f'#include "{source}"\n' for source in self.sources))
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+        include = Path(torch.__file__).parent / "include"
+        command = [str(nvcc()), "-std=c++20", "-O3", *targets, "-Xptxas", "-v", "-DUSE_CUDA", "-isystem", str(include)]
+        done = subprocess.run(
+            [*command, "-Xcompiler=-fPIC", "-c", str(together), "-o", str(self.object)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-4000:])
+        return [_row(match) for match in _ENTRY.finditer(done.stderr)]
 
 
-def compile_half(sources: list[Path]) -> list[dict[str, Any]]:
-    """Every variant of every kernel of some sources, for every architecture."""
-    made = object_of(sources[0])
-    together = made.with_suffix(".cu")
-    together.write_text("".join(f'#include "{source}"\n' for source in sources))
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    include = Path(torch.__file__).parent / "include"
-    command = [str(nvcc()), "-std=c++20", "-O3", *targets, "-Xptxas", "-v", "-DUSE_CUDA", "-isystem", str(include)]
-    done = subprocess.run(
-        [*command, "-Xcompiler=-fPIC", "-c", str(together), "-o", str(made)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
-    return [_row(match) for match in _ENTRY.finditer(done.stderr)]
+# PyTorch's headers take longer than the kernels: a compiler reads them once for half of the sources. Architectures
+# share only its pass for the host, so that two at a time cost little more than all four, and end sooner.
+PARTS = [
+    Part(tuple(SOURCES[first::2]), architectures)
+    for first in (0, 1)
+    for architectures in (ARCHITECTURES[:2], ARCHITECTURES[2:])
+]
+
+
+def objects(architecture: int) -> list[Path]:
+    """Compile all kernels for an architecture and some other; return the objects that they are in."""
+    parts = [part for part in PARTS if architecture in part.architectures]
+    for part in parts:
+        part.resources()
+    return [part.object for part in parts]
 
 
 def _row(match: re.Match[str]) -> dict[str, Any]:
@@ -84,27 +123,11 @@ def _row(match: re.Match[str]) -> dict[str, Any]:
     }
 
 
-def _compile() -> list[dict[str, Any]]:
-    """A row for each variant of each kernel and architecture; the objects stay, and are made anew after a change."""
-    texts = [path.read_text() for path in sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir()])]
-    key = hashlib.sha256(repr((torch.__version__, release(), ARCHITECTURES, texts)).encode()).hexdigest()
-    known = OBJECTS / "resources.json"
-    with alone(OBJECTS):
-        if known.exists():
-            there, rows = json.loads(known.read_text())
-            if there == key:
-                return rows
-        known.unlink(missing_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = [row for rows in pool.map(compile_half, HALVES) for row in rows]
-        known.write_text(json.dumps([key, rows]))
-        return rows
-
-
 @cache
 def resources() -> list[dict[str, Any]]:
     """A row for each kernel and architecture: how many variants, and the most that one of them needs."""
-    found = _compile()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [row for rows in pool.map(Part.resources, PARTS) for row in rows]
     table: dict[tuple[str, str], dict[str, Any]] = {}
     for row in found:
         known = table.setdefault((row["kernel"], row["target"]), {**row, "variants": 0})

@@ -16,9 +16,11 @@ from emulated import TORCH
 pytestmark = pytest.mark.skipif(compiled.nvcc() is None, reason="there is no nvcc")
 
 
-def test_no_kernel_spills_registers() -> None:
-    spills = [row for row in compiled.resources() if row["spilled_bytes"]]
-    assert not spills
+@pytest.mark.parametrize("part", compiled.PARTS, ids=str)
+def test_no_kernel_spills_registers(part: compiled.Part) -> None:
+    rows = part.resources()
+    assert {row["target"] for row in rows} == {f"sm_{a}" for a in part.architectures}
+    assert not [row for row in rows if row["spilled_bytes"]]
 
 
 def test_every_kernel_is_in_the_table_for_every_architecture() -> None:
@@ -48,9 +50,9 @@ def test_wide_variants_load_and_store_sixteen_bytes(stem: str, kernel: str, mark
     tool = _cuobjdump()
     if tool is None:
         pytest.skip("Triton, which brings cuobjdump, is not installed")
-    compiled.resources()
-    source = next(s for s in compiled.SOURCES if s.stem == stem)
-    command = [str(tool), "-sass", "-arch", "sm_90", str(compiled.object_of(source))]
+    (part,) = [p for p in compiled.PARTS if 90 in p.architectures and stem in [source.stem for source in p.sources]]
+    part.resources()
+    command = [str(tool), "-sass", "-arch", "sm_90", str(part.object)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     wide = [
         body
@@ -80,11 +82,18 @@ with FakeTensorMode():
 
 
 def test_the_kernels_register_for_cuda_tensors(tmp_path: Path) -> None:
-    compiled.resources()
     stub, library = tmp_path / "stub.so", tmp_path / "kernels.so"
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(stub)], input=STUB, text=True, check=True)
-    objects = sorted({str(compiled.object_of(source)) for source in compiled.SOURCES})
-    link = [str(compiled.nvcc()), "-shared", "-o", str(library), *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+    objects = compiled.objects(90)
+    link = [
+        str(compiled.nvcc()),
+        "-shared",
+        "-o",
+        str(library),
+        *map(str, objects),
+        f"-L{TORCH / 'lib'}",
+        "-ltorch_cpu",
+    ]
     subprocess.run(link, check=True, capture_output=True)
     command = [sys.executable, "-c", SCRIPT, str(stub), str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -40,45 +40,30 @@ assert torch.equal(x, y)
 """
 
 
-def start(*command: str) -> subprocess.Popen[str]:
+def interpret(*command: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     environment.pop("GPKERNELS_BACKEND", None)
     environment["OMP_NUM_THREADS"] = "1"  # small tensors, and several processes at once
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], env=environment, **pipes)
-
-
-def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    out, err = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def interpret(*command: str) -> subprocess.CompletedProcess[str]:
-    return finished(start(*command))
-
-
-def _run_all() -> dict[str, tuple[int, str, str]]:
-    programs = {g: start(str(TESTS / "triton_cases.py"), *([g] if g else [])) for g in ("", *GUARDS)}
-    done = {g: finished(program) for g, program in programs.items()}
-    return {g: (one.returncode, one.stdout, one.stderr) for g, one in done.items()}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
 @cache
-def _runs() -> dict[str, tuple[int, str, str]]:
-    return once("triton_interpreted", _run_all)
+def cases(part: str) -> dict[str, list[str]]:
+    """(worst error, share of what it may be) of each case of a dtype or guard, which a process runs once."""
 
+    def run() -> tuple[int, str, str]:
+        done = interpret(str(TESTS / "triton_cases.py"), part)
+        return done.returncode, done.stdout, done.stderr
 
-def cases(guard: str = "") -> dict[str, list[str]]:
-    """(worst error, share of what it may be) of each case; a process runs them all, once, guarded ones beside it."""
-    code, out, err = _runs()[guard]
+    code, out, err = once(f"triton_interpreted_{part}", run)
     assert code == 0, (code, err[-3000:])  # after a crash the last line of stderr names the case
     return json.loads(out)
 
 
 @pytest.mark.parametrize(("op", "dtype"), PAIRS)
 def test_kernel_gives_the_references_numbers_shapes_and_strides(op: str, dtype: str) -> None:
-    found = cases()
+    found = cases(dtype)
     names = [name for own, name in NAMES if own == op and name.partition(" of ")[2].startswith(dtype)]
     wrong = {name: found[name] for name in names if not float(found[name][1]) <= 1.0}
     assert not wrong
@@ -101,7 +86,9 @@ def test_a_forbidden_page_kills_an_unmasked_kernel_and_no_other(mask: str, dies:
 
 
 def test_uniform_numbers_are_the_references_to_the_last_bit() -> None:
-    assert all(float(v[0]) <= 1e-16 for name, v in cases().items() if name.startswith("instance_noise 2 of float64"))
+    assert all(
+        float(v[0]) <= 1e-16 for name, v in cases("float64").items() if name.startswith("instance_noise 2 of float64")
+    )
 
 
 def test_launchers_have_cases_and_refuse_shapes_that_would_read_out_of_bounds() -> None:

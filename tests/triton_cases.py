@@ -1,7 +1,7 @@
 """Cases for the Triton kernels in Triton's interpreter: each raw op over shapes, memory layouts and dtypes.
 
-Run as a program, under TRITON_INTERPRET=1, it runs every case and prints how far each is from the reference, as JSON;
-with ``guarded-start`` or ``guarded-end``, on tensors beside forbidden pages. Only ``run`` needs triton.
+Run as a program, under TRITON_INTERPRET=1, it runs every case of a dtype and prints how far each is from the reference,
+as JSON; with ``guarded-start`` or ``guarded-end``, on tensors beside forbidden pages. Only ``run`` needs triton.
 """
 
 from __future__ import annotations
@@ -358,15 +358,16 @@ def refusals() -> dict[str, str]:
     return raised
 
 
-def main(guard: str = "") -> None:
-    if guard == "refusals":
+def main(part: str) -> None:
+    if part == "refusals":
         from gpkernels.triton import KERNELS
 
         print(json.dumps({"kernels": sorted(KERNELS), "raised": refusals()}))
         return
+    guard, dtype = ("", part) if part in DTYPES else (part, "float32")
     found = {}
     for name, op, arguments in cases():
-        if guard and not ("float32" in name and any(place in name for place in GUARDED)):
+        if f" of {dtype}" not in name or (guard and not any(place in name for place in GUARDED)):
             continue
         print(name, file=sys.stderr, flush=True)  # the last line says which case a forbidden access killed
         found[name] = [str(x) for x in run(op, arguments, guard)]

@@ -67,21 +67,19 @@ class Checkpoints:
 
         UserError if there is none.
         """
-        files = [path for path in (self.path, self.previous) if path.is_file()]
-        if not files:
+        if not (self.path.is_file() or self.previous.is_file()):
             raise UserError(f"--resume: there is no checkpoint {self.path}")
         notes = []
-        for path in files:
+        for path in (self.path, self.previous):
             try:
                 state = read(path)
+            except FileNotFoundError:
+                notes.append(f"{path} is missing")
             except Damaged as damage:
                 notes.append(f"{path} {damage}")
-                continue
-            self._intact = path == self.path
-            self._fell_back = not self._intact
-            if self._fell_back and not notes:
-                notes.append(f"{self.path} is missing")
-            return state, f"{notes[0]}; resuming from {path}, step {state.get('step')}" if notes else None
+            else:
+                self._intact, self._fell_back = not notes, bool(notes)
+                return state, f"{notes[0]}; resuming from {path}, step {state.get('step')}" if notes else None
         raise UserError(f"--resume: {'; '.join(notes)}; left unchanged")
 
 

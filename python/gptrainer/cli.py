@@ -19,10 +19,10 @@ from gpkernels.arguments import UserError, check_folder
 from gptrainer.checkpoint import NAME
 from gptrainer.config import TrainConfig, flag
 from gptrainer.data import DATASETS
-from gptrainer.interruption import Stopped
 from gptrainer.loop import Trainer
 from gptrainer.models import NETWORKS
-from gptrainer.processes import Processes, local_device
+from gptrainer.processes import ALONE, Processes, local_device
+from gptrainer.stopping import Stopped
 from gptrainer.systems import SYSTEMS, configure
 
 PROGRAM = "gpkernels train"
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         print(listing())
         return 0
     trainer: Trainer | None = None
-    processes = Processes()
+    processes = ALONE
     try:
         config = parse(argv)
         if config is None:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         if trainer is not None and trainer.checkpoints.path.is_file():
             note += f"; use --resume to continue from {trainer.checkpoints.path}"
         processes.say(f"{PROGRAM}: {note}")
-        return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
+        return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
     finally:
         processes.leave()
 
@@ -95,7 +95,9 @@ def parse(argv: Sequence[str]) -> TrainConfig | None:
     except SystemExit as end:
         if not end.code:
             return None
-        raise UserError(_one_line(complaint.getvalue())) from None
+        # tyro's complaint is between the first two rules of its message.
+        said = re.split(r"^.*[-\u2500]{3}.*$", complaint.getvalue().replace("\u2502", ""), flags=re.MULTILINE)[1]
+        raise UserError(" ".join(said.split())) from None
     if unknown:
         option = unknown[0].partition("=")[0]
         others = [name for name, system in SYSTEMS.items() if option in {flag(field.name) for field in fields(system)}]
@@ -112,17 +114,11 @@ def _systems(argv: Sequence[str]) -> Any:
     early.add_argument("--data", nargs="?", default="digits")
     early.add_argument("--network", nargs="?")
     named = early.parse_known_args(argv)[0]
-    data = named.data if named.data in DATASETS else "digits"  # tyro complains of an unknown name
+    data = named.data if named.data in DATASETS else "digits"  # an unknown name is refused with the other options
     network = named.network if named.network in NETWORKS else None
     from tyro.extras import subcommand_type_from_defaults
 
     return subcommand_type_from_defaults({name: configure(name, data, network=network) for name in SYSTEMS})
-
-
-def _one_line(message: str) -> str:
-    """Extract the complaint from tyro's message, which is between its first two rules."""
-    complaint = re.split(r"^.*[-\u2500]{3}.*$", message.replace("\u2502", ""), flags=re.MULTILINE)[1]
-    return " ".join(complaint.split())
 
 
 def _prepare(config: TrainConfig) -> Processes:

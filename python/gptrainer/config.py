@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from gpkernels.arguments import UserError
 from gptrainer.data import DATASETS
@@ -17,12 +17,8 @@ try:
 except ImportError:  # the options can be listed without it
     arg = dict
 
-if TYPE_CHECKING:
-    Data = str
-    NetworkName = str
-else:
-    Data = Annotated[Literal[tuple(DATASETS)], arg(metavar="DATA")]
-    NetworkName = Annotated[Literal[tuple(NETWORKS)], arg(metavar="NETWORK")]
+Data = Annotated[str, arg(metavar="DATA")]
+NetworkName = Annotated[str, arg(metavar="NETWORK")]
 Norm = Literal["none", "batch"]
 
 # A resumed run may change these; all others must be those of its checkpoint.
@@ -30,6 +26,8 @@ FREE_ON_RESUME = ("steps", "out", "resume", "device", "threads", "checkpoint_eve
 
 Check = tuple[Callable[[Any], bool], str, tuple[str, ...]]
 CHECKS: tuple[Check, ...] = (
+    (DATASETS.__contains__, f"one of {', '.join(DATASETS)}", ("data",)),
+    (NETWORKS.__contains__, f"one of {', '.join(NETWORKS)}", ("network",)),
     (lambda n: n >= 1, "an integer above 0", (
         "steps", "batch_size", "generator_batch_size", "n_critic", "latent", "width", "threads", "lazy", "unroll",
         "noise_steps", "labels_per_class", "limit", "log_every", "eval_every", "checkpoint_every",
@@ -45,8 +43,7 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
-SYSTEMS: dict[str, type[TrainConfig]] = {}
-"""The systems by name, which ``gptrainer.systems`` defines."""
+SYSTEMS: dict[str, type[TrainConfig]] = {}  # by name; ``gptrainer.systems`` defines them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +51,10 @@ class TrainConfig:
     """Options of every system. ``gptrainer.systems.configure`` supplies those without a default here."""
 
     algorithm: ClassVar[str]
-    objective: ClassVar[str] = "gan"
-    """Adversarial part of the critic's loss."""
+    objective: ClassVar[str] = "gan"  # the adversarial part of the critic's loss
     generator_loss: ClassVar[str] = "nonsaturating"
-    """Generator's loss."""
-    penalties: ClassVar[tuple[str, ...]] = ()
-    """Zero-centred penalties of the critic's loss."""
-    terms: ClassVar[tuple[str, ...]] = ()
-    """Parts of the critic's loss beyond the adversarial one that get a curve."""
+    penalties: ClassVar[tuple[str, ...]] = ()  # zero-centred ones of the critic's loss
+    terms: ClassVar[tuple[str, ...]] = ()  # parts of the critic's loss, beside the adversarial one, that get a curve
 
     def __init_subclass__(cls, **constants: Any) -> None:
         """Set class variables, and register a class that has a name as a system."""
@@ -122,8 +115,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     """Steps between checkpoints."""
 
+    # Options for which 0 stands for the value of another one.
     follows: ClassVar[dict[str, str]] = {"generator_lr": "lr", "generator_batch_size": "batch_size"}
-    """Options for which 0 stands for the value of another one."""
 
     def __post_init__(self) -> None:
         """Check the values; UserError names an option that is out of range."""

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpkernels.arguments import replacing
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 Curve = Mapping[str, Sequence[float]]
 CSV_NAME = "curves.csv"
 TENSORBOARD_NAME = "tensorboard"
 
 
-def append(curve: dict[str, list[float]], step: int, values: Mapping[str, float]) -> None:
-    """Append a point to each of several curves over the same steps."""
-    for name, value in {"step": step, **values}.items():
-        curve.setdefault(name, []).append(value)
-
-
 def write_csv(path: Path, *curves: Curve) -> None:
     """Write one row for each step and one column for each curve; missing points are empty cells."""
-    rows: dict[float, dict[str, float]] = {}
+    rows: defaultdict[float, dict[str, float]] = defaultdict(dict)
     for curve in curves:
-        for i, step in enumerate(curve["step"]):
-            rows.setdefault(step, {}).update({name: values[i] for name, values in curve.items()})
+        for values in zip(*curve.values(), strict=True):
+            point = dict(zip(curve, values, strict=True))
+            rows[point["step"]] |= point
     columns = dict.fromkeys(name for curve in curves for name in curve)
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns))
@@ -45,14 +38,14 @@ class EventLog:
 
     def __init__(self, folder: Path, first: int, enabled: bool) -> None:
         """first: the first step; events that an earlier process wrote from there on are hidden."""
-        self.writer: SummaryWriter | None = None
+        self.writer: Any = None
         if enabled:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
             except ImportError:
                 print("no TensorBoard log: install it with pip install 'gpkernels[tensorboard]'", file=sys.stderr)
-            else:
-                self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=first)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Log one point of a curve for each name."""

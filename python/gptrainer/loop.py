@@ -13,16 +13,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gpkernels.arguments import UserError
 from gptrainer import logs
-from gptrainer.algorithms import Setup, build_system
+from gptrainer.algorithms import build_system
 from gptrainer.checkpoint import Checkpoints
 from gptrainer.config import FREE_ON_RESUME, TrainConfig, flag
 from gptrainer.data import load_batches
-from gptrainer.divergence import check_losses, check_weights
-from gptrainer.interruption import Stopped, interruptions
 from gptrainer.metrics.distances import mean_gradient_norm
 from gptrainer.metrics.quality import build_quality
 from gptrainer.models import build_models, evaluating, mixes_samples, sample
-from gptrainer.processes import Draws, Processes, local_device
+from gptrainer.processes import ALONE, Draws, Processes, local_device
+from gptrainer.stopping import Stopped, check_losses, check_weights, interruptions
 
 BOOST, BOOST_FIRST, BOOST_EVERY = 100, 25, 500  # critic steps, and the generator steps that have as many
 
@@ -34,10 +33,9 @@ class Trainer:
     generator, critic: the networks in training; ``evaluated`` returns those that are measured.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes | None = None) -> None:
+    def __init__(self, config: TrainConfig, processes: Processes = ALONE) -> None:
         """Load the checkpoint if the run is resumed; UserError says what is wrong with it."""
-        self.config = config
-        self.processes = processes or Processes()
+        self.config, self.processes = config, processes
         self.out = config.out
         self.device = local_device(config.device)
         self.checkpoints = Checkpoints(self.out)
@@ -52,14 +50,14 @@ class Trainer:
         noise_seed, dropout_seed = torch.randint(2**62, (2,)).tolist()
         self.draws = Draws(self.processes, noise_seed, self.device)
         torch.manual_seed(dropout_seed + self.processes.rank)
-        self.system = build_system(config, Setup(self.generator, self.critic, self.draws))
+        self.system = build_system(config, self.generator, self.critic, self.draws)
         self.averages: dict[str, AveragedModel] = {}
         if config.ema:
             mean = get_ema_multi_avg_fn(config.ema)
             self.averages = {name: AveragedModel(net, multi_avg_fn=mean) for name, net in self.networks.items()}
         # The generator is constant between its steps: one pass serves n_critic batches, unless it mixes samples.
         self.batches_a_pass = 1 if mixes_samples(self.generator) else config.n_critic
-        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "shard": self.processes}
+        options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit, "processes": self.processes}
         self.batches = load_batches(config.data, config.batch_size, config.seed, self.device, **options)
         self.quality = build_quality(config.data, config.latent, config.seed, self.device, data_dir=config.data_dir)
         self.stateful: dict[str, Any] = {**self.networks, "system": self.system, "data": self.batches}
@@ -220,8 +218,7 @@ class Trainer:
         with evaluating(self.critic):
             norm = mean_gradient_norm(self.system.scores, self.real, self.fake, points)
         values = metrics | {"gradient_norm": self.processes.mean(torch.tensor(norm, device=self.device)).item()}
-        logs.append(self.critic_curve, self.step, values)
-        self.events.scalars("critic", values, self.step)
+        self._record("critic", self.critic_curve, values)
 
     def measure(self) -> dict[str, float]:
         """Evaluate sample quality, and the critic where it is of use by itself."""
@@ -231,10 +228,12 @@ class Trainer:
         if not self.processes.writes:
             return {}
         measured = self.measure()
-        logs.append(self.quality_curve, self.step, measured)
-        self.events.scalars("quality", measured, self.step)
+        self._record("quality", self.quality_curve, measured)
         if self.config.tensorboard:
-            points = torch.Generator().manual_seed(self.config.seed)
-            latent = torch.randn(1024, self.config.latent, generator=points).to(self.device)
-            self.events.samples(sample(self.evaluated("generator"), latent), self.step)
+            self.events.samples(sample(self.evaluated("generator"), self.quality.latent[:1024]), self.step)
         return measured
+
+    def _record(self, group: str, curve: dict[str, list[float]], values: dict[str, float]) -> None:
+        for name, value in {"step": self.step, **values}.items():
+            curve.setdefault(name, []).append(value)
+        self.events.scalars(group, values, self.step)

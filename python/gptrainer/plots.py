@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gpkernels.arguments import replacing
 from gptrainer.algorithms.system import Estimate
+from gptrainer.logs import Curve
 
-Curve = Mapping[str, Sequence[float]]
+Facts = Mapping[str, float]
+Score = Callable[[Tensor], Tensor]
 INK, SOFT, PAPER = "#1f2933", "#8a94a0", "#fcfbf7"
 BLUE, ORANGE, GREEN, PURPLE = "#2563a8", "#d9622b", "#2f8f6b", "#7b4fa3"
 DPI = 160
-SMALLEST = 64
-"""Pixels that an image is at least enlarged towards."""
+SMALLEST = 64  # pixels that an image is at least enlarged towards
 STYLE: Any = {
-    "font.family": "DejaVu Sans",
     "font.size": 11,
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.edgecolor": SOFT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlepad": 10,
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), PAPER),
     "grid.color": "#e4e2da",
-    "grid.linewidth": 0.8,
 }
 
 
@@ -46,22 +43,16 @@ def figure(path: Path, width: float, height: float) -> Iterator[Any]:
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        fig = Figure(figsize=(width, height), dpi=DPI)
-        fig.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+        fig = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         yield fig
         with replacing(path) as part:
             fig.savefig(part, format="png")
 
 
 def plot_images(
-    path: Path,
-    title: str,
-    generated: Tensor,
-    real: Tensor,
-    span: tuple[float, float],
-    classes: tuple[Tensor, Tensor] | None = None,
+    path: Path, title: str, generated: Tensor, real: Tensor, classes: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Generated images beside real ones. Images: (N, C, H, W) with values in ``span``, C 1 or 3.
+    """Generated images beside real ones. Images: (N, C, H, W) in [0, 1], C 1 or 3.
 
     classes: (N,) of each, which make one row a class.
     """
@@ -69,16 +60,15 @@ def plot_images(
     with figure(path, 12, 6.7) as fig:
         fig.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold")
         for i, (ax, name, images) in enumerate(zip(fig.subplots(1, 2), (rows, "Real"), (generated, real), strict=True)):
-            chosen = _in_order(len(images)) if classes is None else _by_class(classes[i], int(torch.cat(classes).max()))
-            ax.imshow(image_grid(images, span, chosen), cmap="bone_r", vmin=0, vmax=1, interpolation="none")
+            in_order = torch.where(torch.arange(100) < len(images), torch.arange(100), -1).view(10, 10)
+            chosen = in_order if classes is None else _by_class(classes[i], int(torch.cat(classes).max()))
+            ax.imshow(image_grid(images, chosen), cmap="bone_r", vmin=0, vmax=1, interpolation="none")
             ax.set_title(name, fontweight="normal")
             ax.set_axis_off()
 
 
-def image_grid(images: Tensor, span: tuple[float, float], chosen: Tensor) -> Any:
+def image_grid(images: Tensor, chosen: Tensor) -> Any:
     """One picture, (H, W) or (H, W, 3) in [0, 1]. chosen: (rows, columns) indices of images, -1 for a gap."""
-    low, high = span
-    images = (images - low) / (high - low)
     if images.shape[1] == 1:
         images = F.pad(images, (1, 1, 1, 1))  # a stroke at the edge of an image fades out instead of being cut
     scale = max(1, SMALLEST // images.shape[2])  # small images are enlarged smoothly
@@ -86,12 +76,6 @@ def image_grid(images: Tensor, span: tuple[float, float], chosen: Tensor) -> Any
     blank = torch.full_like(large[:1], float(large.shape[1] > 1))  # the paper's colour, at index -1
     tiles = torch.cat([large, blank])[chosen].permute(0, 3, 1, 4, 2)  # row, height, column, width, channel
     return tiles.flatten(2, 3).flatten(0, 1).squeeze(-1).numpy()
-
-
-def _in_order(available: int) -> Tensor:
-    """(10, 10) indices of the first images, or as many full rows of ten as there are."""
-    columns = min(10, available)
-    return torch.arange(min(10, available // columns) * columns).view(-1, columns)
 
 
 def _by_class(labels: Tensor, last: int) -> Tensor:
@@ -103,15 +87,12 @@ def _by_class(labels: Tensor, last: int) -> Tensor:
     return chosen
 
 
-def plot_points(
-    path: Path, title: str, generated: Tensor, real: Tensor, critic: nn.Module, device: torch.device
-) -> None:
+def plot_points(path: Path, title: str, generated: Tensor, real: Tensor, score: Score) -> None:
     """Generated points on real ones, over the critic's level lines. Points: (N, 2)."""
     across, up = _window(real)
     x, y = torch.linspace(*across, 160), torch.linspace(*up, 160)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
-    with torch.no_grad():
-        heights = critic(grid.to(device)).cpu().reshape(len(y), len(x))
+    heights = score(grid).reshape(len(y), len(x))
     heights = heights - heights.mean()
     with figure(path, 8.2, 7.4) as fig:
         ax = fig.subplots()
@@ -135,15 +116,13 @@ def _window(real: Tensor) -> list[tuple[float, float]]:
     return [(m - reach, m + reach) for m in middle.tolist()]
 
 
-def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, critic: nn.Module, device: torch.device) -> None:
+def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, score: Score) -> None:
     """The critic's score along the line, with the positions of real and generated points. Points: (N, 1)."""
     reach = 1.2 * max(1.0, real.abs().max().item(), generated.abs().max().item())
     x = torch.linspace(-reach, reach, 400)
-    with torch.no_grad():
-        scores = critic(x[:, None].to(device)).cpu().flatten()
     with figure(path, 8.2, 5) as fig:
         ax = fig.subplots()
-        ax.plot(x, scores, color=BLUE, linewidth=2, label="critic's score")
+        ax.plot(x, score(x[:, None]).flatten(), color=BLUE, linewidth=2, label="critic's score")
         for points, color, name in ((real, ORANGE, "real"), (generated, INK, "generated")):
             positions = points.flatten().unique()
             ax.vlines(positions, 0, 0.12, transform=ax.get_xaxis_transform(), color=color, linewidth=3, label=name)
@@ -153,13 +132,7 @@ def plot_line(path: Path, title: str, generated: Tensor, real: Tensor, critic: n
 
 
 def plot_curves(
-    path: Path,
-    title: str,
-    estimate: Estimate,
-    critic: Curve,
-    quality: Curve,
-    facts: Mapping[str, float],
-    target: float | None,
+    path: Path, title: str, estimate: Estimate, critic: Curve, quality: Curve, facts: Facts, target: float | None
 ) -> None:
     """Three panels over the generator's steps, and a fourth where the critic is itself a classifier.
 
@@ -187,7 +160,7 @@ def plot_curves(
         fig.align_ylabels()
 
 
-def _quality_panel(ax: Any, quality: Curve, facts: Mapping[str, float]) -> None:
+def _quality_panel(ax: Any, quality: Curve, facts: Facts) -> None:
     line: Any = {"linewidth": 2, "marker": "o", "markersize": 4, "color": GREEN}
     if "modes_covered" in quality:
         share = 100 * np.asarray(quality["share_within_4_sigma"])

@@ -66,11 +66,13 @@ class Processes(NamedTuple):
 
     def gather(self, value: Any) -> list[Any]:
         """Gather the values of all processes, by rank."""
-        values = [value]
+        values = [value] * self.size
         if self.size > 1:
-            values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+
+ALONE = Processes()
 
 
 def local_device(name: str) -> torch.device:

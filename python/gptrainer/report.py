@@ -16,7 +16,7 @@ from gptrainer.data import DATASETS, POINTS, load_images
 from gptrainer.logs import CSV_NAME
 from gptrainer.loop import Trainer
 from gptrainer.metrics.quality import ImageQuality
-from gptrainer.models import evaluating, sample
+from gptrainer.models import sample
 
 TARGETS = {"wgan-gp": 1.0, "ct-gan": 1.0, "dragan": 1.0, "r1": 0.0, "r2": 0.0, "r3gan": 0.0}  # of the gradient norm
 
@@ -79,9 +79,9 @@ def _plot_samples(path: Path, title: str, trainer: Trainer) -> None:
         real = real_images[torch.randperm(len(real_images), generator=random)[: len(latent)]]
         classify, labelled = trainer.quality.classifier.classify, trainer.quality.labelled
         classes = (classify(generated), classify(real)) if labelled else None
-        plots.plot_images(path, title, generated, real, DATASETS[config.data].range, classes)
+        low = DATASETS[config.data].scaling.low
+        plots.plot_images(path, title, (generated - low) / (1 - low), (real - low) / (1 - low), classes)
         return
     real = POINTS[config.data](1000, random)
     plot = plots.plot_points if generated.shape[1] == 2 else plots.plot_line
-    with evaluating(trainer.critic):
-        plot(path, title, generated, real, trainer.critic, trainer.device)
+    plot(path, title, generated, real, lambda x: sample(trainer.critic, x.to(trainer.device)).cpu())

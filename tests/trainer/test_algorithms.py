@@ -13,8 +13,7 @@ from torch.nn import functional as F
 import gpkernels
 from gpkernels.arguments import UserError
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedLoss
-from gptrainer.algorithms.unrolled import critic_loss, look_ahead
-from gptrainer.algorithms.variants import WithFeatures
+from gptrainer.algorithms.variants import WithFeatures, critic_loss, look_ahead
 from gptrainer.config import TrainConfig
 from gptrainer.data import DATASETS
 from gptrainer.loop import Trainer
@@ -102,7 +101,7 @@ def test_the_critic_minimises_its_published_loss_of_scores(name: str, tiny: Make
         + F.hinge_embedding_loss(-on_fake, -torch.ones(16, 1)),
         "lsgan": F.mse_loss(on_real, torch.ones(16, 1)) + F.mse_loss(on_fake, torch.zeros(16, 1)),
     }[name]
-    assert trainer.system.critic_parts(real, fake).loss.item() == pytest.approx(published.item(), rel=1e-5)
+    assert trainer.system.critic_parts(real, fake)["loss"].item() == pytest.approx(published.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_estimates_are_0_for_equal_and_greatest_for_disjoint_distributions(
     for (on_real, on_fake), expected in ((equal, 0.0), (disjoint, most)):  # scores of the best critic
         best = Between(on_real, on_fake)
         system.critic_loss.critic = best
-        assert system.estimate.of(system.critic_parts(real, fake).adversarial).item() == pytest.approx(
+        assert system.estimate.of(system.critic_parts(real, fake)["adversarial"]).item() == pytest.approx(
             expected, abs=1e-6
         )
 
@@ -181,10 +180,10 @@ def test_the_loss_of_a_zero_centred_system_is_its_plain_spelling(name: str, tiny
     else:
         adversarial = F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
     plain = adversarial + 10 / 2 * penalty
-    assert parts.loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert parts.penalty.item() == pytest.approx(penalty.item(), rel=1e-5)
+    assert parts["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
+    assert parts["penalty"].item() == pytest.approx(penalty.item(), rel=1e-5)
     own = [p for p in critic.parameters() if p.requires_grad]
-    ours, theirs = (torch.autograd.grad(loss, own, materialize_grads=True) for loss in (parts.loss, plain))
+    ours, theirs = (torch.autograd.grad(loss, own, materialize_grads=True) for loss in (parts["loss"], plain))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -193,9 +192,9 @@ def test_the_curve_of_a_lazy_penalty_keeps_its_last_value(tiny: MakeConfig) -> N
     trainer = Trainer(tiny(algorithm="r3gan", lazy=2, n_critic=1))
     real, fake = torch.randn(2, 16, 2).unbind()
     due, between = (trainer.system.critic_parts(real, fake) for _ in range(2))
-    assert due.penalty > 0
-    assert between.penalty == due.penalty
-    assert between.loss.item() == pytest.approx(between.adversarial.item())
+    assert due["penalty"] > 0
+    assert between["penalty"] == due["penalty"]
+    assert between["loss"].item() == pytest.approx(between["adversarial"].item())
 
 
 def test_a_generated_sample_without_a_real_one_is_refused(tiny: MakeConfig) -> None:
@@ -291,8 +290,8 @@ def test_the_semi_supervised_loss_is_its_plain_spelling() -> None:
     real, generated = classifier(unlabelled).logsumexp(1), classifier(fake).logsumexp(1)
     unsupervised = 0.5 * (-real.mean() + F.softplus(real).mean() + F.softplus(generated).mean())
     plain = F.cross_entropy(classifier(images), labels) + unsupervised  # without noise both passes are one: CT is 0
-    assert losses.loss.item() == pytest.approx(plain.item())
-    assert losses.consistency.item() == 0
+    assert losses["loss"].item() == pytest.approx(plain.item())
+    assert losses["consistency"].item() == 0
 
 
 def test_the_semi_supervised_consistency_is_the_mean_squared_difference_of_probabilities() -> None:
@@ -304,7 +303,7 @@ def test_the_semi_supervised_consistency_is_the_mean_squared_difference_of_proba
     torch.manual_seed(1)
     classifier(x)
     first, second = (classifier(x).softmax(1) for _ in range(2))
-    assert losses.consistency.item() == pytest.approx((first - second).square().mean(1).mean().item())
+    assert losses["consistency"].item() == pytest.approx((first - second).square().mean(1).mean().item())
 
 
 def test_the_semi_supervised_classifier_learns_from_its_few_labels(tiny: MakeConfig) -> None:

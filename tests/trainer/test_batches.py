@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from gpkernels.arguments import UserError
-from gptrainer.data import ShuffledBatches, load_batches
+from gptrainer.data import ShuffledBatches, load_batches, load_images
 from gptrainer.data.batches import Prefetched
+from gptrainer.processes import Processes
 
 CPU = torch.device("cpu")
 Write = Callable[..., Path]
@@ -44,7 +45,7 @@ def test_another_seed_gives_other_batches(load: Callable[..., Any]) -> None:
 
 def test_shards_together_are_the_batch_of_one_process(load: Callable[..., Any]) -> None:
     whole = load(6, 5)
-    shards = [load(6, 5, shard=(rank, 3)) for rank in range(3)]
+    shards = [load(6, 5, processes=Processes(rank, 3)) for rank in range(3)]
     for _ in range(5):
         joint, parts = whole.next(), [shard.next() for shard in shards]
         assert [len(part) for part in parts] == [2, 2, 2]
@@ -117,13 +118,12 @@ def test_a_limit_that_cannot_be_is_refused(data: str, limit: int) -> None:
 
 def test_a_limit_is_the_first_images_and_leaves_the_others_to_hold_out() -> None:
     def all_of(split: Any, limit: int, count: int) -> torch.Tensor:
-        batch = load_batches("digits", count, 0, CPU, limit=limit, split=split).next()
-        return batch.flatten(1).sum(dim=1).sort().values
+        images = load_images("digits", split=split, limit=limit)
+        assert len(images) == count
+        return images.images.flatten(1).sum(dim=1).sort().values
 
-    from gptrainer.data import load_digits
-
-    sums = load_digits().images.flatten(1).sum(dim=1)
+    sums = load_images("digits").images.flatten(1).sum(dim=1)
     assert torch.equal(all_of("train", 1000, 1000), sums[:1000].sort().values)
     assert torch.equal(all_of("held-out", 1000, 797), sums[1000:].sort().values)
     with pytest.raises(UserError, match="--limit: expected fewer than all images"):
-        load_batches("digits", 4, 0, CPU, split="held-out")
+        load_images("digits", split="held-out")

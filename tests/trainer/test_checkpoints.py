@@ -18,8 +18,8 @@ from gpkernels.arguments import UserError
 from gptrainer.checkpoint import NAME, PREVIOUS, Checkpoints, Damaged, read
 from gptrainer.cli import main, parse
 from gptrainer.config import TrainConfig
-from gptrainer.divergence import check_losses
 from gptrainer.loop import Trainer
+from gptrainer.stopping import check_losses
 from gptrainer.systems import SYSTEMS
 
 MakeConfig = Callable[..., TrainConfig]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpkernels.arguments import UserError
-from gptrainer.data import MIXTURES, ShuffledBatches, load_batches, load_digits
+from gptrainer.data import MIXTURES, ShuffledBatches, load_batches, load_images
 from gptrainer.metrics import classifier
 
 EIGHT = MIXTURES["8gaussians"]
@@ -30,7 +30,7 @@ def test_samples_of_eight_gaussians_have_the_published_spread_and_use_all_modes(
 
 
 def test_digits_are_real_images_in_the_unit_interval() -> None:
-    digits = load_digits()
+    digits = load_images("digits")
     assert digits.images.shape == (1797, 1, 8, 8)
     assert (digits.images.min(), digits.images.max()) == (0, 1)
     assert digits.labels.unique().tolist() == list(range(10))
@@ -65,7 +65,7 @@ def test_the_classifier_reads_held_out_digits_and_leaves_the_global_generator_al
 ) -> None:
     monkeypatch.setattr(classifier, "EPOCHS", 8)
     before = torch.get_rng_state()
-    trained = classifier.train_classifier(load_digits(), seed=1)
+    trained = classifier.train_classifier(load_images("digits"), seed=1)
     assert trained.accuracy > 0.93
     assert torch.equal(torch.get_rng_state(), before)
-    assert trained.features(load_digits().images[:5]).shape == (5, 32)
+    assert trained.features(load_images("digits").images[:5]).shape == (5, 32)

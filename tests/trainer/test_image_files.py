@@ -14,7 +14,7 @@ from PIL import Image
 
 from gpkernels.arguments import UserError
 from gptrainer.data import load_batches, load_images
-from gptrainer.data.idx import DEBIAN
+from gptrainer.data.readers import DEBIAN
 
 CPU = torch.device("cpu")
 Write = Callable[..., Path]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from gptrainer.data import DATASETS, POINTS, load_digits, load_images
-from gptrainer.data.idx import DEBIAN
-from gptrainer.metrics import cache, classifier
-from gptrainer.metrics.cache import classifier_of
+from gptrainer.data import DATASETS, POINTS, load_images
+from gptrainer.data.readers import DEBIAN
+from gptrainer.metrics import classifier
+from gptrainer.metrics.classifier import classifier_of
 from gptrainer.metrics.quality import build_quality
 from gptrainer.models import build_models
 
@@ -47,7 +47,7 @@ def test_real_points_measure_as_well_as_the_facts_say_and_a_new_generator_worse(
 def test_real_digits_have_a_small_distance_and_a_high_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier, "EPOCHS", 8)
     quality = build_quality("digits", 10, 0, CPU)
-    images = load_digits().images
+    images = load_images("digits").images
     real = quality.measure(Replay(torch.cat([images, images])[:2000]))
     noise = quality.measure(Replay(torch.rand(2000, 1, 8, 8)))
     assert real["frechet_distance"] < quality.facts["frechet_distance_of_real_halves"] < noise["frechet_distance"] / 5
@@ -77,7 +77,7 @@ def test_images_without_labels_are_measured_by_how_far_they_are_turned(tmp_path:
     quality = build_quality("folder32", 10, 0, CPU, data_dir=tmp_path)
     images = load_images("folder32", data_dir=tmp_path)
     assert images.labels is None
-    turned = cache._training_set(images)
+    turned = classifier._training_set(images)
     assert turned.labels is not None
     assert turned.labels[:5].tolist() == [0, 1, 2, 3, 0]
     assert torch.equal(turned[torch.tensor([5])], images[torch.tensor([5])].rot90(1, (2, 3)))
@@ -91,9 +91,9 @@ def test_images_without_labels_are_measured_by_how_far_they_are_turned(tmp_path:
 def trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """An empty cache, and a list that grows with each training."""
     done: list[int] = []
-    train = cache.train_classifier
+    train = classifier.train_classifier
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cache, "train_classifier", lambda data, seed: (done.append(1), train(data, seed))[1])
+    monkeypatch.setattr(classifier, "train_classifier", lambda data, seed: (done.append(1), train(data, seed))[1])
     return done
 
 
@@ -103,7 +103,7 @@ def cached(tmp_path: Path) -> Path:
 
 
 def test_a_classifier_is_trained_once_and_then_read_bit_for_bit(trainings: list[int], tmp_path: Path) -> None:
-    images = load_digits()
+    images = load_images("digits")
     trained = classifier_of("digits", images)
     state = torch.get_rng_state()
     read = classifier_of("digits", images)
@@ -117,7 +117,7 @@ def test_a_classifier_is_trained_once_and_then_read_bit_for_bit(trainings: list[
 
 def test_training_or_reading_leaves_the_global_generator_alone(trainings: list[int]) -> None:
     state = torch.get_rng_state()
-    classifier_of("digits", load_digits())
+    classifier_of("digits", load_images("digits"))
     assert len(trainings) == 1
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -126,7 +126,7 @@ def test_training_or_reading_leaves_the_global_generator_alone(trainings: list[i
 def test_other_data_and_other_settings_have_classifiers_of_their_own(
     change: str, trainings: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = load_digits()
+    images = load_images("digits")
     classifier_of("digits", images)
     if change == "data":
         images = images.subset(torch.arange(1500))
@@ -138,7 +138,7 @@ def test_other_data_and_other_settings_have_classifiers_of_their_own(
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
 def test_a_truncated_file_is_trained_anew_and_replaced(kept: float, trainings: list[int], tmp_path: Path) -> None:
-    images = load_digits()
+    images = load_images("digits")
     classifier_of("digits", images)
     path = cached(tmp_path)
     whole = path.read_bytes()
@@ -151,7 +151,7 @@ def test_a_truncated_file_is_trained_anew_and_replaced(kept: float, trainings: l
 
 
 def test_a_single_changed_bit_is_seen(trainings: list[int], tmp_path: Path) -> None:
-    images = load_digits()
+    images = load_images("digits")
     classifier_of("digits", images)
     path = cached(tmp_path)
     content = bytearray(path.read_bytes())
@@ -166,7 +166,7 @@ def test_a_cache_that_cannot_be_written_costs_time_and_not_the_run(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert classifier_of("digits", load_digits()).accuracy > 0.1
+    assert classifier_of("digits", load_images("digits")).accuracy > 0.1
     assert "cannot be cached" in capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ def test_without_a_cache_folder_named_it_is_in_the_users_home(
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    classifier_of("digits", load_digits())
+    classifier_of("digits", load_images("digits"))
     assert cached(tmp_path).is_relative_to(tmp_path / "home" / ".cache" / "gpkernels")
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from torch import nn
 
 from gptrainer.algorithms.ssl_ct_gan import SemiSupervisedCTGAN
-from gptrainer.algorithms.system import Setup, System
-from gptrainer.algorithms.unrolled import UnrolledGAN
-from gptrainer.algorithms.variants import CTGAN, R3GAN, NoisyGAN, ZeroCentred
+from gptrainer.algorithms.system import System
+from gptrainer.algorithms.variants import CTGAN, R3GAN, NoisyGAN, UnrolledGAN, ZeroCentred
 from gptrainer.config import TrainConfig
+from gptrainer.processes import Draws
 
-__all__ = ["Setup", "System", "build_system"]
+__all__ = ["System", "build_system"]
 
-BUILDERS: dict[str, Callable[[Any, Setup], System]] = {
+CLASSES: dict[str, type[System]] = {
     "gan-noise": NoisyGAN,
     "ct-gan": CTGAN,
     "r1": ZeroCentred,
@@ -24,6 +23,6 @@ BUILDERS: dict[str, Callable[[Any, Setup], System]] = {
 }
 
 
-def build_system(config: TrainConfig, setup: Setup) -> System:
+def build_system(config: TrainConfig, generator: nn.Module, critic: nn.Module, draws: Draws) -> System:
     """Build the system that a config is of."""
-    return BUILDERS.get(config.algorithm, System)(config, setup)
+    return CLASSES.get(config.algorithm, System)(config, generator, critic, draws)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,14 @@ from torch.nn import functional as F
 
 import gpkernels
 from gpkernels.arguments import UserError
-from gptrainer.algorithms.system import Setup, System
+from gptrainer.algorithms.system import Metrics, System
 from gptrainer.data import ShuffledBatches, load_images
 from gptrainer.models import sample
 from gptrainer.models.semi_supervised import Classifier
+from gptrainer.processes import Draws
 from gptrainer.systems import SemiSupervisedConfig
 
 INITIAL = 500  # images for the initialisation of the classifier that depends on data
-
-
-class Losses(NamedTuple):
-    """What the classifier minimises, and its parts."""
-
-    loss: Tensor
-    adversarial: Tensor
-    labelled_loss: Tensor
-    consistency: Tensor
 
 
 class SemiSupervisedLoss(nn.Module):
@@ -40,44 +32,48 @@ class SemiSupervisedLoss(nn.Module):
         self.classifier = classifier
         self.consistency_weight = consistency_weight
 
-    def forward(self, images: Tensor, labels: Tensor, unlabelled: Tensor, fake: Tensor) -> Losses:
+    def forward(self, images: Tensor, labels: Tensor, unlabelled: Tensor, fake: Tensor) -> Metrics:
         """Compute the losses. images, unlabelled, fake: (N, C, H, W), each of its own N; labels: (N,)."""
         labelled = F.cross_entropy(self.classifier(images), labels)
         first, again, generated = (self.classifier(x) for x in (unlabelled, unlabelled, fake))
         adversarial = gpkernels.gan_discriminator_loss(first.logsumexp(1), generated.logsumexp(1))
         # The op sums over classes where the code takes the mean.
         consistency = gpkernels.consistency_term(first.softmax(1), again.softmax(1)) / first.shape[1]
+        parts = {"adversarial": adversarial, "labelled_loss": labelled, "consistency": consistency}
         loss = labelled + 0.5 * (self.consistency_weight * consistency + adversarial)
-        return Losses(loss, adversarial.detach(), labelled.detach(), consistency.detach())
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
 
 class SemiSupervisedCTGAN(System):
     """The classifier learns from few labels and all images, the generator by matching the mean of its last features
     (Salimans et al. 2016, section 3.1)."""
 
-    def __init__(self, config: SemiSupervisedConfig, setup: Setup) -> None:
-        if not isinstance(setup.critic, Classifier):
+    config: SemiSupervisedConfig
+
+    def __init__(self, config: SemiSupervisedConfig, generator: nn.Module, critic: nn.Module, draws: Draws) -> None:
+        if not isinstance(critic, Classifier):
             raise UserError(f"--network: expected semi-supervised for {config.algorithm}, got {config.network}")
-        super().__init__(config, setup, SemiSupervisedLoss(setup.critic, config.consistency_weight))
+        super().__init__(config, generator, critic, draws)
         options: dict[str, Any] = {"data_dir": config.data_dir, "limit": config.limit}
-        train = load_images(config.data, **options)
+        self.train = load_images(config.data, **options)
         self.held_out = load_images(config.data, split="held-out", **options)
-        chosen = few_of_each_class(cast(Tensor, train.labels), config.labels_per_class, config.seed)
-        self.labelled = train.subset(chosen)
-        self.stateful["labelled"] = self.order = ShuffledBatches(
-            torch.arange(len(chosen)), min(config.batch_size, len(chosen)), config.seed
-        )
-        setup.critic.initialise(train[torch.arange(min(INITIAL, len(train)))].to(setup.draws.device))
+        chosen = few_of_each_class(cast(Tensor, self.train.labels), config.labels_per_class, config.seed)
+        self.labelled = ShuffledBatches(chosen, min(config.batch_size, len(chosen)), config.seed)
+        self.stateful["labelled"] = self.labelled
+        critic.initialise(self.train[torch.arange(min(INITIAL, len(self.train)))].to(draws.device))
+
+    def build_critic_loss(self, critic: nn.Module) -> nn.Module:
+        return SemiSupervisedLoss(critic, self.config.consistency_weight)
 
     def labelled_batch(self) -> tuple[Tensor, Tensor]:
         """Draw labelled images, (n, C, H, W), and their labels, (n,)."""
-        batch = self.labelled.subset(self.order.next())
+        batch = self.train.subset(self.labelled.next())
         return batch.images.to(self.draws.device), cast(Tensor, batch.labels).to(self.draws.device)
 
-    def critic_parts(self, real: Tensor, fake: Tensor) -> Losses:
+    def critic_parts(self, real: Tensor, fake: Tensor) -> Metrics:
         images, labels = (self.processes.rows(x) for x in self.labelled_batch())
-        losses: Losses = self.critic_loss(images, labels, real, fake)
-        return losses
+        parts: Metrics = self.critic_loss(images, labels, real, fake)
+        return parts
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
         critic: Any = self.critic

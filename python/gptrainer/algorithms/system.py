@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -16,8 +16,7 @@ from gptrainer.models import mixes_samples
 from gptrainer.processes import Draws
 from gptrainer.systems import AdamConfig, R1Config, WGANConfig, WGANGPConfig
 
-Metrics = dict[str, Tensor]
-"""Scalars of a step by name, without a graph."""
+Metrics = dict[str, Tensor]  # scalars of a step by name
 
 
 class Estimate(NamedTuple):
@@ -59,48 +58,28 @@ GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Parts(Protocol):
-    """What a critic minimises, and the adversarial part of it; other parts go by the name of their term."""
-
-    @property
-    def loss(self) -> Tensor: ...
-
-    @property
-    def adversarial(self) -> Tensor: ...
-
-
-class Setup(NamedTuple):
-    """What a system is built from besides its config."""
-
-    generator: nn.Module
-    critic: nn.Module
-    draws: Draws
-
-    def critic_loss(self, config: TrainConfig, critic: nn.Module | None = None) -> gpkernels.CriticLoss:
-        """Build the loss of the critic, or of a module that wraps it.
-
-        Whether all samples are one batch is fixed, so that a resumed run repeats its bits.
-        """
-        together = not mixes_samples(self.critic)
-        return gpkernels.CriticLoss(critic or self.critic, together=together, **config.loss_options())
-
-
 class System:
     """A critic loss and a generator loss, each with its optimiser. Subclasses override what differs."""
 
-    def __init__(self, config: TrainConfig, setup: Setup, critic_loss: nn.Module | None = None) -> None:
-        """critic_loss: maps (real, fake) to ``Parts``, by default the ``CriticLoss`` of the config."""
-        self.generator, self.critic, self.draws = setup
-        self.config, self.processes = config, setup.draws.processes
-        self.critic_loss = self.processes.parallel(critic_loss or setup.critic_loss(config))
-        self.parallel_generator = self.processes.parallel(setup.generator)
-        self.generator_weights = [p for p in setup.generator.parameters() if p.requires_grad]
-        self.critic_optimiser, self.generator_optimiser = optimisers(config, setup)
+    def __init__(self, config: TrainConfig, generator: nn.Module, critic: nn.Module, draws: Draws) -> None:
+        self.config, self.generator, self.critic = config, generator, critic
+        self.draws, self.processes = draws, draws.processes
+        self.critic_loss = self.processes.parallel(self.build_critic_loss(critic))
+        self.parallel_generator = self.processes.parallel(generator)
+        self.generator_weights = [p for p in generator.parameters() if p.requires_grad]
+        self.critic_optimiser, self.generator_optimiser = optimisers(config, critic, generator)
         self.optimisers = {"critic": self.critic_optimiser, "generator": self.generator_optimiser}
         self._rates = {name: optimiser.param_groups[0]["lr"] for name, optimiser in self.optimisers.items()}
         self.stateful: dict[str, Any] = dict(self.optimisers)
         self.estimate = ESTIMATES[config.objective]
         self.begin_step(0)
+
+    def build_critic_loss(self, critic: nn.Module) -> nn.Module:
+        """Build the loss of the critic, or of a module that wraps it.
+
+        Whether all samples are one batch is fixed, so that a resumed run repeats its bits.
+        """
+        return gpkernels.CriticLoss(critic, together=not mixes_samples(critic), **self.config.loss_options())
 
     def begin_step(self, step: int) -> None:
         """Set what depends on the number of steps already taken."""
@@ -109,19 +88,19 @@ class System:
             for name, optimiser in self.optimisers.items():
                 optimiser.param_groups[0]["lr"] = self._rates[name] * left
 
-    def critic_step(self, real: Tensor, fake: Tensor) -> Parts:
-        """Update the critic once; return the parts of its loss before the update, for ``metrics``."""
+    def critic_step(self, real: Tensor, fake: Tensor) -> Metrics:
+        """Update the critic once; return its loss before the update and the loss's parts, for ``metrics``."""
         self.critic_optimiser.zero_grad()
         parts = self.critic_parts(self.critic_input(real), self.critic_input(fake))
-        parts.loss.backward()
+        parts["loss"].backward()
         self.critic_optimiser.step()
         return parts
 
-    def metrics(self, parts: Parts) -> Metrics:
+    def metrics(self, parts: Metrics) -> Metrics:
         """Metrics of a critic step."""
-        losses = {term: getattr(parts, term) for term in self.config.terms}
-        estimated = self.estimate.of(parts.adversarial)
-        return {self.estimate.name: estimated, "critic_loss": parts.loss.detach(), **losses}
+        terms = {term: parts[term] for term in self.config.terms}
+        estimated = {self.estimate.name: self.estimate.of(parts["adversarial"])}
+        return estimated | {"critic_loss": parts["loss"].detach()} | terms
 
     def generator_step(self, latent: Tensor, real: Tensor) -> Metrics:
         """Update the generator once; return its loss before the update. real: the critic's last batch."""
@@ -131,11 +110,10 @@ class System:
         self.generator_optimiser.step()
         return {"generator_loss": loss.detach()}
 
-    def critic_parts(self, real: Tensor, fake: Tensor) -> Parts:
-        """Compute what the critic minimises."""
+    def critic_parts(self, real: Tensor, fake: Tensor) -> Metrics:
+        """Compute what the critic minimises, "loss", and without a graph its parts, among them "adversarial"."""
         eps = self.draws.uniform(real) if isinstance(self.config, WGANGPConfig) else None
-        parts: Parts = self.critic_loss(real, fake, eps=eps)
-        return parts
+        return self.critic_loss(real, fake, eps=eps)._asdict()
 
     def loss_of_generated(self, fake: Tensor, real: Tensor) -> Tensor:
         """Compute what the generator minimises."""
@@ -158,25 +136,24 @@ class System:
         return {name: part.state_dict() for name, part in self.stateful.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a ``state_dict``."""
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
 
 
-def optimisers(config: TrainConfig, setup: Setup) -> tuple[Optimizer, Optimizer]:
+def optimisers(config: TrainConfig, critic: nn.Module, generator: nn.Module) -> tuple[Optimizer, Optimizer]:
     """Build the critic's optimiser and the generator's.
 
     RMSprop with clipping for WGAN; otherwise Adam, the critic's corrected for a lazy penalty (Karras et al. 2020).
     """
-    critic, generator = setup.critic.parameters(), setup.generator.parameters()
+    weights, generator_weights = critic.parameters(), generator.parameters()
     rate, generator_rate = config.lr, config.resolved("generator_lr")
     if isinstance(config, WGANConfig):
-        return RMSprop(critic, lr=rate, clip=config.clip), RMSprop(generator, lr=generator_rate)
+        return RMSprop(weights, lr=rate, clip=config.clip), RMSprop(generator_weights, lr=generator_rate)
     assert isinstance(config, AdamConfig)
     lazy = config.lazy if isinstance(config, R1Config) else 1
     share = lazy / (lazy + 1) if lazy > 1 else 1.0
     first, second = config.betas
     return (
-        Adam(critic, rate * share, (first**share, second**share), fused=True),
-        Adam(generator, generator_rate, config.betas, fused=True),
+        Adam(weights, rate * share, (first**share, second**share), fused=True),
+        Adam(generator_weights, generator_rate, config.betas, fused=True),
     )

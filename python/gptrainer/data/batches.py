@@ -12,9 +12,8 @@ from torch import Tensor
 from gpkernels.arguments import UserError
 from gptrainer.data.images import Indexed
 from gptrainer.data.points import Draw
+from gptrainer.processes import ALONE, Processes
 
-Shard = tuple[int, int]
-"""(rank, world size). A process gets the rows rank::world of each batch."""
 AHEAD = 2
 
 
@@ -22,12 +21,11 @@ class ShuffledBatches:
     """Full batches of samples, shuffled in each epoch, with U[0, noise) added to each element."""
 
     def __init__(
-        self, samples: Indexed, batch_size: int, seed: int, shard: Shard = (0, 1), *, noise: float = 0.0
+        self, samples: Indexed, batch_size: int, seed: int, processes: Processes = ALONE, *, noise: float = 0.0
     ) -> None:
         if batch_size > len(samples):
             raise UserError(f"--batch-size: expected at most the {len(samples)} samples of the data, got {batch_size}")
-        self.samples, self.batch_size, self.noise = samples, batch_size, noise
-        self.rank, self.world = shard
+        self.samples, self.batch_size, self.processes, self.noise = samples, batch_size, processes, noise
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
@@ -38,10 +36,10 @@ class ShuffledBatches:
             self.position = 0
         chosen = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        batch = self.samples[chosen[self.rank :: self.world]]
+        batch = self.samples[self.processes.rows(chosen)]
         if self.noise:  # drawn for the images of all processes
             noise = torch.rand(self.batch_size, *batch.shape[1:], generator=self.generator)
-            batch.add_(noise[self.rank :: self.world], alpha=self.noise)
+            batch.add_(self.processes.rows(noise), alpha=self.noise)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,13 +55,14 @@ class ShuffledBatches:
 class SampledBatches:
     """Fresh samples of a distribution in every batch."""
 
-    def __init__(self, draw: Draw, batch_size: int, seed: int, device: torch.device, shard: Shard = (0, 1)) -> None:
-        self.draw, self.batch_size, self.device = draw, batch_size, device
-        self.rank, self.world = shard
+    def __init__(
+        self, draw: Draw, batch_size: int, seed: int, device: torch.device, processes: Processes = ALONE
+    ) -> None:
+        self.draw, self.batch_size, self.device, self.processes = draw, batch_size, device, processes
         self.generator = torch.Generator().manual_seed(seed)
 
     def next(self) -> Tensor:
-        return self.draw(self.batch_size, self.generator)[self.rank :: self.world].to(self.device)
+        return self.processes.rows(self.draw(self.batch_size, self.generator)).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -82,10 +81,9 @@ class Prefetched:
         self.state = batches.state_dict()
 
     def next(self) -> Tensor:
-        while len(self.ahead) < AHEAD:
-            self.ahead.append(self.thread.submit(self._make))
+        while len(self.ahead) <= AHEAD:
+            self.ahead.append(self.thread.submit(lambda: (self.batches.next(), self.batches.state_dict())))
         batch, self.state = self.ahead.popleft().result()
-        self.ahead.append(self.thread.submit(self._make))
         return batch.to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,9 +95,5 @@ class Prefetched:
         self.batches.load_state_dict(state)
         self.state = state
 
-    def _make(self) -> tuple[Tensor, dict[str, Any]]:
-        return self.batches.next(), self.batches.state_dict()
-
 
 Batches = ShuffledBatches | SampledBatches | Prefetched
-"""Endless batches that resume from a state."""

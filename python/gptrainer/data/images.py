@@ -18,18 +18,16 @@ class Indexed(Protocol):
     def __getitem__(self, chosen: Tensor, /) -> Tensor: ...
 
 
+Read = tuple[Indexed, Tensor | None]  # bytes, (N, C, H, W), and labels, (N,) from 0 up, or None
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """The map from bytes to floats: low + (high - low) byte / levels; batches get noise in [0, noise) on top."""
+    """The map from bytes to floats: low + (1 - low) byte / levels; batches get noise in [0, noise) on top."""
 
     levels: int = 255
     low: float = 0.0
-    high: float = 1.0
     noise: float = 0.0
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Convert uint8 to float32."""
-        return pixels.float().div_(self.levels).mul_(self.high - self.low).add_(self.low)
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,14 @@ class ImageSet:
     pixels: Indexed
     labels: Tensor | None
     classes: int
-    scaling: Scaling = Scaling()
+    scaling: Scaling
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, chosen: Tensor, /) -> Tensor:
-        return self.scaling(self.pixels[chosen])
+        levels, low = self.scaling.levels, self.scaling.low
+        return self.pixels[chosen].float().div_(levels).mul_(1.0 - low).add_(low)
 
     @property
     def images(self) -> Tensor:
@@ -68,12 +67,3 @@ class ImageSet:
         for part in (pixels if isinstance(pixels, Tensor) else pixels.fingerprint(), self.labels):
             total.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
         return total.hexdigest()
-
-
-def load_digits() -> ImageSet:
-    """Load scikit-learn's 1,797 handwritten digits of 8x8 pixels with 17 shades, scaled to [0, 1]."""
-    from sklearn.datasets import load_digits as load
-
-    bunch = load()
-    pixels = torch.tensor(bunch.images, dtype=torch.uint8).unsqueeze(1)
-    return ImageSet(pixels, torch.tensor(bunch.target, dtype=torch.int64), 10, Scaling(levels=16))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,19 +13,13 @@ import gpkernels
 from gptrainer.data import Mixture
 
 Array = NDArray[np.float64]
+Moments = tuple[Array, Array]
+Scores = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Mean (d,) and covariance (d, d) of features."""
-
-    mean: Array
-    covariance: Array
-
-    @classmethod
-    def of(cls, features: Array) -> Moments:
-        """Compute the moments of the rows of (N, d)."""
-        return cls(features.mean(axis=0), np.cov(features, rowvar=False))
+def moments(features: Array) -> Moments:
+    """Compute the mean, (d,), and the covariance, (d, d), of the rows of (N, d)."""
+    return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -34,11 +27,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     from scipy import linalg  # systems and experiments are listed without it
 
     # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), whose argument is symmetric: no complex rounding errors.
-    values, vectors = linalg.eigh(a.covariance)
+    (mean_a, covariance_a), (mean_b, covariance_b) = a, b
+    values, vectors = linalg.eigh(covariance_a)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    cross = np.sqrt(linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()
-    offset = a.mean - b.mean
-    distance = offset @ offset + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    cross = np.sqrt(linalg.eigvalsh(root @ covariance_b @ root).clip(min=0)).sum()
+    offset = mean_a - mean_b
+    distance = offset @ offset + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross
     return max(float(distance), 0.0)
 
 
@@ -63,14 +57,12 @@ def mode_coverage(points: Tensor, mixture: Mixture, least: float = 20 / 2500) ->
     return near.any(dim=1).double().mean().item(), int((near.double().mean(dim=0) >= least).sum())
 
 
-def gradient_norms(critic: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+def gradient_norms(critic: Scores, points: Tensor) -> Tensor:
     """Compute |grad D| at each point, (N,). points: (N, *)."""
     return gpkernels.input_gradient(critic, points).detach().flatten(1).norm(dim=1)
 
 
-def mean_gradient_norm(
-    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, generator: torch.Generator
-) -> float:
+def mean_gradient_norm(critic: Scores, real: Tensor, fake: Tensor, generator: torch.Generator) -> float:
     """Estimate E |grad D| at interpolates of real and fake."""
     eps = torch.rand(len(real), generator=generator).to(real)
     return gradient_norms(critic, gpkernels.interpolate(real, fake, eps)).mean().item()

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gptrainer.data import DATASETS, MIXTURES, POINTS, load_images
-from gptrainer.metrics.cache import classifier_of
-from gptrainer.metrics.distances import Moments, frechet_distance, inception_score, mode_coverage, wasserstein_1
+from gptrainer.metrics.classifier import classifier_of
+from gptrainer.metrics.distances import frechet_distance, inception_score, mode_coverage, moments, wasserstein_1
 from gptrainer.models import sample
 
 IMAGES = 2000
@@ -33,12 +33,12 @@ class ImageQuality:
         train = load_images(data, data_dir=data_dir)
         self.classifier = classifier_of(data, train)
         self.labelled = train.labels is not None
-        self.latent = _latent_points(latent, seed, IMAGES).to(device)
+        self.latent = torch.randn(IMAGES, latent, generator=torch.Generator().manual_seed(seed)).to(device)
         real = load_images(data, data_dir=data_dir, split="held-out") if DATASETS[data].tested else train
         features = self.classifier.features(real[torch.arange(min(REAL_IMAGES, len(real)))])
-        self.real = Moments.of(features)
+        self.real = moments(features)
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-        halves = [Moments.of(features[half.numpy()]) for half in order.chunk(2)]
+        halves = [moments(features[half.numpy()]) for half in order.chunk(2)]
         self.facts = {
             "classifier_held_out_accuracy": self.classifier.accuracy.item(),
             "frechet_distance_of_real_halves": frechet_distance(*halves),
@@ -52,7 +52,7 @@ class ImageQuality:
     def measure_images(self, images: Tensor) -> dict[str, float]:
         """Measure images, (N, C, H, W), in the range of the data."""
         features = self.classifier.features(images)
-        distance = frechet_distance(Moments.of(features), self.real)
+        distance = frechet_distance(moments(features), self.real)
         return {self.name: distance, **self._score(features, "inception_score")}
 
     def _score(self, features: NDArray[np.float64], name: str) -> dict[str, float]:
@@ -68,7 +68,7 @@ class PointsQuality:
     def __init__(self, data: str, latent: int, seed: int, device: torch.device) -> None:
         self.mixture = MIXTURES.get(data)
         self.name = "wasserstein_1" if self.mixture is None else "share_within_4_sigma"
-        self.latent = _latent_points(latent, seed, POINTS_COUNTED).to(device)
+        self.latent = torch.randn(POINTS_COUNTED, latent, generator=torch.Generator().manual_seed(seed)).to(device)
         real = POINTS[data](POINTS_COUNTED, torch.Generator().manual_seed(seed))
         self.real, other = real[:POINTS_TRANSPORTED], real[POINTS_TRANSPORTED : 2 * POINTS_TRANSPORTED]
         self.facts = {"wasserstein_1_of_real_halves": wasserstein_1(self.real, other)}
@@ -83,10 +83,6 @@ class PointsQuality:
             return distance
         share, modes = mode_coverage(points, self.mixture)
         return {self.name: share, "modes_covered": modes, **distance}
-
-
-def _latent_points(latent: int, seed: int, n: int) -> Tensor:
-    return torch.randn(n, latent, generator=torch.Generator().manual_seed(seed))
 
 
 def build_quality(

@@ -15,8 +15,6 @@ from gptrainer.data import DATASETS, DataSet
 from gptrainer.models import closed_form, dcgan, mlp, resnet, semi_supervised
 from gptrainer.models.layers import CT_DROPOUT, Pair
 
-__all__ = ["NETWORKS", "Network", "build_models", "default_network", "evaluating", "mixes_samples", "sample"]
-
 
 @dataclass(frozen=True)
 class Network:

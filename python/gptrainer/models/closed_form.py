@@ -10,19 +10,6 @@ from gptrainer.models.layers import FeatureCritic, Pair
 from gptrainer.models.mlp import dense
 
 
-class Line(nn.Module):
-    """(theta, u) with u uniform in (0, 1): a line beside the data's at 0 (Arjovsky et al. 2017, example 1)."""
-
-    def __init__(self, theta: float = 1.0) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(theta))
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """Map (N, 1) to (N, 2)."""
-        heights = torch.special.ndtr(latent[:, 0])
-        return torch.stack([self.theta.expand_as(heights), heights], dim=1)
-
-
 class Point(nn.Module):
     """All mass at theta (Mescheder et al. 2018)."""
 
@@ -33,6 +20,14 @@ class Point(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """Map (N, *) to (N, 1)."""
         return self.theta.expand(len(latent), 1)
+
+
+class Line(Point):
+    """(theta, u) with u uniform in (0, 1): a line beside the data's at 0 (Arjovsky et al. 2017, example 1)."""
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Map (N, *) to (N, 2)."""
+        return torch.cat([super().forward(latent), torch.special.ndtr(latent[:, :1])], dim=1)
 
 
 def build_line(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from gptrainer.data import DataSet
 
-Pair = tuple[nn.Module, nn.Module]
-"""A generator and a critic."""
+Pair = tuple[nn.Module, nn.Module]  # a generator and a critic
+Convolution = TypeVar("Convolution", bound=nn.Conv2d | nn.ConvTranspose2d)
 CT_DROPOUT = 0.5  # after each activation, except in residual networks
 
 
@@ -65,7 +65,7 @@ class Uniform(nn.Module):
 
 def to_range(data: DataSet) -> nn.Module:
     """Output activation for the range of a data set's pixels."""
-    return nn.Sigmoid() if data.range[0] == 0 else nn.Tanh()
+    return nn.Sigmoid() if data.scaling.low == 0 else nn.Tanh()
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -78,21 +78,17 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 def convolution(channels: int, out: int, kernel: int, stride: int = 1, *, he: bool = True) -> SameConv2d:
     """Convolution initialised as in the WGAN-GP code, with a fan-out of 1 / stride^2 of the kernel."""
-    layer = SameConv2d(channels, out, kernel, stride)
-    _uniform(layer, channels * kernel**2, out * kernel**2 / stride**2, he)
-    return layer
+    return _uniform(SameConv2d(channels, out, kernel, stride), channels * kernel**2, out * kernel**2 / stride**2, he)
 
 
 def transposed(channels: int, out: int) -> Doubling:
     """Transposed convolution initialised as in the WGAN-GP code, with a fan-in of 1/4 of the kernel."""
-    layer = Doubling(channels, out, 5, 2)
-    _uniform(layer, channels * 25 / 4, out * 25)
-    return layer
+    return _uniform(Doubling(channels, out, 5, 2), channels * 25 / 4, out * 25)
 
 
-def _uniform(layer: nn.Conv2d | nn.ConvTranspose2d, fan_in: float, fan_out: float, he: bool = True) -> None:
+def _uniform(layer: Convolution, fan_in: float, fan_out: float, he: bool = True) -> Convolution:
     """Initialise with variance 4 / (fan_in + fan_out), or half of that (Glorot), and bias 0."""
     bound = math.sqrt(3 * (4 if he else 2) / (fan_in + fan_out))
     nn.init.uniform_(layer.weight, -bound, bound)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(cast(Tensor, layer.bias))
+    return layer

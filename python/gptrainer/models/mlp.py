@@ -10,8 +10,6 @@ from torch import nn
 from gptrainer.data import DataSet
 from gptrainer.models.layers import FeatureCritic, Pair, to_range
 
-DEPTH = 12
-
 
 def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: float = 0.0) -> Pair:
     """Build three hidden layers, for points as in the WGAN-GP code. dropout: after the critic's activations."""
@@ -26,7 +24,7 @@ def build(data: DataSet, latent: int, width: int, batch_norm: bool, *, dropout: 
 
 def build_deep(data: DataSet, latent: int, width: int, batch_norm: bool) -> Pair:
     """Build a critic of 12 hidden layers, whose gradients vanish or explode under clipping."""
-    critic = dense([*data.shape, *[width] * DEPTH, 1], nn.ReLU())
+    critic = dense([*data.shape, *[width] * 12, 1], nn.ReLU())
     return _generator(data, latent, width), FeatureCritic(*critic)
 
 

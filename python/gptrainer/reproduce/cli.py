@@ -13,10 +13,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from gpkernels.arguments import Parser, UserError, check_folder, count
-from gptrainer.interruption import Stopped
 from gptrainer.reproduce import runner
 from gptrainer.reproduce.experiment import Context, Experiment, Size
 from gptrainer.reproduce.experiments import every, find
+from gptrainer.stopping import Stopped
 
 if TYPE_CHECKING:
     from gptrainer.reproduce.report import Section
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt as stop:
         print(f"{PROGRAM}: stopped; finished runs are kept, and the same command continues", file=sys.stderr)
-        return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
+        return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
     failures = _print_results(sections)
     print(f"report  {page}\nnumbers {data}")
     return int(any(outcome.crashed for outcome in outcomes) or (options.strict and failures > 0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkernels.arguments import UserError
-from gptrainer.algorithms import Setup, System, build_system
+from gptrainer.algorithms import System, build_system
 from gptrainer.data import DATASETS
 from gptrainer.data.points import Draw
 from gptrainer.loop import Trainer
@@ -52,7 +52,7 @@ def system_of(algorithm: str, data: str, generator: nn.Module, critic: nn.Module
     """Build a system on given networks, to call its ``critic_step`` with any real and generated batch."""
     draws = Draws(Processes(), seed, torch.device("cpu"))
     config = configure(algorithm, data, seed=seed, **values)
-    return build_system(config, Setup(generator, critic, draws))
+    return build_system(config, generator, critic, draws)
 
 
 def play(
