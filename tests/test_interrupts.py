@@ -31,27 +31,25 @@ name, left = sys.argv[1], int(sys.argv[2])
 sys.setprofile(watch)
 sys.exit(main(sys.argv[3:]))
 """
-CRITIC = ["test_interrupts:Critic", "--input", "4x2"]
-COMMANDS: dict[str, tuple[list[str], dict[str, int]]] = {  # arguments, and moments; JSON is encoded by _iterencode_dict
-    "info": (["info"], {"facts": 1}),
-    "explain": (["explain", *CRITIC], {"explain": 1}),
+CRITIC = "test_interrupts:Critic --input 4x2"
+TRAINING = "--data 8gaussians --width 8 --batch-size 16 --steps 3 --checkpoint-every 1"
+COMMANDS: dict[str, tuple[str, dict[str, int]]] = {  # arguments, and moments; JSON is encoded by _iterencode_dict
+    "info": ("info", {"facts": 1}),
+    "explain": (f"explain {CRITIC}", {"explain": 1}),
     "approximate": (
-        ["explain", *CRITIC, "--approximate", "--draws", "2", "--json", "old.json", "--plot", "old.svg"],
+        f"explain {CRITIC} --approximate --draws 2 --json old.json --plot old.svg",
         {"compare": 1, "_iterencode_dict": 3, "plot": 1},
     ),
     "verify": (
-        ["verify", "--quick", "--op", "penalty_two_sided", "--dtype", "float32", "--json", "old.json"],
+        "verify --quick --op penalty_two_sided --dtype float32 --json old.json",
         {"check_op": 1, "_iterencode_dict": 3},
     ),
     "bench": (
-        "bench ops --quick --seconds 0.001 --case penalty --csv old.csv --json old.json --html old.html".split(),
+        "bench ops --quick --seconds 0.001 --case penalty --csv old.csv --json old.json --html old.html",
         {"measure": 2, "_iterencode_dict": 3, "pictures": 1},
     ),
-    "train": (
-        "train wgan-gp --data 8gaussians --width 8 --batch-size 16 --steps 3 --checkpoint-every 1 --out run".split(),
-        {"parse": 1, "load_batches": 1, "pack": 1, "write_report": 1},
-    ),
-    "reproduce": ("reproduce cauchy-gradients --quick --jobs 1 --out run".split(), {"_reason": 1, "sections": 1}),
+    "train": (f"train wgan-gp {TRAINING} --out run", {"parse": 1, "load_batches": 1, "pack": 1, "write_report": 1}),
+    "reproduce": ("reproduce cauchy-gradients --quick --jobs 1 --out run", {"_reason": 1, "sections": 1}),
 }
 CASES = [(command, moment) for command, (_, moments) in COMMANDS.items() for moment in moments]
 WHOLE: dict[str, Callable[[str], object]] = {
@@ -69,7 +67,8 @@ class Critic(nn.Sequential):
 
 @pytest.mark.parametrize(("command", "moment"), CASES)
 def test_ctrl_c_is_one_line_and_130_and_leaves_files_whole(command: str, moment: str, tmp_path: Path) -> None:
-    arguments, moments = COMMANDS[command]
+    line, moments = COMMANDS[command]
+    arguments = line.split()
     old = [tmp_path / name for name in arguments if name.startswith("old.")]
     for path in old:
         path.write_text("before")
