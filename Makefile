@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test reproduce verify bench docs test-gpu gpu-report test-dist test-load test-sanitize dist lint format install clean
+.PHONY: train test reproduce verify bench docs test-gpu gpu-report test-dist test-load test-sanitize test-threads dist lint format install clean
 
 train: .venv/installed  ## train a WGAN-GP on handwritten digits and show what it made
 	$(BIN)/gpkernels train wgan-gp --data digits
@@ -61,6 +61,22 @@ test-sanitize: install  ## the C++ modules under the address and undefined-behav
 	  $(CURDIR)/$(BIN)/python -m pytest -s -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  -k "not compile and not emulated and not opcheck and not traced and not export and not (power_3 and float64)" \
 	  $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_critic_program.py
+
+THREADED := $(CURDIR)/build/threaded
+test-threads: install  ## the C++ modules under gcc's ThreadSanitizer, which also has to find a race between two threads
+	$(BIN)/cmake -S . -B $(THREADED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_CXX_FLAGS="-g -fsanitize=thread -fno-omit-frame-pointer -Wno-tsan"
+	$(BIN)/cmake --build $(THREADED) --target _C _direct _program
+	gcc -shared -fPIC -O1 -o $(THREADED)/openmp_order.so tests/native/openmp_order.c -ldl
+	rm -rf $(THREADED)/package && mkdir $(THREADED)/package && cp -r gpkernels $(THREADED)/package
+	rm -f $(THREADED)/package/gpkernels/*.so && cp $(THREADED)/_*.so $(THREADED)/package/gpkernels
+	cd $(THREADED)/package && OMP_NUM_THREADS=1 \
+	  TSAN_OPTIONS="history_size=4 suppressions=$(CURDIR)/tests/native/thread_sanitizer.txt" \
+	  LD_PRELOAD="$$(gcc -print-file-name=libtsan.so) $(THREADED)/openmp_order.so" \
+	  $(CURDIR)/$(BIN)/python -m pytest -s -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
+	  -k "(test_threads or thread) and not emulated and not compile" \
+	  $(foreach name,threads load backends contract direct critic_program random,$(CURDIR)/tests/test_$(name).py)
 
 lint: install  ## style, types and C++ format
 	$(BIN)/ruff check .

@@ -35,13 +35,17 @@ EXTRA = ("sklearn", "scipy", "matplotlib", "PIL", "ot", "jinja2", "tqdm", "tyro"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for a user's mistake, and the shell's code of SIGPIPE where the reader is gone."""
+    """Run a command; 0 on success, 2 for a user's mistake, the shell's code of SIGPIPE or SIGINT where those end it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         return 141
+    except KeyboardInterrupt:
+        print(f"gpkernels {arguments[0]}: stopped", file=sys.stderr)
+        return 130
     return code
 
 

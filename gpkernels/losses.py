@@ -43,6 +43,7 @@ from gpkernels.penalties import (
     gradient_penalty,
     r1_penalty,
     r2_penalty,
+    warn_of_batch_norm,
 )
 
 OBJECTIVES: dict[str, tuple[Adversarial, Callable[..., Tensor]]] = {  # of real and fake scores
@@ -262,6 +263,8 @@ class CriticLoss(nn.Module):
             return self._composed(given, task, weights)
         if is_compiling():
             return self._in_graph(given, task, tuple(weights.values()))
+        if weights:
+            warn_of_batch_norm(self.critic, stacklevel=5)
         return self._eagerly(given, task, tuple(weights.values()))
 
     def _eagerly(self, given: Batches, task: Task, weights: Sequence[float]) -> CriticLossParts:

@@ -449,7 +449,7 @@ def _of_gradient(
     return norm.of(gradient, pack)
 
 
-def warn_of_batch_norm(critic: Critic) -> None:
+def warn_of_batch_norm(critic: Critic, stacklevel: int = 4) -> None:
     """Warn once about a critic with BatchNorm in training mode."""
     if not isinstance(critic, nn.Module) or critic in (seen := _looked_at[critic.training]) or transformed():
         return
@@ -457,7 +457,8 @@ def warn_of_batch_norm(critic: Critic) -> None:
     for module in critic.modules():
         if isinstance(module, BatchNorm) and module.training:
             warnings.warn(
-                "the critic has BatchNorm in training mode, which mixes samples: the penalty is not per sample",
-                stacklevel=4,
+                "the critic has BatchNorm in training mode, which mixes samples: the penalty is not per sample; "
+                "LayerNorm, GroupNorm and InstanceNorm keep samples apart",
+                stacklevel=stacklevel,
             )
             return

@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +145,29 @@ def test_a_file_of_something_else_is_named(
     code, _, error = told(capsys, "--compare", str(path), str(path))
     assert code == 2
     assert str(path) in error
+
+
+PROBE = """<script>addEventListener("load", () => {
+  const seen = [document.documentElement, ...document.querySelectorAll(".scroll")];
+  document.title = JSON.stringify(seen.map(element => [element.scrollWidth, element.clientWidth]));
+});</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("name", ["xeon-avx512-1-thread", "xeon-avx512-1-thread-steps", "h200-ops"])
+def test_the_whole_table_of_the_page_is_seen_in_a_window_of_1280_pixels(name: str, tmp_path: Path) -> None:
+    from gpkernels.bench import page
+
+    path = tmp_path / "page.html"
+    rows = results.read(Path(__file__).parent.parent / "bench" / "results" / f"{name}.csv")
+    page.write(path, machine.facts(CPU), rows, ["the machine was busy"])
+    path.write_text(path.read_text().replace("<head>", f"<head>{PROBE}", 1))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", "--dump-dom", path.as_uri()]
+    done = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=120, check=True)
+    (answer,) = re.findall(r"<title>(\[.*?)</title>", done.stdout)
+    widths = json.loads(answer)
+    assert len(widths) == 2
+    assert all(whole <= shown <= 1280 for whole, shown in widths)
 
 
 def test_ctrl_c_while_a_file_is_written_leaves_the_one_before_it(tmp_path: Path) -> None:

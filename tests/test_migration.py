@@ -16,10 +16,9 @@ from torch import Tensor, nn
 import gpkernels
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "migration.md").read_text()
-SECTIONS = {
-    title.strip(): re.findall(r"```python\n(.*?)```", text, re.S)
-    for title, text in re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", PAGE, re.M)
-}
+TEXTS = {title.strip(): text for title, text in re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", PAGE, re.M)}
+SECTIONS = {title: re.findall(r"```python\n(.*?)```", text, re.S) for title, text in TEXTS.items()}
+PARTS = ["Today:", "With gpkernels:", "*Numbers*:", "*Mistake*"]
 N, PAC = 6, 2
 Names = dict[str, Any]
 
@@ -185,6 +184,25 @@ def nan_at_zero(names: Names, blocks: list[str]) -> None:
     torch.testing.assert_close(names["loss"] - names["scores"].mean(), torch.tensor(10.0))
 
 
+def half_of_a_half(names: Names, blocks: list[str]) -> None:
+    run(blocks[2], names)
+    right = names["gamma"] / 2 * gpkernels.r1_penalty(names["critic"], names["real"], critic_args=(names["labels"],))
+    torch.testing.assert_close(names["wrong"], right / 2)
+
+
+def a_call_more_in_lazy_steps(names: Names, blocks: list[str]) -> None:
+    calls = []
+    names["critic"].register_forward_pre_hook(lambda *_: calls.append(1))
+    counted = []
+    for together in (None, False):
+        for block in blocks[:2]:
+            calls.clear()
+            run(block.replace("penalty_every", f"together={together}, penalty_every"), names)
+            counted.append(len(calls))
+    assert counted[0] == 2 * 18 + 2  # the first and the 17th of 18 steps have a penalty
+    assert counted[1] <= counted[3] == 2 * 18
+
+
 def a_call_more(names: Names, blocks: list[str]) -> None:
     calls = []
     names["critic"].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -231,14 +249,14 @@ PAIRS: dict[str, tuple[Callable[[], Names], Callable[[Names, list[str]], None] |
     "PyTorch-GAN: DRAGAN": (images, nearer_points),
     "TF-GAN": (lambda: images() | {"target": 0.05}, None),
     "torchgan": (images, one_norm_of_a_batch),
-    "StudioGAN": (labelled, None),
+    "StudioGAN": (labelled, half_of_a_half),
     "StudioGAN: maximum gradient": (images, None),
     "CTGAN": (table, norm_per_row),
     "deepchem": (molecules, nan_at_zero),
     "GAN_stability": (images, a_call_more),
     "StyleGAN2 and StyleGAN3": (
         lambda: images() | {"batches": [(torch.randn(N, 2, 4, 4), torch.randn(N, 2, 4, 4)) for _ in range(18)]},
-        None,
+        a_call_more_in_lazy_steps,
     ),
     "R3GAN": (images, a_matrix_of_sums),
     "IGR": (points, None),
@@ -287,6 +305,14 @@ def test_a_mistake_does_what_the_page_says(title: str) -> None:
     check = PAIRS[title][1]
     assert check is not None
     check(PAIRS[title][0](), SECTIONS[title])
+
+
+@pytest.mark.parametrize("title", PAIRS)
+def test_every_section_has_both_blocks_what_changes_and_the_mistakes(title: str) -> None:
+    places = [TEXTS[title].find(part) for part in PARTS]
+    assert places[0] >= 0
+    assert places == sorted(places)
+    assert ("*Mistake*: none seen" not in TEXTS[title]) == (title in MISTAKEN)
 
 
 def test_blocks_beyond_the_pair_belong_to_a_mistake() -> None:

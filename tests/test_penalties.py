@@ -241,6 +241,20 @@ def test_batch_norm_works_as_in_pytorch_and_warns_once(backend: str) -> None:
         gpk.r1_penalty(critic, real)
 
 
+def test_a_loss_of_a_critic_with_batch_norm_warns_where_it_is_called_once_with_the_cure() -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+    real, fake = torch.randn(N, 6), torch.randn(N, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gpk.CriticLoss(critic, penalty="none")(real, fake)
+    with pytest.warns(UserWarning, match="BatchNorm.*LayerNorm") as found:
+        gpk.CriticLoss(critic)(real, fake)
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gpk.CriticLoss(critic)(real, fake)
+
+
 def test_batch_norm_in_evaluation_mode_is_per_sample_and_does_not_warn(backend: str) -> None:
     critic = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1)).eval()
     with warnings.catch_warnings():
