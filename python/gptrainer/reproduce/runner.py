@@ -94,10 +94,10 @@ def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int]
         return failures
     pace = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     processes = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, processes, _leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(jobs, processes)
     with tqdm(total=total, initial=total - len(due), desc="reproduce", unit="run", mininterval=pace) as bar:
         try:
-            left: dict[Future[str], Task] = {pool.submit(run_task, task): task for task in due}
+            left = _submitted(pool, due)
             while left:
                 bar.set_postfix_str(
                     ", ".join(_label(task) for future, task in left.items() if future.running()),
@@ -119,8 +119,13 @@ def _run_all(due: Sequence[Task], total: int, jobs: int) -> dict[tuple[str, int]
     return failures
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _submitted(pool: ProcessPoolExecutor, due: Sequence[Task]) -> dict[Future[str], Task]:
+    """Start the processes, which leave SIGINT to this one: they inherit that it is ignored, from their imports on."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return {pool.submit(run_task, task): task for task in due}
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _reason(future: Future[str]) -> str:
