@@ -40,7 +40,7 @@ def test_a_dry_run_fills_a_report(tmp_path: Path) -> None:
     assert list(results) == ["info", "tests", "verify", "bench ops", "programs"]
     assert results["info"]["torch"] == torch.__version__
     assert results["tests"]["failed"] == []
-    assert results["tests"]["passed"] + results["tests"]["skipped"] > 100
+    assert results["tests"]["passed"] > 30
     assert results["verify"]["passed"] > 0
     assert results["verify"]["failed"] == []
     assert {row["peer"] for row in results["bench ops"]["rows"]} == {"gpkernels", "eager", "limit"}

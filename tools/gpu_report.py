@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = "tests/test_gpu.py"
+NEED_NO_GPU = "small_critics"  # tests of that file
 SANITIZERS = {
     "memcheck": "raw_op",
     "racecheck": "raw_op",
@@ -72,11 +74,12 @@ def parts(folder: Path, device: str, dry: bool) -> list[Part]:
     """Return the parts of a report. dry: the smallest of each, on a CPU."""
     cli = [sys.executable, "-m", "gpkernels"]
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", GPU_TESTS]
+    some = ["-k", NEED_NO_GPU] if dry else []
     quick = ["--quick", "--seconds", "0.01"] if dry else []
     bench = [*cli, "bench", "--device", device, *quick]
     found = [
         Part("info", [*cli, "info", "--json"], "stdout", read_json),
-        Part("tests", [*tests, f"--junitxml={folder / 'tests.xml'}"], "tests.xml", read_tests),
+        Part("tests", [*tests, *some, f"--junitxml={folder / 'tests.xml'}"], "tests.xml", read_tests),
     ]
     tool = shutil.which("compute-sanitizer")
     for name, chosen in SANITIZERS.items():
@@ -133,7 +136,7 @@ def main() -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_report: expected a GPU that PyTorch sees, got none; --dry-run runs on the CPU", file=sys.stderr)
         return 2
-    device = "cpu" if options.dry_run else "cuda"
+    device = os.environ["GPK_TEST_DEVICE"] = "cpu" if options.dry_run else "cuda"
     name = "dry run" if options.dry_run else torch.cuda.get_device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out = options.out or ROOT / "bench" / "results" / f"{slug}-report.json"
