@@ -83,6 +83,16 @@ def _task_of(
     return Task(adversarial, tuple([(n, norms[n]) for n in penalties]), term, wanted, pack, several)
 
 
+_ELSEWHERE = "elsewhere"  # in the metadata of a saved loss: that the critic is saved with another module
+
+
+def _place(x: Any) -> object:
+    """Return what saved tensors have in common if they are one; anything else is equal to itself alone."""
+    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter) or x.data_ptr() == 0:
+        return object()
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
 class CriticLoss(nn.Module):
     r"""Whole loss of a critic, whose parts share forward and backward passes.
 
@@ -142,9 +152,9 @@ class CriticLoss(nn.Module):
 
     Note:
         The critic is a submodule, so that ``state_dict`` and ``DistributedDataParallel(CriticLoss(critic))`` contain
-        it. In a module that holds the critic, too, such as a ``LightningModule``, keep the loss as
-        ``self.critic_loss = CriticLoss(self.critic).forward``: it is called in the same way, is no submodule, and the
-        module's ``state_dict`` has the critic's weights once. Copied and pickled losses keep options and ``calls``.
+        it. In a module that has the critic before, such as a ``LightningModule`` with ``self.critic`` and
+        ``self.critic_loss = CriticLoss(self.critic)``, the module's ``state_dict`` has the critic's weights once, as
+        ``critic``'s. Copied and pickled losses keep options and ``calls``.
 
     Example:
         Made once, and called in each critic step:
@@ -221,6 +231,28 @@ class CriticLoss(nn.Module):
             raise TypeError(f"together: expected None, True or False, got {together!r}")
         self.together = together
         self._seen = Seen()
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return the critic's state, without what a surrounding module has of it already."""
+        saved = {_place(x) for x in destination.values()} if destination else set()
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        own = [name for name in state if name.startswith(f"{prefix}critic.")]
+        if own and all(_place(state[name]) in saved for name in own):
+            for name in own:
+                del state[name]
+            getattr(state, "_metadata", {}).get(prefix[:-1], {})[_ELSEWHERE] = True
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *others: Any
+    ) -> None:
+        own = f"{prefix}critic."
+        # Formats such as safetensors keep no metadata of modules, which begins with a version.
+        elsewhere = local_metadata.get(_ELSEWHERE, "version" not in local_metadata)
+        absent = prefix and isinstance(self.critic, nn.Module) and not any(name.startswith(own) for name in state_dict)
+        if absent and elsewhere:
+            state_dict.update(self.critic.state_dict(prefix=own, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def forward(
         self,

@@ -46,7 +46,7 @@ class Gan(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.critic = mlp(6, 16, 1)
-        self.critic_loss = gpk.CriticLoss(self.critic).forward
+        self.critic_loss = gpk.CriticLoss(self.critic)
 
 
 def _trained_by_hand(critic: nn.Module, data: Batches, steps: int, lr: float = 0.05) -> nn.Module:
@@ -74,7 +74,7 @@ def test_lightning_trains_by_manual_optimisation_and_keeps_the_weights_once(tmp_
             super().__init__()
             self.automatic_optimization = False
             self.critic = mlp(6, 16, 1)
-            self.critic_loss = gpk.CriticLoss(self.critic).forward
+            self.critic_loss = gpk.CriticLoss(self.critic)
 
         def training_step(self, batch: list[Tensor]) -> None:
             real, fake, eps = batch
@@ -98,6 +98,75 @@ def test_lightning_trains_by_manual_optimisation_and_keeps_the_weights_once(tmp_
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert sorted(saved) == sorted(f"critic.{name}" for name in module.critic.state_dict())
     _assert_same(Module.load_from_checkpoint(tmp_path / "last.ckpt").critic, exact)
+
+
+class LossFirst(nn.Module):
+    """The loss comes before the critic, or instead of it."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        critic = mlp(6, 16, 1)
+        self.critic_loss = gpk.CriticLoss(critic)
+        if both:
+            self.critic = critic
+
+
+def _is_restored(module: nn.Module, state: dict[str, Any], **options: Any) -> bool:
+    found, exact = (list(m.parameters()) for m in (module, copy.deepcopy(module)))
+    with torch.no_grad():
+        for x in found:
+            x.zero_()
+    module.load_state_dict(copy.deepcopy(state), **options)
+    return all(torch.equal(a, b) for a, b in zip(module.parameters(), exact, strict=True))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_module_that_holds_critic_and_loss_saves_the_weights_once(assign: bool) -> None:
+    gan = Gan()
+    state = copy.deepcopy(gan.state_dict())
+    assert list(state) == [f"critic.{name}" for name in gan.critic.state_dict()]
+    assert list(gan.critic_loss.state_dict()) == list(state)
+    assert _is_restored(gan, state, assign=assign)
+    assert _is_restored(gan, dict(state), assign=assign)  # without metadata, as from safetensors
+    twice = {**state, **{f"critic_loss.{name}": x for name, x in state.items()}}
+    assert _is_restored(gan, twice, assign=assign)  # as plain modules save it
+    with pytest.raises(RuntimeError, match=r'Missing key.*"critic\.0\.weight"'):
+        gan.load_state_dict({name: x for name, x in state.items() if name != "critic.0.weight"})
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_loss_that_comes_first_saves_its_critic(both: bool) -> None:
+    module = LossFirst(both)
+    state = copy.deepcopy(module.state_dict())
+    names = list(module.critic_loss.critic.state_dict())
+    assert [name for name in state if name.startswith("critic_loss.")] == [f"critic_loss.critic.{n}" for n in names]
+    assert _is_restored(module, state)
+    for name in names:
+        del state[f"critic_loss.critic.{name}"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"critic_loss\.critic\.0\.weight"'):
+        module.load_state_dict(state)
+
+
+def test_critics_that_are_equal_but_not_one_are_both_saved() -> None:
+    gan = Gan()
+    gan.critic_loss = gpk.CriticLoss(copy.deepcopy(gan.critic))
+    assert len(gan.state_dict()) == 2 * len(gan.critic.state_dict())
+    with torch.device("meta"):
+        gan = Gan()
+    assert len(gan.state_dict()) == 2 * len(gan.critic.state_dict())  # nothing tells them apart there
+
+
+def test_a_checkpoint_of_several_processes_restores_critic_and_loss() -> None:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    gan = Gan()
+    state = copy.deepcopy(get_model_state_dict(gan))
+    exact = [x.clone() for x in gan.parameters()]
+    with torch.no_grad():
+        for x in gan.parameters():
+            x.zero_()
+    set_model_state_dict(gan, state)
+    assert all(torch.equal(a, b) for a, b in zip(gan.parameters(), exact, strict=True))
 
 
 @pytest.fixture
