@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.call import scores_of
-from gpkernels.ops.checks import check_batch, check_number
+from gpkernels.ops.checks import check_batch, check_callable, check_number
 from gpkernels.ops.gradient_norm_penalty import check_reduction
 from gpkernels.ops.instance_noise import add_instance_noise
 from gpkernels.ops.tensors import accumulation_dtype
@@ -77,8 +77,7 @@ def approximate_r1_penalty(
         Lin et al., "Diffusion Adversarial Post-Training for One-Step Video Generation", 2025.
         https://arxiv.org/abs/2501.08316
     """
-    if not callable(critic):
-        raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+    check_callable("critic", critic)
     check_batch("real", real)
     sigma = check_number("sigma", sigma)
     if not 0 < sigma < math.inf:  # nor NaN

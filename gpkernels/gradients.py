@@ -14,7 +14,7 @@ from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gathered import with_gathered
 from gpkernels.critic.gradient import Begun, Inputs, at_once, value_and_gradient
-from gpkernels.ops.checks import check_floating, check_own
+from gpkernels.ops.checks import check_callable, check_floating, check_own
 
 Model = Callable[..., Any]
 
@@ -127,8 +127,7 @@ def gradient_of(
 
 
 def _checked(model: Model, x: Any, name: str) -> Inputs:
-    if not callable(model):
-        raise TypeError(f"{name}: expected a module or a callable, got {type(model).__name__}")
+    check_callable(name, model)
     inputs = Inputs(x)
     if not inputs.tensors:
         if isinstance(x, Tensor):

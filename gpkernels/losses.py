@@ -18,6 +18,7 @@ from gpkernels.critic.step import Batches, critic_step, groups_of, named, step_a
 from gpkernels.critic.together import Seen
 from gpkernels.ops.checks import (
     check_batch,
+    check_callable,
     check_eps,
     check_finite,
     check_nonnegative,
@@ -203,8 +204,7 @@ class CriticLoss(nn.Module):
         together: bool | None = None,
     ) -> None:
         super().__init__()
-        if not callable(critic):
-            raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+        check_callable("critic", critic)
         if objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
         self.critic = critic

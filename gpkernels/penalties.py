@@ -23,7 +23,7 @@ from gpkernels.critic.gathered import may_be_sharded, with_gathered
 from gpkernels.critic.parts import Between, Norm, Task, points_of
 from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
 from gpkernels.gradients import gradient_of
-from gpkernels.ops.checks import check_batch, check_eps, check_nonnegative, check_pack, check_pair
+from gpkernels.ops.checks import check_batch, check_callable, check_eps, check_nonnegative, check_pack, check_pair
 from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, check_power, check_reduction
 from gpkernels.ops.instance_noise import instance_noise_op
 from gpkernels.ops.interpolate import draw_eps
@@ -416,8 +416,7 @@ def _penalty(
     begun: Begun | None = None,
 ) -> Tensor:
     """Compute the penalty at the points, by PyTorch's own operations where more derivatives may follow."""
-    if not callable(critic):
-        raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+    check_callable("critic", critic)
     if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
         return _of_gradient(critic, points, norm, pack, args, kwargs)
     task = (_task.__wrapped__ if is_compiling() else _task)(norm, torch.is_grad_enabled(), pack)

@@ -138,6 +138,7 @@ CRITIC = functools.partial(torch.sum, dim=1)
     ("arguments", "options", "error", "said"),
     [
         ((3, REAL), {}, TypeError, "critic: expected a module or a callable, got int"),
+        ((nn.Flatten, REAL), {}, TypeError, "critic: expected a module or a callable, got the class Flatten; constr"),
         ((CRITIC, [1.0]), {}, TypeError, "real: expected a tensor, got list"),
         ((CRITIC, REAL.long()), {}, TypeError, "real: expected a dense floating-point tensor"),
         ((CRITIC, torch.tensor(1.0)), {}, ValueError, "real: expected a batch"),

@@ -543,3 +543,17 @@ def test_autocast_gives_a_float32_penalty_and_finite_gradients(name: str, backen
         grads = [p.grad for p in critic.parameters() if p.grad is not None]
         assert grads
         assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("given", [3, nn.Linear], ids=["a number", "a class"])
+def test_what_is_no_critic_is_refused_by_name(given: Any) -> None:
+    x = torch.randn(4, 2)
+    for call in (
+        lambda: gpk.CriticLoss(given),
+        lambda: gpk.r1_penalty(given, x),
+        lambda: gpk.gradient_penalty(given, x, x),
+    ):
+        with pytest.raises(
+            TypeError, match=r"critic: expected a module or a callable, got (int|the class Linear; const)"
+        ):
+            call()

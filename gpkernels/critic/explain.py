@@ -27,7 +27,7 @@ from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
-from gpkernels.ops.checks import check_batch
+from gpkernels.ops.checks import check_batch, check_callable
 
 _KINDS = {
     "CompiledFunctionBackward": "it is compiled",
@@ -66,8 +66,7 @@ def explain(critic: Callable[..., Any], example: Tensor) -> Explanation:
         ['linear', 'tanh', 'linear']
     """
     check_batch("example", example)
-    if not callable(critic):
-        raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+    check_callable("critic", critic)
     with torch.enable_grad():
         return _Explainer(critic, example).explanation()
 

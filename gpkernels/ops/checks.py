@@ -30,6 +30,14 @@ def check_batch(name: str, x: object) -> None:
         raise ValueError(f"{name}: expected a batch of at least one sample, got shape {tuple(x.shape)}")
 
 
+def check_callable(name: str, critic: object) -> None:
+    """Raise TypeError unless ``critic`` can be called; a class is taken for one that was not constructed."""
+    if not callable(critic):
+        raise TypeError(f"{name}: expected a module or a callable, got {type(critic).__name__}")
+    if isinstance(critic, type):
+        raise TypeError(f"{name}: expected a module or a callable, got the class {critic.__name__}; construct it")
+
+
 def check_own(name: str, x: Tensor) -> None:
     """Raise TypeError for samples that are distributed over processes."""
     if is_distributed(x):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gpkernels.critic.call import scores_of, uncompiled
 from gpkernels.critic.explain import explain
 from gpkernels.critic.follow import modules_of, restored
-from gpkernels.ops.checks import check_batch
+from gpkernels.ops.checks import check_batch, check_callable
 
 NO_GRADIENT = "no gradient"
 POINTS = 5  # a kink may be close to one, and the cut part of the gradient orthogonal to a direction
@@ -60,8 +60,7 @@ def lint_critic(critic: Callable[..., Any], example: Tensor) -> list[Finding]:
             tensor.
         ValueError: ``example`` is empty.
     """
-    if not callable(critic):
-        raise TypeError(f"critic: expected a module or a callable, got {type(critic).__name__}")
+    check_callable("critic", critic)
     check_batch("example", example)
     with torch.enable_grad(), uncompiled():
         return list(_Lint(critic, example.detach()).findings())
