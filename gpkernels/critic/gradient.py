@@ -363,9 +363,8 @@ def _checked(outputs: Sequence[Tensor], start: int) -> Graph:
 
 def rows_of(inputs: Sequence[Tensor]) -> int | None:
     """Return the batch size that all inputs share, or None."""
-    sizes = {x.shape[:1] for x in inputs}
-    (size,) = sizes if len(sizes) == 1 else ((),)
-    return size[0] if size else None
+    sizes = [x.shape[0] if x.dim() else None for x in inputs]  # symbolic sizes have no hash
+    return sizes[0] if sizes and all(n == sizes[0] for n in sizes) else None
 
 
 def _nobody(what: Hashable, given: Given) -> Given:

@@ -112,7 +112,7 @@ def _passes(
         wide = accumulation_dtype(like.dtype)
         zero = lambda: torch.zeros((), dtype=wide, device=like.device)  # noqa: E731
         # The gradients cannot be attached to the weights, or the calls made here are not recorded.
-        if backends.program is None or not (is_compiling() or watched()):
+        if backends.program is None:
             calls = zip(names, batches, outputs, strict=True)
             plain = [Plain(tuple(groups), x, list(some)) for groups, x, some in calls]
             loss, *others = losses(plain, task, weights)
@@ -143,9 +143,12 @@ def gradient_in_graph(
     if not is_compiling():
         found: tuple[Any, Any] = outside(otherwise)
         return found
-    moved = [_batch([x], True) for x in inputs.tensors]
-    with torch.enable_grad():
-        output = model(inputs.filled(moved), *args, **kwargs)
+    moved: list[Tensor] = []
+    output = None
+    for _ in range(1):  # Dynamo resumes a function after a graph break, without the graph before it, unless in a loop
+        moved = [_batch([x], True) for x in inputs.tensors]
+        with torch.enable_grad():
+            output = model(inputs.filled(moved), *args, **kwargs)
     made = Made.of(output, moved, name)
     outputs = made.outputs
     given = _gradient(outputs, made.score, moved, inputs.tensors, name)
