@@ -535,6 +535,14 @@ def test_hooks_beside_gradients_at_the_samples() -> None:
         compiled(lambda x: gpk.input_gradient(critic, x))(real)
 
 
+def test_gradients_at_the_samples_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "program", None)
+    critic, (real, fake, eps) = mlp(6, 8, 1).double(), batch(5, 6)
+    real.requires_grad_()
+    loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
+    torch.testing.assert_close(*(torch.autograd.grad(y, real) for y in (loss, -critic(real).mean())))
+
+
 class Spread(nn.Module):
     """A critic whose samples are broadcast against weights on an axis that is not the last."""
 
