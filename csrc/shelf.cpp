@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -239,10 +240,31 @@ at::Tensor joint(const py::handle& node, uint32_t number) {
   return made;
 }
 
+// Whether backward calls hooks at an input, or at a node that outputs depend on. Leaves are not asked: gradients are
+// delivered to them. Unlike Shelf::hooked this reads no sizes, which are symbolic in a compiler's graph.
+bool any_hooks(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& inputs) {
+  if (std::any_of(inputs.begin(), inputs.end(), &has_hooks)) return true;
+  std::vector<Node*> stack;
+  std::unordered_set<const Node*> seen;
+  const auto visit = [&](const Edge& at) {
+    if (at.function && at.function->num_outputs() && seen.insert(at.function.get()).second)
+      stack.push_back(at.function.get());
+  };
+  for (const at::Tensor& x : outputs) visit(torch::autograd::impl::gradient_edge(x));
+  while (!stack.empty()) {
+    Node* node = stack.back();
+    stack.pop_back();
+    if (!node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty()) return true;
+    for (const Edge& edge : node->next_edges()) visit(edge);
+  }
+  return false;
+}
+
 }  // namespace
 
 void add_shelf(pybind11::module_& module) {
   module.def("joint", &joint);
+  module.def("any_hooks", &any_hooks);
   py::class_<Log, std::shared_ptr<Log>>(module, "Log").def(py::init<py::list, py::object>());
   py::class_<Check>(module, "Check")
       .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),

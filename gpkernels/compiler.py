@@ -95,6 +95,7 @@ class _Lists:
         self.known: tuple[int, list[int]] | None = None  # an output with precomputed gradients, and their inputs
         self.backward: Program | None = None
         self.differentiable: list[int] = []  # places among the outputs
+        self.strides: list[tuple[int, ...]] = []  # of their cotangents, for which calls were recorded
 
     def run(self, inputs: Sequence[Any]) -> Any:
         results: list[Any] = self.forward.run([inputs[i] for i in self.places], _nobody)
@@ -131,8 +132,16 @@ class _Replayed(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        assert ctx.lists.backward is not None
-        return None, None, *ctx.lists.backward.run([*ctx.saved_tensors, *cotangents], _nobody)
+        lists: _Lists = ctx.lists
+        assert lists.backward is not None
+        given = [_laid_out(c, strides) for c, strides in zip(cotangents, lists.strides, strict=True)]
+        return None, None, *lists.backward.run([*ctx.saved_tensors, *given], _nobody)
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 class _Bridged(Function):
@@ -308,7 +317,7 @@ def _with_backward(
     outs = [writer.slot(x) for x in detached]
     lists = made(Program(forward_calls, inputs, [*outs, *saved], writer.aliases))
     lists.backward = Program(calls, [*saved, *given], grads, writer.aliases)
-    lists.differentiable = differentiable
+    lists.differentiable, lists.strides = differentiable, [x.stride() for x in cotangents]
     return lists
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, overrides
 from torch._C import _autograd, _functorch
+from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher  # decomposes as in traces
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # an operator on graphs, in compiled code
 from torch._ops import OpOverload as OpOverload
 from torch.autograd import forward_ad

@@ -489,11 +489,87 @@ class Own(nn.Module):
         return self.top(h).squeeze(1)
 
 
-def test_custom_functions_and_calls_without_a_rule() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_custom_functions_and_calls_without_a_rule(backend: str) -> None:
     critic = Own().double()
     real, fake, eps = batch(5, 6)
-    ours = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
+    ours = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss, backend)(real, fake, eps)
     assert_exactly_as(ours, plain_loss(critic, real, fake, eps), critic)
+
+
+class Hooked(nn.Module):
+    """A critic that registers a hook on the gradient of its batch, of an activation or of a computed weight."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.a, self.top, self.where = nn.Linear(6, 6), nn.Linear(6, 1), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, weight = self.a(x).tanh(), self.top.weight * 1.5
+        place = {"batch": x, "activation": h, "weight": weight}[self.where]
+        if place.requires_grad:
+            place.register_hook(lambda g: 2 * g)
+        return F.linear(h, weight)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("where", ["batch", "activation", "weight"])
+def test_hooks_of_a_critic_on_gradients_are_called(where: str, backend: str) -> None:
+    critic = Hooked(where).double()
+    real, fake, eps = batch(5, 6)
+    loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss, backend)
+    assert_exactly_as(loss(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+    penalty = compiled(lambda x: gpk.r1_penalty(critic, x, reduction="none").mean(), backend)
+    assert_exactly_as(penalty(real), plain_penalty(critic, real, 0.0), critic)
+
+
+def test_hooks_beside_gradients_at_the_samples() -> None:
+    critic = Hooked("activation").double()
+    real, fake, eps = batch(5, 6)
+    real.requires_grad_()
+    loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
+    (found,) = torch.autograd.grad(loss, real)
+    (exact,) = torch.autograd.grad(-critic(real).mean(), real)
+    torch.testing.assert_close(found, exact)
+    with pytest.raises(RuntimeError, match="model registers hooks on gradients, and x requires a gradient"):
+        compiled(lambda x: gpk.input_gradient(critic, x))(real)
+
+
+def test_gradients_at_the_samples_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "program", None)
+    critic, (real, fake, eps) = mlp(6, 8, 1).double(), batch(5, 6)
+    real.requires_grad_()
+    loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
+    torch.testing.assert_close(*(torch.autograd.grad(y, real) for y in (loss, -critic(real).mean())))
+
+
+class Spread(nn.Module):
+    """A critic whose samples are broadcast against weights on an axis that is not the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.top = nn.Parameter(torch.randn(3, 6)), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top((x[:, None].expand(-1, 3, -1) * self.weight).tanh().sum(1))
+
+
+def test_broadcast_samples_of_a_dynamic_number() -> None:
+    critic = Spread().double()
+    loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss, dynamic=True)
+    penalty = compiled(lambda x: gpk.input_gradient(critic, x).square().flatten(1).sum(1).mean(), dynamic=True)
+    for n in (5, 3):
+        real, fake, eps = batch(n, 6)
+        assert_exactly_as(loss(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+        assert_exactly_as(penalty(real), plain_penalty(critic, real, 0.0), critic)
+
+
+def test_batch_norm_by_running_statistics() -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double().eval()
+    real, fake, eps = batch(5, 6)
+    loss = gpk.CriticLoss(critic)
+    step = compiled(lambda r, f, e: loss(r, f, eps=e).loss)
+    assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
 
 
 @pytest.mark.parametrize("make", [Broken, lambda: SMALL["GRU, N 4"].make()])
@@ -502,8 +578,12 @@ def test_a_critic_that_breaks_the_graph_goes_as_outside(make: Callable[[], nn.Mo
     real, fake, eps = batch(8, 6) if isinstance(critic, Broken) else batch(*SMALL["GRU, N 4"].shape)
     step = torch.compile(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss, backend="aot_eager")
     penalty = torch.compile(lambda r, f, e: gpk.gradient_penalty(critic, r, f, eps=e), backend="aot_eager")
+    gradient = torch.compile(
+        lambda x: gpk.input_gradient(critic, x).flatten(1).square().sum(1).mean(), backend="aot_eager"
+    )
     for _ in range(2):
         exact = plain_penalty(critic, plain_points(real, fake, eps, "wgan-gp"))
+        assert_exactly_as(gradient(real), plain_penalty(critic, real, 0.0), critic)
         assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
         assert_same(gradients(penalty(real, fake, eps), critic), gradients(exact, critic))
 

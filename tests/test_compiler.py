@@ -116,6 +116,16 @@ def test_outputs_of_all_kinds_and_gradients_of_inputs() -> None:
     assert counted.run == counted.made
 
 
+def test_cotangents_of_any_strides() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double()
+    step, counted = compiled(lambda x: net(x).reshape(8, 3))
+    for _ in range(3):
+        x, weight = torch.randn(4, 6).double(), torch.randn(3, 8).double()
+        ours, exact = [(weight * f(x).t().contiguous()).sum() for f in (step, lambda x: net(x).reshape(8, 3))]
+        assert_exactly_as(ours, exact, net)
+    assert counted.run == counted.made
+
+
 def test_buffers_are_written_and_their_versions_raised() -> None:
     total = torch.zeros(3)
 

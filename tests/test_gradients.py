@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import gpkernels as gpk
 from counting import counted
@@ -471,6 +472,21 @@ def test_compiled(name: str, backend: str) -> None:
             ours_at, exact_at = (torch.autograd.grad(u, leaves, allow_unused=True) for u in (ours, exact))
             for a, b in zip(ours_at, exact_at, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
+def test_tangents_of_weights_reach_both_results(trains: bool, graph: bool) -> None:
+    x, weight, along = (torch.randn(n, 6).double() for n in (5, 6, 6))
+
+    def both(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return gpk.value_and_input_gradient(lambda x: torch.tanh(x @ weight).sum(1), x)
+
+    _, exact = torch.func.jvp(both, (weight,), (along,))
+    with forward_ad.dual_level(), torch.set_grad_enabled(graph):
+        results = both(forward_ad.make_dual(weight.clone().requires_grad_(trains), along))
+        tangents = tuple(forward_ad.unpack_dual(result).tangent for result in results)
+    torch.testing.assert_close(tangents, exact)
 
 
 def test_bad_input_names_the_argument() -> None:

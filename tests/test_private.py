@@ -11,6 +11,7 @@ from threading import get_ident
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -202,6 +203,13 @@ def stance() -> None:
     private.set_stance(before)
     compiled(torch.ones(2))
     assert ran
+
+
+def python_dispatcher() -> None:
+    x, weight = torch.ones(2, 3), torch.ones(3, requires_grad=True)
+    with private.enable_python_dispatcher():
+        y = F.batch_norm(x, torch.zeros(3), torch.ones(3), weight)
+    assert type(y.grad_fn).__name__ == "NativeBatchNormLegitNoTrainingBackward0"
 
 
 def of_the_compiler() -> None:
@@ -409,6 +417,7 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     batched: ("is_batched", "is_legacy_batched"),
     overloads: ("HigherOrderOperator", "OpOverload", "_overloadpacket", "_schema"),
     batch_norm: ("BatchNorm",),
+    python_dispatcher: ("enable_python_dispatcher",),
     dispatch_modes: ("TorchDispatchMode", "dispatch_mode", "without_dispatch_modes"),
     trees: ("tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"),
     lists_of_tensors: ("foreach_add", "foreach_add_", "foreach_mul", "foreach_mul_"),

@@ -21,7 +21,7 @@ from gpkernels.critic.graph import Graph
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.step import LARGE
 from gpkernels.critic.together import Check, Differs, Log, Seen, Watch, keeps_apart, settled
-from gpkernels.private import HigherOrderOperator, compiler_lacks, restart_of_trace
+from gpkernels.private import HigherOrderOperator, compiler_lacks, enable_python_dispatcher, restart_of_trace
 
 
 class Foreseen:
@@ -144,7 +144,7 @@ def _made(ctx: Any, mode: Any) -> Tensor | None:
     if any(isinstance(node.target, HigherOrderOperator) for node in nodes):
         return None
     try:
-        with ctx.get_local("x").as_fake().fake_mode, torch.enable_grad(), mode:
+        with ctx.get_local("x").as_fake().fake_mode, enable_python_dispatcher(), torch.enable_grad(), mode:
             for node in nodes:
                 args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
                 if node.op == "call_function":

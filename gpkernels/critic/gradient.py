@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd
@@ -307,7 +307,7 @@ def _moved(x: Tensor, graph: bool, dual: bool) -> Tensor:
 def _by_engine(made: Made, source: Inputs, graph: bool, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Compute outputs and gradients by autograd's engine."""
     outputs, inputs = made.outputs, made.inputs
-    if backends.program is not None:
+    if backends.program is not None and dual_level() < 0:
         found = native().by_engine(outputs, inputs, made.score, source.wanted, graph)
         if found is not None:
             return found[: len(outputs)], found[len(outputs) :]
@@ -317,7 +317,13 @@ def _by_engine(made: Made, source: Inputs, graph: bool, name: str) -> tuple[Sequ
     gradients = torch.autograd.grad(scores, inputs, ones, create_graph=graph, allow_unused=True)
     if all(g is None for g in gradients):
         raise constant_scores(name)
-    return outputs if graph else [u.detach() for u in outputs], gradients
+    return outputs if graph else [_without_graph(u) for u in outputs], gradients
+
+
+def _without_graph(x: Tensor) -> Tensor:
+    """Detach a tensor, but keep its forward-mode tangent."""
+    tangent = forward_ad.unpack_dual(x).tangent if dual_level() >= 0 else None
+    return x.detach() if tangent is None else forward_ad.make_dual(x.detach(), tangent.detach())
 
 
 def _recorded(
@@ -363,9 +369,8 @@ def _checked(outputs: Sequence[Tensor], start: int) -> Graph:
 
 def rows_of(inputs: Sequence[Tensor]) -> int | None:
     """Return the batch size that all inputs share, or None."""
-    sizes = {x.shape[:1] for x in inputs}
-    (size,) = sizes if len(sizes) == 1 else ((),)
-    return size[0] if size else None
+    sizes = [x.shape[0] if x.dim() else None for x in inputs]  # symbolic sizes have no hash
+    return sizes[0] if sizes and all(n == sizes[0] for n in sizes) else None
 
 
 def _nobody(what: Hashable, given: Given) -> Given:

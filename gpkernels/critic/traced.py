@@ -24,8 +24,7 @@ from gpkernels.critic.generic import Outsider
 from gpkernels.critic.gradient import Gradient, Halves, Inputs, Made, by_itself, rows_of
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.layers import LAYERS
-from gpkernels.critic.parts import Between, Task, constant_scores, points_of
-from gpkernels.critic.program import watched
+from gpkernels.critic.parts import Between, Task, constant_scores, points_of, rows_of_group
 from gpkernels.critic.run import VALUES
 from gpkernels.critic.together import Seen, keeps_apart
 from gpkernels.critic.work import Known, work
@@ -111,12 +110,15 @@ def _passes(
         like = outputs[0][0]
         wide = accumulation_dtype(like.dtype)
         zero = lambda: torch.zeros((), dtype=wide, device=like.device)  # noqa: E731
-        # The gradients cannot be attached to the weights, or the calls made here are not recorded.
-        if backends.program is None or not (is_compiling() or watched()):
+        if _left_to_autograd([u for some in outputs for u in some], batches):
             calls = zip(names, batches, outputs, strict=True)
             plain = [Plain(tuple(groups), x, list(some)) for groups, x, some in calls]
             loss, *others = losses(plain, task, weights)
             assert loss is not None
+            given = _at_samples(loss, plain, sources) if wants else []
+            if given:
+                with torch.enable_grad():
+                    loss = loss + _Deliver.apply(zero(), len(given), *[g for _, g in given], *[x for x, _ in given])
             return loss, *(zero() if x is None else x.detach() for x in others)
         passes = [_Traced(*one, wants, task.pack) for one in zip(outputs, batches, names, strict=True)]
         unit = torch.ones((), dtype=wide, device=like.device)
@@ -131,6 +133,26 @@ def _passes(
     return loss, *(zero() if x is None else x for x in others)
 
 
+def _left_to_autograd(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether gradients cannot be attached to the weights, or hooks that the critic registers have to be called."""
+    if backends.program is None:
+        return True
+    return bool(backends.program.any_hooks([u for u in outputs if u.requires_grad], list(inputs)))
+
+
+def _at_samples(
+    loss: Tensor, calls: Sequence[Plain], sources: Sequence[Sequence[Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the scored samples that require gradients, with these, by autograd."""
+    found = torch.autograd.grad(loss, [one.x for one in calls], retain_graph=True, allow_unused=True)
+    return [
+        (source, rows_of_group(g, one.groups, name))
+        for one, g, given in zip(calls, found, sources, strict=True)
+        for (name, penalised), source in zip(one.groups, given, strict=True)
+        if g is not None and not penalised and source.requires_grad
+    ]
+
+
 def gradient_in_graph(
     model: Callable[..., Any],
     inputs: Inputs,
@@ -143,9 +165,12 @@ def gradient_in_graph(
     if not is_compiling():
         found: tuple[Any, Any] = outside(otherwise)
         return found
-    moved = [_batch([x], True) for x in inputs.tensors]
-    with torch.enable_grad():
-        output = model(inputs.filled(moved), *args, **kwargs)
+    moved: list[Tensor] = []
+    output = None
+    for _ in range(1):  # Dynamo resumes a function after a graph break, without the graph before it, unless in a loop
+        moved = [_batch([x], True) for x in inputs.tensors]
+        with torch.enable_grad():
+            output = model(inputs.filled(moved), *args, **kwargs)
     made = Made.of(output, moved, name)
     outputs = made.outputs
     given = _gradient(outputs, made.score, moved, inputs.tensors, name)
@@ -157,9 +182,11 @@ def _gradient(
     outputs: Sequence[Tensor], score: int, inputs: Sequence[Tensor], sources: Sequence[Tensor], name: str
 ) -> tuple[Tensor | None, ...]:
     """Return outputs, and gradients at the inputs, with their derivatives."""
-    graph = Graph(outputs)
     differentiable = torch.is_grad_enabled()
     wanted = [x.requires_grad and differentiable for x in sources]
+    if backends.program is not None and _left_to_autograd(outputs, inputs):
+        return _hooked_gradient(outputs, score, inputs, any(wanted), name)
+    graph = Graph(outputs)
     places = [next((i for i, leaf in enumerate(graph.leaves) if leaf is x), -1) for x in inputs]
     if all(place < 0 for place in places):
         raise constant_scores(name)
@@ -182,6 +209,25 @@ def _gradient(
     held = known, outsider, values, gradients, [*graph.saved, *kept]
     given = iter(_Gradient.apply(held, *leaves))
     return *[next(given) for _ in values], *[None if g is None else next(given) for g in gradients]
+
+
+def _hooked_gradient(
+    outputs: Sequence[Tensor], score: int, inputs: Sequence[Tensor], wanted: bool, name: str
+) -> tuple[Tensor | None, ...]:
+    """Return what ``_gradient`` does, by autograd, which calls hooks."""
+    if wanted:
+        raise RuntimeError(
+            f"{name} registers hooks on gradients, and x requires a gradient, which torch.compile does not support "
+            "here; detach x, or leave this call uncompiled"
+        )
+    differentiable = torch.is_grad_enabled()
+    scores = outputs[score]
+    found = torch.autograd.grad(
+        scores, inputs, torch.ones_like(scores), create_graph=differentiable, retain_graph=True, allow_unused=True
+    )
+    if all(g is None for g in found):
+        raise constant_scores(name)
+    return *[u.view_as(u) if differentiable else u.detach() for u in outputs], *found
 
 
 def _joined(edge: Any) -> Tensor | None:

@@ -122,16 +122,17 @@ Formula = Callable[..., Tensor]
 
 def aligned(layouts: Layouts, inputs: Sequence[Meta | None], output: Meta) -> Layout | None:
     """Derive the layout of the output where arguments are broadcast against each other."""
-    found: set[Layout] = set()
+    found: Layout | None = None
     for layout, x in zip(layouts, inputs, strict=True):
         if layout is not None and x is not None:
             axis = layout.axis + len(output.shape) - len(x.shape)
             if x.shape[layout.axis] != output.shape[axis]:
                 raise Mixed  # a single sample is broadcast
-            found.add(Layout(axis, layout.block))
-    if len(found) > 1:
-        raise Mixed
-    return next(iter(found), None)
+            own = Layout(axis, layout.block)
+            if found is not None and found != own:  # symbolic sizes have no hash
+                raise Mixed
+            found = own
+    return found
 
 
 class Elementwise(Rule):

@@ -312,6 +312,16 @@ class BatchNormAlone(BatchNorm):
     origins = (0, 1, 0, 0)
 
 
+class BatchNormInference(BatchNorm):
+    """Batch norm by running statistics, as in a compiler's graph."""
+
+    names = ("NativeBatchNormLegitNoTrainingBackward0",)
+    constants = ("eps",)
+
+    def set_up(self, eps: float) -> None:  # type: ignore[override]
+        super().set_up(False, eps)
+
+
 class CudnnBatchNorm(BatchNorm):
     """Batch norm by cuDNN, whose saved mean and deviation are PyTorch's."""
 
@@ -332,4 +342,8 @@ class WeightNorm(Rule):
         return aten._weight_norm_interface_backward(c[0].contiguous(), *s, self.dim)  # type: ignore[union-attr]
 
 
-RULES: tuple[type[Rule], ...] = (LayerNorm, RMSNorm, GroupNorm, BatchNorm, BatchNormAlone, CudnnBatchNorm, WeightNorm)
+RULES: tuple[type[Rule], ...] = (
+    *(LayerNorm, RMSNorm, GroupNorm),
+    *(BatchNorm, BatchNormAlone, BatchNormInference, CudnnBatchNorm),
+    WeightNorm,
+)
