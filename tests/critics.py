@@ -21,8 +21,8 @@ from gpkernels.zoo import (
 )
 
 __all__ = [
-    "ACTIVATIONS", "NORMS", "PIECEWISE", "Featured", "MaxPooled", "Noisy", "ResidualCritic", "SkipField", "dcgan",
-    "first", "mlp", "plain_loss", "plain_penalty", "plain_points"
+    "ACTIVATIONS", "NORMS", "PIECEWISE", "Featured", "MaxPooled", "Noisy", "Odd", "ResidualCritic", "SkipField",
+    "dcgan", "first", "mlp", "plain_loss", "plain_penalty", "plain_points"
 ]  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -84,3 +84,14 @@ class Noisy(nn.Module):
         noise = self.fixed.pop(0) if self.fixed else 0.3 * torch.randn_like(x)
         self.drawn.append(noise)
         return self.critic(x + noise)
+
+
+class Odd(nn.Module):
+    """A critic with a call that has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.special.i0e(self.first(x)))

@@ -18,24 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gpkernels as gpk
-from critics import mlp
+from critics import Odd, mlp
 from gpkernels.optim import RMSprop
 
 LONG = os.environ.get("GPK_LOAD") == "1"
 STEPS = 10_000 if LONG else 400
 CALLS = 1_000 if LONG else 40
 REAL, FAKE, EPS = (torch.linspace(-1, 1, n) for n in (48, 48, 8))
-
-
-class Odd(nn.Module):
-    """A critic with a call that has no rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.special.i0e(self.first(x)))
 
 
 def _penalty(critic: nn.Module) -> Callable[[], Tensor]:

@@ -14,22 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import gpkernels as gpk
-from critics import mlp
+from critics import Odd, mlp
 from gpkernels.optim import RMSprop
 
 THREADS, ROUNDS = 8, 6
 REAL, FAKE, EPS = torch.linspace(-1, 1, 48).view(8, 6), torch.linspace(2, -1, 48).view(8, 6), torch.linspace(0, 1, 8)
-
-
-class Odd(nn.Module):
-    """A critic with a call that has no rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.special.i0e(self.first(x)))
 
 
 def curved() -> nn.Module:
