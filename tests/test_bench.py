@@ -102,6 +102,7 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
         "a suite that is none": (["everything"], "expected one of ops, attention, gradients, steps, train"),
         "a peer that is none": (["--peers", "eager,theano"], "expected some of eager, compile, jax, jvp"),
         "a case that is none": (["ops", *FAST, "--case", "no such"], "expected part of a case's name, got no such"),
+        "a case of two": (["ops", *FAST, "--case", "small", "--case", "no such"], "case's name, got no such"),
         "a critic without a shape": (["--critic", "torch.nn:Identity"], "--critic and --input: expected both"),
         "a critic that is no module": (["--critic", "math:sqrt", "--input", "2x2"], "expected a torch.nn.Module"),
         "a critic with another suite": (["ops", "--critic", "torch.nn:Identity", "--input", "2x2"], "expected steps"),
@@ -114,7 +115,8 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
         "a device that is not there": (["--device", "cuda"], "expected an available device, got cuda"),
     }.values(),
     ids=[
-        "a suite that is none", "a peer that is none", "a case that is none", "a critic without a shape",
+        "a suite that is none", "a peer that is none", "a case that is none", "a case of two",
+        "a critic without a shape",
         "a critic that is no module", "a critic with another suite", "a critic that is not there",
         "results that are not there", "a file that cannot be written", "a folder that cannot be made",
         "seconds that are no number", "no threads", "a device that is not there",

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -99,7 +98,7 @@ def _bench(options: argparse.Namespace, suites: Suites) -> int:
     device = _device(options.device)
     torch.set_num_threads(options.threads)
     machine.keep_freed_memory()
-    wanted = _wanted(chosen(device), options.case)
+    wanted = _wanted(lambda: chosen(device), options.case)
     about = machine.facts(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(results.heading(), flush=True)
@@ -120,13 +119,16 @@ def _bench(options: argparse.Namespace, suites: Suites) -> int:
     return 0
 
 
-def _wanted(trials: Iterator[Trial], parts: Sequence[str]) -> Iterator[Trial]:
-    """Select trials by parts of their names; UserError if there is none, before any is measured."""
-    found = (trial for trial in trials if not parts or any(part.lower() in trial.case.lower() for part in parts))
-    first = next(found, None)
-    if first is None:
-        raise UserError(f"--case: expected part of a case's name, got {' or '.join(parts)}")
-    return chain([first], found)
+def _wanted(trials: Callable[[], Iterator[Trial]], parts: Sequence[str]) -> Iterator[Trial]:
+    """Select trials by parts of their names; UserError if a part is in none, before any is measured."""
+    unknown = list(parts)
+    for trial in trials():
+        unknown = [part for part in unknown if part.lower() not in trial.case.lower()]
+        if not unknown:
+            break
+    if unknown:
+        raise UserError(f"--case: expected part of a case's name, got {' and '.join(unknown)}")
+    return (x for x in trials() if not parts or any(part.lower() in x.case.lower() for part in parts))
 
 
 def _trials(options: argparse.Namespace, suites: Suites) -> Callable[[torch.device], Iterator[Trial]]:
