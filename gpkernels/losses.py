@@ -89,7 +89,7 @@ _ELSEWHERE = "elsewhere"  # in the metadata of a saved loss: that the critic is 
 
 def _place(x: Any) -> object:
     """Return what saved tensors have in common if they are one; anything else is equal to itself alone."""
-    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter) or x.data_ptr() == 0:
+    if type(x) not in (Tensor, nn.Parameter) or x.data_ptr() == 0:
         return object()
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 

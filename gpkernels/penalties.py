@@ -132,7 +132,9 @@ def _at_once(
     critic: Critic, points: Between, norm: Norm, args: Sequence[Any], kwargs: Kwargs | None
 ) -> Tensor | Begun | None:
     """Compute the penalty in C++, which declines whatever the checks would refuse."""
-    if transformed() or depth() or not callable(critic) or norm.reduction == REDUCTIONS["none"] or may_be_sharded():
+    if transformed() or depth() or norm.reduction == REDUCTIONS["none"] or may_be_sharded():
+        return None
+    if not callable(critic) or isinstance(critic, type):
         return None
     warn_of_batch_norm(critic)
     return penalty_at_once(critic, points, _task(norm, torch.is_grad_enabled(), 1), args, kwargs)

@@ -39,7 +39,7 @@ def penalty_at_once(
 ) -> Tensor | Begun | None:
     """Compute ``penalty_on_gradient`` in C++; None where the native path does not apply, or refuses the tensors."""
     batch = points if isinstance(points, Tensor) else points.real
-    if not task.gradients or not isinstance(batch, Tensor) or isinstance(critic, type):
+    if not task.gradients or not isinstance(batch, Tensor):
         return None
     how = _how_of_a_penalty(task)
     given = None, None, points if isinstance(points, Tensor) else tuple(points)

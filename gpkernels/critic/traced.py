@@ -110,7 +110,8 @@ def _passes(
         like = outputs[0][0]
         wide = accumulation_dtype(like.dtype)
         zero = lambda: torch.zeros((), dtype=wide, device=like.device)  # noqa: E731
-        if _left_to_autograd([u for some in outputs for u in some], batches):
+        # Without C++ gradients cannot be attached to the weights.
+        if backends.program is None or _hooked([u for some in outputs for u in some], batches):
             calls = zip(names, batches, outputs, strict=True)
             plain = [Plain(tuple(groups), x, list(some)) for groups, x, some in calls]
             loss, *others = losses(plain, task, weights)
@@ -133,11 +134,10 @@ def _passes(
     return loss, *(zero() if x is None else x for x in others)
 
 
-def _left_to_autograd(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether gradients cannot be attached to the weights, or hooks that the critic registers have to be called."""
-    if backends.program is None:
-        return True
-    return bool(backends.program.any_hooks([u for u in outputs if u.requires_grad], list(inputs)))
+def _hooked(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether the critic registers hooks on gradients, which autograd calls."""
+    native = backends.program
+    return native is not None and bool(native.any_hooks([u for u in outputs if u.requires_grad], list(inputs)))
 
 
 def _at_samples(
@@ -184,7 +184,7 @@ def _gradient(
     """Return outputs, and gradients at the inputs, with their derivatives."""
     differentiable = torch.is_grad_enabled()
     wanted = [x.requires_grad and differentiable for x in sources]
-    if backends.program is not None and _left_to_autograd(outputs, inputs):
+    if _hooked(outputs, inputs):
         return _hooked_gradient(outputs, score, inputs, any(wanted), name)
     graph = Graph(outputs)
     places = [next((i for i, leaf in enumerate(graph.leaves) if leaf is x), -1) for x in inputs]
