@@ -1,6 +1,6 @@
 // Fast path from Python to an op, without the argument binding of torch.ops, which costs as much as a small op. It
-// accepts dense tensors where no mode, transform or tracer is active, and skips autograd's keys, as there is no graph.
-// It is built against one version of PyTorch, on its C++ interface for Python.
+// accepts dense tensors where no mode, transform or tracer is active, and skips autograd's keys: there is no graph, or
+// the op has a derivative here. It is built against one version of PyTorch, on its C++ interface for Python.
 #include "direct.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -11,6 +11,24 @@
 
 #include <optional>
 #include <vector>
+
+#include "differentiable.h"
+
+// The keys of a dense tensor: not quantised, batched, fake, conjugate, lazy or made in inference mode.
+constexpr c10::DispatchKeySet kOnCpu({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                      c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+constexpr c10::DispatchKeySet kOnGpu({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
+                                      c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA});
+
+bool plain(const at::Tensor& x) {
+  return (x.key_set() == kOnCpu || x.key_set() == kOnGpu) &&
+         !(torch::autograd::impl::get_autograd_meta(x) && x._fw_grad(0).defined());
+}
+
+bool selects_native(PyObject* choice, bool on_gpu) {
+  const auto is = [&](const char* text) { return PyUnicode_CompareWithASCIIString(choice, text) == 0; };
+  return choice == Py_None || (PyUnicode_Check(choice) && (is("auto") || is(on_gpu ? "cuda" : "cpu")));
+}
 
 namespace {
 
@@ -40,18 +58,17 @@ std::optional<double> number(PyObject* x) {
   return PyFloat_CheckExact(x) ? std::optional(PyFloat_AS_DOUBLE(x)) : std::nullopt;
 }
 
-// The keys of a dense CPU tensor: not quantised, batched, fake, conjugate, lazy or made in inference mode.
-constexpr c10::DispatchKeySet kOnCpu({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                      c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-constexpr c10::DispatchKeySet kOnGpu({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
-                                      c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA});
-
 // Arguments for the dispatcher; each `add` returns whether the fast path supports the argument.
 class Arguments {
  public:
-  Arguments(size_t count, bool wants_graph) : wants_graph_(wants_graph) { stack_.reserve(count); }
+  // differentiable: how many of the first tensors may have a graph, where there is one.
+  Arguments(size_t count, bool has_graph, size_t differentiable)
+      : has_graph_(has_graph), differentiable_(differentiable), rest_(differentiable) {
+    stack_.reserve(count);
+  }
   torch::jit::Stack& stack() { return stack_; }
   bool on_gpu() const { return keys_ == kOnGpu; }
+  bool needs_graph() const { return needs_graph_; }
 
   bool add(Kind kind, PyObject* x) {
     switch (kind) {
@@ -99,27 +116,35 @@ class Arguments {
     return put(std::move(values));
   }
 
-  // Null unless it is plain, needs no graph, and has the floating-point dtype and device of those before it.
+  // Null unless it is plain, may have the graph that it has, and has the floating-point dtype and device of those
+  // before it.
   const at::Tensor* tensor(PyObject* x) {
     if (!THPVariable_CheckExact(x)) return nullptr;
     const at::Tensor& found = THPVariable_Unpack(x);
-    if (!found.defined()) return nullptr;
+    if (!found.defined() || !plain(found)) return nullptr;
     const c10::DispatchKeySet keys = found.key_set();
-    if ((keys != kOnCpu && keys != kOnGpu) || keys_.value_or(keys) != keys) return nullptr;
+    if (keys_.value_or(keys) != keys) return nullptr;
     keys_ = keys;
-    if (wants_graph_ && found.requires_grad()) return nullptr;
-    if (at::isFloatingType(found.scalar_type())) {
+    if (has_graph_ && found.requires_grad()) {
+      if (!rest_) return nullptr;
+      needs_graph_ = true;
+    }
+    const bool constant = differentiable_ && !rest_;  // one that a Function takes in any dtype
+    if (rest_) --rest_;
+    if (at::isFloatingType(found.scalar_type()) && !constant) {
       if (type_.value_or(found.scalar_type()) != found.scalar_type()) return nullptr;
       type_ = found.scalar_type();
     }
-    if (torch::autograd::impl::get_autograd_meta(found) && found._fw_grad(0).defined()) return nullptr;
     return &found;
   }
 
   torch::jit::Stack stack_;
   std::optional<at::ScalarType> type_;
   std::optional<c10::DispatchKeySet> keys_;
-  const bool wants_graph_;
+  const bool has_graph_;
+  const size_t differentiable_;
+  bool needs_graph_ = false;
+  size_t rest_;
 };
 
 // New references; null with Python's error set if allocation fails.
@@ -154,20 +179,20 @@ PyObject* results(torch::jit::Stack& stack) {
 struct Target {
   c10::OperatorHandle op;
   std::vector<Kind> kinds;
-  bool writes;       // mutates its arguments, outside any graph
-  bool on_gpus;      // whether it has a CUDA kernel
-  PyObject* choice;  // a ContextVar: backend chosen by the thread, if any
+  bool writes;                   // mutates its arguments, outside any graph
+  bool on_gpus;                  // whether it has a CUDA kernel
+  PyObject* choice;              // a ContextVar: backend chosen by the thread, if any
+  const Derivative* derivative;  // null: an argument with a graph is declined
 };
 
 const char* const kTarget = "gpkernels.target";
 
 // Whether the thread's choice of backend, if any, selects the native kernels; empty if Python raised.
-std::optional<bool> chosen(PyObject* choice, const char* kernels) {
+std::optional<bool> chosen(PyObject* choice, bool on_gpu) {
   PyObject* found = nullptr;
   if (PyContextVar_Get(choice, Py_None, &found) < 0) return std::nullopt;
   THPObjectPtr name(found);
-  const auto is = [&](const char* text) { return PyUnicode_CompareWithASCIIString(name.get(), text) == 0; };
-  return name.get() == Py_None || (PyUnicode_Check(name.get()) && (is("auto") || is(kernels)));
+  return selects_native(name.get(), on_gpu);
 }
 
 // Arguments that an op mutates. A kernel may move them out of their lists.
@@ -188,19 +213,24 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (!target) return nullptr;
   if (size_t(count) != target->kinds.size() || watched()) Py_RETURN_NOTIMPLEMENTED;
   try {
-    Arguments arguments(target->kinds.size(), !target->writes && at::GradMode::is_enabled());
+    const size_t differentiable = target->derivative ? target->derivative->differentiable : 0;
+    Arguments arguments(target->kinds.size(), !target->writes && at::GradMode::is_enabled(), differentiable);
     for (size_t i = 0; i < target->kinds.size(); ++i)
       if (!arguments.add(target->kinds[i], args[i])) Py_RETURN_NOTIMPLEMENTED;
     if (arguments.on_gpu() && !target->on_gpus) Py_RETURN_NOTIMPLEMENTED;
-    const std::optional<bool> open = chosen(target->choice, arguments.on_gpu() ? "cuda" : "cpu");
+    const std::optional<bool> open = chosen(target->choice, arguments.on_gpu());
     if (!open) return nullptr;
     if (!*open) Py_RETURN_NOTIMPLEMENTED;
     std::vector<at::Tensor> changed;
     if (target->writes) changed = written(target->op.schema(), arguments.stack());
     {
       const pybind11::gil_scoped_release released;
-      const at::AutoDispatchBelowADInplaceOrView below;
-      target->op.callBoxed(arguments.stack());
+      if (arguments.needs_graph()) {
+        record(*target->derivative, target->op, arguments.stack());
+      } else {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        target->op.callBoxed(arguments.stack());
+      }
     }
     for (const at::Tensor& x : changed) x.unsafeGetTensorImpl()->bump_version();
     return results(arguments.stack());
@@ -225,9 +255,10 @@ PyObject* direct(PyObject*, PyObject* args) {
   static PyMethodDef method = {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call)), METH_FASTCALL,
                                nullptr};
   const char* text = nullptr;
-  PyObject* choice = nullptr;
+  PyObject *choice = nullptr, *derivative = nullptr;
   int on_gpus = 0;
-  if (!PyArg_ParseTuple(args, "sO!|p", &text, &PyContextVar_Type, &choice, &on_gpus)) return nullptr;
+  if (!PyArg_ParseTuple(args, "sO!|pO!", &text, &PyContextVar_Type, &choice, &on_gpus, &PyTuple_Type, &derivative))
+    return nullptr;
   const std::optional<c10::OperatorHandle> op = c10::Dispatcher::singleton().findSchema({text, ""});
   if (!op) return PyErr_Format(PyExc_ValueError, "name: expected an op that is defined, got %s", text);
   std::vector<Kind> kinds;
@@ -236,19 +267,24 @@ PyObject* direct(PyObject*, PyObject* args) {
     if (!kind) return PyErr_Format(PyExc_ValueError, "name: %s takes what cannot be given directly", text);
     kinds.push_back(*kind);
   }
+  HANDLE_TH_ERRORS
+  const Derivative* how =
+      derivative ? derivative_of(*op, choice, pybind11::reinterpret_borrow<pybind11::tuple>(derivative)) : nullptr;
   Py_INCREF(choice);
-  PyObject* target = PyCapsule_New(new Target{*op, std::move(kinds), op->schema().is_mutable(), on_gpus != 0, choice},
-                                   kTarget, &forget);
+  auto* made = new Target{*op, std::move(kinds), op->schema().is_mutable(), on_gpus != 0, choice, how};
+  PyObject* target = PyCapsule_New(made, kTarget, &forget);
   PyObject* bound = target ? PyCFunction_New(&method, target) : nullptr;
   Py_XDECREF(target);
   return bound;
+  END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef kMethods[] = {
     {"direct", &direct, METH_VARARGS,
-     "direct(name, choice, on_gpus=False) -> a callable that gives what the op gives, or NotImplemented where the op "
-     "has to be called through torch.ops: a mode is active, the arguments are not all plain, the op raises, or the "
-     "ContextVar holds a backend other than 'auto' and that of the kernels."},
+     "direct(name, choice, on_gpus=False[, derivative]) -> a callable that gives what the op gives, or NotImplemented "
+     "where the op has to be called through torch.ops: a mode is active, the arguments are not all plain, the op "
+     "raises, or the ContextVar holds a backend other than 'auto' and that of the kernels. With a derivative, "
+     "(function, differentiable, name, sources, everywhere), arguments may have a graph."},
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
      "a mode is active or the tensors are not all plain."},

@@ -41,7 +41,8 @@ _chosen: ContextVar[str] = ContextVar("gpkernels.backend")  # set by backend
 _CARRIED = "gpkernels.backend"  # key of the choice in PyTorch's thread-local state
 _tables: dict[str, Callable[[], Mapping[str, Callable[..., Any]]]] = {}
 _by_triton: set[tuple[str, str]] = set()  # names of ops and device types where "auto" selects Triton kernels
-_fast_paths: list[tuple[Op, Callable[..., Any]]] = []
+# Of each op: without a graph and with one.
+_fast_paths: list[tuple[Op, Callable[..., Any], Callable[..., Any]]] = []
 
 
 class Op(Protocol):
@@ -51,6 +52,8 @@ class Op(Protocol):
     implementation: Callable[..., Any]
     overload: Any
     direct: Callable[..., Any]
+    recorded: Callable[..., Any]
+    derivative: Any
 
 
 def declined(*args: Any) -> Any:
@@ -59,8 +62,8 @@ def declined(*args: Any) -> Any:
 
 
 extension: Any = None
-# (op name, variable with the thread's backend, whether it has a CUDA kernel) -> fast path of the op
-direct: Callable[[str, ContextVar[str], bool], Callable[..., Any]] | None = None
+# (op name, variable with the thread's backend, whether it has a CUDA kernel[, derivative]) -> fast path of the op
+direct: Callable[..., Callable[..., Any]] | None = None
 deliver: Callable[..., Any] = declined  # (value, gradients, tensors): C++ twin of critic/deliver.py
 program: Any = None  # _program: runs programs and reads autograd's graph
 extension_error: str | None = None
@@ -184,11 +187,17 @@ def bind_directly(ops: Mapping[str, Op]) -> None:
     if direct is not None:
         on_gpus = cuda_error is None
         _fast_paths.extend(
-            (op, direct(f"gpkernels::{name}", _chosen, on_gpus))
+            (op, direct(f"gpkernels::{name}", _chosen, on_gpus), _recorded(name, op, on_gpus))
             for name, op in ops.items()
             if running_op(name, "cpu") == "cpu"
         )
     _update_fast_paths()
+
+
+def _recorded(name: str, op: Op, on_gpus: bool) -> Callable[..., Any]:
+    if direct is None or op.derivative is None:
+        return declined
+    return direct(f"gpkernels::{name}", _chosen, on_gpus, (*op.derivative, lambda: _everywhere))
 
 
 def _update_fast_paths() -> None:
@@ -196,8 +205,9 @@ def _update_fast_paths() -> None:
 
     In a thread with a backend of its own they decline by themselves: they read its choice.
     """
-    for op, path in _fast_paths:
-        op.direct = path if _everywhere == "auto" or (_everywhere == "cpu" and cuda_error is not None) else declined
+    taken = _everywhere == "auto" or (_everywhere == "cpu" and cuda_error is not None)
+    for op, plain, recorded in _fast_paths:
+        op.direct, op.recorded = (plain, recorded) if taken else (declined, declined)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------

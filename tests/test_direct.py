@@ -292,12 +292,12 @@ def test_public_functions_take_it_and_give_the_same_without_it(name: str, monkey
         taken.append(bound(*args))
         return taken[-1]
 
-    bound = op.direct
-    monkeypatch.setattr(op, "direct", counted)
+    bound = op.recorded
+    monkeypatch.setattr(op, "recorded", counted)
     with_it = PUBLIC[name](*arguments)
     assert len(taken) == 1
     assert taken[0] is not NotImplemented
-    monkeypatch.setattr(op, "direct", backends.declined)
+    monkeypatch.setattr(op, "recorded", backends.declined)
     assert torch.equal(with_it, PUBLIC[name](*arguments))
 
 

@@ -84,6 +84,8 @@ def check_whole(name: str, value: object) -> int:
 
 def check_number(name: str, value: object) -> float:
     """Return the value as a float; raise TypeError unless it is a real number, NumPy's included."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     return float(value)

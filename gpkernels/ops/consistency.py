@@ -192,6 +192,20 @@ class _ConsistencyBackward(Differentiable):
         return *grads, None, None, None, None
 
 
+consistency_term_op.differentiate(
+    _ConsistencyTerm,
+    consistency_backward_op,
+    ("cotangent", "score1", "score2", "features1", "features2", 1, 2, ("features1", "features2")),
+    differentiable=4,
+)
+lipschitz_consistency_op.differentiate(
+    _LipschitzConsistency,
+    consistency_backward_op,
+    ("cotangent", "score1", "score2", "x1", "x2", 1, 2, ("x1", "x2")),
+    differentiable=4,
+)
+
+
 def consistency_term(
     score1: Tensor,
     score2: Tensor,
@@ -243,7 +257,7 @@ def consistency_term(
     plain = (
         NotImplemented
         if is_compiling()
-        else consistency_term_op.direct(score1, score2, features1, features2, *constants)
+        else consistency_term_op.recorded(score1, score2, features1, features2, *constants)
     )
     if plain is not NotImplemented:
         return plain[0]
@@ -296,7 +310,7 @@ def lipschitz_consistency(score1: Tensor, score2: Tensor, x1: Tensor, x2: Tensor
         Wei et al., "Improving the Improved Training of Wasserstein GANs", 2018, eq. 4. https://arxiv.org/abs/1803.01541
     """
     margin = check_nonnegative("margin", margin)
-    plain = NotImplemented if is_compiling() else lipschitz_consistency_op.direct(score1, score2, x1, x2, margin)
+    plain = NotImplemented if is_compiling() else lipschitz_consistency_op.recorded(score1, score2, x1, x2, margin)
     if plain is not NotImplemented:
         return plain[0]
     check_pair("score1", score1, "score2", score2)

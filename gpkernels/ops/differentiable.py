@@ -1,7 +1,8 @@
 """Autograd of raw ops: calling a pair of Functions, and derivatives beyond the first.
 
 The first derivative is a kernel. Higher derivatives are those of the reference, by ``torch.func.vjp``, so every order
-exists and is exact. Under ``torch.func`` and in forward mode the reference replaces the Functions.
+exists and is exact. Under ``torch.func`` and in forward mode the reference replaces the Functions. On plain tensors
+csrc/differentiable.cpp is in place of a Function, and calls its ``gradients`` for a derivative with a graph.
 """
 
 from __future__ import annotations
@@ -22,6 +23,32 @@ class Differentiable(Function):
     """Base class of the Functions, with a generated vmap rule."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def arguments(*args: Any) -> tuple[Any, ...]:
+        """Return the arguments of ``forward`` from those of the op."""
+        return args
+
+    @classmethod
+    def gradients(cls, needs: Sequence[bool], args: Sequence[Any], results: Sequence[Any], cotangent: Tensor) -> Any:
+        """Compute the gradients of a call of the op, None where its tensors are None."""
+        context = _Context(needs)
+        cls.setup_context(context, cls.arguments(*args), results)
+        return cls.backward(context, cotangent, *[None] * (len(results) - 1))
+
+
+class _Context:
+    """What Functions use of a context."""
+
+    def __init__(self, needs_input_grad: Sequence[bool]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor | None) -> None:
+        """Ignore the tensors: the first result alone is differentiated."""
 
 
 def apply(function: type[Differentiable], *args: Any) -> Any:

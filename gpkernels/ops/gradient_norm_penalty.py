@@ -148,6 +148,11 @@ class _GradientNormPenaltyBackward(Differentiable):
         return to_cotangent, to_grad, None, None, None, None, None
 
 
+gradient_norm_penalty_op.differentiate(
+    _GradientNormPenalty, gradient_norm_penalty_backward_op, ("cotangent", "grad", 1), differentiable=1
+)
+
+
 def gradient_norm_penalty(
     grad: Tensor,
     target: float = 1.0,
@@ -204,7 +209,7 @@ def gradient_norm_penalty(
     options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction), check_power(power)
     if dim is not None or pack != 1:
         return _of_other_rows(grad, options, dim, pack)
-    plain = NotImplemented if is_compiling() else gradient_norm_penalty_op.direct(grad, *options)
+    plain = NotImplemented if is_compiling() else gradient_norm_penalty_op.recorded(grad, *options)
     if plain is not NotImplemented:
         return plain[0]
     check_batch("grad", grad)

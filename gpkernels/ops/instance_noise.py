@@ -47,6 +47,9 @@ class _InstanceNoise(Differentiable):
         return cotangent, None, None
 
 
+instance_noise_op.differentiate(_InstanceNoise, None, (), differentiable=1)
+
+
 def add_instance_noise(x: Tensor, sigma: float, *, generator: torch.Generator | None = None) -> Tensor:
     r"""Add Gaussian noise to every element of a batch.
 
@@ -85,5 +88,5 @@ def add_instance_noise(x: Tensor, sigma: float, *, generator: torch.Generator | 
     check_batch("x", x)
     sigma = check_nonnegative("sigma", sigma)
     key = draw_key(x.device, generator)
-    noisy: Tensor = NotImplemented if is_compiling() else instance_noise_op.direct(x, sigma, None, key, True)
+    noisy: Tensor = NotImplemented if is_compiling() else instance_noise_op.recorded(x, sigma, None, key, True)
     return apply(_InstanceNoise, x, sigma, key) if noisy is NotImplemented else noisy

@@ -97,6 +97,11 @@ class _InterpolateBackward(Differentiable):
         return apply(_InterpolateBackward, (real, fake)[side], eps, *ctx.sides)[side], None, None, None
 
 
+interpolate_op.differentiate(
+    _Interpolate, interpolate_backward_op, ("cotangent", "eps", ("real", "real"), ("fake", "fake")), differentiable=2
+)
+
+
 def draw_eps(real: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw one eps per sample from U[0, 1), as ``torch.rand(N, 1, ..., 1)`` does in the dtype of real.
 
@@ -148,14 +153,16 @@ def interpolate(
     References:
         Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, Algorithm 1. https://arxiv.org/abs/1704.00028
     """
-    if eps is not None and not is_compiling():
-        mixed = interpolate_op.direct(real, fake, eps)
+    drawn = eps is None
+    if eps is None:
+        check_pair("real", real, "fake", fake)
+        eps = draw_eps(real, generator)
+    if not is_compiling():
+        mixed = interpolate_op.recorded(real, fake, eps)
         if mixed is not NotImplemented:
             return mixed
-    check_pair("real", real, "fake", fake)
-    if eps is None:
-        eps = draw_eps(real, generator)
-    else:
+    if not drawn:
+        check_pair("real", real, "fake", fake)
         check_eps(eps, real)
     real, fake = promote(real, fake)
     if torch.is_grad_enabled() and eps.requires_grad:  # rare, so left to PyTorch

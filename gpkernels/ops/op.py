@@ -6,7 +6,7 @@ default implementation of each op, and the extension adds faster ones per device
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from gpkernels.private import OpOverload, tree_flatten, tree_map, tree_unflatten
 
 LIBRARY = torch.library.Library("gpkernels", "DEF")
 ALL: dict[str, Op] = {}  # by name, in order of definition
+# Function, how many tensors are differentiated, op, and where its arguments come from.
+Derivative = tuple[Any, int, str | None, list[tuple[int, int, int]]]
+_COTANGENT, _ARGUMENT, _RESULT, _NEEDED = range(4)  # Source::Kind of csrc/differentiable.h
 
 
 class Op:
@@ -24,6 +27,7 @@ class Op:
 
     direct: fast path for dense tensors without modes or subclasses, whose arguments only the kernel checks; returns
     NotImplemented where it does not apply. ``torch.compile`` cannot trace it.
+    recorded: the same for tensors that may have a graph, where ``derivative`` says how the op is differentiated.
     check: raises for invalid enumeration codes, which kernels would misread; called before every backend, but not
     before ``direct``.
     """
@@ -40,7 +44,8 @@ class Op:
         if check is not None:  # torch.ops calls these without __call__
             implementation, fake = _after(check, implementation), _after(check, fake)
         self.schema, self.implementation, self.fake = schema, implementation, fake
-        self.direct = backends.declined
+        self.direct = self.recorded = backends.declined
+        self.derivative: Derivative | None = None
         self.overload = self.define_in(LIBRARY)
         LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
         ALL[self.name] = self
@@ -54,6 +59,28 @@ class Op:
         if not overload._schema.is_mutable:
             torch.library.register_vmap(qualified, self._vmap, lib=library)
         return overload
+
+    def differentiate(
+        self, function: Any, op: Op | None, sources: Sequence[str | int | tuple[str, str]], differentiable: int
+    ) -> None:
+        """Set the first derivative of the first result by the first ``differentiable`` tensors.
+
+        op: computes it from ``sources``: ``"cotangent"``, the name of one of this op's arguments, the index of a
+        result, or two names: whether a gradient is wanted from the first to the last of these. Without an op, the
+        cotangent is the gradient.
+        function: ``Differentiable``, whose ``gradients`` have a graph.
+        """
+        names = [argument.name for argument in self.overload._schema.arguments]
+
+        def place(source: str | int | tuple[str, str]) -> tuple[int, int, int]:
+            if isinstance(source, int):
+                return _RESULT, source, 0
+            if isinstance(source, tuple):
+                return _NEEDED, names.index(source[0]), names.index(source[1])
+            return (_COTANGENT, 0, 0) if source == "cotangent" else (_ARGUMENT, names.index(source), 0)
+
+        name = None if op is None else f"{LIBRARY.ns}::{op.name}"
+        self.derivative = function, differentiable, name, [place(source) for source in sources]
 
     def __call__(self, *args: Any) -> Any:
         if self.check is not None:

@@ -93,8 +93,13 @@ class _RelativisticLossBackward(Differentiable):
         return second_order(relativistic_loss_reference, scores, cotangent, tangents)
 
 
+relativistic_loss_op.differentiate(
+    _RelativisticLoss, relativistic_loss_backward_op, ("cotangent", "real_scores", "fake_scores"), differentiable=2
+)
+
+
 def _relativistic_loss(real_name: str, real_scores: Tensor, fake_name: str, fake_scores: Tensor) -> Tensor:
-    plain = NotImplemented if is_compiling() else relativistic_loss_op.direct(real_scores, fake_scores)
+    plain = NotImplemented if is_compiling() else relativistic_loss_op.recorded(real_scores, fake_scores)
     if plain is not NotImplemented:
         return plain
     check_scores(real_name, real_scores)

@@ -128,6 +128,10 @@ score_loss_backward_op = Op(
 
 class _ScoreLoss(Differentiable):
     @staticmethod
+    def arguments(scores: Sequence[Tensor], *options: Any) -> tuple[Any, ...]:
+        return scores[0], scores[1] if len(scores) > 1 else None, *options
+
+    @staticmethod
     def forward(first: Tensor, second: Tensor | None, kinds: tuple[int, ...], targets: tuple[float, ...]) -> Any:
         return score_loss_op(_present(first, second), list(kinds), list(targets))
 
@@ -163,6 +167,11 @@ class _ScoreLossBackward(Differentiable):
         return *grads, *[None] * (5 - len(grads))
 
 
+score_loss_op.differentiate(
+    _ScoreLoss, score_loss_backward_op, ("cotangent", "scores", "kinds", "targets"), differentiable=2
+)
+
+
 def _present(first: Tensor, second: Tensor | None) -> list[Tensor]:
     return [first] if second is None else [first, second]
 
@@ -170,7 +179,7 @@ def _present(first: Tensor, second: Tensor | None) -> list[Tensor]:
 def _score_loss(kinds: tuple[ScoreLoss, ...], targets: tuple[float, ...], **scores: Tensor) -> Tensor:
     """Sum the mean of phi(scores) over one or two named tensors, each with its kind of phi and its target."""
     tensors = list(scores.values())
-    plain = NotImplemented if is_compiling() else score_loss_op.direct(tensors, kinds, targets)
+    plain = NotImplemented if is_compiling() else score_loss_op.recorded(tensors, kinds, targets)
     if plain is not NotImplemented:
         return plain
     for name, tensor in scores.items():
