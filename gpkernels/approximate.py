@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpkernels.critic.call import scores_of
 from gpkernels.ops.checks import check_batch, check_callable, check_number
-from gpkernels.ops.gradient_norm_penalty import check_reduction
+from gpkernels.ops.gradient_norm_penalty import check_reduction, gradient_norm_penalty
 from gpkernels.ops.instance_noise import add_instance_noise
 from gpkernels.ops.tensors import accumulation_dtype
 
@@ -83,19 +83,21 @@ def approximate_r1_penalty(
     if not 0 < sigma < math.inf:  # nor NaN
         raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
     check_reduction(reduction)
-    real, kwargs = real.detach(), critic_kwargs or {}
+    real = real.detach()
     noisy = add_instance_noise(real, sigma, generator=generator)
-    clean, moved = (_summed(scores_of(critic(x, *critic_args, **kwargs)), x) for x in (real, noisy))
-    squares = ((moved - clean) / sigma).square()
-    if reduction == "none":
-        return squares.reshape(-1)
-    return squares.mean() if reduction == "mean" else squares.sum()
+    kwargs = critic_kwargs or {}
+    clean = _summed(critic(real, *critic_args, **kwargs), real)
+    moved = _summed(critic(noisy, *critic_args, **kwargs), real)
+    return gradient_norm_penalty((moved - clean) / sigma, 0.0, reduction=reduction)  # of slopes along the noise
 
 
-def _summed(scores: Tensor, x: Tensor) -> Tensor:
+def _summed(output: Any, x: Tensor) -> Tensor:
     """Return a score for each sample, (N,) or (N, 1), in at least float32."""
-    n = x.shape[0]
-    if scores.shape[:1] != (n,) and scores.numel() != n:
-        raise ValueError(f"critic: expected a score for each of {n} samples, got shape {tuple(scores.shape)}")
-    wide = scores.to(accumulation_dtype(scores.dtype))
-    return wide if wide.shape in ((n,), (n, 1)) else wide.reshape(n, -1).sum(1)
+    scores = scores_of(output)
+    n, shape = x.shape[0], scores.shape
+    if shape[:1] != (n,) and scores.numel() != n:
+        raise ValueError(f"critic: expected a score for each of {n} samples, got shape {tuple(shape)}")
+    wide = accumulation_dtype(scores.dtype)
+    if scores.dtype != wide:
+        scores = scores.to(wide)
+    return scores if shape in ((n,), (n, 1)) else scores.reshape(n, -1).sum(1)
