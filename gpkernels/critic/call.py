@@ -178,6 +178,16 @@ def call_each_group(
     return found
 
 
+class _Stance:
+    """The stance outside of all ``uncompiled``, and how many threads are inside."""
+
+    __slots__ = ("before", "inside", "lock")
+
+    def __init__(self) -> None:
+        self.lock, self.inside = Lock(), 0
+        self.before: Any = None
+
+
 class uncompiled:
     """Context manager in which compiled parts of a critic run eagerly: PyTorch cannot differentiate them twice.
 
@@ -186,26 +196,27 @@ class uncompiled:
     """
 
     __slots__ = ("_callback", "_entered")
-    _lock, _inside = Lock(), 0
-    _before: Any = None  # the stance outside, while a thread is inside
+    _stance = _Stance()  # not attributes of the class: to set those costs more than all the rest
 
     def __enter__(self) -> None:
         self._entered = compiler() is not None
         if not self._entered:  # nothing is compiled
             return
         self._callback = look_at_no_frames()  # otherwise no stance can be set
-        with uncompiled._lock:
-            if not uncompiled._inside:
-                uncompiled._before = compile_nothing()
-            uncompiled._inside += 1
+        stance = self._stance
+        with stance.lock:
+            if not stance.inside:
+                stance.before = compile_nothing()
+            stance.inside += 1
 
     def __exit__(self, *exception: object) -> None:
         if not self._entered:
             return
-        with uncompiled._lock:
-            uncompiled._inside -= 1
-            if not uncompiled._inside:
-                before, uncompiled._before = uncompiled._before, None
+        stance = self._stance
+        with stance.lock:
+            stance.inside -= 1
+            if not stance.inside:
+                before, stance.before = stance.before, None
                 set_stance(before)
         if self._callback is not None:
             look_at_frames(self._callback)
