@@ -6,7 +6,7 @@
 #include <ATen/ops/mul.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "direct.h"
+#include "node.h"
 
 bool watched() {
   const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
@@ -24,7 +25,6 @@ bool watched() {
 
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr c10::DispatchKeySet kBatched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
@@ -38,38 +38,37 @@ bool is_one(const at::Tensor& cotangent) {
 // Whether the tensor has no other owner: autograd's condition for taking a gradient without a copy.
 bool owned(const at::Tensor& x) { return torch::autograd::impl::is_tensor_stealable(x); }
 
-// Gradients are in saved_data, not saved variables, so that hooks on saved tensors do not see them; one entry for each,
-// as compiled autograd does not support lists there. The value is passed in a vector: a tensor argument would be
-// returned as a view of itself.
-struct Deliver : torch::autograd::Function<Deliver> {
-  static at::Tensor forward(AutogradContext* context, const std::vector<at::Tensor>& value,
-                            const std::vector<at::Tensor>& gradients, at::TensorList) {
-    for (const at::Tensor& gradient : gradients)
-      context->saved_data[std::to_string(context->saved_data.size())] = gradient;
-    return value[0];
+// The gradients times the cotangent.
+variable_list scaled(gpk::Saved own, const variable_list& cotangents) {
+  TORCH_CHECK(!at::GradMode::is_enabled(),
+              "this penalty has precomputed weight gradients and cannot be differentiated twice; call it inside "
+              "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations");
+  TORCH_CHECK(!own.constants.empty(),
+              "backward through this penalty a second time: expected retain_graph=True in the first");
+  const at::Tensor& cotangent = cotangents[0];
+  if (!cotangent.defined()) return variable_list(own.constants.size());
+  variable_list gradients;
+  for (c10::IValue& gradient : own.constants) gradients.push_back(std::move(gradient).toTensor());
+  if (cotangent.key_set().has_any(kBatched)) {  // foreach has no batching rule
+    for (at::Tensor& gradient : gradients) gradient = at::mul(gradient, cotangent);
+  } else if (!std::all_of(gradients.begin(), gradients.end(), &owned)) {
+    gradients = at::_foreach_mul(gradients, cotangent);  // retained, or held by compiled autograd
+  } else if (!is_one(cotangent)) {
+    at::_foreach_mul_(gradients, cotangent);
   }
+  return gradients;
+}
 
-  static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "this penalty has precomputed weight gradients and cannot be differentiated twice; call it inside "
-                "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations");
-    TORCH_CHECK(!context->saved_data.empty(),
-                "backward through this penalty a second time: expected retain_graph=True in the first");
-    std::vector<at::Tensor> gradients;
-    for (size_t i = 0; i < context->saved_data.size(); ++i)
-      gradients.push_back(context->saved_data.at(std::to_string(i)).toTensor());
-    if (!torch::autograd::get_current_graph_task_keep_graph()) context->saved_data.clear();
-    const at::Tensor& cotangent = cotangents[0];
-    if (cotangent.key_set().has_any(kBatched)) {  // foreach has no batching rule
-      for (at::Tensor& gradient : gradients) gradient = at::mul(gradient, cotangent);
-    } else if (!std::all_of(gradients.begin(), gradients.end(), &owned)) {
-      gradients = at::_foreach_mul(gradients, cotangent);  // retained, or held by compiled autograd
-    } else if (!is_one(cotangent)) {
-      at::_foreach_mul_(gradients, cotangent);
-    }
-    variable_list results(2);  // for the value and the gradients
-    results.insert(results.end(), std::make_move_iterator(gradients.begin()), std::make_move_iterator(gradients.end()));
-    return results;
+// Gradients are constants, not saved variables, so that hooks on saved tensors do not see them.
+struct Deliver : gpk::SavingNode {
+  Deliver(const std::vector<at::Tensor>& to, torch::jit::Stack gradients)
+      : SavingNode(&scaled, to, std::move(gradients), {}) {}
+
+  std::string name() const override { return "gpkernels::Deliver"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    constants_.clear();
   }
 };
 
@@ -98,7 +97,10 @@ std::optional<std::vector<at::Tensor>> plain_tensors(PyObject* list) {
 }  // namespace
 
 at::Tensor delivered(const at::Tensor& value, std::vector<at::Tensor> gradients, at::TensorList tensors) {
-  return Deliver::apply(std::vector<at::Tensor>{value}, std::move(gradients), tensors);
+  if (!torch::autograd::compute_requires_grad(tensors)) return value;
+  torch::jit::Stack constants(std::make_move_iterator(gradients.begin()), std::make_move_iterator(gradients.end()));
+  torch::autograd::set_history(value, c10::make_intrusive<Deliver>(tensors.vec(), std::move(constants)));
+  return value;
 }
 
 PyObject* deliver(PyObject*, PyObject* const* args, Py_ssize_t count) {

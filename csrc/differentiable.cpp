@@ -6,26 +6,22 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <string>
 #include <tuple>
 #include <utility>
 
 #include "direct.h"
+#include "node.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-namespace compiled = torch::dynamo::autograd;
 
 // Derivatives by number, for compiled autograd, which hands on plain values.
 std::vector<const Derivative*>& derivatives() {
@@ -54,8 +50,8 @@ void each_kept(const Derivative& derivative, torch::jit::Stack& arguments, torch
     if (derivative.keeps(Source::kResult, i)) visit(results[i]);
 }
 
-Kept kept(const Derivative& derivative, const torch::jit::Stack& constants, variable_list tensors) {
-  Kept found{constants, torch::jit::Stack(derivative.results)};
+Kept kept(const Derivative& derivative, torch::jit::Stack constants, variable_list tensors) {
+  Kept found{std::move(constants), torch::jit::Stack(derivative.results)};
   size_t next = 0;
   each_kept(derivative, found.arguments, found.results, [&](c10::IValue& place) {
     if (derivative.takes_list)
@@ -138,97 +134,40 @@ bool by_native(const Derivative& derivative, bool on_gpu) {
   return selects_native(derivative.everywhere().ptr(), on_gpu);
 }
 
-variable_list gradients_of(const Derivative& derivative, const std::vector<bool>& needed,
-                           const torch::jit::Stack& constants, variable_list tensors, const at::Tensor& cotangent) {
-  if (!cotangent.defined()) return variable_list(needed.size());
-  const Kept given = kept(derivative, constants, std::move(tensors));
+// number: the derivative's; constants: the op's arguments, None in place of tensors.
+variable_list derived(gpk::Saved own, const variable_list& cotangents) {
+  const at::Tensor& cotangent = cotangents[0];
+  if (!cotangent.defined()) return variable_list(own.needed.size());
+  const Derivative& derivative = *derivatives()[size_t(own.number)];
+  const Kept given = kept(derivative, std::move(own.constants), std::move(own.saved));
   const bool directly = !at::GradMode::is_enabled() && plain(cotangent) && !watched() &&
                         by_native(derivative, cotangent.device().is_cuda());
-  return directly ? by_kernel(derivative, needed, given, cotangent) : by_function(derivative, needed, given, cotangent);
-}
-
-// gradients_of for compiled autograd: the derivative's number, what is needed, the constants and the tensors.
-variable_list from_packed(const variable_list& cotangents, const std::vector<c10::IValue>& packed) {
-  compiled::PackedArgs args(packed);
-  const Derivative& derivative = *derivatives()[size_t(args.unpack<int64_t>())];
-  const auto needed = args.unpack<std::vector<bool>>();
-  torch::jit::Stack constants;
-  for (size_t i = 0; i < derivative.tensors.size(); ++i) constants.push_back(args.unpack<c10::IValue>());
-  return gradients_of(derivative, needed, constants, args.unpack<variable_list>(), cotangents[0]);
+  return directly ? by_kernel(derivative, own.needed, given, cotangent)
+                  : by_function(derivative, own.needed, given, cotangent);
 }
 
 // The node of the first result.
-struct Recorded : torch::autograd::Node {
-  Recorded(const Derivative& derivative, torch::jit::Stack arguments, torch::jit::Stack& results,
-           torch::autograd::edge_list edges)
-      : Node(std::move(edges)), derivative_(derivative) {
-    each_kept(derivative, arguments, results, [&](const c10::IValue& value) {
-      for (const at::Tensor& x : tensors_of(value)) saved_.emplace_back(x, /*is_output=*/false);
-    });
-    for (size_t i = 0; i < arguments.size(); ++i)
-      if (derivative.tensors[i]) arguments[i] = c10::IValue();
-    constants_ = std::move(arguments);
-  }
+struct Recorded : gpk::SavingNode {
+  Recorded(const Derivative& derivative, const std::vector<at::Tensor>& to, torch::jit::Stack constants,
+           const std::vector<at::Tensor>& saved)
+      : SavingNode(&derived, to, std::move(constants), saved, derivative.number), derivative_(derivative) {}
 
   std::string name() const override { return derivative_.node; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& x : saved_) x.reset_data();
-  }
-
-  variable_list apply(variable_list&& cotangents) override {
-    return gradients_of(derivative_, needed(), constants_, unpacked(), cotangents[0]);
-  }
-
-  void compiled_args(compiled::CompiledNodeArgs& args) const override {
-    args.collect(derivative_.number);
-    for (const c10::IValue& value : constants_) args.collect(value);
-    args.collect(saved_, /*is_output=*/false);
-  }
-
-  variable_list apply_with_saved(const variable_list& cotangents, compiled::SwapSavedVariables& swapped) override {
-    swapped.before(saved_);
-    compiled::PackedArgs args;
-    args.pack(derivative_.number);
-    args.pack(needed());
-    for (const c10::IValue& value : constants_) args.pack(value);
-    args.pack(unpacked());
-    std::vector<at::TypePtr> schema;
-    for (const c10::IValue& value : args.vec())
-      schema.push_back(value.isTensor() ? at::TypePtr(at::TensorType::get()) : value.type());
-    const auto& compiler = compiled::getPyCompilerInterface();
-    PyObject* own = swapped.get_py_compiler();
-    const std::string function = compiler->bind_function(own, name(), &from_packed, schema,
-                                                         /*is_custom_function=*/true, /*is_traceable=*/false);
-    const c10::IValue outputs =
-        compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
-            compiled::get_input_metadata(next_edges()));
-    variable_list gradients =
-        compiler->call_function(own, "apply_functional", function, cotangents, args.vec(), outputs);
-    swapped.after(saved_);
-    return gradients;
-  }
-
  private:
-  std::vector<bool> needed() const {
-    std::vector<bool> each(num_outputs());
-    for (size_t i = 0; i < each.size(); ++i) each[i] = task_should_compute_output(i);
-    return each;
-  }
-
-  variable_list unpacked() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list tensors;
-    tensors.reserve(saved_.size());
-    for (const SavedVariable& x : saved_) tensors.push_back(x.unpack());
-    return tensors;
-  }
-
   const Derivative& derivative_;
-  torch::jit::Stack constants_;  // None where tensors were
-  std::vector<SavedVariable> saved_;
 };
+
+c10::intrusive_ptr<torch::autograd::Node> recorded(const Derivative& derivative, torch::jit::Stack arguments,
+                                                   torch::jit::Stack& results, const std::vector<at::Tensor>& to) {
+  std::vector<at::Tensor> saved;
+  each_kept(derivative, arguments, results, [&saved](const c10::IValue& value) {
+    for (at::Tensor& x : tensors_of(value)) saved.push_back(std::move(x));
+  });
+  for (size_t i = 0; i < arguments.size(); ++i)
+    if (derivative.tensors[i]) arguments[i] = c10::IValue();
+  return c10::make_intrusive<Recorded>(derivative, to, std::move(arguments), saved);
+}
 
 // The node of a sum with a constant.
 c10::intrusive_ptr<torch::autograd::Node> shifted(const at::Tensor& x) {
@@ -281,11 +220,7 @@ void record(const Derivative& derivative, const c10::OperatorHandle& op, torch::
     const at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(stack);
   }
-  c10::intrusive_ptr<torch::autograd::Node> node;
-  if (derivative.op)
-    node = c10::make_intrusive<Recorded>(derivative, std::move(arguments), stack,
-                                         torch::autograd::collect_next_edges(inputs));
-  else
-    node = shifted(inputs[0]);
-  torch::autograd::set_history(stack[0].toTensor(), node);
+  torch::autograd::set_history(stack[0].toTensor(), derivative.op
+                                                        ? recorded(derivative, std::move(arguments), stack, inputs)
+                                                        : shifted(inputs[0]));
 }

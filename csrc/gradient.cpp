@@ -9,7 +9,7 @@
 #include <ATen/ops/ones_like.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
 #include <memory>
@@ -22,11 +22,11 @@
 
 #include "calls.h"
 #include "graph.h"
+#include "node.h"
 #include "program.h"
 
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // A tensor, or a tuple, list or dict of tensors and of what holds none.
@@ -143,40 +143,33 @@ std::vector<at::Tensor> finished(Halves& halves, std::vector<at::Tensor> given, 
   return tensors_of(made[0]);
 }
 
-// What the node holds: the values and gradients that it returns, and tensors for backward.
-struct Held {
-  at::Tensor owner;
-  variable_list results, saved;
-};
+std::string again(const Halves& halves) {
+  const py::gil_scoped_acquire held;
+  return halves.known.attr("again").cast<std::string>();
+}
+
+// Gradients at the leaves. constants: the owner of the halves. cotangents: of the outputs and of the gradients.
+variable_list derived(gpk::Saved own, const variable_list& cotangents) {
+  const at::Tensor owner = own.constants.at(0).toTensor();
+  Halves& halves = held_by(owner);
+  TORCH_CHECK(!at::GradMode::is_enabled(), again(halves));
+  variable_list results(halves.leaves.size());
+  const auto is_given = [](const at::Tensor& x) { return x.defined(); };
+  if (std::none_of(cotangents.begin(), cotangents.end(), is_given)) return results;
+  variable_list given(cotangents.begin(), cotangents.begin() + int64_t(halves.outputs));
+  size_t next = halves.outputs;
+  for (const int64_t place : halves.places) given.push_back(place < 0 ? at::Tensor() : cotangents.at(next++));
+  const std::vector<at::Tensor> found = finished(halves, std::move(given), std::move(own.saved));
+  for (size_t i = 0; i < halves.leaves.size(); ++i) results[i] = found.at(halves.leaves[i]);
+  return results;
+}
 
 // Outputs of a model and gradients at its inputs, as a function of the leaves of the model's graph.
-struct Gradient : torch::autograd::Function<Gradient> {
-  static variable_list forward(AutogradContext* context, const Held& held, at::TensorList) {
-    context->saved_data["halves"] = held.owner;
-    context->save_for_backward(held.saved);
-    context->set_materialize_grads(false);
-    return held.results;
-  }
+struct Gradient : gpk::SavingNode {
+  Gradient(const std::vector<at::Tensor>& leaves, at::Tensor owner, const std::vector<at::Tensor>& saved)
+      : SavingNode(&derived, leaves, {std::move(owner)}, saved) {}
 
-  static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
-    const at::Tensor owner = context->saved_data.at("halves").toTensor();
-    Halves& halves = held_by(owner);
-    TORCH_CHECK(!at::GradMode::is_enabled(), again(halves));
-    variable_list saved = context->get_saved_variables(), results(1 + halves.leaves.size());
-    const auto is_given = [](const at::Tensor& x) { return x.defined(); };
-    if (std::none_of(cotangents.begin(), cotangents.end(), is_given)) return results;
-    variable_list given(cotangents.begin(), cotangents.begin() + int64_t(halves.outputs));
-    size_t next = halves.outputs;
-    for (const int64_t place : halves.places) given.push_back(place < 0 ? at::Tensor() : cotangents.at(next++));
-    const std::vector<at::Tensor> found = finished(halves, std::move(given), std::move(saved));
-    for (size_t i = 0; i < halves.leaves.size(); ++i) results[1 + i] = found.at(halves.leaves[i]);
-    return results;
-  }
-
-  static std::string again(const Halves& halves) {
-    const py::gil_scoped_acquire held;
-    return halves.known.attr("again").cast<std::string>();
-  }
+  std::string name() const override { return "gpkernels::Gradient"; }
 };
 
 // A call of a model. score: which output is summed and differentiated. wanted: whether results are also differentiated
@@ -413,17 +406,15 @@ class Gradients {
       found = halves.pull->run(std::move(given));
     }
     if (!of.graph) return joined(std::move(values), std::move(found));
-    Held held{of.owner, std::move(values), std::move(of.saved)};
     const auto kept = found.begin() + int64_t(halves.places.size());
-    for (auto x = found.begin(); x != kept; ++x)
-      if (x->defined()) held.results.push_back(*x);
-    held.saved.insert(held.saved.end(), kept, found.end());
+    of.saved.insert(of.saved.end(), std::make_move_iterator(kept), std::make_move_iterator(found.end()));
+    found.erase(kept, found.end());
     std::vector<at::Tensor> trained;
     for (const size_t leaf : halves.leaves) trained.push_back(of.leaves.at(leaf));
-    const variable_list made = Gradient::apply(held, at::TensorList(trained));
-    std::vector<at::Tensor> results(made.begin(), made.begin() + int64_t(halves.outputs));
-    size_t next = halves.outputs;
-    for (const int64_t place : halves.places) results.push_back(place < 0 ? at::Tensor() : made.at(next++));
+    const auto node = c10::make_intrusive<Gradient>(trained, of.owner, of.saved);
+    std::vector<at::Tensor> results = joined(std::move(values), std::move(found));
+    for (const at::Tensor& x : results)
+      if (x.defined()) torch::autograd::set_history(x, node);
     return results;
   }
 

@@ -315,8 +315,8 @@ def _with_backward(
     read = {s for call in calls for s in _slots(call[1:3])} | {s for s in grads if s is not None}
     saved = sorted(s for s in read if s < before)
     outs = [writer.slot(x) for x in detached]
-    lists = made(Program(forward_calls, inputs, [*outs, *saved], writer.aliases))
-    lists.backward = Program(calls, [*saved, *given], grads, writer.aliases)
+    lists = made(Program(forward_calls, inputs, [*outs, *saved], writer.aliases, writer.sizes))
+    lists.backward = Program(calls, [*saved, *given], grads, writer.aliases, writer.sizes)
     lists.differentiable, lists.strides = differentiable, [x.stride() for x in cotangents]
     return lists
 

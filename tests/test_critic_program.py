@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -299,3 +300,96 @@ def test_writes_that_nothing_reads_are_dropped() -> None:
     ]
     (again,) = made.run([x], lambda what, given: [])
     assert torch.equal(again, z)
+
+
+def held(calls: list[Any], kept: set[Any], sizes: dict[Any, int], given: list[Any]) -> int:
+    """Return the most bytes that a run holds at a time, if all is freed after its last use. given: its inputs."""
+    memory = program._memory(calls)
+    last: dict[Any, int] = {}
+    for i, call in enumerate(calls):
+        last.update((memory.get(s) or s, i) for s in (*program._read(call), *program._made(call)))
+    last.update((memory.get(s) or s, len(calls)) for s in kept)
+    alive = {s: sizes[s] for s in given}
+    most = sum(alive.values())
+    for i, call in enumerate(calls):
+        alive.update((s, sizes[s]) for s in program._made(call) if memory[s] == s)
+        most = max(most, sum(alive.values()))
+        alive = {s: size for s, size in alive.items() if last.get(s, -1) > i}
+    return most
+
+
+def test_weight_gradients_are_computed_where_what_they_need_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks: list[tuple[int, int, int]] = []
+    early = program.early
+
+    def noted(calls: list[Any], kept: set[Any], sizes: dict[Any, int]) -> list[Any]:
+        found = early(calls, kept, sizes)
+        made = {s for call in calls for s in program._made(call)}
+        given = list({s: None for call in calls for s in program._read(call) if s not in made})
+        before, after = (held(order, kept, sizes, given) for order in (calls, found))
+        peaks.append((sum(sizes[s] for s in given), before, after))
+        return found
+
+    monkeypatch.setattr(program, "early", noted)
+    model = mlp(3, *[16] * 8, 1, activation=nn.Softplus)
+    x, weights = torch.randn(512, 3), list(model.parameters())
+    for _ in range(3):
+        value, gradient = gpk.value_and_input_gradient(model, x)
+        loss = (gradient.norm(dim=1) - 1).square().mean() + value.abs().mean()
+        torch.autograd.grad(loss, weights)
+    given, before, after = peaks[-1]  # of the backward half
+    assert before > 1.6 * given
+    assert after < 1.2 * given
+
+
+def test_calls_move_past_what_does_not_concern_them() -> None:
+    a, b, c = (torch.randn(4, 4) for _ in range(3))
+    recorder = program.Recorder([a, b, c])
+    with recorder:
+        doubled = a * 2
+        noise = torch.rand_like(doubled)
+        sums = doubled @ b
+        b.mul_(3)
+        late = (sums + noise).sum()  # frees both, but after what writes neither
+        kept = b.t() @ c
+    calls = program.early(recorder.calls, {recorder.slot(x) for x in (late, kept)}, recorder.sizes)
+    names = [call[0]._schema.name.removeprefix("aten::") for call in calls]
+    assert names == ["mul", "rand_like", "mm", "add", "sum", "mul_", "t", "mm"]
+    own = [x.clone() for x in (a, b / 3, c)]
+    torch.manual_seed(0)
+    made = program.Program.of(recorder, [late, kept]).run(list(own), lambda *_: [])
+    torch.manual_seed(0)
+    first = a * 2
+    expected = (first @ (b / 3) + torch.rand_like(first)).sum()
+    torch.testing.assert_close(made, [expected, b.t() @ c])
+
+
+CALLS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, y: x + y,
+    lambda x, y: x @ y,
+    lambda x, y: x.t(),
+    lambda x, y: x[:, :],
+    lambda x, y: x.mul_(0.5),
+    lambda x, y: x.tanh(),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_that_results_gives_the_same(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    given = [torch.randn(3, 3, generator=random, dtype=torch.float64) for _ in range(3)]
+    recorder = program.Recorder(given, cheaply=False)
+    numbers = torch.randint(0, 2**31, (40, 3), generator=random).tolist()
+    alive: list[Tensor] = list(given)
+    with recorder:
+        for kind, i, j in numbers:
+            x, y = alive[i % len(alive)], alive[j % len(alive)]
+            made = CALLS[kind % len(CALLS)](x, y)
+            if made is not x:
+                alive.append(made)
+            if len(alive) > 5:
+                alive.pop(0)
+    again = torch.Generator().manual_seed(seed)
+    own = [torch.randn(3, 3, generator=again, dtype=torch.float64) for _ in range(3)]
+    for got, expected in zip(program.Program.of(recorder, alive).run(list(own), lambda *_: []), alive, strict=True):
+        assert torch.equal(got, expected)

@@ -470,7 +470,7 @@ def totals(all_parts: Sequence[Sequence[Any]]) -> list[Tensor]:
             sums[i] = whole
     found = []
     for whole, parts in zip(sums, all_parts, strict=True):
-        for p in parts:
+        for p in reversed(parts):  # first those of tangents, which are there before the last cotangents
             if isinstance(p, Lazy):
                 whole = p.value(whole)
         found.append(whole)

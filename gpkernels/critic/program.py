@@ -9,7 +9,7 @@ autograd's graph of this very pass, splits the list. Programs hold no tensors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from threading import Lock
 from typing import Any, NamedTuple
@@ -95,12 +95,14 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Any] = []
         self.views: dict[Any, Slot | None] = {}
         self.aliases: dict[Slot, Alias] = {}
+        self.sizes: dict[Slot, int] = {}  # bytes
         self.count = 0
         self.inputs = [None if x is None else self._new(x) for x in inputs]
 
     def _new(self, x: Tensor) -> Slot:
         slot = Slot(self.count)
         self.count += 1
+        self.sizes[slot] = x.numel() * x.element_size()
         self._same(x, slot)
         return slot
 
@@ -168,16 +170,17 @@ class Program:
         inputs: list[Slot | None],
         results: list[Slot | None],
         aliases: dict[Slot, Alias],
+        sizes: Mapping[Slot, int],
         options: Options | None = None,
     ) -> None:
         self.inputs, self.results, self.aliases, self.options = inputs, results, aliases, options
-        self.parts = self._parted(self._needed(calls))
+        self.parts = self._parted(early(self._needed(calls), {s for s in results if s is not None}, sizes))
 
     @staticmethod
     def of(recorder: Recorder, results: Tensors, options: Options | None = None) -> Program:
         """Build a program of everything that was recorded, with some tensors as results; options: to compile it."""
         slots = [None if x is None else recorder.slot(x) for x in results]
-        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases, options)
+        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases, recorder.sizes, options)
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Drop calls whose results are unused."""
@@ -186,11 +189,9 @@ class Program:
         read_in = {None, *(memory.get(s) for s in read)}  # None: memory of inputs
         kept = []
         for call in reversed(calls):
-            if isinstance(call, Outside):
-                given = [s for s in call.inputs if s is not None]
-            else:
-                func, args, kwargs, out = call
-                given = [s for s in (*_flat(args), *_flat(list(kwargs.values()))) if isinstance(s, Slot)]
+            given = _read(call)
+            if not isinstance(call, Outside):
+                func, _, _, out = call
                 writes = func._schema.is_mutable and any(memory.get(s) in read_in for s in given)
                 if not writes and not any(s in read for s in _flat(out) if isinstance(s, Slot)):
                     continue
@@ -251,10 +252,9 @@ class Stretch:
         self.aliases, self.options = aliases, options if len(calls) >= WORTH else None
         made: set[Any] = set()
         inputs: dict[Any, None] = {}
-        for _, args, kwargs, out in calls:
-            for s in (*_flat(args), *_flat(list(kwargs.values()))):
-                if isinstance(s, Slot) and s not in made:
-                    inputs[s] = None
+        for call in calls:
+            out = call[3]
+            inputs.update((s, None) for s in _read(call) if s not in made)
             made.update(s for s in _flat(out) if isinstance(s, Slot))
         self.calls, self.inputs = calls, list(inputs)
         self.outputs = sorted(s for s in later if s in made)
@@ -266,8 +266,8 @@ class Stretch:
         """For each call, the slots whose last use it is."""
         frees: list[list[Any]] = []
         seen = set(kept)
-        for _, args, kwargs, out in reversed(self.calls):
-            mine = {s for s in (*_flat(args), *_flat(list(kwargs.values())), *_flat(out)) if isinstance(s, Slot)}
+        for call in reversed(self.calls):
+            mine = {*_read(call), *_made(call)}
             frees.append(sorted(mine - seen))
             seen |= mine
         return frees[::-1]
@@ -308,10 +308,68 @@ def _flat(x: Any) -> list[Any]:
     return [x]
 
 
+def _read(call: Any) -> list[Slot]:
+    if isinstance(call, Outside):
+        return [s for s in call.inputs if s is not None]
+    _, args, kwargs, _ = call
+    return [s for s in (*_flat(args), *_flat(list(kwargs.values()))) if isinstance(s, Slot)]
+
+
+def _made(call: Any) -> list[Slot]:
+    return [s for s in (call.outputs if isinstance(call, Outside) else _flat(call[3])) if isinstance(s, Slot)]
+
+
 def _filled(x: Any, memory: dict[Any, Any]) -> Any:
     if isinstance(x, Slot):
         return memory[x]
     return [_filled(y, memory) for y in x] if isinstance(x, list) else x
+
+
+def early(calls: list[Any], results: set[Slot], sizes: Mapping[Slot, int]) -> list[Any]:
+    """Move calls forward that free at least as much memory as they take, to where their arguments are there.
+
+    A weight gradient is such a call: what it is computed from would be held until the last pass. Views come as early,
+    too. A call passes none that writes to what it reads, and no unrecorded one.
+    """
+    memory = _memory(calls)
+
+    def home(s: Slot) -> Slot:
+        return memory.get(s) or s  # views of inputs are taken for inputs
+
+    last = {home(s): i for i, call in enumerate(calls) for s in (*_read(call), *_made(call))}
+    last.update((home(s), len(calls)) for s in results)
+    order: list[Any] = []
+    for i, call in enumerate(calls):
+        order.append(call)
+        read, made = set(_read(call)), _made(call)
+        if not made or not _is_function(call):
+            continue
+        done = {home(s) for s in read if last[home(s)] == i}
+        view = any(memory[s] != s for s in made)
+        if not view and sum(sizes[s] for s in done) < sum(sizes[s] for s in made):
+            continue
+        at = len(order) - 1
+        while at and not _holds_back(order[at - 1], read, done, memory):
+            at -= 1
+        order.insert(at, order.pop())
+    return order
+
+
+def _is_function(call: Any) -> bool:
+    """Whether a call gives the same results at another time, and does nothing else."""
+    if isinstance(call, Outside) or call[0].namespace not in ("aten", "gpkernels"):
+        return False
+    return not call[0]._schema.is_mutable and torch.Tag.nondeterministic_seeded not in call[0].tags
+
+
+def _holds_back(other: Any, read: set[Slot], done: set[Slot], memory: Mapping[Slot, Slot | None]) -> bool:
+    """Whether a call has to stay before one that reads these slots and is the last in the memory of those."""
+    if isinstance(other, Outside):
+        return True
+    touched = (*_read(other), *_made(other))
+    if any(s in read for s in _made(other)) or any((memory.get(s) or s) in done for s in touched):
+        return True
+    return other[0]._schema.is_mutable and any(memory.get(s) == memory.get(r) for s in touched for r in read)
 
 
 def _memory(calls: list[Any]) -> dict[Slot, Slot | None]:
