@@ -23,23 +23,28 @@ def _place(count, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _at(n, row, heads, count, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Offsets of rows of matrix n in a tensor of (B, count, heads, WIDTH), and which of them exist."""
-    col = tl.arange(0, PADDED)
+def _at(n, row, heads, count, first, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Offsets of a chunk of rows of matrix n in a tensor of (B, count, heads, WIDTH), and which of them exist."""
+    col = first + tl.arange(0, CHUNK)
     base = (n // heads).to(tl.int64) * count + row
     at = (base * heads + n % heads)[:, None] * WIDTH + col[None, :]
     return at, (row < count)[:, None] & (col < WIDTH)[None, :]
 
 
 @triton.jit
-def _tile(x, n, row, heads, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, TYPE: tl.constexpr):
-    at, exists = _at(n, row, heads, count, WIDTH, PADDED)
+def _chunk(x, n, row, heads, count, first, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.constexpr):
+    at, exists = _at(n, row, heads, count, first, WIDTH, CHUNK)
     return tl.load(x + at, mask=exists, other=0.0).to(TYPE)
 
 
 @triton.jit
+def _tile(x, n, row, heads, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, TYPE: tl.constexpr):
+    return _chunk(x, n, row, heads, count, 0, WIDTH, PADDED, TYPE)
+
+
+@triton.jit
 def _store(x, n, row, heads, count, values, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    at, exists = _at(n, row, heads, count, WIDTH, PADDED)
+    at, exists = _at(n, row, heads, count, 0, WIDTH, PADDED)
     tl.store(x + at, values, mask=exists)
 
 
@@ -50,12 +55,34 @@ def _of_rows(x, n, row, count):
 
 
 @triton.jit
+def _product(
+    x, y, x_tile, y_tile, n, row, col, heads, length, keys,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return x y^T, of rows of x and keys of y: of whole tiles, or chunk by chunk of the width, loaded here.
+
+    Each warp has in registers all that it reads of x. Of tiles that nothing reads the compiler leaves out the loads.
+    """
+    if CHUNK >= PADDED:
+        product = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
+    else:
+        product = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
+        for first in range(0, WIDTH, CHUNK):
+            x_chunk = _chunk(x, n, row, heads, length, first, WIDTH, CHUNK, TYPE)
+            y_chunk = _chunk(y, n, col, heads, keys, first, WIDTH, CHUNK, TYPE)
+            product = tl.dot(x_chunk, tl.trans(y_chunk), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def _scores(
-    q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return scale q k^T with the mask applied; -inf where a row does not see a key."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = _product(query, key, q, k, n, row, col, heads, length, keys, WIDTH, PADDED, CHUNK, TYPE, PRECISION)
+    scores *= scale
     seen = (row < length)[:, None] & (col < keys)[None, :]
     if CAUSAL:
         seen = seen & (row[:, None] >= col[None, :])
@@ -78,7 +105,7 @@ def attention_kernel(
     heads, length, keys, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, VALUES_PADDED: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     n, first = _place(length, ROWS)
     row = first + tl.arange(0, ROWS)
@@ -92,8 +119,8 @@ def attention_kernel(
         k = _tile(key, n, col, heads, keys, WIDTH, PADDED, TYPE)
         v = _tile(value, n, col, heads, keys, VALUES, VALUES_PADDED, TYPE)
         s = _scores(
-            q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
-            MASK, CAUSAL, PRECISION,
+            query, key, q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
+            WIDTH, PADDED, CHUNK, MASK, CAUSAL, TYPE, PRECISION,
         )  # fmt: skip
         now = tl.maximum(largest, tl.max(s, 1))
         shift = tl.where(now == float("-inf"), 0.0, now)
@@ -114,7 +141,7 @@ def attention_to_rows_kernel(
     mask, mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64, heads, length, keys, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, VALUES_PADDED: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The VJP by query; also D, which the other kernel reads."""
     n, first = _place(length, ROWS)
@@ -132,11 +159,14 @@ def attention_to_rows_kernel(
         k = _tile(key, n, col, heads, keys, WIDTH, PADDED, TYPE)
         v = _tile(value, n, col, heads, keys, VALUES, VALUES_PADDED, TYPE)
         s = _scores(
-            q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
-            MASK, CAUSAL, PRECISION,
+            query, key, q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
+            WIDTH, PADDED, CHUNK, MASK, CAUSAL, TYPE, PRECISION,
         )  # fmt: skip
         p = tl.exp(s - lse[:, None])
-        ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
+        dp = _product(
+            cotangent, value, g, v, n, row, col, heads, length, keys, VALUES, VALUES_PADDED, CHUNK, TYPE, PRECISION
+        )
+        ds = p * (dp - d[:, None])
         to_q += tl.dot(ds.to(TYPE), k, input_precision=PRECISION)
     _store(to_query, n, row, heads, length, to_q * scale, WIDTH, PADDED)
 
@@ -147,7 +177,7 @@ def attention_to_keys_kernel(
     mask, mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64, heads, length, keys, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, VALUES_PADDED: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The VJP by key and value."""
     n, first = _place(keys, COLS)
@@ -162,12 +192,15 @@ def attention_to_keys_kernel(
         q = _tile(query, n, row, heads, length, WIDTH, PADDED, TYPE)
         g = _tile(cotangent, n, row, heads, length, VALUES, VALUES_PADDED, TYPE)
         s = _scores(
-            q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
-            MASK, CAUSAL, PRECISION,
+            query, key, q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
+            WIDTH, PADDED, CHUNK, MASK, CAUSAL, TYPE, PRECISION,
         )  # fmt: skip
         p = tl.exp(s - _of_rows(logsumexp, n, row, length)[:, None])
         to_v += tl.dot(tl.trans(p.to(TYPE)), g, input_precision=PRECISION)
-        ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - _of_rows(along, n, row, length)[:, None])
+        dp = _product(
+            cotangent, value, g, v, n, row, col, heads, length, keys, VALUES, VALUES_PADDED, CHUNK, TYPE, PRECISION
+        )
+        ds = p * (dp - _of_rows(along, n, row, length)[:, None])
         to_k += tl.dot(tl.trans(ds.to(TYPE)), q, input_precision=PRECISION)
     _store(to_key, n, col, heads, keys, to_k * scale, WIDTH, PADDED)
     _store(to_value, n, col, heads, keys, to_v, VALUES, VALUES_PADDED)
@@ -179,7 +212,7 @@ def attention_jvp_kernel(
     mask, mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64, heads, length, keys, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, VALUES_PADDED: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     n, first = _place(length, ROWS)
     row = first + tl.arange(0, ROWS)
@@ -193,12 +226,17 @@ def attention_jvp_kernel(
         col = start + tl.arange(0, COLS)
         k = _tile(key, n, col, heads, keys, WIDTH, PADDED, TYPE)
         s = _scores(
-            q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
-            MASK, CAUSAL, PRECISION,
+            query, key, q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
+            WIDTH, PADDED, CHUNK, MASK, CAUSAL, TYPE, PRECISION,
         )  # fmt: skip
         p = tl.exp(s - lse[:, None])
         tk = _tile(key_tangent, n, col, heads, keys, WIDTH, PADDED, TYPE)
-        ts = tl.dot(tq, tl.trans(k), input_precision=PRECISION) + tl.dot(q, tl.trans(tk), input_precision=PRECISION)
+        ts = _product(
+            query_tangent, key, tq, k, n, row, col, heads, length, keys, WIDTH, PADDED, CHUNK, TYPE, PRECISION
+        )
+        ts += _product(
+            query, key_tangent, q, tk, n, row, col, heads, length, keys, WIDTH, PADDED, CHUNK, TYPE, PRECISION
+        )
         moved = p * (ts * scale)
         m += tl.sum(moved, 1)
         v = _tile(value, n, col, heads, keys, VALUES, VALUES_PADDED, TYPE)
@@ -216,7 +254,7 @@ def attention_bend_to_rows_kernel(
     mask, mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64, heads, length, keys, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, VALUES_PADDED: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The derivative of <G, O'> by query; also D and f, which the other kernel reads."""
     n, first = _place(length, ROWS)
@@ -237,16 +275,28 @@ def attention_bend_to_rows_kernel(
         col = start + tl.arange(0, COLS)
         k = _tile(key, n, col, heads, keys, WIDTH, PADDED, TYPE)
         s = _scores(
-            q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
-            MASK, CAUSAL, PRECISION,
+            query, key, q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
+            WIDTH, PADDED, CHUNK, MASK, CAUSAL, TYPE, PRECISION,
         )  # fmt: skip
         p = tl.exp(s - lse[:, None])
         tk = _tile(key_tangent, n, col, heads, keys, WIDTH, PADDED, TYPE)
-        ts = tl.dot(tq, tl.trans(k), input_precision=PRECISION) + tl.dot(q, tl.trans(tk), input_precision=PRECISION)
+        ts = _product(
+            query_tangent, key, tq, k, n, row, col, heads, length, keys, WIDTH, PADDED, CHUNK, TYPE, PRECISION
+        )
+        ts += _product(
+            query, key_tangent, q, tk, n, row, col, heads, length, keys, WIDTH, PADDED, CHUNK, TYPE, PRECISION
+        )
         v = _tile(value, n, col, heads, keys, VALUES, VALUES_PADDED, TYPE)
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None]
+        dp = _product(
+            cotangent, value, g, v, n, row, col, heads, length, keys, VALUES, VALUES_PADDED, CHUNK, TYPE, PRECISION
+        )
+        dp -= d[:, None]
         tv = _tile(value_tangent, n, col, heads, keys, VALUES, VALUES_PADDED, TYPE)
-        e = tl.dot(g, tl.trans(tv), input_precision=PRECISION) - f[:, None]
+        e = _product(
+            cotangent, value_tangent, g, tv, n, row, col, heads, length, keys,
+            VALUES, VALUES_PADDED, CHUNK, TYPE, PRECISION,
+        )  # fmt: skip
+        e -= f[:, None]
         b = p * ((ts * scale - m[:, None]) * dp + e)
         to_q += tl.dot(b.to(TYPE), k, input_precision=PRECISION)
         to_q += tl.dot((p * dp).to(TYPE), tk, input_precision=PRECISION)
@@ -260,7 +310,7 @@ def attention_bend_to_keys_kernel(
     mask, mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64, heads, length, keys, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, VALUES_PADDED: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The derivative of <G, O'> by key and value."""
     n, first = _place(keys, COLS)
@@ -276,17 +326,29 @@ def attention_bend_to_keys_kernel(
         row = start + tl.arange(0, ROWS)
         q = _tile(query, n, row, heads, length, WIDTH, PADDED, TYPE)
         s = _scores(
-            q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
-            MASK, CAUSAL, PRECISION,
+            query, key, q, k, n, row, col, heads, length, keys, mask, mask_b, mask_h, mask_t, mask_s, scale,
+            WIDTH, PADDED, CHUNK, MASK, CAUSAL, TYPE, PRECISION,
         )  # fmt: skip
         p = tl.exp(s - _of_rows(logsumexp, n, row, length)[:, None])
         tq = _tile(query_tangent, n, row, heads, length, WIDTH, PADDED, TYPE)
-        ts = tl.dot(tq, tl.trans(k), input_precision=PRECISION) + tl.dot(q, tl.trans(tk), input_precision=PRECISION)
+        ts = _product(
+            query_tangent, key, tq, k, n, row, col, heads, length, keys, WIDTH, PADDED, CHUNK, TYPE, PRECISION
+        )
+        ts += _product(
+            query, key_tangent, q, tk, n, row, col, heads, length, keys, WIDTH, PADDED, CHUNK, TYPE, PRECISION
+        )
         ts = ts * scale - _of_rows(mean, n, row, length)[:, None]
         g = _tile(cotangent, n, row, heads, length, VALUES, VALUES_PADDED, TYPE)
         to_v += tl.dot(tl.trans((p * ts).to(TYPE)), g, input_precision=PRECISION)
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION) - _of_rows(along, n, row, length)[:, None]
-        e = tl.dot(g, tl.trans(tv), input_precision=PRECISION) - _of_rows(level, n, row, length)[:, None]
+        dp = _product(
+            cotangent, value, g, v, n, row, col, heads, length, keys, VALUES, VALUES_PADDED, CHUNK, TYPE, PRECISION
+        )
+        dp -= _of_rows(along, n, row, length)[:, None]
+        e = _product(
+            cotangent, value_tangent, g, tv, n, row, col, heads, length, keys,
+            VALUES, VALUES_PADDED, CHUNK, TYPE, PRECISION,
+        )  # fmt: skip
+        e -= _of_rows(level, n, row, length)[:, None]
         b = p * (ts * dp + e)
         to_k += tl.dot(tl.trans(b.to(TYPE)), q, input_precision=PRECISION)
         to_k += tl.dot(tl.trans((p * dp).to(TYPE)), tq, input_precision=PRECISION)

@@ -30,7 +30,7 @@ from gpkernels.triton.attention_tiles import (
 from gpkernels.triton.common import check_floating, check_same, interpreted, launch
 
 # The widest heads, beyond which tiles do not fit in registers; these go by blocks of PyTorch's products instead.
-WIDEST, WIDEST_FLOAT32 = 256, 128
+WIDEST = 256
 _NO_MASK, _BOOL, _ADDED = 0, 1, 2
 
 
@@ -78,11 +78,23 @@ def _kept(query: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor) -> No
             raise RuntimeError(f"{name}: expected shape {expected} and {dtype}, got {tuple(x.shape)} and {x.dtype}")
 
 
-def _tile_of(dtype: torch.dtype, width: int) -> tuple[int, int]:
-    """Return rows and columns of a tile, and warps: the largest tile with which kernels spill little or nothing."""
-    if width > (64 if dtype == torch.float32 else 128):
-        return 16, 8
-    return (32, 4) if dtype == torch.float32 or width > 64 else (64, 4)
+def _tiles(dtype: torch.dtype, width: int, values: int) -> dict[str, int]:
+    """Return sizes of tiles, and warps: the largest tiles with which kernels spill little or nothing."""
+    widest = triton.next_power_of_2(max(width, values))
+    rows = cols = least = 16
+    chunk, warps = max(least, widest), 8
+    if dtype == torch.float32 and widest > 128:
+        # Scores are sums over chunks of the width. Triton spreads warps over the longer side of a product, or over its
+        # rows, which are too few; here the other side, COLS or a padded width, is always longer.
+        cols, chunk, least = 32, 32, 64
+    elif widest <= (64 if dtype == torch.float32 else 128):
+        rows = cols = 32 if dtype == torch.float32 or widest > 64 else 64
+        warps = 4
+    padded, values_padded = (max(least, triton.next_power_of_2(w)) for w in (width, values))
+    return {
+        "PADDED": padded, "VALUES_PADDED": values_padded, "ROWS": rows, "COLS": cols, "CHUNK": chunk,
+        "num_warps": warps,
+    }  # fmt: skip
 
 
 def _precision() -> str:
@@ -100,15 +112,12 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
         kind = _BOOL if mask.dtype == torch.bool else _ADDED
         mask = (mask.view(torch.uint8) if kind == _BOOL else mask).expand(batch, heads, length, keys)
         strides = list(mask.stride())
-    padded, values_padded = (max(16, triton.next_power_of_2(w)) for w in (width, values))
-    tile, warps = _tile_of(query.dtype, max(padded, values_padded))
     # The interpreter has no products of bfloat16.
     kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     kind_of_products = tl.float32 if interpreted() else kinds.get(query.dtype, tl.float32)
     constants = {
-        "WIDTH": width, "PADDED": padded, "VALUES": values, "VALUES_PADDED": values_padded, "MASK": kind,
-        "CAUSAL": is_causal, "TYPE": kind_of_products, "PRECISION": _precision(),
-        "ROWS": tile, "COLS": tile, "num_warps": warps, "num_stages": 1,
+        "WIDTH": width, "VALUES": values, "MASK": kind, "CAUSAL": is_causal, "TYPE": kind_of_products,
+        "PRECISION": _precision(), **_tiles(query.dtype, width, values), "num_stages": 1,
     }  # fmt: skip
     last = (query if mask is None else mask, *strides, heads, length, keys, scale)
     return Sizes(batch * heads, length, keys, query.device, last, constants)
@@ -122,9 +131,8 @@ def _tokens_first(*tensors: Tensor) -> list[Tensor]:
 def _is_for_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a call is left to the blocks: float64, wider heads, nothing to do, a GPU that Triton does not support."""
     width = max(query.shape[3], value.shape[3])
-    wide = width > (WIDEST_FLOAT32 if query.dtype == torch.float32 else WIDEST)
     nothing = not (query.numel() and key.numel() and value.numel())
-    return query.dtype == torch.float64 or wide or nothing or not _is_supported(query.device)
+    return query.dtype == torch.float64 or width > WIDEST or nothing or not _is_supported(query.device)
 
 
 @cache
