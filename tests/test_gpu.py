@@ -149,11 +149,18 @@ def test_attention_is_as_exact_as_the_plain_form(name: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all keys", "causal"])
 @pytest.mark.parametrize(
-    ("length", "width"), [(77, 16), (256, 32), (500, 64), (130, 80), (96, 128), (70, 200), (65, 256), (40, 300)]
+    ("length", "width", "values"),
+    [
+        *(
+            (length, width, width)
+            for length, width in ((77, 16), (256, 32), (500, 64), (130, 80), (96, 128), (40, 300))
+        ),
+        *((70, 200, 200), (65, 256, 256), (300, 136, 192), (129, 24, 256), (80, 255, 129)),
+    ],
 )
-def test_attention_of_several_tiles(length: int, width: int, is_causal: bool, dtype: torch.dtype) -> None:
+def test_attention_of_several_tiles(length: int, width: int, values: int, is_causal: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    tensors = [torch.randn(2, 2, length, width).to(dtype).requires_grad_() for _ in range(3)]
+    tensors = [torch.randn(2, 2, length, w).to(dtype).requires_grad_() for w in (width, width, values)]
     _attention_is_exact(tensors, {"is_causal": is_causal}, dtype)
 
 

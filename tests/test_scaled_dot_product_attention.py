@@ -106,6 +106,10 @@ FORMS = {
         (2, 1, 2, 7, 4), (1, 3, 1, 5, 4), (5, 4), attn_mask=lambda: torch.rand(2, 1, 1, 1, 5) > 0.3
     ),
     "a broadcast key": Form((2, 3, 7, 4), (1, 1, 5, 4), (2, 1, 5, 4)),
+    "wide heads in groups, masked": Form(
+        *((2, 4, 7, 136), (2, 2, 5, 136), (2, 2, 5, 200)), enable_gqa=True, attn_mask=partial(some_keys, 7, 5)
+    ),
+    "wide heads, causal, a narrow value": Form((1, 2, 35, 256), (1, 2, 35, 256), (1, 2, 35, 24), is_causal=True),
     "one row": Form((2, 1, 1, 4), (2, 1, 1, 4), (2, 1, 1, 4)),
 }
 

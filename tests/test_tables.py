@@ -29,6 +29,7 @@ def test_an_op_has_a_file_of_its_stem_in_every_folder() -> None:
     shared = {
         "__init__",
         "attention_blocks",
+        "attention_tiles",
         "checks",
         "common",
         "differentiable",

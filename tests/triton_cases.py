@@ -109,6 +109,10 @@ def _of_attention(dtype: torch.dtype) -> dict[str, list[Arguments]]:
         (35, 18, 20, 5, None, True),
         (2, 21, 8, 8, added, False),
         (17, 40, 8, 33, None, True),
+        (19, 21, 136, 200, some, False),
+        (35, 70, 192, 192, None, True),
+        (40, 21, 256, 24, added, False),
+        (18, 35, 24, 256, None, True),
         (5, 3, 257, 4, None, False),
     ):
         query, tq = (torch.randn(2, 3, length, width).to(dtype) for _ in range(2))

@@ -54,7 +54,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         state = (lists[3] if centred else [], lists[4] if momentum else [])
         kernels["rmsprop_"](*lists[:3], *state, 1e-3, 0.99, 1e-8, 0.1, momentum, False, 0.01)
 
-    def attention(end: str, width: int = 64, *known: Any) -> Callable[[], Any]:
+    def attention(end: str, width: int) -> Callable[[], Any]:
         x, rows = torch.zeros(4, 4, 256, width, dtype=dtype), torch.zeros(4, 4, 256)
         ours = {"": [x, x, x], "_backward": [*[x] * 5, rows], "_jvp": [*[x] * 7, rows]}
         ours["_double_backward"] = [*[x] * 8, rows, x, rows]
@@ -62,7 +62,8 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
     return {
         **{
-            f"scaled_dot_product_attention{end}": attention(end)
+            f"scaled_dot_product_attention{end}{heads}": attention(end, width)
+            for heads, width in (("", 64), (" of wide heads", 256))
             for end in ("", "_backward", "_jvp", "_double_backward")
         },
         "interpolate": lambda: kernels["interpolate"](x, y, per_row),
