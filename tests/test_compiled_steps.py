@@ -288,6 +288,31 @@ def test_two_compilations_serve_every_number() -> None:
     assert counter.frame_count <= 2
 
 
+NUMBERS: dict[str, Callable[..., Tensor]] = {
+    "a penalty of each sample": lambda critic, r, f, e, t: (
+        gpk.gradient_penalty(critic, r, f, eps=e, target=t, reduction="none") * e
+    ).sum(),
+    "a penalty of packs": lambda critic, r, f, e, t: (
+        gpk.gradient_penalty(lambda x: critic(x)[::2], r, f, eps=e[::2], target=t, pack=2, reduction="none") * e[::2]
+    ).sum(),
+    "a penalty of a gradient": lambda critic, r, f, e, t: gpk.gradient_norm_penalty(gpk.input_gradient(critic, r), t),
+    "dragan": lambda critic, r, f, e, t: gpk.dragan_penalty(critic, r, target=t, scale=2 * t),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_two_compilations_serve_every_number_of_a_penalty(name: str) -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    inputs, counter = batch(8, 6), CompileCounterWithBackend("eager")
+    penalty = compiled(NUMBERS[name], counter)
+    for number in (1.0, 0.3, 0.2, 0.5):
+        torch.manual_seed(0)
+        exact = NUMBERS[name](critic, *inputs, number)
+        torch.manual_seed(0)
+        assert_exactly_as(penalty(critic, *inputs, number), exact, critic)
+    assert counter.frame_count <= 2
+
+
 # --- never stale ------------------------------------------------------------------------------------------------------
 
 GAIN = 1.0
