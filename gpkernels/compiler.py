@@ -4,8 +4,8 @@ Dynamo traces and guards the step. The first run of its graph for given sizes re
 backward; later runs replay the list in the native loop that also runs critics' passes, with neither Python nor autograd
 between two calls. No code is generated, so compilation takes about a second.
 
-A graph that cannot be recorded (it reads values back, returns views of its inputs, or takes tensor subclasses) runs as
-it is.
+A graph that cannot be recorded (it reads values back, returns views of its inputs, has complex numbers, or takes tensor
+subclasses) runs as it is.
 """
 
 from __future__ import annotations
@@ -201,7 +201,11 @@ class _Writer(Recorder):
                 self.written |= {x.untyped_storage()._cdata for x in several if isinstance(x, Tensor)} & self.stored
         if self.reason is not None:
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        for x in found if isinstance(found, (list, tuple)) else (found,):
+            if isinstance(x, Tensor) and x.is_complex():  # conjugates, and real gradients of these, are not replayed
+                self.reason = f"{name} returns complex numbers"
+        return found
 
     def _is_number(self, x: Tensor) -> bool:
         slot = self.known.get(id(x))

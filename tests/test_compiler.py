@@ -275,6 +275,17 @@ def test_an_activation_that_is_written_to(write: Callable[[Tensor], Tensor]) -> 
         torch.testing.assert_close(ours, exact)
 
 
+def test_complex_numbers_run_as_they_are() -> None:
+    weight, x = torch.randn(6, 5, requires_grad=True), torch.randn(4, 6)
+    function = lambda x: torch.fft.rfft((x @ weight).tanh(), dim=1).abs().sum()  # noqa: E731
+    call, counted = compiled(function)
+    for turn in range(3):
+        ours, exact = call(x), function(x)
+        torch.testing.assert_close(ours, exact)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, weight) for loss in (ours, exact)))
+        assert counted.run == turn + 1
+
+
 def test_values_that_are_read_back_are_not_frozen() -> None:
     run = as_program(lambda x: (x * x.sum().item(),), [torch.ones(3)])
     for factor in (1.0, 2.0, 3.0):
