@@ -4,8 +4,8 @@ Dynamo traces and guards the step. The first run of its graph for given sizes re
 backward; later runs replay the list in the native loop that also runs critics' passes, with neither Python nor autograd
 between two calls. No code is generated, so compilation takes about a second.
 
-A graph that cannot be recorded (it reads values back, returns views of its inputs, or takes tensor subclasses) runs as
-it is.
+A graph that cannot be recorded (it reads values back, returns views of its inputs, has complex numbers, or takes tensor
+subclasses) runs as it is.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from gpkernels import backends
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.program import Program, Recorder, Slot, Untraceable, watched
 from gpkernels.critic.traced import delivered_by
+from gpkernels.private import dual_level
 
 CAPACITY = 64  # input sizes per graph for which lists are kept
 _IN_PLACE = {
@@ -58,7 +58,7 @@ class _Graph:
         self._reads: list[int] = []
 
     def run(self, *inputs: Any) -> Any:
-        if backends.forced() is not None or watched():
+        if backends.forced() is not None or watched() or dual_level() >= 0:
             return self.graph(*inputs)
         key = self._key(inputs)
         if key not in self._lists:
@@ -130,12 +130,22 @@ class _Replayed(Function):
         return tuple([results[i] for i in lists.differentiable])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        _refuse_create_graph()
         lists: _Lists = ctx.lists
         assert lists.backward is not None
         given = [_laid_out(c, strides) for c, strides in zip(cotangents, lists.strides, strict=True)]
         return None, None, *lists.backward.run([*ctx.saved_tensors, *given], _nobody)
+
+
+def _refuse_create_graph() -> None:
+    """Raise where gradients are to have a graph, which these have not: a loss of them would lack its gradient."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'torch.compile with backend="gpkernels" does not support double backward (create_graph=True) through what '
+            "it compiled; compute the gradient inside the compiled function, such as by gpkernels.input_gradient, or "
+            "compile no part of it"
+        )
 
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -153,8 +163,8 @@ class _Bridged(Function):
         return tuple([x.detach() for x in outputs])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        _refuse_create_graph()
         found = torch.autograd.grad(ctx.outputs, ctx.aliases, cotangents, retain_graph=True, allow_unused=True)
         return None, None, *found
 
@@ -191,7 +201,11 @@ class _Writer(Recorder):
                 self.written |= {x.untyped_storage()._cdata for x in several if isinstance(x, Tensor)} & self.stored
         if self.reason is not None:
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        for x in found if isinstance(found, (list, tuple)) else (found,):
+            if isinstance(x, Tensor) and x.is_complex():  # conjugates, and real gradients of these, are not replayed
+                self.reason = f"{name} returns complex numbers"
+        return found
 
     def _is_number(self, x: Tensor) -> bool:
         slot = self.known.get(id(x))

@@ -390,6 +390,8 @@ def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None 
     scale = check_nonnegative("scale", scale)
     real = real.detach()
     spread = real.to(torch.promote_types(real.dtype, torch.float32)).std().reshape(1)
+    if is_compiling():  # an op is compiled anew for every number
+        scale, spread = 1.0, spread * scale
     points: Tensor = instance_noise_op(real, scale, spread, draw_key(real.device, generator), False)
     return points
 

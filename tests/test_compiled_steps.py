@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 import gpkernels as gpk
@@ -283,6 +285,31 @@ def test_two_compilations_serve_every_number() -> None:
     for number in (1.0, 0.3, 0.2, 0.5):
         exact = gpk.gradient_penalty(critic, real, fake, target=number, eps=eps)
         assert_exactly_as(penalty(real, fake, eps, number), exact, critic)
+    assert counter.frame_count <= 2
+
+
+NUMBERS: dict[str, Callable[..., Tensor]] = {
+    "a penalty of each sample": lambda critic, r, f, e, t: (
+        gpk.gradient_penalty(critic, r, f, eps=e, target=t, reduction="none") * e
+    ).sum(),
+    "a penalty of packs": lambda critic, r, f, e, t: (
+        gpk.gradient_penalty(lambda x: critic(x)[::2], r, f, eps=e[::2], target=t, pack=2, reduction="none") * e[::2]
+    ).sum(),
+    "a penalty of a gradient": lambda critic, r, f, e, t: gpk.gradient_norm_penalty(gpk.input_gradient(critic, r), t),
+    "dragan": lambda critic, r, f, e, t: gpk.dragan_penalty(critic, r, target=t, scale=2 * t),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_two_compilations_serve_every_number_of_a_penalty(name: str) -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    inputs, counter = batch(8, 6), CompileCounterWithBackend("eager")
+    penalty = compiled(NUMBERS[name], counter)
+    for number in (1.0, 0.3, 0.2, 0.5):
+        torch.manual_seed(0)
+        exact = NUMBERS[name](critic, *inputs, number)
+        torch.manual_seed(0)
+        assert_exactly_as(penalty(critic, *inputs, number), exact, critic)
     assert counter.frame_count <= 2
 
 
@@ -713,6 +740,41 @@ def test_a_second_backward_is_an_error() -> None:
         torch.autograd.grad(gradient.sum(), weight)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
+
+
+TWICE: dict[str, Callable[..., Tensor]] = {
+    "step": lambda critic, r, f: gpk.CriticLoss(critic)(r, f).loss,
+    "penalty": lambda critic, r, f: gpk.r1_penalty(critic, r),
+    "gradient": lambda critic, r, f: gpk.input_gradient(critic, r).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_second_backward_of_a_trace_that_runs_as_it_is_is_an_error(name: str) -> None:
+    critic, (real, fake, _) = mlp(6, 16, 1).double(), batch(8, 6)
+    loss = compiled(lambda r, f: TWICE[name](critic, r, f), "eager")(real, fake)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*fast_double_backward"):
+        torch.autograd.grad(loss, next(critic.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "gpkernels"])
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("where", ["samples", "weights"])
+def test_forward_mode_tangents_are_not_dropped(name: str, where: str, backend: str) -> None:
+    critic, (real, fake, _) = mlp(6, 16, 1).double(), batch(8, 6)
+    weight = critic[0].weight.detach()
+    call = compiled(lambda r, f: TWICE[name](critic, r, f), backend)
+    penalised = name == "penalty" and where == "samples"  # which are detached
+    for _ in range(2):
+        call(real, fake)
+        with forward_ad.dual_level():
+            if where == "weights":
+                del critic[0].weight
+                critic[0].weight = forward_ad.make_dual(weight, torch.ones_like(weight))
+            x = forward_ad.make_dual(real, fake) if where == "samples" else real
+            with nullcontext() if penalised else pytest.raises(RuntimeError, match="with a forward-mode tangent"):
+                assert forward_ad.unpack_dual(call(x, fake)).tangent is None
+        critic[0].weight = nn.Parameter(weight)
 
 
 @pytest.mark.parametrize("strict", [True, False])

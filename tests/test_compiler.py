@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
@@ -207,6 +208,29 @@ def test_backward_twice(kind: str) -> None:
     assert counted.run == 1
 
 
+def test_a_penalty_by_hand_on_a_compiled_critic_is_refused() -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    call, counted = compiled(critic)
+    for _ in range(3):
+        x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        with pytest.raises(RuntimeError, match=r'"gpkernels" does not support double backward \(create_graph=True\)'):
+            torch.autograd.grad(call(x).sum(), x, create_graph=True)
+    assert counted.run == 1
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_forward_mode_tangents_are_those_of_the_function(trains: bool) -> None:
+    critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double().requires_grad_(trains)
+    call, _ = compiled(critic)
+    x, direction = torch.randn(2, 4, 6, dtype=torch.float64)
+    for _ in range(3):
+        call(x)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, direction)
+            ours, exact = (forward_ad.unpack_dual(function(dual)).tangent for function in (call, critic))
+        torch.testing.assert_close(ours, exact)
+
+
 def test_a_weight_that_is_changed_before_the_backward_pass() -> None:
     weight = torch.randn(3, requires_grad=True)
     call, _ = compiled(lambda x: (x * weight).exp().sum())
@@ -249,6 +273,17 @@ def test_an_activation_that_is_written_to(write: Callable[[Tensor], Tensor]) -> 
         found = [torch.autograd.grad(f(x) + x.sum(), leaf)[0] for f, x in ((call, ours), (step, exact))]
         torch.testing.assert_close(*found)
         torch.testing.assert_close(ours, exact)
+
+
+def test_complex_numbers_run_as_they_are() -> None:
+    weight, x = torch.randn(6, 5, requires_grad=True), torch.randn(4, 6)
+    function = lambda x: torch.fft.rfft((x @ weight).tanh(), dim=1).abs().sum()  # noqa: E731
+    call, counted = compiled(function)
+    for turn in range(3):
+        ours, exact = call(x), function(x)
+        torch.testing.assert_close(ours, exact)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, weight) for loss in (ours, exact)))
+        assert counted.run == turn + 1
 
 
 def test_values_that_are_read_back_are_not_frozen() -> None:

@@ -202,6 +202,22 @@ def test_func_grad_and_vmap_equal_a_loop(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_batched_cotangents_equal_a_loop(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs((3, 4), torch.float64)
+    leaves = case.differentiable(inputs)
+    value = case.function(*inputs)
+    first = torch.autograd.grad(value, leaves, torch.ones_like(value), create_graph=True)
+    for y in (value, *[g for g in first if g.requires_grad]):
+        cotangents = torch.randn(2, *y.shape, dtype=y.dtype)
+        options = {"retain_graph": True, "allow_unused": True}
+        mapped = torch.autograd.grad(y, leaves, cotangents, is_grads_batched=True, **options)
+        for i, cotangent in enumerate(cotangents):
+            one = torch.autograd.grad(y, leaves, cotangent, **options)
+            torch.testing.assert_close([None if g is None else g[i] for g in mapped], list(one))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_special_values_come_out_as_in_the_reference(name: str, backend: str) -> None:
     case = CASES[name]
     for special in (0.0, float("inf"), float("nan")):

@@ -233,6 +233,27 @@ def test_a_compiled_backward_of_a_critic_that_was_called_inside_it(backend: str)
         assert_same(outcome(lambda i=inside: penalty(gpk.fast_double_backward, i), critic), exact)
 
 
+@pytest.mark.parametrize("name", ["a value is read", "GRU"])
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_a_critic_that_breaks_the_graph_inside_it(name: str) -> None:
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.gru = nn.Linear(6, 8), nn.Linear(8, 1), nn.GRU(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.a(x))
+            h = h * float(h.detach().mean()) if name == "a value is read" else self.gru(h)[0]
+            return self.b(F.leaky_relu(h, 0.2, True))
+
+    critic, x = Critic().double(), points()
+    exact = outcome(lambda: step(critic, x, nullcontext), critic)
+    compiled = torch.compile(step, backend="eager")
+    assert not isinstance(exact, str)
+    for _ in range(2):
+        assert_same(outcome(lambda: compiled(critic, x, gpk.fast_double_backward), critic), exact)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_penalty_of_the_library_in_a_compiled_step_inside_it(backend: str) -> None:
     critic, x = critic_of(), points()

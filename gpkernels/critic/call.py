@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from threading import Lock
 from typing import Any, NamedTuple
@@ -50,6 +50,11 @@ def check_scores(scores: Tensor, x: Tensor, pack: int) -> None:
         )
 
 
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
+    """Whether a tensor has a forward-mode tangent."""
+    return dual_level() >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
 class Group(NamedTuple):
     """Samples and their role: "fake", "real", "again" (the real batch once more), or the points of a penalty."""
 
@@ -89,7 +94,7 @@ class Pass:
         scores, features = scores_of(output), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
         check_scores(scores, x, pack)
-        if dual_level() >= 0 and forward_ad.unpack_dual(scores).tangent is not None:
+        if has_tangent(self.outputs):
             raise RuntimeError(
                 "the critic has a forward-mode tangent, which this penalty does not propagate; call it inside "
                 "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"

@@ -14,6 +14,11 @@ from torch.compiler import is_compiling
 from gpkernels import backends
 from gpkernels.private import dispatch_mode, foreach_mul, foreach_mul_, graph_is_kept, is_batched, is_legacy_batched
 
+TWICE = (
+    "this penalty has precomputed weight gradients and cannot be differentiated twice; call it inside "
+    "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"
+)
+
 
 class _Deliver(Function):
     """A value with precomputed gradients, which backward multiplies by the cotangent, in place unless retained.
@@ -29,10 +34,7 @@ class _Deliver(Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "this penalty has precomputed weight gradients and cannot be differentiated twice; call it inside "
-                "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"
-            )
+            raise RuntimeError(TWICE)
         gradients = ctx.gradients
         if gradients is None:
             raise RuntimeError("backward through this penalty a second time: expected retain_graph=True in the first")

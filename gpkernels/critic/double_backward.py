@@ -37,10 +37,10 @@ class fast_double_backward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _composes_alone():  # these have derivatives of their own
+        layer = LAYERS.get(func)  # first: a compiler that asks for transforms in every call fails at graph breaks
+        if layer is None or not (torch.is_grad_enabled() and args and args[0].requires_grad):
             return func(*args, **kwargs)
-        layer = LAYERS.get(func)
-        if layer is None or not (torch.is_grad_enabled() and args and args[0].requires_grad) or _checkpointed():
+        if _composes_alone() or _checkpointed():  # transforms have derivatives of their own
             return func(*args, **kwargs)
         if is_compiling():
             from gpkernels.critic.traced import layer_in_graph  # it imports the compiler, which is at work here

@@ -18,10 +18,11 @@ from torch.compiler import allow_in_graph, disable, is_compiling
 
 from gpkernels import backends
 from gpkernels.critic.by_autograd import losses
-from gpkernels.critic.call import Group, Plain, check_scores, features_of, scores_of
+from gpkernels.critic.call import Group, Plain, check_scores, features_of, has_tangent, scores_of
+from gpkernels.critic.deliver import TWICE
 from gpkernels.critic.foreseen import as_one, begins, foresees, holds, learns
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.gradient import Gradient, Halves, Inputs, Made, by_itself, rows_of
+from gpkernels.critic.gradient import AGAIN, Gradient, Halves, Inputs, Made, by_itself, rows_of
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.layers import LAYERS
 from gpkernels.critic.parts import Between, Task, constant_scores, points_of, rows_of_group
@@ -106,6 +107,13 @@ def _passes(
     """The values, of which the first has the gradients; zeros for those that were not asked for."""
     for (scores, *_), x in zip(outputs, batches, strict=True):
         check_scores(scores, x, task.pack)
+    scored = [
+        x
+        for xs, of in zip(sources, names, strict=True)
+        for x, (_, penalised) in zip(xs, of, strict=True)
+        if not penalised
+    ]
+    _check_no_tangent("critic", [*(u for some in outputs for u in some), *scored])
     with torch.no_grad(), _plain():
         like = outputs[0][0]
         wide = accumulation_dtype(like.dtype)
@@ -132,6 +140,15 @@ def _passes(
     if pairs:
         loss = _Deliver.apply(loss, len(pairs), *[g for _, g in pairs], *[x for x, _ in pairs])
     return loss, *(zero() if x is None else x for x in others)
+
+
+def _check_no_tangent(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise where forward-mode differentiation asks for the tangent of what a compiled call computes."""
+    if has_tangent(tensors):
+        raise RuntimeError(
+            f"{name} is called with a forward-mode tangent, which torch.compile does not propagate here; leave this "
+            "call uncompiled"
+        )
 
 
 def _hooked(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
@@ -182,6 +199,7 @@ def _gradient(
     outputs: Sequence[Tensor], score: int, inputs: Sequence[Tensor], sources: Sequence[Tensor], name: str
 ) -> tuple[Tensor | None, ...]:
     """Return outputs, and gradients at the inputs, with their derivatives."""
+    _check_no_tangent(name, [*outputs, *sources])
     differentiable = torch.is_grad_enabled()
     wanted = [x.requires_grad and differentiable for x in sources]
     if _hooked(outputs, inputs):
@@ -246,6 +264,8 @@ class _Gradient(Gradient):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(AGAIN)
         given = Gradient.given(ctx, cotangents)
         if all(c is None for c in given):
             return (None,) * (1 + ctx.known.plan.leaves)
@@ -325,6 +345,8 @@ class _Deliver(Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
         return None, None, *[None] * len(ctx.gradients), *[g * cotangent for g in ctx.gradients]
 
 

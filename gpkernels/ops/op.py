@@ -51,13 +51,14 @@ class Op:
         ALL[self.name] = self
 
     def define_in(self, library: torch.library.Library) -> OpOverload:
-        """Define this schema in a library, with its fake kernel and vmap rule, without kernels."""
+        """Define this schema in a library, with its fake kernel and vmap rules, without kernels."""
         qualified = f"{library.ns}::{self.name}"
         library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, self.fake, lib=library)
         overload: OpOverload = getattr(getattr(torch.ops, library.ns), self.name).default
         if not overload._schema.is_mutable:
             torch.library.register_vmap(qualified, self._vmap, lib=library)
+            library.impl(self.name, self.implementation, "Batched")  # autograd.grad(is_grads_batched=True) has its own
         return overload
 
     def differentiate(
