@@ -295,7 +295,6 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "a penalty of packs": lambda critic, r, f, e, t: (
         gpk.gradient_penalty(lambda x: critic(x)[::2], r, f, eps=e[::2], target=t, pack=2, reduction="none") * e[::2]
     ).sum(),
-    "a penalty of a gradient": lambda critic, r, f, e, t: gpk.gradient_norm_penalty(gpk.input_gradient(critic, r), t),
     "dragan": lambda critic, r, f, e, t: gpk.dragan_penalty(critic, r, target=t, scale=2 * t),
 }
 

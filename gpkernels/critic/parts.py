@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, gradient_norm_penalty
+from gpkernels.ops.gradient_norm_penalty import (
+    REDUCTIONS,
+    gradient_norm_penalty,
+    gradient_norm_penalty_reference,
+)
 from gpkernels.ops.interpolate import interpolate_op
 from gpkernels.ops.score_loss import ScoreLoss
 
@@ -111,12 +116,20 @@ class Norm(NamedTuple):
 
     def of(self, gradient: Tensor, pack: int) -> Tensor:
         """Compute the penalty on a gradient, with its graph; pack: as in ``Task``."""
+        if is_compiling():  # a custom function is compiled anew for every target
+            return self._composed(gradient, gradient.shape[:-1] if not pack else (gradient.shape[0] // pack,))
         reduction = next(name for name, code in REDUCTIONS.items() if code == self.reduction)
         options = {"one_sided": self.one_sided, "reduction": reduction, "power": self.power}
         if not pack:
             value = gradient_norm_penalty(gradient.reshape(-1, gradient.shape[-1]), self.target, **options)  # type: ignore[arg-type]
             return value if value.dim() == 0 else value.reshape(gradient.shape[:-1])
         return gradient_norm_penalty(gradient, self.target, **options, pack=pack)  # type: ignore[arg-type]
+
+    def _composed(self, gradient: Tensor, shape: Sequence[int]) -> Tensor:
+        """Compute the penalty of PyTorch's operations; shape: of the norms."""
+        rows = gradient.reshape(prod(shape), gradient.numel() // prod(shape))
+        value = gradient_norm_penalty_reference(rows, self.target, self.one_sided, self.reduction, self.power)[0]
+        return value if value.dim() == 0 else value.reshape(shape)
 
 
 class Task(NamedTuple):

@@ -213,12 +213,6 @@ def gradient_norm_penalty(
     if plain is not NotImplemented:
         return plain[0]
     check_batch("grad", grad)
-    return _applied(grad, options)
-
-
-def _applied(grad: Tensor, options: tuple[float, bool, int, float]) -> Tensor:
-    if is_compiling():  # a custom function is compiled anew for every target
-        return gradient_norm_penalty_reference(grad, *options)[0]
     penalty: Tensor = apply(_GradientNormPenalty, grad, *options)[0]
     return penalty
 
@@ -253,7 +247,7 @@ def _of_other_rows(
             raise ValueError(f"grad: expected at least one row, got shape {tuple(grad.shape)}, norms over {axes}")
         grad = grad if others == [0] else grad.permute(*others, *axes)
     rows = math.prod(shape)
-    penalty = _applied(grad.reshape(rows, grad.numel() // rows), options)
+    penalty: Tensor = apply(_GradientNormPenalty, grad.reshape(rows, grad.numel() // rows), *options)[0]
     return penalty.reshape(shape) if options[2] == REDUCTIONS["none"] else penalty
 
 
