@@ -26,6 +26,11 @@ CAPACITY = 256
 WORTH = 8  # calls in a stretch: for fewer, what surrounds a compiled function costs more than it saves
 aten = torch.ops.aten
 _DETACH = aten.detach.default
+# These write to the running statistics that they are given, which their schemas do not say.
+_UPDATES = {
+    *(f"aten::{vendor}_batch_norm" for vendor in ("native", "cudnn", "miopen")),
+    *(f"aten::batch_norm_{what}" for what in ("update_stats", "gather_stats", "gather_stats_with_counts")),
+}
 Tensors = Sequence[Tensor | None]
 Outsider = Callable[[Hashable, Tensors], Tensors]  # makes an unrecorded call, by its name
 Work = Callable[[Tensors, Outsider], Tensors]  # (inputs, outsider) -> results
@@ -53,6 +58,11 @@ class Alias(NamedTuple):
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def may_write(func: Any) -> bool:
+    """Whether an operation may write to its arguments."""
+    return func._schema.is_mutable or func._schema.name in _UPDATES
 
 
 def _shares(x: Tensor, out: Tensor) -> bool:
@@ -192,7 +202,7 @@ class Program:
             given = _read(call)
             if not isinstance(call, Outside):
                 func, _, _, out = call
-                writes = func._schema.is_mutable and any(memory.get(s) in read_in for s in given)
+                writes = may_write(func) and any(memory.get(s) in read_in for s in given)
                 if not writes and not any(s in read for s in _flat(out) if isinstance(s, Slot)):
                     continue
             read.update(given)
@@ -359,7 +369,7 @@ def _is_function(call: Any) -> bool:
     """Whether a call gives the same results at another time, and does nothing else."""
     if isinstance(call, Outside) or call[0].namespace not in ("aten", "gpkernels"):
         return False
-    return not call[0]._schema.is_mutable and torch.Tag.nondeterministic_seeded not in call[0].tags
+    return not may_write(call[0]) and torch.Tag.nondeterministic_seeded not in call[0].tags
 
 
 def _holds_back(other: Any, read: set[Slot], done: set[Slot], memory: Mapping[Slot, Slot | None]) -> bool:
@@ -369,7 +379,7 @@ def _holds_back(other: Any, read: set[Slot], done: set[Slot], memory: Mapping[Sl
     touched = (*_read(other), *_made(other))
     if any(s in read for s in _made(other)) or any((memory.get(s) or s) in done for s in touched):
         return True
-    return other[0]._schema.is_mutable and any(memory.get(s) == memory.get(r) for s in touched for r in read)
+    return may_write(other[0]) and any(memory.get(s) == memory.get(r) for s in touched for r in read)
 
 
 def _memory(calls: list[Any]) -> dict[Slot, Slot | None]:
