@@ -4,8 +4,8 @@ Dynamo traces and guards the step. The first run of its graph for given sizes re
 backward; later runs replay the list in the native loop that also runs critics' passes, with neither Python nor autograd
 between two calls. No code is generated, so compilation takes about a second.
 
-A graph that cannot be recorded (it reads values back, returns views of its inputs, has complex numbers, changes shapes in place, or takes tensor
-subclasses) runs as it is.
+A graph that cannot be recorded (it reads values back, returns views of its inputs, has complex numbers, changes shapes
+in place, or takes tensor subclasses) runs as it is.
 """
 
 from __future__ import annotations
