@@ -60,7 +60,7 @@ test-sanitize: install  ## the C++ modules under the address and undefined-behav
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(CURDIR)/$(BIN)/python -m pytest -s -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  -k "not compile and not emulated and not opcheck and not traced and not export and not (power_3 and float64)" \
-	  $(CURDIR)/tests/test_contract.py $(CURDIR)/tests/test_critic_program.py
+	  $(foreach name,contract critic_program deliver recorded,$(CURDIR)/tests/test_$(name).py)
 
 THREADED := $(CURDIR)/build/threaded
 test-threads: install  ## the C++ modules under gcc's ThreadSanitizer, which also has to find a race between two threads
@@ -76,7 +76,7 @@ test-threads: install  ## the C++ modules under gcc's ThreadSanitizer, which als
 	  LD_PRELOAD="$$(gcc -print-file-name=libtsan.so) $(THREADED)/openmp_order.so" \
 	  $(CURDIR)/$(BIN)/python -m pytest -s -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  -k "(test_threads or thread) and not emulated and not compile" \
-	  $(foreach name,threads load backends contract direct critic_program random,$(CURDIR)/tests/test_$(name).py)
+	  $(foreach name,threads load backends contract direct recorded critic_program random,$(CURDIR)/tests/test_$(name).py)
 
 lint: install  ## style, types and C++ format
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@ Dynamo traces and guards the step. The first run of its graph for given sizes re
 backward; later runs replay the list in the native loop that also runs critics' passes, with neither Python nor autograd
 between two calls. No code is generated, so compilation takes about a second.
 
-A graph that cannot be recorded (it reads values back, returns views of its inputs, has complex numbers, or takes tensor
-subclasses) runs as it is.
+A graph that cannot be recorded (it reads values back, returns views of its inputs, has complex numbers, changes shapes
+in place, or takes tensor subclasses) runs as it is.
 """
 
 from __future__ import annotations
@@ -195,6 +195,8 @@ class _Writer(Recorder):
             self.reason = self.reason or f"{name} reads values back"
         if name in _LONGER:
             self.reason = self.reason or f"{name} is differentiated in another way"
+        if torch.Tag.inplace_view in func.tags:
+            self.reason = self.reason or f"{name} changes the geometry of a tensor, which views are told apart by"
         if func._schema.is_mutable:
             for given in _targets(func, args):
                 several = given if isinstance(given, (list, tuple)) else [given]

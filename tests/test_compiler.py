@@ -286,6 +286,34 @@ def test_complex_numbers_run_as_they_are() -> None:
         assert counted.run == turn + 1
 
 
+def _transposed(y: Tensor) -> tuple[Tensor, ...]:
+    first = y.t() * 1
+    y.t_()
+    return first, y.t() * 1
+
+
+def _unsqueezed(y: Tensor) -> tuple[Tensor, ...]:
+    y.detach().unsqueeze_(0)
+    return y.sum(0), y[0] * 1
+
+
+def _set(y: Tensor) -> tuple[Tensor, ...]:
+    other = y * 1
+    other.set_(y)  # type: ignore[call-overload]
+    y.mul_(3)
+    return (other * 1,)
+
+
+@pytest.mark.parametrize("change", [_transposed, _unsqueezed, _set])
+def test_a_change_of_geometry_in_place_runs_as_it_is(change: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    step, counted = compiled(lambda x: change(x * 2))
+    x = torch.randn(4, 3)
+    for turn in range(3):
+        for got, expected in zip(step(x), change(x * 2), strict=True):
+            assert torch.equal(got, expected)
+        assert counted.run == turn + 1
+
+
 def test_values_that_are_read_back_are_not_frozen() -> None:
     run = as_program(lambda x: (x * x.sum().item(),), [torch.ones(3)])
     for factor in (1.0, 2.0, 3.0):

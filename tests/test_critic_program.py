@@ -16,6 +16,7 @@ import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from critics import mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
+from gpkernels.bench.small import SMALL
 from gpkernels.critic import program, run
 from watchers import PassesFunctions, PassesOps
 
@@ -304,18 +305,23 @@ def test_writes_that_nothing_reads_are_dropped() -> None:
 
 def held(calls: list[Any], kept: set[Any], sizes: dict[Any, int], given: list[Any]) -> int:
     """Return the most bytes that a run holds at a time, if all is freed after its last use. given: its inputs."""
-    memory = program._memory(calls)
+    homes = program._homes(calls)
     last: dict[Any, int] = {}
     for i, call in enumerate(calls):
-        last.update((memory.get(s) or s, i) for s in (*program._read(call), *program._made(call)))
-    last.update((memory.get(s) or s, len(calls)) for s in kept)
+        last.update((homes.get(s, s), i) for s in (*program._read(call), *program._made(call)))
+    last.update((homes.get(s, s), len(calls)) for s in kept)
     alive = {s: sizes[s] for s in given}
     most = sum(alive.values())
     for i, call in enumerate(calls):
-        alive.update((s, sizes[s]) for s in program._made(call) if memory[s] == s)
+        alive.update((s, sizes[s]) for s in program._made(call) if s not in homes)
         most = max(most, sum(alive.values()))
         alive = {s: size for s, size in alive.items() if last.get(s, -1) > i}
     return most
+
+
+def inputs_of(calls: list[Any]) -> list[Any]:
+    made = {s for call in calls for s in program._made(call)}
+    return list({s: None for call in calls for s in program._read(call) if s not in made})
 
 
 def test_weight_gradients_are_computed_where_what_they_need_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,8 +330,7 @@ def test_weight_gradients_are_computed_where_what_they_need_can_be_freed(monkeyp
 
     def noted(calls: list[Any], kept: set[Any], sizes: dict[Any, int]) -> list[Any]:
         found = early(calls, kept, sizes)
-        made = {s for call in calls for s in program._made(call)}
-        given = list({s: None for call in calls for s in program._read(call) if s not in made})
+        given = inputs_of(calls)
         before, after = (held(order, kept, sizes, given) for order in (calls, found))
         peaks.append((sum(sizes[s] for s in given), before, after))
         return found
@@ -364,6 +369,35 @@ def test_calls_move_past_what_does_not_concern_them() -> None:
     torch.testing.assert_close(made, [expected, b.t() @ c])
 
 
+@pytest.mark.parametrize("kind", ["gradient", "penalty", "loss"])
+@pytest.mark.parametrize(
+    "name", ["residual GroupNorm, N 2", "tanh, N 64", "LSTM, N 4", "CTGAN packs, N 10", "sine, N 64"]
+)
+def test_no_more_is_held_than_in_the_given_order(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, early = [], program.early
+
+    def noted(calls: list[Any], kept: set[Any], sizes: dict[Any, int]) -> list[Any]:
+        found, given = early(calls, kept, sizes), inputs_of(calls)
+        moved.append(any(a is not b for a, b in zip(calls, found, strict=True)))
+        for held_by_caller in ([], given):
+            before, after = (held(order, {*kept, *held_by_caller}, sizes, given) for order in (calls, found))
+            assert after <= before
+        return found
+
+    monkeypatch.setattr(program, "early", noted)
+    critic = SMALL[name].make()
+    for _ in range(4):
+        real, fake = (torch.randn(SMALL[name].shape) for _ in range(2))
+        if kind == "loss":
+            gpk.CriticLoss(critic)(real, fake).loss.backward()
+        elif kind == "penalty":
+            gpk.gradient_penalty(critic, real, fake).backward()
+        else:
+            value, gradient = gpk.value_and_input_gradient(critic, real)
+            (value.mean() + gradient.square().sum()).backward()
+    assert any(moved)
+
+
 CALLS: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda x, y: x + y,
     lambda x, y: x @ y,
@@ -393,3 +427,24 @@ def test_any_order_that_results_gives_the_same(seed: int) -> None:
     own = [torch.randn(3, 3, generator=again, dtype=torch.float64) for _ in range(3)]
     for got, expected in zip(program.Program.of(recorder, alive).run(list(own), lambda *_: []), alive, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_running_statistics_are_written_though_the_schema_does_not_say_so() -> None:
+    def normalised(x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        product = x @ x
+        normal = nn.functional.batch_norm(x, mean, var, training=True)
+        late = product + mean  # frees the product
+        nn.functional.batch_norm(normal, mean, var, training=True)
+        return normal, late * mean
+
+    def given() -> list[Tensor]:
+        return [torch.arange(16.0).view(4, 4).sin(), torch.zeros(4), torch.ones(4)]
+
+    first, again, expected = given(), given(), given()
+    recorder = program.Recorder(first, cheaply=False)
+    with torch.no_grad(), recorder:
+        results = normalised(*first)
+    made = program.Program.of(recorder, results).run(list(again), lambda *_: [])
+    for got, wanted in zip([*made, *again], [*normalised(*expected), *expected], strict=True):
+        assert got is not None
+        assert torch.equal(got, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -256,3 +257,87 @@ def test_an_error_of_a_hook_on_saved_tensors_is_the_users() -> None:
 
     with saved_tensors_hooks(pack, lambda x: x), pytest.raises(KeyError, match="mine"):
         gpk.gradient_norm_penalty(leaves()[0])
+
+
+@pytest.mark.parametrize("retained", [True, False], ids=["a retained graph", "a graph that one of them frees"])
+@pytest.mark.parametrize("name", CALLS)
+def test_backward_passes_in_several_threads_over(name: str, retained: bool) -> None:
+    torch.manual_seed(0)
+    x, y = leaves()
+    value = CALLS[name](x, y).sum()
+    expected = torch.autograd.grad(value, (x, y), allow_unused=True, retain_graph=True)
+    start, found, errors = threading.Barrier(4), [], []
+
+    def backward() -> None:
+        start.wait()
+        for _ in range(10):
+            try:
+                found.append(torch.autograd.grad(value, (x, y), allow_unused=True, retain_graph=retained))
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=backward) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) + len(errors) == 40
+    assert all("a second time" in error and not retained for error in errors)
+    for gradients in found:
+        for got, wanted in zip(gradients, expected, strict=True):
+            assert got is wanted is None or torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_saved_does_not_depend_on_the_backend(name: str) -> None:
+    """A checkpoint refuses a forward pass that saves other tensors when it is run again."""
+
+    def saved(backend: str) -> list[torch.Size]:
+        shapes: list[torch.Size] = []
+
+        def pack(x: Tensor) -> Tensor:
+            shapes.append(x.shape)
+            return x
+
+        with saved_tensors_hooks(pack, lambda x: x), gpk.backend(backend):
+            CALLS[name](*leaves())
+        return shapes
+
+    assert saved("auto") == saved("reference")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_alive_when_a_graph_is_dropped(name: str) -> None:
+    x, y = leaves()
+    gone: list[weakref.ref[Tensor]] = []
+
+    def pack(x: Tensor) -> Tensor:
+        copy = x.detach().clone()
+        gone.append(weakref.ref(copy))
+        return copy
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        dropped = CALLS[name](x, y).sum()
+        retained = CALLS[name](x, y).sum()
+        freed = CALLS[name](x, y).sum()
+    retained.backward(retain_graph=True)
+    freed.backward()
+    del dropped, retained
+    assert all(of() is None for of in gone)
+
+
+def test_compiled_autograd_is_right_for_other_constants_and_sizes() -> None:
+    made: list[int] = []
+
+    def counted(graph: Any) -> Any:
+        made.append(1)
+        return graph
+
+    for target, samples in [(0.0, 6), (0.5, 6), (1.5, 4), (1.5, 6)]:
+        x = torch.linspace(-1, 1, samples * 5).view(samples, 5).requires_grad_()
+        (expected,) = torch.autograd.grad(gpk.gradient_norm_penalty(x, target, power=3.0), x)
+        with torch._dynamo.compiled_autograd._enable(counted):
+            gpk.gradient_norm_penalty(x, target, power=3.0).backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, expected)
+    assert len(made) <= 2  # the first, and one for any size

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
+from operator import add
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -26,6 +28,11 @@ CAPACITY = 256
 WORTH = 8  # calls in a stretch: for fewer, what surrounds a compiled function costs more than it saves
 aten = torch.ops.aten
 _DETACH = aten.detach.default
+# These write to the running statistics that they are given, which their schemas do not say.
+_UPDATES = {
+    *(f"aten::{vendor}_batch_norm" for vendor in ("native", "cudnn", "miopen")),
+    *(f"aten::batch_norm_{what}" for what in ("update_stats", "gather_stats", "gather_stats_with_counts")),
+}
 Tensors = Sequence[Tensor | None]
 Outsider = Callable[[Hashable, Tensors], Tensors]  # makes an unrecorded call, by its name
 Work = Callable[[Tensors, Outsider], Tensors]  # (inputs, outsider) -> results
@@ -53,6 +60,11 @@ class Alias(NamedTuple):
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def may_write(func: Any) -> bool:
+    """Whether an operation may write to its arguments."""
+    return func._schema.is_mutable or func._schema.name in _UPDATES
 
 
 def _shares(x: Tensor, out: Tensor) -> bool:
@@ -192,7 +204,7 @@ class Program:
             given = _read(call)
             if not isinstance(call, Outside):
                 func, _, _, out = call
-                writes = func._schema.is_mutable and any(memory.get(s) in read_in for s in given)
+                writes = may_write(func) and any(memory.get(s) in read_in for s in given)
                 if not writes and not any(s in read for s in _flat(out) if isinstance(s, Slot)):
                     continue
             read.update(given)
@@ -329,47 +341,91 @@ def early(calls: list[Any], results: set[Slot], sizes: Mapping[Slot, int]) -> li
     """Move calls forward that free at least as much memory as they take, to where their arguments are there.
 
     A weight gradient is such a call: what it is computed from would be held until the last pass. Views come as early,
-    too. A call passes none that writes to what it reads, and no unrecorded one.
+    too. A call passes none that writes to what it reads, and no unrecorded one. The most memory that is held at a time
+    is nowhere more than in the given order, whether inputs are freed after their last use or held by the caller.
     """
-    memory = _memory(calls)
-
-    def home(s: Slot) -> Slot:
-        return memory.get(s) or s  # views of inputs are taken for inputs
-
-    last = {home(s): i for i, call in enumerate(calls) for s in (*_read(call), *_made(call))}
-    last.update((home(s), len(calls)) for s in results)
-    order: list[Any] = []
+    memory, homes = _memory(calls), _homes(calls)
+    inputs = {homes.get(s, s) for call in calls for s in _read(call)} - {s for call in calls for s in _made(call)}
+    frees: list[set[Slot]] = [set() for _ in calls]
+    ends = {homes.get(s, s): i for i, call in enumerate(calls) for s in (*_read(call), *_made(call))}
+    for s in ends.keys() - {homes.get(s, s) for s in results}:
+        frees[ends[s]].add(s)
+    takes = [sum(sizes[s] for s in _made(call) if s not in homes) for call in calls]
+    held = [
+        _Held(takes, [sum(sizes[s] for s in freed - kept) for freed in frees], sum(sizes[s] for s in inputs))
+        for kept in (set[Slot](), inputs)
+    ]
+    order: list[int] = []
     for i, call in enumerate(calls):
-        order.append(call)
-        read, made = set(_read(call)), _made(call)
-        if not made or not _is_function(call):
+        order.append(i)
+        made = _made(call)
+        if not made or not _is_function(call) or (held[0].adds[i] > 0 and not any(s in homes for s in made)):
             continue
-        done = {home(s) for s in read if last[home(s)] == i}
-        view = any(memory[s] != s for s in made)
-        if not view and sum(sizes[s] for s in done) < sum(sizes[s] for s in made):
-            continue
-        at = len(order) - 1
-        while at and not _holds_back(order[at - 1], read, done, memory):
+        read, done = set(_read(call)), frees[i].intersection(homes.get(s, s) for s in _read(call))
+        best = at = i
+        while at and not _holds_back(calls[order[at - 1]], read, done, memory, homes):
             at -= 1
-        order.insert(at, order.pop())
-    return order
+            if not all(h.may_pass(i, order[at], at) for h in held):
+                break
+            if all(h.may_be(i, at) for h in held):
+                best = at
+        order.insert(best, order.pop())
+        for h in held:
+            h.move(i, best)
+    return [calls[i] for i in order]
+
+
+class _Held:
+    """How much memory is held before each call, in the order so far; most: how much at a time in the given order."""
+
+    def __init__(self, takes: list[int], frees: list[int], at_first: int) -> None:
+        self.takes, self.adds = takes, [t - f for t, f in zip(takes, frees, strict=True)]
+        self.before = list(accumulate(self.adds, initial=at_first))
+        self.most = max(map(add, self.before, takes), default=0)
+
+    def may_be(self, i: int, at: int) -> bool:
+        """Whether there is room for call i at a place."""
+        return self.before[at] + self.takes[i] <= self.most
+
+    def may_pass(self, i: int, other: int, at: int) -> bool:
+        """Whether there is room for the other call, which is at a place, after call i."""
+        return self.before[at] + self.adds[i] + self.takes[other] <= self.most
+
+    def move(self, i: int, at: int) -> None:
+        """Move call i from its place in the given order."""
+        self.before[at + 1 : i + 1] = [held + self.adds[i] for held in self.before[at:i]]
+
+
+def _homes(calls: list[Any]) -> dict[Slot, Slot]:
+    """Return in whose memory views are, inputs included."""
+    homes: dict[Slot, Slot] = {}
+    for call in calls:
+        if not isinstance(call, Outside) and _may_be_view(call[0]) and isinstance(call[1][0], Slot):
+            homes.update((s, homes.get(call[1][0], call[1][0])) for s in _made(call))
+    return homes
 
 
 def _is_function(call: Any) -> bool:
     """Whether a call gives the same results at another time, and does nothing else."""
     if isinstance(call, Outside) or call[0].namespace not in ("aten", "gpkernels"):
         return False
-    return not call[0]._schema.is_mutable and torch.Tag.nondeterministic_seeded not in call[0].tags
+    return not may_write(call[0]) and torch.Tag.nondeterministic_seeded not in call[0].tags
 
 
-def _holds_back(other: Any, read: set[Slot], done: set[Slot], memory: Mapping[Slot, Slot | None]) -> bool:
+def _holds_back(
+    other: Any, read: set[Slot], done: set[Slot], memory: Mapping[Slot, Slot | None], homes: Mapping[Slot, Slot]
+) -> bool:
     """Whether a call has to stay before one that reads these slots and is the last in the memory of those."""
     if isinstance(other, Outside):
         return True
     touched = (*_read(other), *_made(other))
-    if any(s in read for s in _made(other)) or any((memory.get(s) or s) in done for s in touched):
+    if any(s in read for s in _made(other)) or any(homes.get(s, s) in done for s in touched):
         return True
-    return other[0]._schema.is_mutable and any(memory.get(s) == memory.get(r) for s in touched for r in read)
+    return may_write(other[0]) and any(memory.get(s) == memory.get(r) for s in touched for r in read)
+
+
+def _may_be_view(func: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
 def _memory(calls: list[Any]) -> dict[Slot, Slot | None]:
@@ -379,7 +435,7 @@ def _memory(calls: list[Any]) -> dict[Slot, Slot | None]:
         if isinstance(call, Outside):
             continue
         func, args, _, out = call
-        shared = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        shared = _may_be_view(func)
         base = found.get(args[0]) if shared and isinstance(args[0], Slot) else None
         found.update((s, base if shared else s) for s in _flat(out) if isinstance(s, Slot))
     return found
