@@ -20,7 +20,8 @@ from torch.autograd.graph import increment_version
 
 from gpkernels import backends
 from gpkernels.critic.deliver import deliver
-from gpkernels.critic.program import Program, Recorder, Slot, Untraceable, watched
+from gpkernels.critic.program import Program, Recorder, Untraceable, watched
+from gpkernels.critic.slots import Slot
 from gpkernels.critic.traced import delivered_by
 from gpkernels.private import dual_level
 

@@ -17,7 +17,7 @@ from comparing import assert_exactly_as, assert_same, batch, gradients
 from critics import mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import SMALL
-from gpkernels.critic import program, run
+from gpkernels.critic import program, run, slots
 from watchers import PassesFunctions, PassesOps
 
 N, WIDTH = 5, 6
@@ -305,23 +305,23 @@ def test_writes_that_nothing_reads_are_dropped() -> None:
 
 def held(calls: list[Any], kept: set[Any], sizes: dict[Any, int], given: list[Any]) -> int:
     """Return the most bytes that a run holds at a time, if all is freed after its last use. given: its inputs."""
-    homes = program._homes(calls)
+    homes = slots.homes_of(calls)
     last: dict[Any, int] = {}
     for i, call in enumerate(calls):
-        last.update((homes.get(s, s), i) for s in (*program._read(call), *program._made(call)))
+        last.update((homes.get(s, s), i) for s in (*slots.slots_read(call), *slots.slots_made(call)))
     last.update((homes.get(s, s), len(calls)) for s in kept)
     alive = {s: sizes[s] for s in given}
     most = sum(alive.values())
     for i, call in enumerate(calls):
-        alive.update((s, sizes[s]) for s in program._made(call) if s not in homes)
+        alive.update((s, sizes[s]) for s in slots.slots_made(call) if s not in homes)
         most = max(most, sum(alive.values()))
         alive = {s: size for s, size in alive.items() if last.get(s, -1) > i}
     return most
 
 
 def inputs_of(calls: list[Any]) -> list[Any]:
-    made = {s for call in calls for s in program._made(call)}
-    return list({s: None for call in calls for s in program._read(call) if s not in made})
+    made = {s for call in calls for s in slots.slots_made(call)}
+    return list({s: None for call in calls for s in slots.slots_read(call) if s not in made})
 
 
 def test_weight_gradients_are_computed_where_what_they_need_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import accumulate
-from operator import add
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -22,24 +20,17 @@ from torch import Tensor
 from gpkernels import backends
 from gpkernels.critic.cheaper import cheaper
 from gpkernels.critic.compiled import Options, chosen, compiled
+from gpkernels.critic.order import early
+from gpkernels.critic.slots import Outside, Slot, flat, may_write, memory_of, slots_made, slots_read
 from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
 WORTH = 8  # calls in a stretch: for fewer, what surrounds a compiled function costs more than it saves
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-# These write to the running statistics that they are given, which their schemas do not say.
-_UPDATES = {
-    *(f"aten::{vendor}_batch_norm" for vendor in ("native", "cudnn", "miopen")),
-    *(f"aten::batch_norm_{what}" for what in ("update_stats", "gather_stats", "gather_stats_with_counts")),
-}
 Tensors = Sequence[Tensor | None]
 Outsider = Callable[[Hashable, Tensors], Tensors]  # makes an unrecorded call, by its name
 Work = Callable[[Tensors, Outsider], Tensors]  # (inputs, outsider) -> results
-
-
-class Slot(int):
-    """Number that stands for a tensor."""
 
 
 class Alias(NamedTuple):
@@ -62,21 +53,9 @@ def _is_view(func: Any) -> bool:
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
-def may_write(func: Any) -> bool:
-    """Whether an operation may write to its arguments."""
-    return func._schema.is_mutable or func._schema.name in _UPDATES
-
-
 def _shares(x: Tensor, out: Tensor) -> bool:
     """Whether what may be a view is one: ``contiguous`` gives a copy, too."""
     return x.untyped_storage()._cdata == out.untyped_storage()._cdata
-
-
-class Outside:
-    """A call that is not recorded and made anew in each run, by its name."""
-
-    def __init__(self, name: Hashable, inputs: list[Slot | None], outputs: list[Slot | None]) -> None:
-        self.name, self.inputs, self.outputs = name, inputs, outputs
 
 
 class Changed(Exception):
@@ -196,16 +175,16 @@ class Program:
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Drop calls whose results are unused."""
-        memory = _memory(calls)
+        memory = memory_of(calls)
         read = {s for s in self.results if s is not None}
         read_in = {None, *(memory.get(s) for s in read)}  # None: memory of inputs
         kept = []
         for call in reversed(calls):
-            given = _read(call)
+            given = slots_read(call)
             if not isinstance(call, Outside):
                 func, _, _, out = call
                 writes = may_write(func) and any(memory.get(s) in read_in for s in given)
-                if not writes and not any(s in read for s in _flat(out) if isinstance(s, Slot)):
+                if not writes and not any(s in read for s in flat(out) if isinstance(s, Slot)):
                     continue
             read.update(given)
             read_in.update(memory.get(s) for s in given)
@@ -266,8 +245,8 @@ class Stretch:
         inputs: dict[Any, None] = {}
         for call in calls:
             out = call[3]
-            inputs.update((s, None) for s in _read(call) if s not in made)
-            made.update(s for s in _flat(out) if isinstance(s, Slot))
+            inputs.update((s, None) for s in slots_read(call) if s not in made)
+            made.update(s for s in flat(out) if isinstance(s, Slot))
         self.calls, self.inputs = calls, list(inputs)
         self.outputs = sorted(s for s in later if s in made)
         self.done = [s for s in self.inputs if s not in later]
@@ -279,7 +258,7 @@ class Stretch:
         frees: list[list[Any]] = []
         seen = set(kept)
         for call in reversed(self.calls):
-            mine = {*_read(call), *_made(call)}
+            mine = {*slots_read(call), *slots_made(call)}
             frees.append(sorted(mine - seen))
             seen |= mine
         return frees[::-1]
@@ -314,131 +293,10 @@ class Stretch:
         return [None if s is None else memory[s] for s in outputs]
 
 
-def _flat(x: Any) -> list[Any]:
-    if isinstance(x, (list, tuple)):
-        return [z for y in x for z in _flat(y)]
-    return [x]
-
-
-def _read(call: Any) -> list[Slot]:
-    if isinstance(call, Outside):
-        return [s for s in call.inputs if s is not None]
-    _, args, kwargs, _ = call
-    return [s for s in (*_flat(args), *_flat(list(kwargs.values()))) if isinstance(s, Slot)]
-
-
-def _made(call: Any) -> list[Slot]:
-    return [s for s in (call.outputs if isinstance(call, Outside) else _flat(call[3])) if isinstance(s, Slot)]
-
-
 def _filled(x: Any, memory: dict[Any, Any]) -> Any:
     if isinstance(x, Slot):
         return memory[x]
     return [_filled(y, memory) for y in x] if isinstance(x, list) else x
-
-
-def early(calls: list[Any], results: set[Slot], sizes: Mapping[Slot, int]) -> list[Any]:
-    """Move calls forward that free at least as much memory as they take, to where their arguments are there.
-
-    A weight gradient is such a call: what it is computed from would be held until the last pass. Views come as early,
-    too. A call passes none that writes to what it reads, and no unrecorded one. The most memory that is held at a time
-    is nowhere more than in the given order, whether inputs are freed after their last use or held by the caller.
-    """
-    memory, homes = _memory(calls), _homes(calls)
-    inputs = {homes.get(s, s) for call in calls for s in _read(call)} - {s for call in calls for s in _made(call)}
-    frees: list[set[Slot]] = [set() for _ in calls]
-    ends = {homes.get(s, s): i for i, call in enumerate(calls) for s in (*_read(call), *_made(call))}
-    for s in ends.keys() - {homes.get(s, s) for s in results}:
-        frees[ends[s]].add(s)
-    takes = [sum(sizes[s] for s in _made(call) if s not in homes) for call in calls]
-    held = [
-        _Held(takes, [sum(sizes[s] for s in freed - kept) for freed in frees], sum(sizes[s] for s in inputs))
-        for kept in (set[Slot](), inputs)
-    ]
-    order: list[int] = []
-    for i, call in enumerate(calls):
-        order.append(i)
-        made = _made(call)
-        if not made or not _is_function(call) or (held[0].adds[i] > 0 and not any(s in homes for s in made)):
-            continue
-        read, done = set(_read(call)), frees[i].intersection(homes.get(s, s) for s in _read(call))
-        best = at = i
-        while at and not _holds_back(calls[order[at - 1]], read, done, memory, homes):
-            at -= 1
-            if not all(h.may_pass(i, order[at], at) for h in held):
-                break
-            if all(h.may_be(i, at) for h in held):
-                best = at
-        order.insert(best, order.pop())
-        for h in held:
-            h.move(i, best)
-    return [calls[i] for i in order]
-
-
-class _Held:
-    """How much memory is held before each call, in the order so far; most: how much at a time in the given order."""
-
-    def __init__(self, takes: list[int], frees: list[int], at_first: int) -> None:
-        self.takes, self.adds = takes, [t - f for t, f in zip(takes, frees, strict=True)]
-        self.before = list(accumulate(self.adds, initial=at_first))
-        self.most = max(map(add, self.before, takes), default=0)
-
-    def may_be(self, i: int, at: int) -> bool:
-        """Whether there is room for call i at a place."""
-        return self.before[at] + self.takes[i] <= self.most
-
-    def may_pass(self, i: int, other: int, at: int) -> bool:
-        """Whether there is room for the other call, which is at a place, after call i."""
-        return self.before[at] + self.adds[i] + self.takes[other] <= self.most
-
-    def move(self, i: int, at: int) -> None:
-        """Move call i from its place in the given order."""
-        self.before[at + 1 : i + 1] = [held + self.adds[i] for held in self.before[at:i]]
-
-
-def _homes(calls: list[Any]) -> dict[Slot, Slot]:
-    """Return in whose memory views are, inputs included."""
-    homes: dict[Slot, Slot] = {}
-    for call in calls:
-        if not isinstance(call, Outside) and _may_be_view(call[0]) and isinstance(call[1][0], Slot):
-            homes.update((s, homes.get(call[1][0], call[1][0])) for s in _made(call))
-    return homes
-
-
-def _is_function(call: Any) -> bool:
-    """Whether a call gives the same results at another time, and does nothing else."""
-    if isinstance(call, Outside) or call[0].namespace not in ("aten", "gpkernels"):
-        return False
-    return not may_write(call[0]) and torch.Tag.nondeterministic_seeded not in call[0].tags
-
-
-def _holds_back(
-    other: Any, read: set[Slot], done: set[Slot], memory: Mapping[Slot, Slot | None], homes: Mapping[Slot, Slot]
-) -> bool:
-    """Whether a call has to stay before one that reads these slots and is the last in the memory of those."""
-    if isinstance(other, Outside):
-        return True
-    touched = (*_read(other), *_made(other))
-    if any(s in read for s in _made(other)) or any(homes.get(s, s) in done for s in touched):
-        return True
-    return may_write(other[0]) and any(memory.get(s) == memory.get(r) for s in touched for r in read)
-
-
-def _may_be_view(func: Any) -> bool:
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-
-
-def _memory(calls: list[Any]) -> dict[Slot, Slot | None]:
-    """Return in whose memory the results of calls are: their own, or a view's base; None for that of an input."""
-    found: dict[Slot, Slot | None] = {}
-    for call in calls:
-        if isinstance(call, Outside):
-            continue
-        func, args, _, out = call
-        shared = _may_be_view(func)
-        base = found.get(args[0]) if shared and isinstance(args[0], Slot) else None
-        found.update((s, base if shared else s) for s in _flat(out) if isinstance(s, Slot))
-    return found
 
 
 def _store(memory: dict[Any, Any], slots: Any, values: Any) -> None:
