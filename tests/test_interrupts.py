@@ -27,6 +27,7 @@ def watch(frame, event, _):
             sys.setprofile(None)
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 name, left = sys.argv[1], int(sys.argv[2])
 sys.setprofile(watch)
 sys.exit(main(sys.argv[3:]))
