@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from gpkernels import backends
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.program import Program, Recorder, Untraceable, watched
-from gpkernels.critic.slots import Slot
+from gpkernels.critic.slots import Slot, flat, slots_read
 from gpkernels.critic.traced import delivered_by
 from gpkernels.private import dual_level
 
@@ -329,7 +329,7 @@ def _with_backward(
     calls = writer.calls
     if any(_writes_to(call, before) for call in calls):
         return None
-    read = {s for call in calls for s in _slots(call[1:3])} | {s for s in grads if s is not None}
+    read = {s for call in calls for s in slots_read(call)} | {s for s in grads if s is not None}
     saved = sorted(s for s in read if s < before)
     outs = [writer.slot(x) for x in detached]
     lists = made(Program(forward_calls, inputs, [*outs, *saved], writer.aliases, writer.sizes))
@@ -338,18 +338,10 @@ def _with_backward(
     return lists
 
 
-def _slots(x: Any) -> list[Slot]:
-    if isinstance(x, Slot):
-        return [x]
-    if isinstance(x, dict):
-        return _slots(list(x.values()))
-    return [s for y in x for s in _slots(y)] if isinstance(x, (list, tuple)) else []
-
-
 def _writes_to(call: Any, before: int) -> bool:
     """Whether a call of the backward pass mutates a forward result, which a later replay may need."""
     func, args, _, _ = call
-    return any(s < before for s in _slots(_targets(func, args)))
+    return any(s < before for s in flat(_targets(func, args)) if isinstance(s, Slot))
 
 
 def _targets(func: Any, args: Sequence[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from gpkernels import backends
 from gpkernels.critic.cheaper import cheaper
 from gpkernels.critic.compiled import Options, chosen, compiled
 from gpkernels.critic.order import early
-from gpkernels.critic.slots import Outside, Slot, flat, may_write, memory_of, slots_made, slots_read
+from gpkernels.critic.slots import Outside, Slot, may_be_view, may_write, memory_of, slots_made, slots_read
 from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
@@ -46,11 +46,6 @@ class Alias(NamedTuple):
     def of(base: Tensor, view: Tensor) -> Alias:
         offset = int(view.storage_offset()) - int(base.storage_offset())
         return Alias(tuple(base.shape), base.stride(), tuple(view.shape), view.stride(), offset)
-
-
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
 def _shares(x: Tensor, out: Tensor) -> bool:
@@ -130,7 +125,7 @@ class Recorder(TorchDispatchMode):
         if func is _DETACH:  # no autograd here
             self._same(out, given[0][0])
             return out
-        if _is_view(func) and isinstance(out, Tensor) and isinstance(given[0][0], Slot) and _shares(args[0], out):
+        if may_be_view(func) and isinstance(out, Tensor) and isinstance(given[0][0], Slot) and _shares(args[0], out):
             key = func, str(given)
             known = self.views.setdefault(key, None)
             if known is not None:
@@ -182,9 +177,8 @@ class Program:
         for call in reversed(calls):
             given = slots_read(call)
             if not isinstance(call, Outside):
-                func, _, _, out = call
-                writes = may_write(func) and any(memory.get(s) in read_in for s in given)
-                if not writes and not any(s in read for s in flat(out) if isinstance(s, Slot)):
+                writes = may_write(call[0]) and any(memory.get(s) in read_in for s in given)
+                if not writes and read.isdisjoint(slots_made(call)):
                     continue
             read.update(given)
             read_in.update(memory.get(s) for s in given)
@@ -244,9 +238,8 @@ class Stretch:
         made: set[Any] = set()
         inputs: dict[Any, None] = {}
         for call in calls:
-            out = call[3]
             inputs.update((s, None) for s in slots_read(call) if s not in made)
-            made.update(s for s in flat(out) if isinstance(s, Slot))
+            made.update(slots_made(call))
         self.calls, self.inputs = calls, list(inputs)
         self.outputs = sorted(s for s in later if s in made)
         self.done = [s for s in self.inputs if s not in later]

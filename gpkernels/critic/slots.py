@@ -56,19 +56,6 @@ def slots_made(call: Any) -> list[Slot]:
     return [s for s in (call.outputs if isinstance(call, Outside) else flat(call[3])) if isinstance(s, Slot)]
 
 
-def memory_of(calls: list[Any]) -> dict[Slot, Slot | None]:
-    """Return in whose memory the results of calls are: their own, or a view's base; None for that of an input."""
-    found: dict[Slot, Slot | None] = {}
-    for call in calls:
-        if isinstance(call, Outside):
-            continue
-        func, args, _, out = call
-        shared = may_be_view(func)
-        base = found.get(args[0]) if shared and isinstance(args[0], Slot) else None
-        found.update((s, base if shared else s) for s in flat(out) if isinstance(s, Slot))
-    return found
-
-
 def homes_of(calls: list[Any]) -> dict[Slot, Slot]:
     """Return in whose memory views are, inputs included."""
     homes: dict[Slot, Slot] = {}
@@ -76,3 +63,10 @@ def homes_of(calls: list[Any]) -> dict[Slot, Slot]:
         if not isinstance(call, Outside) and may_be_view(call[0]) and isinstance(call[1][0], Slot):
             homes.update((s, homes.get(call[1][0], call[1][0])) for s in slots_made(call))
     return homes
+
+
+def memory_of(calls: list[Any]) -> dict[Slot, Slot | None]:
+    """Return in whose memory the results of recorded calls are; None: in that of an input or an unrecorded result."""
+    homes = homes_of(calls)
+    made = {s for call in calls if not isinstance(call, Outside) for s in slots_made(call)}
+    return {s: home if (home := homes.get(s, s)) in made else None for s in made}
