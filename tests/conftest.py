@@ -34,6 +34,14 @@ def _call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "PRODUCTS", {True: 0, False: 0})
 
 
+@pytest.fixture
+def compiler_anew() -> Iterator[None]:
+    """Forget what other tests compiled: PyTorch stops compiling a function that it has compiled too often."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda-emulated":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from itertools import pairwise
 from typing import Any
@@ -27,11 +27,7 @@ CRITICS = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _compiler_anew() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("compiler_anew")
 
 
 class Counted:

@@ -676,7 +676,7 @@ UNMET = {
     "HardsigmoidBackward0": "PyTorch cannot differentiate it twice: it has a test of its own",
     "FusedRmsNormBackward0": "on GPUs alone: it has a test of its own, and one in test_gpu.py",
     "NativeBatchNormLegitBackward0": "in traces alone: test_compiled_steps.py has batch norm",
-    "NativeBatchNormLegitNoTrainingBackward0": "in traces alone: test_compiled_steps.py has it in eval mode",
+    "NativeBatchNormLegitNoTrainingBackward0": "in traces alone: test_compiled_odd.py has it in eval mode",
     "NativeBatchNormLegitBackward1": "in traces alone: test_compiled_steps.py has instance norm",
     "MkldnnRnnLayerBackward0": "in float32 alone: test_critic_recurrent.py has it",
     "ScaledDotProductFlashAttentionForCpuBackward0": "PyTorch cannot differentiate it twice: it has tests of its own",

@@ -23,10 +23,7 @@ Step = Callable[[nn.Module, Tensor, Context], Tensor]
 BACKENDS = ("eager", "aot_eager")
 
 
-@pytest.fixture(autouse=True)
-def _compiler_anew() -> None:
-    """Forget what other tests compiled: PyTorch stops compiling a function that it has compiled too often."""
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("compiler_anew")
 
 
 def critic_of(seed: int = 0) -> nn.Sequential:
