@@ -43,6 +43,27 @@ inline at::Tensor detached(const at::Tensor& x) {
 // Looks up one of gpkernels' ops.
 inline c10::OperatorHandle op(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
+// Whether Python has imported a module.
+inline bool is_imported(const char* name) { return PyDict_GetItemString(PyImport_GetModuleDict(), name) != nullptr; }
+
+// Context in which compiled parts of a model run eagerly, where there may be any. uncompiled: Python's context.
+class Eagerly {
+ public:
+  explicit Eagerly(const py::object& uncompiled) {
+    if (!is_imported("torch._dynamo.eval_frame")) return;
+    context_ = uncompiled();
+    context_.attr("__enter__")();
+  }
+  ~Eagerly() noexcept(false) {
+    if (context_) context_.attr("__exit__")(py::none(), py::none(), py::none());
+  }
+  Eagerly(const Eagerly&) = delete;
+  Eagerly& operator=(const Eagerly&) = delete;
+
+ private:
+  py::object context_;
+};
+
 // Interpolates between two batches.
 class Mixer {
  public:
@@ -85,14 +106,13 @@ class Caller {
   static py::object called(const py::object& critic, const at::Tensor& x, int64_t rows, const std::shared_ptr<Log>& log,
                            const py::tuple& args, const py::dict& kwargs) {
     const at::AutoGradMode enabled(true);
-    if (!log) return critic(wrapped(x), *args, **kwargs);
-    const py::object check = py::cast(Check(log, rows, x.size(0)));
-    py::object output;
-    {
-      const Looking looking(check);
-      output = critic(wrapped(x), *args, **kwargs);
-    }
-    check.cast<Check&>().finish();
+    const auto call = [&] {
+      return args.empty() && kwargs.empty() ? critic(wrapped(x)) : critic(wrapped(x), *args, **kwargs);
+    };
+    if (!log) return call();
+    const Looking looking(log, rows, x.size(0));
+    py::object output = call();
+    looking.finish();
     return output;
   }
 

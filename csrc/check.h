@@ -50,20 +50,15 @@ class Log {
   py::object differs_;
 };
 
-// A torch function mode. then, now: rows of the batch.
+// Compares calls with those of a log. then, now: rows of the batch.
 class Check {
  public:
   Check(std::shared_ptr<const Log> log, int64_t then, int64_t now) : log_(std::move(log)), then_(then), now_(now) {}
 
-  py::object torch_function(const py::object& func, const py::object&, const py::tuple& args,
-                            const py::object& kwargs) {
-    const bool named = !kwargs.is_none() && PyDict_GET_SIZE(kwargs.ptr());
-    if (at_ >= log_->calls().size() || !same(log_->calls()[at_], func, args, named ? kwargs.ptr() : nullptr))
-      log_->differ();
+  // Raises unless the next call is this one.
+  void next(PyObject* func, PyObject* args, PyObject* kwargs) {
+    if (at_ >= log_->calls().size() || !same(log_->calls()[at_], func, args, kwargs)) log_->differ();
     ++at_;
-    PyObject* out = PyObject_Call(func.ptr(), args.ptr(), named ? kwargs.ptr() : nullptr);
-    if (!out) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(out);
   }
 
   // Raises unless every recorded call was made.
@@ -112,11 +107,11 @@ class Check {
     return false;
   }
 
-  bool same(const Log::Call& known, const py::object& func, const py::tuple& args, PyObject* kwargs) const {
-    if (!equal(known.function.ptr(), func.ptr())) return false;
+  bool same(const Log::Call& known, PyObject* func, PyObject* args, PyObject* kwargs) const {
+    if (!equal(known.function.ptr(), func)) return false;
     Described found{known};
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args.ptr()); ++i)
-      if (!found.same(PyTuple_GET_ITEM(args.ptr(), i), known.has_sizes && !known.filled, known.has_sizes)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i)
+      if (!found.same(PyTuple_GET_ITEM(args, i), known.has_sizes && !known.filled, known.has_sizes)) return false;
     PyObject *name, *value;
     for (Py_ssize_t at = 0; kwargs && PyDict_Next(kwargs, &at, &name, &value);) {
       const bool sizes = known.has_sizes && is_size(name);
@@ -143,20 +138,68 @@ class Check {
   const int64_t then_, now_;
 };
 
-// Pushes a mode onto PyTorch's stack for the lifetime of this object.
+// A torch function mode with a ``Check``; of Python's own API, as it is entered in every call that a critic makes.
+struct Mode {
+  PyObject_HEAD Check* check;
+
+  static PyObject* of(std::unique_ptr<Check> check) {
+    static PyTypeObject* type = made();
+    auto* self = PyObject_New(Mode, type);
+    if (!self) throw py::error_already_set();
+    self->check = check.release();
+    return reinterpret_cast<PyObject*>(self);
+  }
+
+ private:
+  static PyTypeObject* made() {
+    static PyMethodDef methods[] = {
+        {"__torch_function__", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&called)), METH_FASTCALL,
+         "Compare a call with the recorded one, then make it."},
+        {}};
+    static PyType_Slot slots[] = {{Py_tp_methods, methods}, {Py_tp_dealloc, reinterpret_cast<void*>(&freed)}, {}};
+    static PyType_Spec spec = {"gpkernels._program.Check", sizeof(Mode), 0, Py_TPFLAGS_DEFAULT, slots};
+    PyObject* type = PyType_FromSpec(&spec);
+    if (!type) throw py::error_already_set();
+    return reinterpret_cast<PyTypeObject*>(type);
+  }
+
+  static void freed(PyObject* self) {
+    PyTypeObject* type = Py_TYPE(self);
+    delete reinterpret_cast<Mode*>(self)->check;
+    PyObject_Free(self);
+    Py_DECREF(type);
+  }
+
+  // given: function, types, args, kwargs.
+  static PyObject* called(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+    if (count < 3 || count > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes 4 arguments");
+    PyObject* kwargs = count == 4 && given[3] != Py_None && PyDict_GET_SIZE(given[3]) ? given[3] : nullptr;
+    try {
+      reinterpret_cast<Mode*>(self)->check->next(given[0], given[2], kwargs);
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return nullptr;
+    }
+    return PyObject_Call(given[0], given[2], kwargs);
+  }
+};
+
+// Compares calls with those of a log while this object lives.
 class Looking {
  public:
-  explicit Looking(const py::object& mode) : is_on_(!mode.is_none()) {
-    if (is_on_)
-      at::impl::PythonTorchFunctionTLS::push_onto_stack(
-          std::make_shared<c10::SafePyObject>(py::object(mode).release().ptr(), getPyInterpreter()));
+  Looking(std::shared_ptr<const Log> log, int64_t then, int64_t now) {
+    auto check = std::make_unique<Check>(std::move(log), then, now);
+    check_ = check.get();
+    mode_ = std::make_shared<c10::SafePyObject>(Mode::of(std::move(check)), getPyInterpreter());
+    at::impl::PythonTorchFunctionTLS::push_onto_stack(mode_);
   }
-  ~Looking() {
-    if (is_on_) at::impl::PythonTorchFunctionTLS::pop_stack();
-  }
+  ~Looking() { at::impl::PythonTorchFunctionTLS::pop_stack(); }
   Looking(const Looking&) = delete;
   Looking& operator=(const Looking&) = delete;
 
+  void finish() const { check_->finish(); }
+
  private:
-  const bool is_on_;
+  const Check* check_;
+  std::shared_ptr<c10::SafePyObject> mode_;
 };

@@ -193,26 +193,6 @@ struct Graph {
   at::Tensor owner;
 };
 
-bool is_imported(const char* name) { return PyDict_GetItemString(PyImport_GetModuleDict(), name) != nullptr; }
-
-// Context in which compiled parts of a model run eagerly, where there may be any.
-class Eagerly {
- public:
-  explicit Eagerly(const py::object& uncompiled) {
-    if (!is_imported("torch._dynamo.eval_frame")) return;
-    context_ = uncompiled();
-    context_.attr("__enter__")();
-  }
-  ~Eagerly() noexcept(false) {
-    if (context_) context_.attr("__exit__")(py::none(), py::none(), py::none());
-  }
-  Eagerly(const Eagerly&) = delete;
-  Eagerly& operator=(const Eagerly&) = delete;
-
- private:
-  py::object context_;
-};
-
 // Python functions. forced: returns the backend that is forced, or None; left: whether the engine is to compute the
 // gradient of a model, for an input; chosen: returns the options in force, or None; tag: returns their number, above 0;
 // dual_level: of forward-mode differentiation, -1 outside; may_be_sharded: whether parameters may be distributed;

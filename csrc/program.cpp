@@ -33,14 +33,16 @@ bool has_slots(const py::handle& x, const py::handle& slot_type) {
   return false;
 }
 
-// A number for a tensor argument, wrapped as in Python's bindings, so that it does not promote dtypes.
-at::Tensor number(const py::handle& x) {
+// A number for a tensor argument, wrapped as in Python's bindings, so that it does not promote dtypes. single: whether
+// all tensors of its call are of float32, which it would be converted to in each run.
+at::Tensor number(const py::handle& x, bool single) {
   at::Tensor made = c10::scalar_to_tensor(torch::jit::toIValue(x, c10::NumberType::get()).toScalar());
+  if (single && (made.scalar_type() == at::kDouble || made.scalar_type() == at::kLong)) made = made.to(at::kFloat);
   made.unsafeGetTensorImpl()->set_wrapped_number(true);
   return made;
 }
 
-Argument argument_of(const py::handle& x, const c10::Argument& declared, const py::handle& slot_type) {
+Argument argument_of(const py::handle& x, const c10::Argument& declared, const py::handle& slot_type, bool single) {
   using Kind = Argument::Kind;
   if (is_slot(x, slot_type)) return {Kind::kSlot, {x.cast<int>()}, {}};
   const c10::TypePtr& type = declared.type();
@@ -51,7 +53,7 @@ Argument argument_of(const py::handle& x, const c10::Argument& declared, const p
     return found;
   }
   if (type->kind() == c10::TypeKind::TensorType && !THPVariable_Check(x.ptr()) && !x.is_none())
-    return {Kind::kConstant, {}, number(x)};
+    return {Kind::kConstant, {}, number(x, single)};
   return {Kind::kConstant, {}, torch::jit::toIValue(x, declared.real_type())};
 }
 
@@ -185,14 +187,15 @@ void Program::add(const py::tuple& call, std::vector<int> frees, const py::objec
                                          std::vector<int64_t>, int64_t>>();
     made.alias = Alias{std::get<0>(at), std::get<1>(at), std::get<2>(at), std::get<3>(at), std::get<4>(at)};
   }
+  const bool single = call[5].cast<bool>();
   const py::list args = call[1];
   const py::dict kwargs = call[2];
   const std::vector<c10::Argument>& declared = op.schema().arguments();
   for (size_t i = 0; i < declared.size(); ++i) {
     if (i < args.size()) {
-      made.arguments.push_back(argument_of(args[i], declared[i], slot_type));
+      made.arguments.push_back(argument_of(args[i], declared[i], slot_type, single));
     } else if (kwargs.contains(declared[i].name())) {
-      made.arguments.push_back(argument_of(kwargs[declared[i].name().c_str()], declared[i], slot_type));
+      made.arguments.push_back(argument_of(kwargs[declared[i].name().c_str()], declared[i], slot_type, single));
     } else {
       made.arguments.push_back({Argument::Kind::kConstant, {}, *declared[i].default_value()});
     }

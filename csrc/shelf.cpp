@@ -50,7 +50,9 @@ struct How {
 // Cache of programs, by everything that they depend on.
 class Shelf {
  public:
-  Shelf(const py::dict& rules, size_t capacity) : reader_(rules), capacity_(capacity) {}
+  // uncompiled: Python's context in which compiled parts of a critic run eagerly.
+  Shelf(const py::dict& rules, size_t capacity, py::object uncompiled)
+      : reader_(rules), capacity_(capacity), uncompiled_(std::move(uncompiled)) {}
 
   // Calls the critic with each batch and runs the program. tensors: as in ``Caller::batches``; log: recorded calls for
   // one part's rows. Returns the values, or the one that is asked for; else (outputs of the calls, key or None); None,
@@ -59,6 +61,7 @@ class Shelf {
                   const py::tuple& args, const py::dict& kwargs, const std::vector<double>& weights) {
     std::vector<at::Tensor> inputs = caller_.batches(tensors, how.places, how.moves);
     if (inputs.empty()) return py::none();
+    const Eagerly eagerly(uncompiled_);
     py::list made;
     std::vector<Called> calls;
     for (size_t i = 0; i < inputs.size(); ++i) {
@@ -112,6 +115,7 @@ class Shelf {
                          const py::dict& kwargs, double target, bool one_sided, double power, int64_t pack,
                          double weight) {
     const Ends ends{target, one_sided, power, pack, weight};
+    const Eagerly eagerly(uncompiled_);
     return ::by_autograd(caller_, critic, tensors, places, moves, kinds, args, kwargs, ends);
   }
 
@@ -207,6 +211,7 @@ class Shelf {
 
   const Reader reader_;
   const size_t capacity_;
+  const py::object uncompiled_;
   Caller caller_;
   std::unordered_map<std::string, std::shared_ptr<Program>> programs_;
 };
@@ -266,16 +271,13 @@ void add_shelf(pybind11::module_& module) {
   module.def("joint", &joint);
   module.def("any_hooks", &any_hooks);
   py::class_<Log, std::shared_ptr<Log>>(module, "Log").def(py::init<py::list, py::object>());
-  py::class_<Check>(module, "Check")
-      .def("__torch_function__", &Check::torch_function, py::arg(), py::arg(), py::arg() = py::tuple(),
-           py::arg() = py::none());
   py::class_<Unhooked>(module, "Unhooked")
       .def(py::init<const std::vector<at::Tensor>&>())
       .def("__enter__", &Unhooked::swap)
       .def("__exit__", &Unhooked::swap);
   py::class_<How>(module, "How").def(py::init<Places, std::vector<bool>, int64_t, int64_t, size_t>());
   py::class_<Shelf>(module, "Shelf")
-      .def(py::init<py::dict, size_t>())
+      .def(py::init<py::dict, size_t, py::object>())
       .def("step", &Shelf::step)
       .def("by_autograd", &Shelf::by_autograd)
       .def("run", &Shelf::run)

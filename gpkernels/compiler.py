@@ -332,8 +332,8 @@ def _with_backward(
     read = {s for call in calls for s in slots_read(call)} | {s for s in grads if s is not None}
     saved = sorted(s for s in read if s < before)
     outs = [writer.slot(x) for x in detached]
-    lists = made(Program(forward_calls, inputs, [*outs, *saved], writer.aliases, writer.sizes))
-    lists.backward = Program(calls, [*saved, *given], grads, writer.aliases, writer.sizes)
+    lists = made(Program(forward_calls, inputs, [*outs, *saved], writer.facts))
+    lists.backward = Program(calls, [*saved, *given], grads, writer.facts)
     lists.differentiable, lists.strides = differentiable, [x.stride() for x in cotangents]
     return lists
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
-from gpkernels.critic.gathered import with_gathered
+from gpkernels.critic.gathered import may_be_sharded, with_gathered
 from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Norm, Task
-from gpkernels.critic.step import Batches, critic_step, groups_of, named, step_at_once
+from gpkernels.critic.step import Batches, Begun, critic_step, groups_of, named, step_again, step_at_once
 from gpkernels.critic.together import Seen
 from gpkernels.ops.checks import (
     check_batch,
@@ -56,6 +57,11 @@ OBJECTIVES: dict[str, tuple[Adversarial, Callable[..., Tensor]]] = {  # of real 
 }
 PENALTIES = ("wgan-gp", "r1", "r2", "dragan")
 PAIRED = "wgan-gp", "relativistic"  # which need as many real samples as fake ones
+_options = attrgetter(
+    *("objective", "target", "one_sided", "power", "real_target", "fake_target", "dragan_scale", "pack", "together"),
+    *("consistency_weight", "consistency_margin", "feature_weight"),
+)
+_PLAIN = {bool, int, float, str, type(None)}
 
 
 @lru_cache(64)
@@ -288,6 +294,14 @@ class CriticLoss(nn.Module):
         composed = transformed() or (depth() and not is_compiling())
         if composed or is_compiling() or not isinstance(real, Tensor) or not isinstance(fake, Tensor):
             real, fake = self._checked(real, fake, eps)
+        critic = self.critic
+        decided = None
+        if not (composed or critic_args or critic_kwargs or with_penalty is not None or is_compiling()):
+            decided = self._decided(critic, real, fake)
+        if decided is not None and (last := self._seen.last) is not None and last.decided == decided:
+            given = self._given(real, fake, eps, last.task, (), {})
+            found = step_again(last, critic, given, self._seen)
+            return found if isinstance(found, CriticLossParts) else self._rest(given, last.task, last.weights, found)
         weights = self._weights(with_penalty)
         task = self._task(tuple(weights), torch.is_grad_enabled())
         given = self._given(real, fake, eps, task, tuple(critic_args), dict(critic_kwargs or {}))
@@ -296,23 +310,36 @@ class CriticLoss(nn.Module):
         if is_compiling():
             return self._in_graph(given, task, tuple(weights.values()))
         if weights:
-            warn_of_batch_norm(self.critic, stacklevel=5)
-        return self._eagerly(given, task, tuple(weights.values()))
+            warn_of_batch_norm(critic, stacklevel=5)
+        if decided is not None and not {*map(type, (*decided[0], *weights.values()))} <= _PLAIN:
+            decided = None  # options of another type may change and stay equal to themselves
+        return self._eagerly(given, task, tuple(weights.values()), decided)
 
-    def _eagerly(self, given: Batches, task: Task, weights: Sequence[float]) -> CriticLossParts:
-        return with_gathered(lambda: self._step(given, task, weights))
+    def _decided(self, critic: Any, real: Tensor, fake: Tensor) -> Any:
+        """Return everything that decides how a step is made; None where that is more."""
+        if self.penalty_every != 1 or may_be_sharded():
+            return None
+        penalty = self.penalty
+        weights = tuple(penalty.items()) if isinstance(penalty, dict) else ((penalty, self.penalty_weight),)
+        mode = Seen.mode(critic, real)
+        return _options(self), weights, torch.is_grad_enabled(), mode, real.device, real.shape, fake.shape
 
-    def _step(self, given: Batches, task: Task, weights: Sequence[float]) -> CriticLossParts:
-        how = task, weights, self.together, self._seen
-        parts = step_at_once(self.critic, given, *how)
-        if isinstance(parts, CriticLossParts):
-            return parts
+    def _eagerly(self, given: Batches, task: Task, weights: tuple[float, ...], decided: Any = None) -> CriticLossParts:
+        return with_gathered(lambda: self._step(given, task, weights, decided))
+
+    def _step(self, given: Batches, task: Task, weights: tuple[float, ...], decided: Any) -> CriticLossParts:
+        parts = step_at_once(self.critic, given, task, weights, self.together, self._seen, decided)
+        return parts if isinstance(parts, CriticLossParts) else self._rest(given, task, weights, parts)
+
+    def _rest(self, given: Batches, task: Task, weights: tuple[float, ...], begun: Begun | None) -> CriticLossParts:
+        """Do what is left of a step, with everything checked."""
         mixed = given.points.get("wgan-gp")
         real, fake = self._checked(given.real, given.fake, mixed.eps if isinstance(mixed, Between) else None)
         points = dict(given.points)
         if isinstance(mixed, Between):
             points["wgan-gp"] = mixed._replace(real=real, fake=fake)
-        return critic_step(self.critic, given._replace(real=real, fake=fake, points=points), *how, parts)
+        given = given._replace(real=real, fake=fake, points=points)
+        return critic_step(self.critic, given, task, weights, self.together, self._seen, begun)
 
     def _checked(self, real: Tensor, fake: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor]:
         """Check both batches and return them in one dtype."""

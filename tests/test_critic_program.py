@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
@@ -357,7 +358,7 @@ def test_calls_move_past_what_does_not_concern_them() -> None:
         b.mul_(3)
         late = (sums + noise).sum()  # frees both, but after what writes neither
         kept = b.t() @ c
-    calls = program.early(recorder.calls, {recorder.slot(x) for x in (late, kept)}, recorder.sizes)
+    calls = program.early(recorder.calls, {recorder.slot(x) for x in (late, kept)}, recorder.facts.sizes)
     names = [call[0]._schema.name.removeprefix("aten::") for call in calls]
     assert names == ["mul", "rand_like", "mm", "add", "sum", "mul_", "t", "mm"]
     own = [x.clone() for x in (a, b / 3, c)]
@@ -448,3 +449,33 @@ def test_running_statistics_are_written_though_the_schema_does_not_say_so() -> N
     for got, wanted in zip([*made, *again], [*normalised(*expected), *expected], strict=True):
         assert got is not None
         assert torch.equal(got, wanted)
+
+
+def arithmetic(x: Tensor) -> Tensor:
+    return (x * 0.1 + 3).div(0.7).sub(x, alpha=0.3)
+
+
+def with_integers(x: Tensor) -> Tensor:
+    n = torch.arange(64)
+    return arithmetic(x) + n * 0.3 + (n + 2)
+
+
+@pytest.mark.parametrize("call", [arithmetic, with_integers])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_are_those_of_pytorch(dtype: torch.dtype, call: Callable[[Tensor], Tensor], loop: str) -> None:
+    x = torch.randn(64).to(dtype)
+    recorder = program.Recorder([x])
+    with recorder:
+        expected = call(x)
+    made = program.Program.of(recorder, [expected])
+    for _ in range(2):
+        (found,) = made.run([x], lambda *_: [])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    if loop == "C++" and dtype == torch.float32 and call is arithmetic:
+        counts = []
+        for run_it in (lambda: arithmetic(x), lambda: made.run([x], lambda *_: [])):
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                run_it()
+            counts.append(sum(event.name == "aten::_to_copy" for event in seen.events()))
+        assert counts[0] > 0
+        assert counts[1] == 0  # numbers were converted with the program

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +14,8 @@ from gpkernels import backends
 from gpkernels.critic.graph import Graph, native, prepare_nodes
 from gpkernels.critic.parts import Between, constant_scores, points_of
 from gpkernels.critic.together import Check, Record, Watch
-from gpkernels.private import (
-    compile_nothing,
-    compiler,
-    dual_level,
-    look_at_frames,
-    look_at_no_frames,
-    next_sequence_number,
-    set_stance,
-)
+from gpkernels.critic.uncompiled import uncompiled
+from gpkernels.private import dual_level, next_sequence_number
 
 
 def scores_of(output: Any, what: str = "critic") -> Tensor:
@@ -53,6 +45,15 @@ def check_scores(scores: Tensor, x: Tensor, pack: int) -> None:
 def has_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether a tensor has a forward-mode tangent."""
     return dual_level() >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def refuse_tangents(tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where a tensor has a forward-mode tangent, which the passes would drop."""
+    if has_tangent(tensors):
+        raise RuntimeError(
+            "the critic has a forward-mode tangent, which this penalty does not propagate; call it inside "
+            "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"
+        )
 
 
 class Group(NamedTuple):
@@ -94,11 +95,7 @@ class Pass:
         scores, features = scores_of(output), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
         check_scores(scores, x, pack)
-        if has_tangent(self.outputs):
-            raise RuntimeError(
-                "the critic has a forward-mode tangent, which this penalty does not propagate; call it inside "
-                "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"
-            )
+        refuse_tangents(self.outputs)
         if penalised and not scores.requires_grad:
             raise constant_scores()
 
@@ -181,50 +178,6 @@ def call_each_group(
         outputs = [scores] if features is None else [scores, features]
         found.append(Plain(((group.name, group.penalised),), x, outputs))
     return found
-
-
-class _Stance:
-    """The stance outside of all ``uncompiled``, and how many threads are inside."""
-
-    __slots__ = ("before", "inside", "lock")
-
-    def __init__(self) -> None:
-        self.lock, self.inside = Lock(), 0
-        self.before: Any = None
-
-
-class uncompiled:
-    """Context manager in which compiled parts of a critic run eagerly: PyTorch cannot differentiate them twice.
-
-    The compiler's stance is global, so the first thread to enter sets it and the last one to leave restores it. Frame
-    evaluation is per thread.
-    """
-
-    __slots__ = ("_callback", "_entered")
-    _stance = _Stance()  # not attributes of the class: to set those costs more than all the rest
-
-    def __enter__(self) -> None:
-        self._entered = compiler() is not None
-        if not self._entered:  # nothing is compiled
-            return
-        self._callback = look_at_no_frames()  # otherwise no stance can be set
-        stance = self._stance
-        with stance.lock:
-            if not stance.inside:
-                stance.before = compile_nothing()
-            stance.inside += 1
-
-    def __exit__(self, *exception: object) -> None:
-        if not self._entered:
-            return
-        stance = self._stance
-        with stance.lock:
-            stance.inside -= 1
-            if not stance.inside:
-                before, stance.before = stance.before, None
-                set_stance(before)
-        if self._callback is not None:
-            look_at_frames(self._callback)
 
 
 def _batch(groups: list[Tensor], moves: bool) -> Tensor:

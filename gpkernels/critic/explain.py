@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from gpkernels.critic.call import scores_of, uncompiled
+from gpkernels.critic.call import scores_of
 from gpkernels.critic.explanation import Call, Explanation
 from gpkernels.critic.follow import Claim, Flops, Follow, modules_of, names_of, restored
 from gpkernels.critic.generic import Edge, Outsider
@@ -27,6 +27,7 @@ from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Unfit
 from gpkernels.critic.step import penalty_on_gradient
 from gpkernels.critic.together import Watch, keeps_apart, settled
+from gpkernels.critic.uncompiled import uncompiled
 from gpkernels.ops.checks import check_batch, check_callable
 
 _KINDS = {

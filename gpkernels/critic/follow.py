@@ -15,8 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from gpkernels.critic.call import uncompiled
 from gpkernels.critic.graph import LEAF
+from gpkernels.critic.uncompiled import uncompiled
 from gpkernels.ops.scaled_dot_product_attention import register_flops
 from gpkernels.private import TorchDispatchMode, tree_leaves, without_function_modes
 

@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 
 from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd
-from gpkernels.critic.call import scores_of, uncompiled
+from gpkernels.critic.call import scores_of
 from gpkernels.critic.compiled import Options, chosen
 from gpkernels.critic.gathered import may_be_sharded
 from gpkernels.critic.generic import Outsider
@@ -27,6 +27,7 @@ from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import CAPACITY, Cache
 from gpkernels.critic.run import is_plain, own_dtypes
+from gpkernels.critic.uncompiled import uncompiled
 from gpkernels.critic.work import apart
 from gpkernels.private import (
     FROM_LOCAL,

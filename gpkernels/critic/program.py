@@ -9,7 +9,7 @@ autograd's graph of this very pass, splits the list. Programs hold no tensors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from threading import Lock
 from typing import Any, NamedTuple
@@ -48,6 +48,14 @@ class Alias(NamedTuple):
         return Alias(tuple(base.shape), base.stride(), tuple(view.shape), view.stride(), offset)
 
 
+class Facts(NamedTuple):
+    """What is known of recorded tensors: the geometry of views, sizes in bytes, and which are of float32."""
+
+    aliases: dict[Slot, Alias]
+    sizes: dict[Slot, int]
+    singles: set[Slot]
+
+
 def _shares(x: Tensor, out: Tensor) -> bool:
     """Whether what may be a view is one: ``contiguous`` gives a copy, too."""
     return x.untyped_storage()._cdata == out.untyped_storage()._cdata
@@ -80,15 +88,16 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []  # keeps ids unique
         self.calls: list[Any] = []
         self.views: dict[Any, Slot | None] = {}
-        self.aliases: dict[Slot, Alias] = {}
-        self.sizes: dict[Slot, int] = {}  # bytes
+        self.facts = Facts({}, {}, set())
         self.count = 0
         self.inputs = [None if x is None else self._new(x) for x in inputs]
 
     def _new(self, x: Tensor) -> Slot:
         slot = Slot(self.count)
         self.count += 1
-        self.sizes[slot] = x.numel() * x.element_size()
+        self.facts.sizes[slot] = x.numel() * x.element_size()
+        if x.dtype == torch.float32:
+            self.facts.singles.add(slot)
         self._same(x, slot)
         return slot
 
@@ -132,7 +141,7 @@ class Recorder(TorchDispatchMode):
                 self._same(out, known)
                 return out
             slot = self.views[key] = self._new(out)
-            self.aliases[slot] = Alias.of(args[0], out)
+            self.facts.aliases[slot] = Alias.of(args[0], out)
             self.calls.append((func, *given, slot))
             return out
         self.calls.append((func, *given, self._result(out)))
@@ -155,18 +164,17 @@ class Program:
         calls: list[Any],
         inputs: list[Slot | None],
         results: list[Slot | None],
-        aliases: dict[Slot, Alias],
-        sizes: Mapping[Slot, int],
+        facts: Facts,
         options: Options | None = None,
     ) -> None:
-        self.inputs, self.results, self.aliases, self.options = inputs, results, aliases, options
-        self.parts = self._parted(early(self._needed(calls), {s for s in results if s is not None}, sizes))
+        self.inputs, self.results, self.facts, self.options = inputs, results, facts, options
+        self.parts = self._parted(early(self._needed(calls), {s for s in results if s is not None}, facts.sizes))
 
     @staticmethod
     def of(recorder: Recorder, results: Tensors, options: Options | None = None) -> Program:
         """Build a program of everything that was recorded, with some tensors as results; options: to compile it."""
         slots = [None if x is None else recorder.slot(x) for x in results]
-        return Program(recorder.calls, recorder.inputs, slots, recorder.aliases, recorder.sizes, options)
+        return Program(recorder.calls, recorder.inputs, slots, recorder.facts, options)
 
     def _needed(self, calls: list[Any]) -> list[Any]:
         """Drop calls whose results are unused."""
@@ -202,7 +210,7 @@ class Program:
                 parts.append(between[k])
                 later -= {s for s in between[k].outputs if s is not None}
                 later |= {s for s in between[k].inputs if s is not None}
-            stretch = Stretch(stretches[k], later, self.aliases, self.options)
+            stretch = Stretch(stretches[k], later, self.facts, self.options)
             parts.append(stretch)
             later = (later - set(stretch.outputs)) | set(stretch.inputs)
         return parts[::-1]
@@ -231,10 +239,8 @@ class Program:
 class Stretch:
     """Recorded calls that run without interruption."""
 
-    def __init__(
-        self, calls: list[Any], later: set[Any], aliases: dict[Slot, Alias], options: Options | None = None
-    ) -> None:
-        self.aliases, self.options = aliases, options if len(calls) >= WORTH else None
+    def __init__(self, calls: list[Any], later: set[Any], facts: Facts, options: Options | None = None) -> None:
+        self.facts, self.options = facts, options if len(calls) >= WORTH else None
         made: set[Any] = set()
         inputs: dict[Any, None] = {}
         for call in calls:
@@ -268,10 +274,12 @@ class Stretch:
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """Translate the list for the C++ loop."""
         calls = []
-        for func, args, kwargs, out in self.calls:
+        for call in self.calls:
+            func, args, kwargs, out = call
             name = func._schema.name, func._schema.overload_name
-            alias = self.aliases.get(out) if isinstance(out, Slot) else None
-            calls.append((name, args, kwargs, out if isinstance(out, list) else [out], alias))
+            alias = self.facts.aliases.get(out) if isinstance(out, Slot) else None
+            single = self.facts.singles.issuperset((*slots_read(call), *slots_made(call)))
+            calls.append((name, args, kwargs, out if isinstance(out, list) else [out], alias, single))
         numbers = [[-1 if s is None else s for s in slots] for slots in (inputs, outputs)]
         return backends.program.Program(calls, *numbers, self.frees, Slot)
 

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from gpkernels import backends
 from gpkernels.critic import program
 from gpkernels.critic.by_autograd import by_autograd, left_to_autograd
-from gpkernels.critic.call import Group, Pass, call, uncompiled
+from gpkernels.critic.call import Group, Pass, call
 from gpkernels.critic.compiled import chosen
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import native
@@ -121,7 +121,7 @@ class _Shelf:
 
         tensors: fake, real, and the points of the penalties; a ``Between`` as a tuple.
         """
-        if _native_path_is_off() or dual_level() >= 0:
+        if _native_path_is_off():
             return None
         logged = None if log is None else log.native()
         if how.native is None or how.options is not chosen():
@@ -130,8 +130,7 @@ class _Shelf:
             how.native = backends.program.How(
                 how.places, how.moves, how.task.pack, self._tag(how.task, how.calls), alone
             )
-        with uncompiled():
-            return native().step(critic, tensors, how.native, logged, args, kwargs, weights)
+        return native().step(critic, tensors, how.native, logged, args, kwargs, weights)
 
     def by_autograd(
         self,
@@ -149,7 +148,7 @@ class _Shelf:
         """
         task = how.task
         own = task.adversarial
-        if _native_path_is_off() or dual_level() >= 0 or task.consistency is not None or len(task.penalties) > 1:
+        if _native_path_is_off() or task.consistency is not None or len(task.penalties) > 1:
             return None
         if own is not None and (own.paired or own.real_target or own.fake_target):
             return None
@@ -157,8 +156,7 @@ class _Shelf:
         if norm.reduction != REDUCTIONS["mean"]:
             return None
         ends = norm.target, norm.one_sided, norm.power, task.pack, weight
-        with uncompiled():
-            return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
+        return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
 
     def run(self, passes: Sequence[Pass], task: Task, numbers: Sequence[Tensor]) -> Results | bytes | None:
         """Return the results of calls that were made, or the key to ``keep`` a program under, or None.
@@ -278,7 +276,7 @@ def run(
 
 def _native_path_is_off() -> bool:
     """Whether the native path is unavailable or must not be used."""
-    return backends.program is None or backends.forced() is not None or is_compiling()
+    return backends.program is None or backends.forced() is not None or is_compiling() or dual_level() >= 0
 
 
 def is_plain(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.by_autograd import left_to_autograd, losses, penalties_of
-from gpkernels.critic.call import Group, call, call_each_group
+from gpkernels.critic.call import Group, call, call_each_group, refuse_tangents
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
 from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, Signed, made, numbers_of, run, shelf
@@ -66,6 +66,7 @@ def penalty_on_gradient(
     found = penalty_at_once(critic, points, task, args, kwargs) if begun is None else begun
     if isinstance(found, Tensor):
         return found
+    refuse_tangents([points] if isinstance(points, Tensor) else points)
     before, key = ((), None) if found is None else (found.before, found.key)
     groups = [Group("points", points, True)]
     if task.gradients and left_to_autograd.has(critic, points if isinstance(points, Tensor) else points.real):
@@ -99,19 +100,38 @@ class Batches(NamedTuple):
         return self.real.shape == self.fake.shape and not self.args and not self.kwargs
 
 
+class Settled(NamedTuple):
+    """A step in C++. decided: everything that decided on the rest; None: it is not known to be all."""
+
+    decided: Any
+    task: Task
+    weights: tuple[float, ...]
+    how: How
+    as_one: bool
+    mode: Any
+    log: Log | None
+
+
 def step_at_once(
-    critic: Any, given: Batches, task: Task, weights: Sequence[float], together: bool | None, seen: Seen
+    critic: Any,
+    given: Batches,
+    task: Task,
+    weights: tuple[float, ...],
+    together: bool | None,
+    seen: Seen,
+    decided: Any = None,
 ) -> CriticLossParts | Begun | None:
-    """Run ``critic_step`` in C++; None where that path does not apply or rejects the tensors."""
+    """Run ``critic_step`` in C++; None where that path does not apply or rejects the tensors.
+
+    decided: as in ``Settled``, which ``seen`` keeps for the next step.
+    """
     real, fake = given.real, given.fake
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
-    shares = task.shares
     apart, joint = _hows(task)
-    tensors = fake, real, *[_place_of(name, given, shares) for name, _ in task.penalties]
-    more = given.args, given.kwargs
     if not together and task.gradients and left_to_autograd.has(critic, real):
-        found = shelf.by_autograd(critic, tensors, apart, weights, *more)
+        tensors = _tensors_of(given, task)
+        found = shelf.by_autograd(critic, tensors, apart, weights, given.args, given.kwargs)
         if isinstance(found, list):
             return Begun(False, found, None)
         return None if found is None else _parts(found, task)
@@ -121,17 +141,32 @@ def step_at_once(
     as_one = may and (bool(together) or isinstance(known, Log))
     if not as_one and (known in ("new", "looked") or not _go_at_once(real, task)):
         return None
+    log = known if isinstance(known, Log) else None
+    step = Settled(decided, task, weights, joint if as_one else apart, as_one, mode, log)
+    parts = step_again(step, critic, given, seen)
+    if decided is not None and isinstance(parts, CriticLossParts):
+        seen.last = step
+    return parts
+
+
+def step_again(step: Settled, critic: Any, given: Batches, seen: Seen) -> CriticLossParts | Begun | None:
+    """Make a step in C++, or begin it; None where the critic or the tensors differ."""
+    tensors = _tensors_of(given, step.task)
     try:
-        log = known if isinstance(known, Log) else None
-        found = shelf.step(critic, tensors, joint if as_one else apart, weights, log, *more)
+        found = shelf.step(critic, tensors, step.how, step.weights, step.log, given.args, given.kwargs)
     except (Differs, Exception):
-        if mode is None or not as_one:
+        if step.mode is None or not step.as_one:
             raise
-        seen.set(mode, None)  # the larger batch may be the cause; otherwise the error is raised again
+        seen.set(step.mode, None)  # the larger batch may be the cause; otherwise the error is raised again
         return None
     if found is None or len(found) != 2:
-        return None if found is None else _parts(found, task)
-    return Begun(as_one, *found)
+        return None if found is None else _parts(found, step.task)
+    return Begun(step.as_one, *found)
+
+
+def _tensors_of(given: Batches, task: Task) -> tuple[Any, ...]:
+    shares = task.shares
+    return given.fake, given.real, *[_place_of(name, given, shares) for name, _ in task.penalties]
 
 
 def critic_step(
@@ -149,6 +184,7 @@ def critic_step(
     part of the step that is already done.
     """
     real, fake = given.real, given.fake
+    refuse_tangents([real, fake, *[u for x in given.points.values() for u in ([x] if isinstance(x, Tensor) else x)]])
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
     groups = groups_of(given, task, wants)
     if task.gradients and not (wants or together) and left_to_autograd.has(critic, real):

@@ -335,10 +335,12 @@ class Seen:
     """Observations of a critic, kept by its caller.
 
     traced: result of the compiler's last trace. untraced: a critic that the compiler could not trace as one graph.
+    last: the last step that was made in C++, if it may be repeated.
     """
 
     traced: Any = None
     untraced: Any = None
+    last: Any = None
 
     def __init__(self) -> None:
         self._of: dict[Any, Any] = {}  # by mode: "looked", a Log, or None: separate
@@ -362,6 +364,7 @@ class Seen:
         if len(self._of) >= 16:
             self._of.clear()
         self._of[mode] = what
+        self.last = None
 
 
 def keeps_apart(plan: Plan, place: int) -> str | None:

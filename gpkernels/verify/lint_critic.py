@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkernels.critic.call import scores_of, uncompiled
+from gpkernels.critic.call import scores_of
 from gpkernels.critic.explain import explain
 from gpkernels.critic.follow import modules_of, restored
+from gpkernels.critic.uncompiled import uncompiled
 from gpkernels.ops.checks import check_batch, check_callable
 
 NO_GRADIENT = "no gradient"
