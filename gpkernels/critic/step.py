@@ -165,6 +165,7 @@ def step_again(step: Settled, critic: Any, given: Batches, seen: Seen) -> Critic
 
 
 def _tensors_of(given: Batches, task: Task) -> tuple[Any, ...]:
+    """Return what C++ makes the batches of."""
     shares = task.shares
     return given.fake, given.real, *[_place_of(name, given, shares) for name, _ in task.penalties]
 
