@@ -332,6 +332,18 @@ def test_a_frozen_critic_gives_values_without_a_graph() -> None:
     assert not gpk.gradient_penalty(critic, real, fake, eps=eps).requires_grad
 
 
+@pytest.mark.parametrize("penalty", ["wgan-gp", "r1"])
+def test_a_frozen_critic_with_a_call_without_a_rule(penalty: str) -> None:
+    critic = Lambda(lambda h: h.cumprod(1)).double()
+    real, fake, eps = batch(5, 6)
+    exact = plain_loss(critic, real, fake, eps, penalty=penalty).detach()
+    loss = gpk.CriticLoss(critic.requires_grad_(False), penalty=penalty)
+    for _ in range(3):
+        ours = loss(real, fake, eps=eps).loss
+        assert not ours.requires_grad
+        torch.testing.assert_close(ours, exact)
+
+
 def test_backward_twice_and_accumulation_add_up() -> None:
     critic = mlp(6, 8, 1).double()
     real, fake, eps = batch(6, 6)
