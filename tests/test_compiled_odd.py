@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from counting import Count
-from critics import mlp, plain_loss, plain_penalty, plain_points
+from critics import TwoHeads, mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import SMALL
 from test_compiled_steps import compiled
@@ -117,6 +117,17 @@ def test_gradients_at_the_samples_without_the_extension(monkeypatch: pytest.Monk
     real.requires_grad_()
     loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
     torch.testing.assert_close(*(torch.autograd.grad(y, real) for y in (loss, -critic(real).mean())))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "gpkernels"])
+def test_weights_of_a_head_that_no_loss_uses_have_no_gradient(backend: str) -> None:
+    critic = TwoHeads().double()
+    real, fake, eps = batch(5, 6)
+    loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss, backend)
+    gradient = compiled(lambda x: gpk.value_and_input_gradient(critic, x)[1].square().sum(1).mean(), backend)
+    for _ in range(2):
+        assert_exactly_as(loss(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+        assert_exactly_as(gradient(real), plain_penalty(critic, real, 0.0), critic)
 
 
 class Spread(nn.Module):

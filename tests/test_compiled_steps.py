@@ -262,6 +262,28 @@ def test_two_compilations_serve_every_batch_size(kind: str, dynamic: bool | None
     assert counter.frame_count <= 2
 
 
+class Products(nn.Module):
+    """A critic that multiplies samples by a weight without an axis of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return torch.einsum("ni,nj,ij->n", h.tanh(), h, self.b)
+
+
+def test_two_compilations_serve_every_size_of_one_batch() -> None:
+    critic = Products().double()
+    loss, counter = gpk.CriticLoss(critic, together=True), CompileCounterWithBackend("eager")
+    step = compiled(lambda r, f, e: loss(r, f, eps=e).loss, counter)
+    for n in (5, 7, 4, 16):
+        real, fake, eps = batch(n, 6)
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+    assert counter.frame_count <= 2
+
+
 def test_two_compilations_serve_every_number() -> None:
     critic = mlp(6, 16, 1).double()
     real, fake, eps = batch(8, 6)
