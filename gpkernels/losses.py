@@ -385,6 +385,8 @@ class CriticLoss(nn.Module):
         wants = task.gradients and (given.real.requires_grad or given.fake.requires_grad)
         groups = sorted(groups_of(given, task, wants), key=lambda group: group.penalised)
         joined = bool(task.penalties) and given.joinable
+        if self.together:
+            given.check_one_batch(task)
         calls = [groups] if self.together and joined else [[group] for group in groups]
         found = step_in_graph(
             self.critic,
