@@ -130,6 +130,17 @@ def test_weights_of_a_head_that_no_loss_uses_have_no_gradient(backend: str) -> N
         assert_exactly_as(gradient(real), plain_penalty(critic, real, 0.0), critic)
 
 
+def test_batches_whose_layout_or_image_size_changes() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)]
+    critic = nn.Sequential(*layers).double()
+    loss = gpk.CriticLoss(critic, penalty="r1")
+    step = compiled(lambda r, f: loss(r, f).loss, "eager")
+    for size, wide in ((6, 6), (6, 8), (6, 9), (7, 7), (8, 9)):
+        real, fake, eps = (x[..., :size] if x.dim() == 4 else x for x in batch(4, 3, size, wide))
+        assert_exactly_as(step(real, fake), plain_loss(critic, real, fake, eps, penalty="r1"), critic)
+        critic[1] = nn.Sequential(critic[1], nn.Tanh())  # which is traced anew
+
+
 class Spread(nn.Module):
     """A critic whose samples are broadcast against weights on an axis that is not the last."""
 
