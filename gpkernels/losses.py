@@ -296,7 +296,7 @@ class CriticLoss(nn.Module):
             real, fake = self._checked(real, fake, eps)
         critic = self.critic
         decided = None
-        if not (composed or critic_args or critic_kwargs or with_penalty is not None or is_compiling()):
+        if not (is_compiling() or composed or critic_args or critic_kwargs or with_penalty is not None):
             decided = self._decided(critic, real, fake)
         if decided is not None and (last := self._seen.last) is not None and last.decided == decided:
             given = self._given(real, fake, eps, last.task, (), {})
@@ -412,6 +412,8 @@ class CriticLoss(nn.Module):
         wants = task.gradients and (given.real.requires_grad or given.fake.requires_grad)
         groups = sorted(groups_of(given, task, wants), key=lambda group: group.penalised)
         joined = bool(task.penalties) and given.joinable
+        if self.together:
+            given.check_one_batch(task)
         calls = [groups] if self.together and joined else [[group] for group in groups]
         found = step_in_graph(
             self.critic,

@@ -22,7 +22,7 @@ from gpkernels.zoo import (
 
 __all__ = [
     "ACTIVATIONS", "NORMS", "PIECEWISE", "Featured", "MaxPooled", "Noisy", "Odd", "ResidualCritic", "SkipField",
-    "dcgan", "first", "mlp", "plain_loss", "plain_penalty", "plain_points"
+    "TwoHeads", "dcgan", "first", "mlp", "plain_loss", "plain_penalty", "plain_points"
 ]  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -84,6 +84,18 @@ class Noisy(nn.Module):
         noise = self.fixed.pop(0) if self.fixed else 0.3 * torch.randn_like(x)
         self.drawn.append(noise)
         return self.critic(x + noise)
+
+
+class TwoHeads(nn.Module):
+    """Scores, and the output of another head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other, self.top = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x).tanh()
+        return self.top(h), self.other(h).tanh().cumprod(1)
 
 
 class Odd(nn.Module):

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from counting import Count
-from critics import mlp, plain_loss, plain_penalty, plain_points
+from critics import TwoHeads, mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
 from gpkernels.bench.small import SMALL
 from test_compiled_steps import compiled
@@ -117,6 +117,28 @@ def test_gradients_at_the_samples_without_the_extension(monkeypatch: pytest.Monk
     real.requires_grad_()
     loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss)(real, fake, eps)
     torch.testing.assert_close(*(torch.autograd.grad(y, real) for y in (loss, -critic(real).mean())))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "gpkernels"])
+def test_weights_of_a_head_that_no_loss_uses_have_no_gradient(backend: str) -> None:
+    critic = TwoHeads().double()
+    real, fake, eps = batch(5, 6)
+    loss = compiled(lambda r, f, e: gpk.CriticLoss(critic)(r, f, eps=e).loss, backend)
+    gradient = compiled(lambda x: gpk.value_and_input_gradient(critic, x)[1].square().sum(1).mean(), backend)
+    for _ in range(2):
+        assert_exactly_as(loss(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+        assert_exactly_as(gradient(real), plain_penalty(critic, real, 0.0), critic)
+
+
+def test_batches_whose_layout_or_image_size_changes() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)]
+    critic = nn.Sequential(*layers).double()
+    loss = gpk.CriticLoss(critic, penalty="r1")
+    step = compiled(lambda r, f: loss(r, f).loss, "eager")
+    for size, wide in ((6, 6), (6, 8), (6, 9), (7, 7), (8, 9)):
+        real, fake, eps = (x[..., :size] if x.dim() == 4 else x for x in batch(4, 3, size, wide))
+        assert_exactly_as(step(real, fake), plain_loss(critic, real, fake, eps, penalty="r1"), critic)
+        critic[1] = nn.Sequential(critic[1], nn.Tanh())  # which is traced anew
 
 
 class Spread(nn.Module):

@@ -123,6 +123,44 @@ def test_every_penalty(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(gradients(ours, critic), gradients(exact, critic))
 
 
+class Labelled(nn.Module):
+    """A critic of samples and labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.labels, self.top = nn.Linear(6, 8), nn.Embedding(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, y: Tensor, *, scale: float = 1.0) -> Tensor:
+        h = self.a(x).tanh()
+        return self.top(h).squeeze(1) + scale * (h * self.labels(y)).sum(1)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "gpkernels"])
+@pytest.mark.parametrize("kind", ["wgan-gp", "r1"])
+def test_further_inputs_of_the_critic(kind: str, backend: str) -> None:
+    critic, (real, fake, eps) = Labelled().double(), batch(5, 6)
+    labels = torch.tensor([0, 2, 3, 2, 1])
+
+    def ours(r: Tensor, f: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        options = {"critic_args": (y,), "critic_kwargs": {"scale": 0.5}}
+        return gpk.CriticLoss(critic, penalty=kind)(r, f, eps=e if kind == "wgan-gp" else None, **options).loss
+
+    step = compiled(ours, backend)
+    for _ in range(2):
+        exact = plain_loss(lambda x: critic(x, labels, scale=0.5), real, fake, eps, penalty=kind)
+        assert_exactly_as(step(real, fake, eps, labels), exact, critic)
+
+
+def test_one_batch_is_refused_where_it_cannot_be() -> None:
+    loss, (real, fake, _) = gpk.CriticLoss(Labelled().double(), together=True, penalty="r1"), batch(4, 6)
+    labels = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(Exception, match="together: expected None or False with further inputs, got True"):
+        compiled(lambda r, f, y: loss(r, f, critic_args=(y,)).loss)(real, fake, labels)
+    loss = gpk.CriticLoss(mlp(6, 8, 1).double(), together=True, penalty="r1")
+    with pytest.raises(Exception, match="together: expected None or False with batches of different sizes, got True"):
+        compiled(lambda r, f: loss(r, f).loss)(real, fake[:3])
+
+
 @pytest.mark.parametrize("kind", ["wgan-gp", "r1", "r2"])
 def test_gradients_at_the_samples(kind: str) -> None:
     critic = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
@@ -258,6 +296,28 @@ def test_two_compilations_serve_every_batch_size(kind: str, dynamic: bool | None
     step = compiled(lambda r, f, e: loss(r, f, eps=e).loss, counter, dynamic=dynamic)
     for n in (4, 5, 16, 2, 64):
         real, fake, eps = batch(n, *shape)
+        assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
+    assert counter.frame_count <= 2
+
+
+class Products(nn.Module):
+    """A critic that multiplies samples by a weight without an axis of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return torch.einsum("ni,nj,ij->n", h.tanh(), h, self.b)
+
+
+def test_two_compilations_serve_every_size_of_one_batch() -> None:
+    critic = Products().double()
+    loss, counter = gpk.CriticLoss(critic, together=True), CompileCounterWithBackend("eager")
+    step = compiled(lambda r, f, e: loss(r, f, eps=e).loss, counter)
+    for n in (5, 7, 4, 16):
+        real, fake, eps = batch(n, 6)
         assert_exactly_as(step(real, fake, eps), plain_loss(critic, real, fake, eps), critic)
     assert counter.frame_count <= 2
 

@@ -14,6 +14,7 @@ from comparing import PENALTIES, assert_exactly_as, assert_same, batch, gradient
 from critics import (
     ACTIVATIONS,
     Noisy,
+    TwoHeads,
     first,
     mlp,
     plain_loss,
@@ -330,6 +331,28 @@ def test_a_frozen_critic_gives_values_without_a_graph() -> None:
     real, fake, eps = batch(5, 6, dtype=torch.float32)
     assert not gpk.CriticLoss(critic)(real, fake, eps=eps).loss.requires_grad
     assert not gpk.gradient_penalty(critic, real, fake, eps=eps).requires_grad
+
+
+@pytest.mark.parametrize("penalty", ["wgan-gp", "r1"])
+def test_a_frozen_critic_with_a_call_without_a_rule(penalty: str) -> None:
+    critic = Lambda(lambda h: h.cumprod(1)).double()
+    real, fake, eps = batch(5, 6)
+    exact = plain_loss(critic, real, fake, eps, penalty=penalty).detach()
+    loss = gpk.CriticLoss(critic.requires_grad_(False), penalty=penalty)
+    for _ in range(3):
+        ours = loss(real, fake, eps=eps).loss
+        assert not ours.requires_grad
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("penalty", ["none", "wgan-gp", "r1"])
+def test_weights_of_a_head_that_no_loss_uses_have_no_gradient(penalty: str) -> None:
+    critic = TwoHeads().double()
+    real, fake, eps = batch(5, 6)
+    loss = gpk.CriticLoss(critic, penalty=penalty)
+    for _ in range(3):
+        assert_exactly_as(loss(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps, penalty=penalty), critic)
+        assert_exactly_as(gpk.r1_penalty(critic, real), plain_penalty(critic, real, 0.0), critic)
 
 
 def test_backward_twice_and_accumulation_add_up() -> None:

@@ -672,6 +672,17 @@ def test_what_a_kernel_gives_unasked_is_not_taken(monkeypatch: pytest.MonkeyPatc
     assert_exactly_as(gpk.CriticLoss(critic)(real, fake, eps=eps).loss, plain_loss(critic, real, fake, eps), critic)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_alone_of_a_group_norm_on_channels_last(dtype: torch.dtype) -> None:
+    """PyTorch's own backward pass writes to no memory there, and the process ends."""
+    critic = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)).to(dtype)
+    real, fake, eps = batch(N, 4, 4, 4, dtype=dtype)
+    exact = plain_loss(critic, real.requires_grad_(), fake.requires_grad_(), eps)
+    given = [x.detach().contiguous(memory_format=torch.channels_last) for x in (real, fake)]
+    ours = gpk.CriticLoss(critic)(*given, eps=eps).loss
+    assert_exactly_as(ours, exact, critic, 1e-9 if dtype == torch.float64 else 1e-4)
+
+
 UNMET = {
     "HardsigmoidBackward0": "PyTorch cannot differentiate it twice: it has a test of its own",
     "FusedRmsNormBackward0": "on GPUs alone: it has a test of its own, and one in test_gpu.py",

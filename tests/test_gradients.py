@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import gpkernels as gpk
+from comparing import assert_exactly_as
 from counting import counted
+from critics import TwoHeads
 from gpkernels import private
 from gpkernels.critic import gradient as engine
 from gpkernels.critic.by_autograd import left_to_autograd
@@ -129,6 +131,16 @@ def test_any_loss_has_pytorchs_gradients(name: str, loss: str, trains: bool) -> 
             assert (a is None) == (b is None) or float((b if a is None else a).abs().max()) == 0  # type: ignore[union-attr]
             if a is not None and b is not None:
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weights_of_a_head_that_no_loss_uses_have_no_gradient(loss: str) -> None:
+    model, x = TwoHeads().double(), torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(3):
+        ours, exact = (
+            LOSSES[loss](y[0], g) for y, g in (way(model, x) for way in (gpk.value_and_input_gradient, plain))
+        )
+        assert_exactly_as(ours, exact, model)
 
 
 @pytest.mark.parametrize(

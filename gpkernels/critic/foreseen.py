@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from math import prod
 from threading import local
 from typing import Any
 
@@ -105,7 +106,7 @@ def holds(ctx: Any) -> None:
 
 def _watched(ctx: Any, x: Tensor) -> Log | None:
     """Record the critic's calls, if samples are independent of each other."""
-    if type(x.shape[0]) is not int:  # symbolic sizes could occur anywhere
+    if any(type(n) is not int for n in x.shape):  # symbolic sizes could occur anywhere
         return None
     watch = Watch()
     watch.follow(x)
@@ -114,7 +115,8 @@ def _watched(ctx: Any, x: Tensor) -> Log | None:
     if found is None:
         return None
     plan, graph = found
-    if sum(u.nbytes for u in graph.saved if u is not None) > LARGE[x.device.type == "cpu"]:
+    sizes = [prod(u.shape) * u.element_size() for u in graph.saved if u is not None]  # strides may be symbolic
+    if sum(sizes) > LARGE[x.device.type == "cpu"]:
         return None  # batching does not pay
     return settled(watch, plan, graph.nodes)
 

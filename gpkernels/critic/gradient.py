@@ -125,9 +125,9 @@ class Halves:
         for number, place in plan.inputs.items():
             if place in at_inputs and plan.calls[place[0]].trains:
                 sums[number] = at_inputs[place]
-        for call, sent in zip(plan.calls, plan.sent(passes.bent()), strict=True):  # zeros where PyTorch has zeros
-            if call.leaf and call.trains and (seeds or sent) and call.number not in sums:
-                sums[call.number] = call.outputs[0].zeros()
+        for leaf in plan.reached(passes.bent(), plan.outputs[self.score], seeds):  # zeros where PyTorch has zeros
+            if leaf.trains and leaf.number not in sums:
+                sums[leaf.number] = leaf.outputs[0].zeros()
         return [sums.get(number) for number in range(plan.leaves)]
 
     def finished(self, given: Given, tensors: Given, outsider: Any = None) -> tuple[list[Tensor | None], Any]:

@@ -165,7 +165,8 @@ class Passes:
             if call.uses_tangents and i in self.deltas:
                 self._tangents[i] = t
             if call.rule is None:
-                self._push_generic(i, call, t, tangents)
+                if i in self.deltas:  # otherwise the scores do not depend on it
+                    self._push_generic(i, call, t, tangents)
             elif call.pushed and any(u is not None for u in t):
                 pushed = plan.variant(i, which)[0].push(self._saved(i, which), t)
                 for nr, u in enumerate(pushed):
@@ -394,8 +395,10 @@ class Passes:
             return u
         start, stop = self.plan.window(which)
         for axis, (own, n) in enumerate(zip(u.shape, shape, strict=True)):
-            block, rest = divmod(own, stop - start)
-            if own != n and n != 1 and not rest and block * self.plan.rows == n:
+            if own == n or n == 1:
+                continue
+            block = own // (stop - start)
+            if block * (stop - start) == own and block * self.plan.rows == n:
                 pads = [0, 0] * (u.dim() - 1 - axis) + [start * block, n - stop * block]
                 return torch.nn.functional.pad(u, pads)
         return u

@@ -140,26 +140,43 @@ class Plan:
         assert self.x is not None
         return self.cut_meta(self.x, Window(self.plain, self.rows))
 
-    def sent(self, bent: Iterable[Place]) -> list[bool]:
+    def behind(self, places: Iterable[Place]) -> list[bool]:
+        """Return for each call whether one of the places was computed from it."""
+        found = [False] * len(self.calls)
+        for i, _ in places:
+            found[i] = True
+        for i in range(len(self.calls) - 1, -1, -1):
+            if found[i]:
+                for p in self.calls[i].parents:
+                    if p is not None:
+                        found[p[0]] = True
+        return found
+
+    def sent(self, bent: Iterable[Place], score: Place | None) -> list[bool]:
         """Return for each call whether its values have a gradient in PyTorch's double backward, possibly zero.
 
-        bent: where calls without a rule have curvature.
+        bent: where calls without a rule have curvature. score: the output that is differentiated.
         """
         found = [False] * len(self.calls)
         for i, _ in bent:
             found[i] = True
+        differentiated = self.behind([] if score is None else [score])
         for i in range(len(self.calls) - 1, -1, -1):
             call = self.calls[i]
             for p, sends in zip(call.parents, call.sends, strict=True):
                 if p is not None:
-                    found[p[0]] |= found[i] or sends
+                    found[p[0]] |= found[i] or (sends and differentiated[i])
         return found
 
-    def reached(self, bent: Iterable[Place]) -> Iterator[tuple[int, Meta]]:
-        """Yield the leaves that have a gradient in PyTorch, possibly zero; bent: as in ``sent``."""
-        for call, sent in zip(self.calls, self.sent(bent), strict=True):
-            if call.leaf and (sent or self.plain):
-                yield call.number, call.outputs[0]
+    def reached(self, bent: Iterable[Place], score: Place | None, seeded: Iterable[Place]) -> Iterator[Call]:
+        """Yield the leaves that have a gradient in PyTorch, possibly zero.
+
+        bent, score: as in ``sent``. seeded: outputs with cotangents of their own.
+        """
+        behind = self.behind(seeded)
+        for i, (call, sent) in enumerate(zip(self.calls, self.sent(bent, score), strict=True)):
+            if call.leaf and (sent or behind[i]):
+                yield call
 
     # --- samples ------------------------------------------------------------------------------------------------------
 

@@ -266,7 +266,8 @@ def run(
         signed = Signed(passes, task)
         if look is not None:
             look(signed)
-        alone = any(signed.known.generic) and any(plan.leaves_too_much() for plan in signed.known.plans)
+        plans = zip(signed.known.plans, signed.known.generic, strict=True)
+        alone = any(generic and plan.leaves_too_much() for plan, generic in plans)
         if alone and not signed.hooked:  # hooks may free what a graph that lasts until backward needs
             left_to_autograd.add(passes[0].critic, passes[0].x.numel() // len(passes[0].groups))
         results = signed.run(numbers)

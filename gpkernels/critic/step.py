@@ -97,7 +97,18 @@ class Batches(NamedTuple):
     @property
     def joinable(self) -> bool:
         """Whether all samples could be one batch: the shapes are equal, and there are no further inputs."""
-        return self.real.shape == self.fake.shape and not self.args and not self.kwargs
+        return self.real.shape == self.fake.shape and not self.has_more
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the critic has further inputs."""
+        return len(self.args) + len(self.kwargs) > 0  # Dynamo does not trace ``not`` of a tuple with tensors
+
+    def check_one_batch(self, task: Task) -> None:
+        """Raise ValueError where ``together=True`` asks for one batch of what cannot be one."""
+        if task.penalties and not self.joinable:
+            got = "further inputs" if self.has_more else "batches of different sizes"
+            raise ValueError(f"together: expected None or False with {got}, got True")
 
 
 class Settled(NamedTuple):
@@ -194,9 +205,8 @@ def critic_step(
         loss, *parts = losses(called, task, weights)
         assert loss is not None
         return _parts([loss, *(None if x is None else x.detach().clone() for x in parts)], task)
-    if together and task.penalties and not given.joinable:
-        got = "further inputs" if given.args or given.kwargs else "batches of different sizes"
-        raise ValueError(f"together: expected None or False with {got}, got True")
+    if together:
+        given.check_one_batch(task)
     numbers, own = numbers_of(weights, real), seen if together is None and given.joinable else None
     with torch.no_grad():
         done = None

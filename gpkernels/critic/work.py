@@ -92,7 +92,7 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: O
         for scaled in terms:
             loss = scaled if loss is None else loss + scaled
         loss = loss.clone() if loss is own and loss is not None else loss
-    at_leaves = _gradients(known, ones) if task.gradients else [None] * known.count
+    at_leaves = _gradients(known, task, ones) if task.gradients else [None] * known.count
     return apart([loss, own, term, *values, *at_leaves, *at_samples], tensors)
 
 
@@ -259,15 +259,17 @@ def _scale(one: _One, task: Task, own: dict[Place, Tensor], top: Place | None) -
     return seed.reshape(rows, -1)[:, 0]
 
 
-def _gradients(known: Known, ones: list[_One]) -> list[Tensor | None]:
+def _gradients(known: Known, task: Task, ones: list[_One]) -> list[Tensor | None]:
     """Return the gradient of every leaf; zeros where PyTorch has zeros, None where it has None."""
     parts: list[list[Any]] = [[] for _ in range(known.count)]
     blank: dict[int, Meta] = {}
     for one, numbers in zip(ones, known.leaves, strict=True):
         for k, more in one.passes.leaves().items():
             parts[numbers[k]] += more
-        for k, meta in one.plan.reached(one.passes.bent()):
-            blank[numbers[k]] = meta
+        ends = one.places[: 1 if task.consistency is None else 2] if one.plan.plain else []
+        seeded = [place for place in ends if place is not None]
+        for leaf in one.plan.reached(one.passes.bent(), one.places[0], seeded):
+            blank[numbers[leaf.number]] = leaf.outputs[0]
     given = [number for number, found in enumerate(parts) if found and number not in known.x]
     sums = dict(zip(given, totals([parts[number] for number in given]), strict=True))
     gradients: list[Tensor | None] = []

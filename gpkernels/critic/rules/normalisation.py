@@ -224,7 +224,9 @@ class GroupNorm(PerChannel):
         x, cotangent = (u.contiguous(memory_format=order) for u in (x, cotangent))
         n, channels, *image = x.shape
         sizes = (n, channels, prod(image), self.groups)
-        return aten.native_group_norm_backward(cotangent, x, mean, inverse, weight, *sizes, list(wanted))
+        # PyTorch 2.13's kernel for channels last on CPUs writes the gradient at x even where it was not asked for it.
+        mask = [wanted[0] or (x.is_cpu and order is torch.channels_last), *wanted[1:]]
+        return aten.native_group_norm_backward(cotangent, x, mean, inverse, weight, *sizes, mask)
 
     def layout(self, layouts: Layouts) -> Layout | None:
         x, *rest = layouts
