@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from gpkernels import backends
 
 pytestmark = pytest.mark.skipif(backends.program is None, reason="the loop in C++ is not built")
 
+PACKAGE = Path(gpk.__file__).parent
 N, WIDTH = 4, 5
 Change = Callable[[gpk.CriticLoss], object]
 
@@ -94,6 +97,30 @@ def assert_as_new(loss: gpk.CriticLoss, *args: Tensor, tolerance: float = 1e-11,
         assert ours.loss.requires_grad == exact.loss.requires_grad
         if ours.loss.requires_grad:
             assert_same(gradients(ours.loss, loss.critic), gradients(exact.loss, loss.critic), tolerance)
+
+
+def test_a_settled_step_asks_little() -> None:
+    loss = settled()
+    calls: dict[bool, list[str]] = {}
+    for shift in (0.0, 0.5):  # with further arguments everything is decided anew
+        real, fake, eps = batch(N, WIDTH)
+        more = {"critic_args": (shift,)} if shift else {}
+        for _ in range(6):
+            loss(real, fake, eps=eps, **more)
+        own = calls[bool(shift)] = []
+
+        def note(frame: Any, event: str, _: Any, own: list[str] = own) -> None:
+            if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+                own.append(frame.f_code.co_name)
+
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            loss(real, fake, eps=eps, **more)
+        finally:
+            sys.setprofile(before)
+    assert 10 < len(calls[False]) <= 30  # functions of the package
+    assert len(calls[True]) > len(calls[False])
 
 
 @pytest.mark.parametrize("name", CHANGES)
