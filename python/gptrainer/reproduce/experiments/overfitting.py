@@ -156,7 +156,9 @@ EXPERIMENT = Experiment(
     needs="Fashion-MNIST for the full set",
     limits=(
         "The published networks are convolutional and trained for 50,000 steps and more; here it is 3,000 generator "
-        "steps of fully connected ones at five times the rate, where the gap has opened but not all of it."
+        "steps of fully connected ones at five times the rate, where the gap has opened but not all of it. Over five "
+        "seeds of the full set the Fréchet distance with the term was 0.95 of that without, from 0.85 to 1.01, 95 % "
+        "interval [0.86, 1.03]: an improvement that five runs of this length do not decide."
     ),
     version=2,
 )
