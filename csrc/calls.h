@@ -64,6 +64,11 @@ class Eagerly {
   py::object context_;
 };
 
+// Calls a model. Further arguments are unpacked only where there are any, as that costs more than the check.
+inline py::object applied(const py::object& model, const py::object& x, const py::tuple& args, const py::dict& kwargs) {
+  return args.empty() && kwargs.empty() ? model(x) : model(x, *args, **kwargs);
+}
+
 // Interpolates between two batches.
 class Mixer {
  public:
@@ -106,12 +111,9 @@ class Caller {
   static py::object called(const py::object& critic, const at::Tensor& x, int64_t rows, const std::shared_ptr<Log>& log,
                            const py::tuple& args, const py::dict& kwargs) {
     const at::AutoGradMode enabled(true);
-    const auto call = [&] {
-      return args.empty() && kwargs.empty() ? critic(wrapped(x)) : critic(wrapped(x), *args, **kwargs);
-    };
-    if (!log) return call();
+    if (!log) return applied(critic, wrapped(x), args, kwargs);
     const Looking looking(log, rows, x.size(0));
-    py::object output = call();
+    py::object output = applied(critic, wrapped(x), args, kwargs);
     looking.finish();
     return output;
   }

@@ -253,8 +253,7 @@ class Gradients {
     py::object output;
     {
       const Eagerly eagerly(python_.uncompiled);
-      const py::object moved = given->filled();
-      output = args.empty() && kwargs.empty() ? model(moved) : model(moved, *args, **kwargs);
+      output = applied(model, given->filled(), args, kwargs);
     }
     const auto begun = [&] { return py::make_tuple(output, listed(made.inputs), made.start); };
     std::optional<Flat> results = Flat::of(output);

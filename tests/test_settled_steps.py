@@ -201,7 +201,7 @@ def test_other_modes_are_heeded(mode: str) -> None:
         with gpk.fast_double_backward():
             value = loss(real, fake, eps=eps).loss
             (first,) = torch.autograd.grad(value, [loss.critic.top.weight], create_graph=True)
-            assert float(first.square().sum().requires_grad)
+            assert first.requires_grad
     else:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(real, torch.ones_like(real))

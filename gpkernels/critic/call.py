@@ -47,9 +47,9 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
     return dual_level() >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def refuse_tangents(tensors: Iterable[Tensor]) -> None:
-    """Raise RuntimeError where a tensor has a forward-mode tangent, which the passes would drop."""
-    if has_tangent(tensors):
+def refuse_tangents(samples: Iterable[Tensor | Between]) -> None:
+    """Raise RuntimeError where samples have a forward-mode tangent, which the passes would drop."""
+    if has_tangent(u for x in samples for u in ([x] if isinstance(x, Tensor) else x)):
         raise RuntimeError(
             "the critic has a forward-mode tangent, which this penalty does not propagate; call it inside "
             "gpkernels.fast_double_backward(), where it is composed of PyTorch's own operations"

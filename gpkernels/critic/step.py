@@ -66,7 +66,7 @@ def penalty_on_gradient(
     found = penalty_at_once(critic, points, task, args, kwargs) if begun is None else begun
     if isinstance(found, Tensor):
         return found
-    refuse_tangents([points] if isinstance(points, Tensor) else points)
+    refuse_tangents([points])
     before, key = ((), None) if found is None else (found.before, found.key)
     groups = [Group("points", points, True)]
     if task.gradients and left_to_autograd.has(critic, points if isinstance(points, Tensor) else points.real):
@@ -196,7 +196,7 @@ def critic_step(
     part of the step that is already done.
     """
     real, fake = given.real, given.fake
-    refuse_tangents([real, fake, *[u for x in given.points.values() for u in ([x] if isinstance(x, Tensor) else x)]])
+    refuse_tangents([real, fake, *given.points.values()])
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
     groups = groups_of(given, task, wants)
     if task.gradients and not (wants or together) and left_to_autograd.has(critic, real):
