@@ -3,12 +3,17 @@
 // the op has a derivative here. It is built against one version of PyTorch, on its C++ interface for Python.
 #include "direct.h"
 
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/TransformationHelper.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <limits>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -279,6 +284,23 @@ PyObject* direct(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
+// The number that torch.randint draws from the whole range but its end, which costs more than all else in a small op.
+PyObject* draw_key(PyObject*, PyObject*) {
+  if (watched()) Py_RETURN_NOTIMPLEMENTED;
+  HANDLE_TH_ERRORS
+  using Range = std::numeric_limits<int64_t>;
+  constexpr uint64_t kCount = uint64_t(Range::max()) - uint64_t(Range::min());
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  at::TensorBase key = at::detail::empty_cpu({1}, at::kLong);
+  {
+    const std::lock_guard lock(generator.mutex());
+    *key.mutable_data_ptr<int64_t>() = at::transformation::uniform_int_from_to<int64_t>(
+        at::check_generator<at::CPUGeneratorImpl>(generator)->random64(), kCount, Range::min());
+  }
+  return THPVariable_Wrap(at::Tensor(std::move(key)));
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef kMethods[] = {
     {"direct", &direct, METH_VARARGS,
      "direct(name, choice, on_gpus=False[, derivative]) -> a callable that gives what the op gives, or NotImplemented "
@@ -288,6 +310,9 @@ PyMethodDef kMethods[] = {
     {"deliver", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&deliver)), METH_FASTCALL,
      "deliver(value, gradients, tensors) -> the value, with a known gradient for each tensor, or NotImplemented where "
      "a mode is active or the tensors are not all plain."},
+    {"draw_key", &draw_key, METH_NOARGS,
+     "draw_key() -> the Philox key that PyTorch's default generator of the CPU gives next, or NotImplemented where a "
+     "mode is active."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from gpkernels.critic.call import scores_of
 from gpkernels.ops.checks import check_batch, check_callable, check_number
 from gpkernels.ops.gradient_norm_penalty import check_reduction, gradient_norm_penalty
-from gpkernels.ops.instance_noise import add_instance_noise
+from gpkernels.ops.instance_noise import instance_noise_op
+from gpkernels.ops.philox import draw_key
 from gpkernels.ops.tensors import accumulation_dtype
 
 
@@ -84,7 +85,7 @@ def approximate_r1_penalty(
         raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
     check_reduction(reduction)
     real = real.detach()
-    noisy = add_instance_noise(real, sigma, generator=generator)
+    noisy: Tensor = instance_noise_op(real, sigma, None, draw_key(real.device, generator), True)
     kwargs = critic_kwargs or {}
     clean = _summed(critic(real, *critic_args, **kwargs), real)
     moved = _summed(critic(noisy, *critic_args, **kwargs), real)
@@ -95,9 +96,11 @@ def _summed(output: Any, x: Tensor) -> Tensor:
     """Return a score for each sample, (N,) or (N, 1), in at least float32."""
     scores = scores_of(output)
     n, shape = x.shape[0], scores.shape
-    if shape[:1] != (n,) and scores.numel() != n:
-        raise ValueError(f"critic: expected a score for each of {n} samples, got shape {tuple(shape)}")
     wide = accumulation_dtype(scores.dtype)
     if scores.dtype != wide:
         scores = scores.to(wide)
-    return scores if shape in ((n,), (n, 1)) else scores.reshape(n, -1).sum(1)
+    if shape == (n, 1) or shape == (n,):
+        return scores
+    if shape[:1] != (n,) and scores.numel() != n:
+        raise ValueError(f"critic: expected a score for each of {n} samples, got shape {tuple(shape)}")
+    return scores.reshape(n, -1).sum(1)

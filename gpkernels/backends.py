@@ -65,6 +65,7 @@ extension: Any = None
 # (op name, variable with the thread's backend, whether it has a CUDA kernel[, derivative]) -> fast path of the op
 direct: Callable[..., Callable[..., Any]] | None = None
 deliver: Callable[..., Any] = declined  # (value, gradients, tensors): C++ twin of critic/deliver.py
+draw_key: Callable[..., Any] = declined  # (): the next key of PyTorch's generator of the CPU
 program: Any = None  # _program: runs programs and reads autograd's graph
 extension_error: str | None = None
 fast_path_error: str | None = "there are no C++ kernels"  # None once both modules of fast paths are loaded
@@ -79,7 +80,7 @@ def load_extension() -> None:
 
     A binary that is there and cannot be used costs time, so that is a warning, too.
     """
-    global extension, extension_error, fast_path_error, cuda_error, direct, deliver, program
+    global extension, extension_error, fast_path_error, cuda_error
     try:
         extension = importlib.import_module("gpkernels._C")
     except ModuleNotFoundError:
@@ -111,7 +112,7 @@ def load_extension() -> None:
 
 def _load_fast_paths() -> str | None:
     """Load the modules for one release of PyTorch; return the reason if one of them is missing."""
-    global direct, deliver, program
+    global direct, deliver, draw_key, program
     built = extension.build_info()["torch"]
     if not same_release(built, torch.__version__):  # loading them would not even be safe
         return f"they are for PyTorch {built}, and this is {torch.__version__}"
@@ -129,7 +130,8 @@ def _load_fast_paths() -> str | None:
             else:
                 reasons.append(f"{name} is for PyTorch {module.TORCH}, and this is {torch.__version__}")
     if "_direct" in modules:
-        direct, deliver = modules["_direct"].direct, modules["_direct"].deliver
+        module = modules["_direct"]
+        direct, deliver, draw_key = module.direct, module.deliver, module.draw_key
     program = modules.get("_program")
     return "; ".join(reasons) or None
 

@@ -11,14 +11,18 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpkernels as gpk
+from gpkernels import backends
 from gpkernels.ops.instance_noise import instance_noise_op, instance_noise_reference
 from gpkernels.ops.interpolate import interpolate_op
-from gpkernels.ops.philox import philox
+from gpkernels.ops.philox import draw_key, philox
 from gpkernels.ops.tensors import accumulation_dtype
+from watchers import PassesFunctions, PassesOps
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+needs_cpp = pytest.mark.skipif(backends.draw_key is backends.declined, reason="the fast path is not built")
 KEY = torch.tensor([-6_148_914_691_236_517_206])  # every other bit, the sign too
 
 
@@ -52,6 +56,29 @@ def test_philox_uses_every_bit_of_key_and_counter() -> None:
         for key in (0, 1, -1, 2**40 + 7, int(KEY)):
             words = philox(torch.tensor([key]), torch.tensor([counter]))
             assert tuple(int(w) for w in words) == _philox_in_python(counter, key % 2**64)
+
+
+def test_a_key_is_what_randint_draws_and_leaves_the_generator_in_the_same_state(backend: str) -> None:
+    def keys(draw: Callable[[], Tensor]) -> tuple[list[int], Tensor]:
+        torch.manual_seed(3)
+        return [int(draw()) for _ in range(1000)], torch.get_rng_state()
+
+    expected, state = keys(lambda: torch.randint(-(2**63), 2**63 - 1, (1,)))
+    found, after = keys(lambda: draw_key(torch.device("cpu")))
+    assert found == expected
+    assert torch.equal(after, state)
+    assert min(found) < -(2**62)
+    assert max(found) > 2**62
+
+
+@needs_cpp
+@pytest.mark.parametrize("mode", [PassesFunctions, PassesOps, FakeTensorMode])
+def test_a_key_is_not_drawn_in_cpp_where_a_mode_sees_calls(mode: Any) -> None:
+    state = torch.get_rng_state()
+    with mode():
+        assert backends.draw_key() is NotImplemented
+    assert torch.equal(torch.get_rng_state(), state)
+    assert backends.draw_key().shape == (1,)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from gpkernels import backends
 from gpkernels.ops.checks import check_generator
 from gpkernels.ops.tensors import accumulation_dtype
 
@@ -58,4 +60,8 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     """Draw a Philox key: one int64 on ``device``, from PyTorch's generator there."""
     if generator is not None:
         check_generator(generator, device)
+    elif device.type == "cpu" and not is_compiling():
+        key = backends.draw_key()
+        if key is not NotImplemented:
+            return key
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
