@@ -320,18 +320,13 @@ def held(calls: list[Any], kept: set[Any], sizes: dict[Any, int], given: list[An
     return most
 
 
-def inputs_of(calls: list[Any]) -> list[Any]:
-    made = {s for call in calls for s in slots.slots_made(call)}
-    return list({s: None for call in calls for s in slots.slots_read(call) if s not in made})
-
-
 def test_weight_gradients_are_computed_where_what_they_need_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks: list[tuple[int, int, int]] = []
     early = program.early
 
     def noted(calls: list[Any], kept: set[Any], sizes: dict[Any, int]) -> list[Any]:
         found = early(calls, kept, sizes)
-        given = inputs_of(calls)
+        given = slots.inputs_of(calls)
         before, after = (held(order, kept, sizes, given) for order in (calls, found))
         peaks.append((sum(sizes[s] for s in given), before, after))
         return found
@@ -378,7 +373,7 @@ def test_no_more_is_held_than_in_the_given_order(name: str, kind: str, monkeypat
     moved, early = [], program.early
 
     def noted(calls: list[Any], kept: set[Any], sizes: dict[Any, int]) -> list[Any]:
-        found, given = early(calls, kept, sizes), inputs_of(calls)
+        found, given = early(calls, kept, sizes), slots.inputs_of(calls)
         moved.append(any(a is not b for a, b in zip(calls, found, strict=True)))
         for held_by_caller in ([], given):
             before, after = (held(order, {*kept, *held_by_caller}, sizes, given) for order in (calls, found))

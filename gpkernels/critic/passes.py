@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gpkernels.critic.generic import fitted
 from gpkernels.critic.plan import ALL, PENALISED, PLAIN, Call, Place, Plan
@@ -27,6 +28,7 @@ from gpkernels.private import foreach_add
 
 Outsider = Callable[[tuple[Any, ...], Sequence[Tensor | None]], Sequence[Tensor | None]]
 Cotangents = dict[Place, Tensor]
+COPIED = 1 << 18  # bytes of an operand below which a copy costs less than a call
 
 
 class Passes:
@@ -118,7 +120,10 @@ class Passes:
         """Return the operand of a weight gradient that one product can compute for all rows, or None."""
         rule = call.rule
         place = None if rule is None else rule.shared_operand
-        if place is None or not weights[place + 1] or self.saved[call.saved.start] is None:
+        if rule is None or place is None or not weights[place + 1]:
+            return None
+        operand, weight = self.saved[call.saved.start : call.saved.start + 2]
+        if operand is None or (weight is not None and _costs_a_copy(operand, weight, rule.joins)):
             return None
         layouts = self.plan.layouts
         p = call.parents[place]
@@ -457,6 +462,12 @@ def by_row(x: Tensor, scale: Tensor, layout: Layout | None) -> Tensor:
 def total(parts: Sequence[Any]) -> Tensor:
     """Sum gradients, deferred matrix products among them."""
     return totals([parts])[0]
+
+
+def _costs_a_copy(operand: Tensor, weight: Tensor, joins: float) -> bool:
+    """Whether a copy of an operand costs more than another product on a CPU. Compilers fuse copies."""
+    plain = type(operand) in (Tensor, Parameter) and operand.device.type == "cpu"
+    return plain and operand.nbytes >= COPIED and operand.nbytes > joins * weight.nbytes
 
 
 def totals(all_parts: Sequence[Sequence[Any]]) -> list[Tensor]:

@@ -21,7 +21,8 @@ from gpkernels import backends
 from gpkernels.critic.cheaper import cheaper
 from gpkernels.critic.compiled import Options, chosen, compiled
 from gpkernels.critic.order import early
-from gpkernels.critic.slots import Outside, Slot, may_be_view, may_write, memory_of, slots_made, slots_read
+from gpkernels.critic.reuse import Place, reusing
+from gpkernels.critic.slots import Outside, Slot, inputs_of, may_be_view, may_write, memory_of, slots_made, slots_read
 from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
@@ -49,11 +50,12 @@ class Alias(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of recorded tensors: the geometry of views, sizes in bytes, and which are of float32."""
+    """What is known of recorded tensors: the geometry of views, sizes in bytes, which are of float32, and places."""
 
     aliases: dict[Slot, Alias]
     sizes: dict[Slot, int]
     singles: set[Slot]
+    places: dict[Slot, Place]
 
 
 def _shares(x: Tensor, out: Tensor) -> bool:
@@ -88,7 +90,7 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []  # keeps ids unique
         self.calls: list[Any] = []
         self.views: dict[Any, Slot | None] = {}
-        self.facts = Facts({}, {}, set())
+        self.facts = Facts({}, {}, set(), {})
         self.count = 0
         self.inputs = [None if x is None else self._new(x) for x in inputs]
 
@@ -98,6 +100,8 @@ class Recorder(TorchDispatchMode):
         self.facts.sizes[slot] = x.numel() * x.element_size()
         if x.dtype == torch.float32:
             self.facts.singles.add(slot)
+        if (place := Place.of(x)) is not None:
+            self.facts.places[slot] = place
         self._same(x, slot)
         return slot
 
@@ -241,12 +245,9 @@ class Stretch:
 
     def __init__(self, calls: list[Any], later: set[Any], facts: Facts, options: Options | None = None) -> None:
         self.facts, self.options = facts, options if len(calls) >= WORTH else None
-        made: set[Any] = set()
-        inputs: dict[Any, None] = {}
-        for call in calls:
-            inputs.update((s, None) for s in slots_read(call) if s not in made)
-            made.update(slots_made(call))
-        self.calls, self.inputs = calls, list(inputs)
+        self.calls = calls if self.options is not None else reusing(calls, later, facts.places)
+        self.inputs = inputs_of(calls)
+        made = {s for call in calls for s in slots_made(call)}
         self.outputs = sorted(s for s in later if s in made)
         self.done = [s for s in self.inputs if s not in later]
         self.frees = self._last_uses(later)

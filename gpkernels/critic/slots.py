@@ -56,6 +56,16 @@ def slots_made(call: Any) -> list[Slot]:
     return [s for s in (call.outputs if isinstance(call, Outside) else flat(call[3])) if isinstance(s, Slot)]
 
 
+def inputs_of(calls: list[Any]) -> list[Slot]:
+    """Return the slots that calls read and none of them makes, in the order of their first use."""
+    made: set[Slot] = set()
+    found: dict[Slot, None] = {}
+    for call in calls:
+        found.update((s, None) for s in slots_read(call) if s not in made)
+        made.update(slots_made(call))
+    return list(found)
+
+
 def homes_of(calls: list[Any]) -> dict[Slot, Slot]:
     """Return in whose memory views are, inputs included."""
     homes: dict[Slot, Slot] = {}

@@ -13,6 +13,7 @@ Rules return the plain formula; the passes reduce broadcast axes and cast dtypes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -65,7 +66,9 @@ class Rule:
 
     names: of autograd's nodes. saved: names of the tensors that are read, as autograd's. constants: the same for
     numbers. origins: for each saved tensor, the argument that it is, or -1 for the output. sends: whether PyTorch's
-    double backward returns a gradient, possibly zero, for the arguments.
+    double backward returns a gradient, possibly zero, for the arguments. shared_operand: the argument, saved first,
+    whose tangent enters the weight gradient. joins: up to how many times the size of the weight, on a CPU, copying that
+    argument is cheaper than two products.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -75,7 +78,8 @@ class Rule:
     sends: ClassVar[bool] = False
     indexes: ClassVar[bool] = False  # whether a last constant says that the saved tensors index row by row
     flat: bool = False  # whether every tangent of the output is zero
-    shared_operand: ClassVar[int | None] = None  # argument, saved first, whose tangent enters the weight gradient
+    shared_operand: ClassVar[int | None] = None
+    joins: ClassVar[float] = inf
 
     def __init__(self, constants: tuple[Any, ...], inputs: Sequence[Meta | None], outputs: Sequence[Meta]) -> None:
         self.inputs, self.outputs = inputs, outputs

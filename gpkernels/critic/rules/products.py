@@ -114,6 +114,7 @@ class Product(Rule):
 class MM(Product):
     names = ("MmBackward0",)
     saved, origins = ("self", "mat2"), (0, 1)
+    joins = 1.5
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
@@ -221,6 +222,7 @@ class Convolution(Product):
     names = ("ConvolutionBackward0",)
     saved, origins = ("input", "weight"), (0, 1)
     constants = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    joins = 8
 
     def set_up(self, *geometry: Any) -> None:
         self.geometry = [list(g) if isinstance(g, tuple) else g for g in geometry]
