@@ -26,7 +26,7 @@ from gpkernels import backends, ops
 from gpkernels.bench import machine
 from gpkernels.bench.cases import CASES
 from gpkernels.bench.small import SMALL
-from gpkernels.critic import by_autograd, program, run, work
+from gpkernels.critic import by_autograd, passes, program, run, work
 from gpkernels.critic.curved import CurvedPasses
 from gpkernels.critic.rules import images, normalisation
 from gpkernels.ops.affine_gradients import affine_gradients_reference
@@ -37,7 +37,7 @@ from gpkernels.zoo import plain_loss
 Call = Callable[[], Any]
 NOTHING = "nothing"
 LARGE = "residual LayerNorm, N 8"
-CRITICS = {**SMALL, LARGE: CASES[LARGE]}
+CRITICS = {**SMALL, **CASES}
 COLUMNS = ("part", "case", "on", "off")
 SMALL_OPS = "interpolate 64 x 2", "gradient_norm_penalty 64 x 2"
 
@@ -73,6 +73,14 @@ def _no_programs() -> None:
     program._traceable = lambda inputs: False
 
 
+def _no_reuse() -> None:
+    program.reusing = lambda calls, later, places: calls  # type: ignore[assignment]
+
+
+def _always_joined() -> None:
+    passes.COPIED = 1 << 62
+
+
 def _no_curved() -> None:
     CurvedPasses.fits = staticmethod(lambda plan, wants: False)  # type: ignore[method-assign]
 
@@ -103,6 +111,8 @@ PARTS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "deliver (and shelf)": (_no_deliver, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
     "loop (and shelf)": (_no_loop, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
     "programs (and shelf)": (_no_programs, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
+    "reuse": (_no_reuse, ("sine, N 64", "RMSNorm, N 2", LARGE)),
+    "products apart": (_always_joined, ("MLP 2-512x3-1, N 256", LARGE)),
     "by_autograd": (_no_by_autograd, ("custom function, N 2", "LSTM, N 4")),
     "by_autograd, native": (_no_native_by_autograd, ("custom function, N 2", "LSTM, N 4")),
     "one batch": (lambda: None, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
@@ -141,10 +151,10 @@ def speedup(case: str, together: bool | None, rounds: int) -> float:
     for call in pair:
         for _ in range(6):
             call()
-    for _ in range(5 if case == LARGE else rounds):
+    for _ in range(min(rounds, 5) if case in CASES else rounds):
         for i, call in enumerate(pair):
             start = time.process_time()
-            for _ in range(1 if case == LARGE else 4):
+            for _ in range(1 if case in CASES else 4):
                 call()
             best[i] = min(best[i], time.process_time() - start)
     return best[1] / best[0]
