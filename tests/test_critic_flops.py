@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,27 @@ def test_eager_rpgan_with_r1_and_r2_takes_twelve() -> None:
 
     count = counted(lambda: torch.autograd.grad(step(), weights(critic), allow_unused=True))
     assert 11.5 * unit <= count.flops <= 12.5 * unit
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_an_output_that_no_loss_reads_costs_its_forward_pass_alone(activation: type[nn.Module]) -> None:
+    body, head = mlp(2, 64, 64, activation=activation), mlp(64, 1)
+    other = mlp(64, 256, 256, 10, activation=activation)
+
+    class TwoHeads(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return head(x := body(x)), other(x)
+
+    real, fake = torch.randn(16, 2), torch.randn(16, 2)
+    unit = counted(lambda: other(torch.randn(16, 64))).flops
+    trained = [*body.parameters(), *head.parameters()]
+
+    def flops(critic: Callable[..., Any], step: Callable[..., Tensor]) -> float:
+        return counted(lambda: torch.autograd.grad(step(critic, real, fake), trained, allow_unused=True)).flops
+
+    steps = (gpk.gradient_penalty, 1), (lambda critic, *xs: gpk.CriticLoss(critic)(*xs).loss, 3)
+    for step, batches in steps:
+        assert flops(TwoHeads(), step) == flops(nn.Sequential(body, head), step) + batches * unit
 
 
 def test_without_grad_mode_only_values_are_computed(setting: tuple[nn.Module, Tensor, Tensor, float]) -> None:

@@ -109,7 +109,7 @@ def test_a_product_does_not_write_over_what_it_multiplies(loop: str) -> None:
         lambda x, y: [(z := x + y), z * 2],  # a result
         lambda x, y: [(z := x + y)[1:], z * 2],  # a view of it that is a result
         lambda x, y: [(z := x + y) * 2, z @ y.t()],  # read again
-        lambda x, y: [(w := (z := x + y).t()).t() * 2, w.sum()],  # a view of it read again
+        lambda x, y: [(w := (x + y).t()).t() * 2, w.sum()],  # a view of it read again
         lambda x, y: [(z := x @ y.t()) * z.t()],  # another view of it read by the same call
         lambda x, y: [(x[:1] + y[:1]).expand(3, 4) * 2],  # elements that are one in memory
         lambda x, y: [(x @ y.t())[:, :2] * 2],  # a part

@@ -163,8 +163,9 @@ class Passes:
         which = PENALISED if plan.plain else ALL
         tangents: Cotangents = dict(directions)
         last = {p: i for i, call in enumerate(plan.calls) for p in call.parents if p is not None}
+        behind = plan.behind((i, 0) for i in self.deltas)
         for i, call in enumerate(plan.calls):
-            if not call.moves or call.leaf or not (call.pushed or call.uses_tangents):
+            if not (behind[i] and call.moves and (call.pushed or call.uses_tangents)) or call.leaf:
                 continue
             t = [None if p is None else tangents.get(p) for p in call.parents]
             if call.uses_tangents and i in self.deltas:

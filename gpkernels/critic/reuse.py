@@ -59,7 +59,7 @@ def reusing(calls: list[Any], later: Iterable[Slot], places: Mapping[Slot, Place
 def _written_over(call: Any, i: int, ends: Mapping[int, int], places: Mapping[Slot, Place]) -> Any:
     """Return call i with an argument to write to if there is one, otherwise as it is."""
     func, args, kwargs, out = call
-    if not isinstance(out, Slot) or out not in places:
+    if func.namespace != "aten" or not isinstance(out, Slot) or out not in places:
         return call
     other = _writing(func, places[out].device)
     if other is None:
@@ -94,7 +94,7 @@ def _writing(func: OpOverload, device: str) -> tuple[str, OpOverload] | None:
     """Return the overload that writes to an argument, and the argument's name; None where no argument may be that."""
     if torch.Tag.pointwise not in func.tags and func.overloadpacket not in _UNTAGGED | _SUMS:
         return None
-    if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable or func.namespace != "aten":
+    if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
         return None
     mine = _declared(func)
     for name in func.overloadpacket.overloads():
