@@ -251,3 +251,37 @@ def test_convolutions_are_right_where_operands_are_not_copied() -> None:
     for _ in range(3):
         exact = plain_loss(critic, real, fake, eps)
         assert_exactly_as(loss(real, fake, eps=eps).loss, exact, critic)
+
+
+@pytest.mark.parametrize(
+    ("critic", "shape"),
+    [
+        (mlp(5, 24, 16, 1), (32, 5)),
+        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 1)), (8, 2, 8, 8)),
+        (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)), (6, 3, 5)),  # several rows of a sample
+    ],
+)
+def test_cotangents_of_scores_that_share_a_pass_take_no_copies_of_activations(
+    critic: nn.Module, shape: tuple[int, ...], loop: str
+) -> None:
+    critic = critic.double()
+    loss = gpk.CriticLoss(lambda x: critic(x).flatten(1).sum(1), objective="least-squares", penalty="r1")
+    run.forget()
+    weights = list(critic.parameters())
+    for _ in range(4):
+        real, fake = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+        x = real.clone().requires_grad_()
+        scores = critic(x).flatten(1).sum(1)
+        (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        r1 = gradient.flatten(1).square().sum(1).mean()
+        adversarial = (scores - 1).square().mean() + critic(fake).flatten(1).sum(1).square().mean()
+        exact = torch.autograd.grad(adversarial + loss.penalty_weight * r1, weights)
+        ours = torch.autograd.grad(loss(real, fake).loss, weights)
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-11)
+    found = [signature.program for signature in program.signatures._entries.values()]
+    whole = [p for p in found if p is not None]
+    assert whole
+    for made in whole:
+        for part in made.parts:
+            products = [call[3] for call in part.calls if call[0].overloadpacket in (aten.mul, aten.add)]
+            assert all(part.facts.sizes[s] <= 8 * shape[0] * max(1, shape[1]) for s in products if isinstance(s, Slot))

@@ -302,17 +302,40 @@ class Passes:
         assert layouts is not None
         if place is not None and wanted[place + 1] and saved[0] is not None:
             p = call.parents[place]
-            own = by_row(saved[0], scale, None if p is None else layouts[p[0]])
-            known = t[place]
-            t = [own if k == place and known is None else known + own if k == place else u for k, u in enumerate(t)]  # type: ignore[operator]
+            own = by_row(saved[0], scale, None if p is None else layouts[p[0]], t[place])
+            t = [own if k == place else u for k, u in enumerate(t)]
             one = [k == place + 1 for k in range(len(wanted))]
             self._hand(call, rule.bend(saved, t, d, one), which, adjoints)
+            wanted = [w and not o for w, o in zip(wanted, one, strict=True)]
+        if (
+            rule.adds is not None
+            and wanted[rule.adds]
+            and (summed := self._summed_rows(i, call, d[0], scale)) is not None
+        ):
+            one = [k == rule.adds for k in range(len(wanted))]
+            self._hand(call, [summed if is_it else None for is_it in one], which, adjoints)
             wanted = [w and not o for w, o in zip(wanted, one, strict=True)]
         if any(wanted):
             scaled = [None if u is None else by_row(u, scale, layouts[i]) for u in d]
             self._hand(call, rule.pull(saved, scaled, wanted), which, adjoints)
             if any(u is not None for u in t):
                 self._hand(call, rule.bend(saved, t, d, wanted), which, adjoints)
+
+    def _summed_rows(self, i: int, call: Call, d: Tensor | None, scale: Tensor) -> Tensor | None:
+        """Sum a call's cotangents for what it adds to every row, each times its factor, without a copy of them.
+
+        None where this is not a sum for each entry of axis 1, or where what is added is multiplied.
+        """
+        rule, layout = call.rule, self.plan.layouts[i]  # type: ignore[index]
+        assert rule is not None
+        assert rule.adds is not None
+        p = call.parents[rule.adds]
+        if d is None or p is None or layout is None or layout.axis or getattr(rule, "beta", 1) != 1:
+            return None
+        if self.plan.calls[p[0]].moves or self.plan.calls[p[0]].outputs[p[1]].shape != d.shape[1:2]:
+            return None
+        rows = d if d.dim() == 2 else d.flatten(2).sum(2)
+        return torch.mv(rows.t(), _factors(scale, layout).to(d.dtype))
 
     def _multiply_jointly(
         self,
@@ -334,8 +357,7 @@ class Passes:
         assert plain is not None
         assert penalised is not None
         if scale is not None:
-            own = by_row(penalised, scale, Layout(0, 1))
-            operand = own if operand is None else operand + own
+            operand = by_row(penalised, scale, Layout(0, 1), operand)
         one = [k == place + 1 for k in range(len(wanted))]
         if operand is None:
             found = self._call_pull(i, PLAIN, self._rows(i, c, PLAIN), one)
@@ -450,14 +472,20 @@ class Passes:
         return found
 
 
-def by_row(x: Tensor, scale: Tensor, layout: Layout | None) -> Tensor:
-    """Multiply each sample of ``x`` by its own factor."""
-    if layout is None:
+def by_row(x: Tensor, scale: Tensor, layout: Layout | None, onto: Tensor | None = None) -> Tensor:
+    """Multiply each sample of ``x`` by its own factor, and add the result to ``onto``, if there is such a tensor."""
+    if layout is not None:
+        scale = _factors(scale, layout).to(x.dtype)
+        scale = scale.reshape([-1 if axis == layout.axis else 1 for axis in range(x.dim())])
+    if onto is None:
         return x * scale
-    scale = scale.to(x.dtype)
-    if layout.block > 1:
-        scale = scale[:, None].expand(-1, layout.block).reshape(-1)
-    return x * scale.reshape([-1 if axis == layout.axis else 1 for axis in range(x.dim())])
+    alike = onto.dtype == x.dtype == scale.dtype and onto.shape == x.shape
+    return torch.addcmul(onto, x, scale) if alike else onto + x * scale
+
+
+def _factors(scale: Tensor, layout: Layout) -> Tensor:
+    """Return the factor of each entry of the axis of samples, where a sample has a block of them."""
+    return scale if layout.block == 1 else scale[:, None].expand(-1, layout.block).reshape(-1)
 
 
 def total(parts: Sequence[Any]) -> Tensor:

@@ -68,7 +68,8 @@ class Rule:
     numbers. origins: for each saved tensor, the argument that it is, or -1 for the output. sends: whether PyTorch's
     double backward returns a gradient, possibly zero, for the arguments. shared_operand: the argument, saved first,
     whose tangent enters the weight gradient. joins: up to how many times the size of the weight, on a CPU, copying that
-    argument is cheaper than two products.
+    argument is cheaper than two products. adds: the argument that is added to every row of the output, which are along
+    axis 0, with one number for each entry of axis 1.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -80,6 +81,7 @@ class Rule:
     flat: bool = False  # whether every tangent of the output is zero
     shared_operand: ClassVar[int | None] = None
     joins: ClassVar[float] = inf
+    adds: ClassVar[int | None] = None
 
     def __init__(self, constants: tuple[Any, ...], inputs: Sequence[Meta | None], outputs: Sequence[Meta]) -> None:
         self.inputs, self.outputs = inputs, outputs

@@ -139,6 +139,7 @@ class Addmm(MM):
     names = ("AddmmBackward0",)
     saved, constants = ("mat1", "mat2"), ("alpha", "beta")
     first = shared_operand = 1
+    adds = 0
 
     def set_up(self, alpha: float, beta: float) -> None:
         self.alpha, self.beta = alpha, beta
@@ -222,7 +223,7 @@ class Convolution(Product):
     names = ("ConvolutionBackward0",)
     saved, origins = ("input", "weight"), (0, 1)
     constants = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    joins = 8
+    joins, adds = 8, 2
 
     def set_up(self, *geometry: Any) -> None:
         self.geometry = [list(g) if isinstance(g, tuple) else g for g in geometry]
