@@ -362,6 +362,26 @@ BAD = {
         ValueError,
         "reduction.*'max'",
     ),
+    "penalty with a list of reductions": (
+        lambda: gpk.gradient_norm_penalty(FLAT, reduction=["mean"]),
+        ValueError,
+        r"reduction.*\['mean'\]",
+    ),
+    "penalty on a side of text": (
+        lambda: gpk.gradient_norm_penalty(FLAT, one_sided="no"),
+        TypeError,
+        "one_sided.*'no'",
+    ),
+    "penalty on a side of NaN": (
+        lambda: gpk.gradient_norm_penalty(FLAT, one_sided=float("nan")),
+        TypeError,
+        "one_sided.*nan",
+    ),
+    "penalty on a side for each sample": (
+        lambda: gpk.gradient_norm_penalty(FLAT, one_sided=INT),
+        TypeError,
+        "one_sided.*tensor",
+    ),
     "penalty of a power below 1": (lambda: gpk.gradient_norm_penalty(FLAT, power=0.5), ValueError, "power.*0.5"),
     "penalty of an infinite power": (
         lambda: gpk.gradient_norm_penalty(FLAT, power=float("inf")),
@@ -383,6 +403,7 @@ BAD = {
     "penalty of no rows": (lambda: gpk.gradient_norm_penalty(NOBODY, dim=1), ValueError, "grad.*0, 2"),
     "penalty over an axis of integers": (lambda: gpk.gradient_norm_penalty(INT, dim=1), TypeError, "grad.*int64"),
     "penalty of packs of nothing": (lambda: gpk.gradient_norm_penalty(FLAT, pack=0), ValueError, "pack.*1.*0"),
+    "penalty of true packs": (lambda: gpk.gradient_norm_penalty(FLAT, pack=True), TypeError, "pack.*bool"),
     "penalty of half packs": (lambda: gpk.gradient_norm_penalty(FLAT, pack=1.5), TypeError, "pack.*float"),
     "penalty of a part of a pack": (lambda: gpk.gradient_norm_penalty(FLAT, pack=2), ValueError, "pack.*3, got 2"),
     "penalty of packs over an axis": (
@@ -453,6 +474,8 @@ BAD = {
     "a loss of nothing": (lambda: gpk.wgan_generator_loss(torch.empty(0)), ValueError, "fake_scores"),
     "clipping by a negative number": (lambda: gpk.clip_weights_([FLAT.clone()], -0.1), ValueError, "c: .*-0.1"),
     "clipping integers": (lambda: gpk.clip_weights_([FLAT.clone(), INT], 0.1), TypeError, r"params\[1\]"),
+    "clipping nothing": (lambda: gpk.clip_weights_(None, 0.1), TypeError, "params.*NoneType"),
+    "several backends": (lambda: gpk.set_backend(["cpu"]), ValueError, r"backend.*\['cpu'\]"),
     "a foreign backend": (lambda: gpk.set_backend("tpu"), ValueError, "backend.*tpu"),
 }
 

@@ -290,6 +290,8 @@ BAD = {
     "capturable": (lambda: RMSprop([_one()], capturable=True), ValueError, "capturable.*torch.optim.RMSprop"),
     "differentiable": (lambda: RMSprop([_one()], differentiable=True), ValueError, "differentiable.*True"),
     "a text foreach": (lambda: RMSprop([_one()], foreach="yes"), TypeError, "foreach.*'yes'"),
+    "a text side": (lambda: RMSprop([_one()], maximize="no"), TypeError, "maximize: expected True or False, got 'no'"),
+    "a NaN centring": (lambda: RMSprop([_one()], centered=math.nan), TypeError, "centered.*nan"),
     "a capturable state": (lambda: _step_with(_one(), capturable=True), ValueError, "capturable"),
     "a differentiable state": (lambda: _step_with(_one(), differentiable=True), ValueError, "differentiable"),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gpkernels.ops.checks import check_batch, check_finite, check_floating, check_nonnegative, check_whole
+from gpkernels.ops.checks import check_batch, check_finite, check_flag, check_floating, check_nonnegative, check_whole
 from gpkernels.ops.differentiable import Differentiable, apply, second_order
 from gpkernels.ops.op import Op
 from gpkernels.ops.tensors import laid_out, memory_format, new_like, new_wide, per_row, rows_of
@@ -69,7 +69,7 @@ def gradient_norm_penalty_backward_reference(cotangent: Tensor, grad: Tensor, co
 
 
 def check_reduction(reduction: str) -> int:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     return REDUCTIONS[reduction]
 
@@ -190,8 +190,7 @@ def gradient_norm_penalty(
         Tensor: the penalty, in at least float32.
 
     Raises:
-        TypeError: ``grad`` is not a dense floating-point tensor, ``target`` or ``power`` not a number, or ``dim`` or
-            ``pack`` not a whole number.
+        TypeError: ``grad`` is not a dense floating-point tensor, or an option is of another type.
         ValueError: the batch is empty, or an option is out of its range.
 
     Example:
@@ -206,8 +205,13 @@ def gradient_norm_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
-    options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction), check_power(power)
-    if dim is not None or pack != 1:
+    options = (
+        check_nonnegative("target", target),
+        check_flag("one_sided", one_sided),
+        check_reduction(reduction),
+        check_power(power),
+    )
+    if dim is not None or type(pack) is not int or pack != 1:
         return _of_other_rows(grad, options, dim, pack)
     plain = NotImplemented if is_compiling() else gradient_norm_penalty_op.recorded(grad, *options)
     if plain is not NotImplemented:
