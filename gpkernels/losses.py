@@ -114,8 +114,8 @@ class CriticLoss(nn.Module):
     any order inside :func:`fast_double_backward`. Results are in at least float32.
 
     Args:
-        critic (nn.Module): maps a batch to scores, or to a tuple of scores and the features that the consistency term
-            uses; any callable is accepted.
+        critic (nn.Module or Callable): maps a batch to scores, or to a tuple of scores and the features that the
+            consistency term uses.
         objective (str): ``"wgan"``, ``"gan"``, ``"hinge"``, ``"least-squares"`` or ``"relativistic"``, which pairs real
             and fake samples. Default: ``"wgan"``.
         penalty (str or Mapping): ``"wgan-gp"`` (uses ``target``, ``one_sided`` and ``power``), ``"r1"``, ``"r2"``,
@@ -194,7 +194,7 @@ class CriticLoss(nn.Module):
 
     def __init__(
         self,
-        critic: nn.Module,
+        critic: Callable[..., Any],
         *,
         objective: str = "wgan",
         penalty: str | Mapping[str, float] = "wgan-gp",
@@ -256,9 +256,9 @@ class CriticLoss(nn.Module):
         own = f"{prefix}critic."
         # Formats such as safetensors keep no metadata of modules, which begins with a version.
         elsewhere = local_metadata.get(_ELSEWHERE, "version" not in local_metadata)
-        absent = prefix and isinstance(self.critic, nn.Module) and not any(name.startswith(own) for name in state_dict)
-        if absent and elsewhere:
-            state_dict.update(self.critic.state_dict(prefix=own, keep_vars=True))
+        critic, absent = self.critic, prefix and not any(name.startswith(own) for name in state_dict)
+        if absent and elsewhere and isinstance(critic, nn.Module):
+            state_dict.update(critic.state_dict(prefix=own, keep_vars=True))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def forward(
