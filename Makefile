@@ -60,7 +60,7 @@ test-sanitize: install  ## the C++ modules under the address and undefined-behav
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(CURDIR)/$(BIN)/python -m pytest -s -c $(CURDIR)/pyproject.toml -p no:cacheprovider \
 	  -k "not compile and not emulated and not opcheck and not traced and not export and not (power_3 and float64)" \
-	  $(foreach name,contract critic_program deliver recorded,$(CURDIR)/tests/test_$(name).py)
+	  $(foreach name,contract mistakes critic_program deliver recorded,$(CURDIR)/tests/test_$(name).py)
 
 THREADED := $(CURDIR)/build/threaded
 test-threads: install  ## the C++ modules under gcc's ThreadSanitizer, which also has to find a race between two threads

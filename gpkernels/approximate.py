@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.call import scores_of
-from gpkernels.ops.checks import check_batch, check_callable, check_number
+from gpkernels.ops.checks import check_batch, check_callable, check_further, check_number
 from gpkernels.ops.gradient_norm_penalty import check_reduction, gradient_norm_penalty
 from gpkernels.ops.instance_noise import instance_noise_op
 from gpkernels.ops.philox import draw_key
@@ -84,6 +84,7 @@ def approximate_r1_penalty(
     if not 0 < sigma < math.inf:  # nor NaN
         raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
     check_reduction(reduction)
+    check_further(critic_args, critic_kwargs)
     real = real.detach()
     noisy: Tensor = instance_noise_op(real, sigma, None, draw_key(real.device, generator), True)
     kwargs = critic_kwargs or {}

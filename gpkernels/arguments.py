@@ -101,6 +101,8 @@ def critic_errors(options: argparse.Namespace) -> Iterator[None]:
     """Context manager that turns errors of the user's critic into UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{options.critic} on {options.input}: {type(error).__name__}: {reason}") from error

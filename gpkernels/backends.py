@@ -235,7 +235,7 @@ _own, _traced = _Own(), _Traced()
 
 
 def _check(name: str) -> None:
-    if name not in NAMES and name not in _tables:
+    if not isinstance(name, str) or (name not in NAMES and name not in _tables):
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
 
 

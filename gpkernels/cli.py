@@ -123,7 +123,9 @@ def _explain(options: argparse.Namespace) -> int:
             raise UserError(f"--{name}: expected with --approximate")
     from gpkernels.critic.explain import explain
 
-    critic, example = load_critic(options.critic), torch.randn(shape_of(options.input))
+    critic = load_critic(options.critic)
+    with critic_errors(options):
+        example = torch.randn(shape_of(options.input))
     _warn(options, critic, example)
     with critic_errors(options):
         print(explain(critic, example))
@@ -151,10 +153,11 @@ def _approximate(options: argparse.Namespace) -> int:
 
     sigmas = SIGMAS if options.sigmas is None else tuple(_positive("--sigmas", s) for s in options.sigmas.split(","))
     torch.manual_seed(0)
-    critic, real = load_critic(options.critic), torch.randn(shape_of(options.input))
+    critic = load_critic(options.critic)
     if not isinstance(critic, torch.nn.Module):
         raise UserError(f"{options.critic}: expected a torch.nn.Module, got {type(critic).__name__}")
     with critic_errors(options):
+        real = torch.randn(shape_of(options.input))
         found = compare(critic, real, sigmas, DRAWS if options.draws is None else options.draws)
     print(found)
     if options.json:
@@ -190,12 +193,22 @@ def _verify(options: argparse.Namespace) -> int:
     dtypes = _among("--dtype", options.dtype, tuple(DTYPES), tuple(DTYPES))
     own = ""
     mine = own_critic(options)
+    for option, given, unless in (
+        ("--op", options.op, mine),
+        ("--dtype", options.dtype, mine),
+        ("--backend", options.backend, options.penalty),
+        ("--json", options.json, options.penalty),
+    ):
+        if given and unless:
+            raise UserError(f"{option}: expected without {'--penalty' if options.penalty else '--critic'}")
     if options.penalty:
         return _penalty(options, mine)
     check_file("--json", options.json)
     if mine:
         own = f"--critic {options.critic} --input {options.input}"
-        _warn(options, mine[0], torch.randn(mine[1]))
+        with critic_errors(options):
+            example = torch.randn(mine[1])
+        _warn(options, mine[0], example)
         with critic_errors(options):
             results = list(run.check_own(*mine, options.critic, chosen))
     else:
@@ -216,8 +229,8 @@ def _penalty(options: argparse.Namespace, mine: tuple[torch.nn.Module, list[int]
         raise UserError("--penalty: expected with --critic and --input")
     function = load("penalty", options.penalty, "module:function")
     torch.manual_seed(0)
-    real, fake = torch.randn(mine[1]), 0.3 + 0.7 * torch.randn(mine[1])
     with critic_errors(options):
+        real, fake = torch.randn(mine[1]), 0.3 + 0.7 * torch.randn(mine[1])
         lint = lint_penalty(function, mine[0], real, fake)
     print(f"{options.penalty}: {lint}")
     return 1 if lint.findings else 0

@@ -14,7 +14,7 @@ from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gathered import with_gathered
 from gpkernels.critic.gradient import Begun, Inputs, at_once, value_and_gradient
-from gpkernels.ops.checks import check_callable, check_floating, check_own
+from gpkernels.ops.checks import check_callable, check_floating, check_further, check_own
 
 Model = Callable[..., Any]
 
@@ -111,6 +111,7 @@ def gradient_of(
     model: Model, x: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, name: str = "model"
 ) -> tuple[Any, Any]:
     """Return the output of a model, an argument of that name, and the gradient at its input."""
+    check_further(args, kwargs)
     found = None if is_compiling() else at_once(model, x, args, kwargs)
     if found is not None and not isinstance(found, Begun):
         return found

@@ -22,7 +22,10 @@ from gpkernels.ops.checks import (
     check_callable,
     check_eps,
     check_finite,
+    check_flag,
+    check_further,
     check_nonnegative,
+    check_optional_flag,
     check_pack,
     check_pair,
     check_same_device,
@@ -111,8 +114,8 @@ class CriticLoss(nn.Module):
     any order inside :func:`fast_double_backward`. Results are in at least float32.
 
     Args:
-        critic (nn.Module): maps a batch to scores, or to a tuple of scores and the features that the consistency term
-            uses; any callable is accepted.
+        critic (nn.Module or Callable): maps a batch to scores, or to a tuple of scores and the features that the
+            consistency term uses.
         objective (str): ``"wgan"``, ``"gan"``, ``"hinge"``, ``"least-squares"`` or ``"relativistic"``, which pairs real
             and fake samples. Default: ``"wgan"``.
         penalty (str or Mapping): ``"wgan-gp"`` (uses ``target``, ``one_sided`` and ``power``), ``"r1"``, ``"r2"``,
@@ -191,7 +194,7 @@ class CriticLoss(nn.Module):
 
     def __init__(
         self,
-        critic: nn.Module,
+        critic: Callable[..., Any],
         *,
         objective: str = "wgan",
         penalty: str | Mapping[str, float] = "wgan-gp",
@@ -211,7 +214,7 @@ class CriticLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_callable("critic", critic)
-        if objective not in OBJECTIVES:
+        if not isinstance(objective, str) or objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
         self.critic = critic
         self.objective = objective
@@ -219,7 +222,7 @@ class CriticLoss(nn.Module):
         weight = 10.0 if penalty_weight is None else penalty_weight
         self.penalty_weight = check_nonnegative("penalty_weight", weight)
         self.target = check_nonnegative("target", target)
-        self.one_sided = bool(one_sided)
+        self.one_sided = check_flag("one_sided", one_sided)
         self.power = check_power(power)
         self.real_target = check_finite("real_target", real_target)
         self.fake_target = check_finite("fake_target", fake_target)
@@ -233,9 +236,7 @@ class CriticLoss(nn.Module):
         for name, value in (("penalty_every", self.penalty_every), ("pack", self.pack)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if together not in (None, True, False):
-            raise TypeError(f"together: expected None, True or False, got {together!r}")
-        self.together = together
+        self.together = check_optional_flag("together", together)
         self._seen = Seen()
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -255,9 +256,9 @@ class CriticLoss(nn.Module):
         own = f"{prefix}critic."
         # Formats such as safetensors keep no metadata of modules, which begins with a version.
         elsewhere = local_metadata.get(_ELSEWHERE, "version" not in local_metadata)
-        absent = prefix and isinstance(self.critic, nn.Module) and not any(name.startswith(own) for name in state_dict)
-        if absent and elsewhere:
-            state_dict.update(self.critic.state_dict(prefix=own, keep_vars=True))
+        critic, absent = self.critic, prefix and not any(name.startswith(own) for name in state_dict)
+        if absent and elsewhere and isinstance(critic, nn.Module):
+            state_dict.update(critic.state_dict(prefix=own, keep_vars=True))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def forward(
@@ -285,6 +286,7 @@ class CriticLoss(nn.Module):
         Returns:
             CriticLossParts: the loss and its parts.
         """
+        check_further(critic_args, critic_kwargs)
         if is_compiling() and self._seen.untraced is self.critic:
             from gpkernels.critic.traced import outside
 
@@ -366,6 +368,7 @@ class CriticLoss(nn.Module):
     def _weights(self, with_penalty: bool | None) -> dict[str, float]:
         """Return the penalties of this call with their weights; options may have changed since the last call."""
         weights = self.penalty if isinstance(self.penalty, dict) else dict.fromkeys(self._names(), self.penalty_weight)
+        with_penalty = check_optional_flag("with_penalty", with_penalty)
         if self.penalty_every == 1 and with_penalty is None:
             return weights
         if with_penalty is None:

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from gpkernels import backends
-from gpkernels.ops.checks import check_floating, check_nonnegative, check_number, check_writable
+from gpkernels.ops.checks import (
+    check_flag,
+    check_floating,
+    check_nonnegative,
+    check_number,
+    check_optional_flag,
+    check_writable,
+)
 from gpkernels.ops.tensors import is_distributed, local
 from gpkernels.ops.weights import rmsprop_op
 from gpkernels.private import foreach_add_
@@ -157,8 +164,7 @@ class _Options(NamedTuple):
         for option in ("capturable", "differentiable"):
             if group[option]:
                 raise ValueError(f"{option}: expected False, got {group[option]}; use torch.optim.RMSprop")
-        if group["foreach"] not in (None, True, False):
-            raise TypeError(f"foreach: expected None, True or False, got {group['foreach']!r}")
+        check_optional_flag("foreach", group["foreach"])
         lr = group["lr"]
         alpha = check_nonnegative("alpha", group["alpha"])
         if alpha > 1:
@@ -169,9 +175,9 @@ class _Options(NamedTuple):
             check_nonnegative("eps", group["eps"]),
             check_nonnegative("weight_decay", group["weight_decay"]),
             check_nonnegative("momentum", group["momentum"]),
-            bool(group["maximize"]),
+            check_flag("maximize", group["maximize"]),
             _check_clip(group["clip"]),
-            bool(group["centered"]),
+            check_flag("centered", group["centered"]),
         )
 
 

@@ -23,7 +23,16 @@ from gpkernels.critic.gathered import may_be_sharded, with_gathered
 from gpkernels.critic.parts import Between, Norm, Task, points_of
 from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
 from gpkernels.gradients import gradient_of
-from gpkernels.ops.checks import check_batch, check_callable, check_eps, check_nonnegative, check_pack, check_pair
+from gpkernels.ops.checks import (
+    check_batch,
+    check_callable,
+    check_eps,
+    check_flag,
+    check_further,
+    check_nonnegative,
+    check_pack,
+    check_pair,
+)
 from gpkernels.ops.gradient_norm_penalty import REDUCTIONS, check_power, check_reduction
 from gpkernels.ops.instance_noise import instance_noise_op
 from gpkernels.ops.interpolate import draw_eps
@@ -106,7 +115,8 @@ def gradient_penalty(
         https://arxiv.org/abs/1712.04086
     """
     norm = _norm(target, reduction, one_sided, power)
-    plain = pack == 1 and not is_compiling()
+    check_further(critic_args, critic_kwargs)
+    plain = type(pack) is int and pack == 1 and not is_compiling()
     if plain and eps is None and _alike(real, fake):
         eps = draw_eps(real, generator)
     begun = None
@@ -378,6 +388,7 @@ def eikonal_loss(
         Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions", 2020, eq. 6.
         https://arxiv.org/abs/2006.09661
     """
+    check_callable("field", field)
     check_batch("points", points)
     return _penalty(field, points, _norm(1.0, reduction, power=power), 0, critic_args, critic_kwargs)
 
@@ -407,7 +418,12 @@ def eps_of(real: Tensor, eps: Tensor | None, generator: torch.Generator | None, 
 
 
 def _norm(target: float, reduction: str, one_sided: bool = False, power: float = 2.0) -> Norm:
-    return Norm(check_nonnegative("target", target), bool(one_sided), check_power(power), check_reduction(reduction))
+    return Norm(
+        check_nonnegative("target", target),
+        check_flag("one_sided", one_sided),
+        check_power(power),
+        check_reduction(reduction),
+    )
 
 
 def _penalty(
@@ -421,6 +437,7 @@ def _penalty(
 ) -> Tensor:
     """Compute the penalty at the points, by PyTorch's own operations where more derivatives may follow."""
     check_callable("critic", critic)
+    check_further(args, kwargs)
     if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
         return _of_gradient(critic, points, norm, pack, args, kwargs)
     task = (_task.__wrapped__ if is_compiling() else _task)(norm, torch.is_grad_enabled(), pack)

@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from emulated import alone
+from emulated import ROOT, SOURCES, TORCH, alone
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE = ROOT / "gpkernels" / "cuda_kernels.csv"
 ARCHITECTURES = (80, 90, 100, 120)
 COLUMNS = ("kernel", "target", "variants", "registers", "spilled_bytes", "shared_bytes")
@@ -34,6 +32,11 @@ _ENTRY = re.compile(
 
 def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def command(*options: str) -> list[str]:
+    """The compiler with the options that all kernels have, and further ones."""
+    return [str(nvcc()), "-std=c++20", "-O3", "-DUSE_CUDA", "-isystem", str(TORCH / "include"), *options]
 
 
 def release() -> str:
@@ -78,10 +81,8 @@ class Part(NamedTuple):
         together = self.object.with_suffix(".cu")
         together.write_text("".join(f'#include "{source}"\n' for source in self.sources))
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
-        include = Path(torch.__file__).parent / "include"
-        command = [str(nvcc()), "-std=c++20", "-O3", *targets, "-Xptxas", "-v", "-DUSE_CUDA", "-isystem", str(include)]
         done = subprocess.run(
-            [*command, "-Xcompiler=-fPIC", "-c", str(together), "-o", str(self.object)],
+            command(*targets, "-Xptxas", "-v", "-Xcompiler=-fPIC", "-c", str(together), "-o", str(self.object)),
             capture_output=True,
             text=True,
             check=False,

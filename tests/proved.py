@@ -136,9 +136,7 @@ def ptx(only: str = "", patch: Callable[[str, str], str] = emulated.unchanged) -
             copy.write_text(patch(path.name, path.read_text()))
         sources = [s for s in compiled.SOURCES if only in ("", s.stem)]
         (folder / "all.cu").write_text("".join(f'#include "cuda/{source.name}"\n' for source in sources))
-        include = emulated.TORCH / "include"
-        command = [str(compiled.nvcc()), "-std=c++20", "-O3", "-arch=sm_90", "-DUSE_CUDA", "-isystem", str(include)]
-        emulated.run([*command, "-ptx", str(folder / "all.cu"), "-o", str(folder / "all.ptx")])
+        emulated.run(compiled.command("-arch=sm_90", "-ptx", str(folder / "all.cu"), "-o", str(folder / "all.ptx")))
         return (folder / "all.ptx").read_text()
 
 

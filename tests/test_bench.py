@@ -96,32 +96,26 @@ def test_whole_training_iterations_are_measured(capsys: pytest.CaptureFixture[st
     assert "wgan-gp, 8 Gaussians, MLP 128" in page
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    {
-        "a suite that is none": (["everything"], "expected one of ops, attention, gradients, steps, train"),
-        "a peer that is none": (["--peers", "eager,theano"], "expected some of eager, compile, jax, jvp"),
-        "a case that is none": (["ops", *FAST, "--case", "no such"], "expected part of a case's name, got no such"),
-        "a case of two": (["ops", *FAST, "--case", "small", "--case", "no such"], "case's name, got no such"),
-        "a critic without a shape": (["--critic", "torch.nn:Identity"], "--critic and --input: expected both"),
-        "a critic that is no module": (["--critic", "math:sqrt", "--input", "2x2"], "expected a torch.nn.Module"),
-        "a critic with another suite": (["ops", "--critic", "torch.nn:Identity", "--input", "2x2"], "expected steps"),
-        "a shape that does not fit": (["--critic", "tests_bad:Bad", "--input", "2x2"], "tests_bad"),
-        "results that are not there": (["--compare", "nowhere.csv", "nowhere.csv"], "nowhere.csv: No such file"),
-        "a file that cannot be written": (["ops", "--json", "/dev/null/a.json"], "--json /dev/null/a.json: "),
-        "a folder that cannot be made": (["ops", "--plots", "/dev/null/plots"], "--plots /dev/null/plots: Not a dir"),
-        "seconds that are no number": (["--seconds", "nan"], "--seconds: expected a number above 0, got nan"),
-        "no threads": (["--threads", "0"], "--threads: expected a whole number above 0, got 0"),
-        "a device that is not there": (["--device", "cuda"], "expected an available device, got cuda"),
-    }.values(),
-    ids=[
-        "a suite that is none", "a peer that is none", "a case that is none", "a case of two",
-        "a critic without a shape",
-        "a critic that is no module", "a critic with another suite", "a critic that is not there",
-        "results that are not there", "a file that cannot be written", "a folder that cannot be made",
-        "seconds that are no number", "no threads", "a device that is not there",
-    ],
-)  # fmt: skip
+MISTAKES = {
+    "a suite that is none": (["everything"], "expected one of ops, attention, gradients, steps, train"),
+    "a peer that is none": (["--peers", "eager,theano"], "expected some of eager, compile, jax, jvp"),
+    "a case that is none": (["ops", *FAST, "--case", "no such"], "expected part of a case's name, got no such"),
+    "a case of two": (["ops", *FAST, "--case", "small", "--case", "no such"], "case's name, got no such"),
+    "a critic without a shape": (["--critic", "torch.nn:Identity"], "--critic and --input: expected both"),
+    "a critic that is no module": (["--critic", "math:sqrt", "--input", "2x2"], "expected a torch.nn.Module"),
+    "a critic with another suite": (["ops", "--critic", "torch.nn:Identity", "--input", "2x2"], "expected steps"),
+    "growth of a critic": (["--growth", "--critic", "torch.nn:Identity", "--input", "2x2"], "--growth: expected"),
+    "a shape that does not fit": (["--critic", "tests_bad:Bad", "--input", "2x2"], "tests_bad"),
+    "results that are not there": (["--compare", "nowhere.csv", "nowhere.csv"], "nowhere.csv: No such file"),
+    "a file that cannot be written": (["ops", "--json", "/dev/null/a.json"], "--json /dev/null/a.json: "),
+    "a folder that cannot be made": (["ops", "--plots", "/dev/null/plots"], "--plots /dev/null/plots: Not a dir"),
+    "seconds that are no number": (["--seconds", "nan"], "--seconds: expected a number above 0, got nan"),
+    "no threads": (["--threads", "0"], "--threads: expected a whole number above 0, got 0"),
+    "a device that is not there": (["--device", "cuda"], "expected an available device, got cuda"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

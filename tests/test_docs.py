@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
 from torch import nn
 
 import gpkernels
+from gpkernels.bench.small import SMALL
 from gpkernels.losses import OBJECTIVES, PENALTIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +160,56 @@ def test_the_gains_of_the_readme_are_the_measured_ones() -> None:
         assert gains == [found[program] for program in programs]
         assert set(programs) <= set(found)
     assert set(programs) == set(measured[0])
+
+
+def _table(head: str) -> list[list[str]]:
+    """The cells of a table of the README, without its head."""
+    found = re.search(rf"^\| {re.escape(head)}.*?\n\n", (ROOT / "README.md").read_text(), re.S | re.M)
+    assert found is not None
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in found[0].splitlines()[2:-1]]
+
+
+def _ours(name: str) -> dict[str, dict[str, str]]:
+    with (ROOT / f"bench/results/{name}.csv").open(newline="") as file:
+        return {row["case"]: row for row in csv.DictReader(file) if row["peer"] == "gpkernels"}
+
+
+def _assert_rounded(cells: Iterable[str], measured: Iterable[float]) -> None:
+    """Each cell is what was measured, to as many digits as it has."""
+    cells = list(cells)
+    assert cells == [f"{x:.{len(cell.partition('.')[2])}f}" for cell, x in zip(cells, measured, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("last", "name"), [("share of the limit", "xeon-avx512-1-thread"), ("launches of the step, eager's", "h200")]
+)
+def test_the_speeds_of_critics_in_the_readme_are_the_measured_ones(last: str, name: str) -> None:
+    rows = _ours(f"{name}-steps")
+    kinds = " critic( of 8 channels| with)?| of 8 channels|-like( with minibatch deviation)?|^a |(?<=Norm) MLP [-x0-9]+"
+    small = [[float(rows[f"{critic}, {what}"]["speedup"]) for critic in SMALL] for what in ("penalty", "step")]
+    (_, *means, _), (_, *least, _), *table = _table(f"critic | penalty | WGAN-GP step | {last}")
+    _assert_rounded(means, map(geometric_mean, small))
+    _assert_rounded(least, map(min, small))
+    for label, penalty, step, share in table:
+        critic, _, more = re.sub(kinds, "", label).partition("; its R1 step ")
+        cases = [f"{critic}, {what}" for what in ("penalty", "step")] if step else [critic]
+        cases += [f"{critic}, R1 step"] if more else []
+        _assert_rounded(filter(None, (penalty, step, more)), [float(rows[case]["speedup"]) for case in cases])
+        if name != "h200":
+            _assert_rounded(share.split("; "), [float(rows[case]["limit_share"]) for case in cases[:2]])
+
+
+def test_the_speeds_of_ops_in_the_readme_are_the_measured_ones() -> None:
+    measured = _ours("xeon-avx512-1-thread"), _ours("h200-ops")
+    for label, *cells in _table("case | eager over ours | share of the limit | on the H200"):
+        names = re.findall("`(.*?)`", label.partition(", over")[0])
+        size = "small" if len(names) > 1 else "large"
+        starts = [f"{name}, {size}" if name[:5] != "optim" else name for name in names]
+        starts += [f"{names[0]}, backward, large"] if "its backward" in label else []
+        for rows, pair in zip(measured, (cells[:2], cells[2:]), strict=True):
+            cases = [next(case for case in rows if case.startswith(start)) for start in starts]
+            for column, cell in zip(("speedup", "limit_share"), pair, strict=True):
+                _assert_rounded(filter(None, re.split("[;,] ", cell)), [float(rows[c][column]) for c in cases if cell])
 
 
 def test_files_that_the_documents_name_exist() -> None:

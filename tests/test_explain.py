@@ -372,6 +372,7 @@ def test_the_shell_prints_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ["mycritic", "--input", "4x6"],
         ["mycritic:Critic", "--input", "4xx6"],
         ["mycritic:Critic", "--input", "4x7"],
+        ["mycritic:Critic", "--input", f"{10**12}x{10**12}"],
     ):
         assert cli.main(["explain", *arguments]) == 2
         told = capsys.readouterr()

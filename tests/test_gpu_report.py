@@ -47,6 +47,13 @@ def test_a_dry_run_fills_a_report(tmp_path: Path) -> None:
     assert float(results["programs"][0]["eager_ms"]) > 0
 
 
+def test_a_part_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = report("--dry-run", "--part", "nothing", "--out", str(tmp_path / "report.json"))
+    assert done.returncode == 2
+    assert "invalid choice: 'nothing'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_part_that_fails_is_recorded_with_its_output(tool: Any, tmp_path: Path) -> None:
     ends = [sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)"]
     record = tool.run(tool.Part("ends", ends), tmp_path)

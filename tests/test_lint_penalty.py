@@ -242,16 +242,23 @@ ROWS = torch.randn(8, 6)
 @pytest.mark.parametrize(
     ("function", "critic", "batch", "error", "said"),
     [
-        (3, mlp(6, 1), (ROWS, ROWS), TypeError, "function: expected a callable, got int"),
-        (two_sided, 3, (ROWS, ROWS), TypeError, "critic: expected a callable, got int"),
+        (3, mlp(6, 1), (ROWS, ROWS), TypeError, "function: expected a module or a callable, got int"),
+        (two_sided, 3, (ROWS, ROWS), TypeError, "critic: expected a module or a callable, got int"),
         (two_sided, mlp(6, 1), (ROWS, ROWS[:4]), ValueError, "fake: expected the shape of real"),
         (two_sided, mlp(6, 1), (ROWS[:3], ROWS[:3]), ValueError, "real: expected at least 4 samples, got 3"),
         (lambda *a: 1.0, mlp(6, 1), (ROWS, ROWS), TypeError, "function: expected a tensor from (critic, real, fake)"),
         (lambda *a: ROWS, mlp(6, 1), (ROWS, ROWS), ValueError, "function: expected one number, got shape (8, 6)"),
-        (two_sided, lambda x: 0 * x.sum(1), (ROWS, ROWS), ValueError, "critic: expected scores with an input gradient"),
+        (two_sided, lambda x: 0 * x.sum(1), (ROWS, ROWS), ValueError, "at real, got 0 on average"),
+        (
+            two_sided,
+            mlp(6, 8, 1, activation=nn.Tanh),
+            (ROWS * torch.nan, ROWS),
+            ValueError,
+            "at real, got nan on average",
+        ),
         (two_sided, lambda x: x.reshape(4, 12).sum(1), (ROWS, ROWS), ValueError, "critic: expected a score for each"),
     ],
-    ids=["function", "critic", "fake", "few samples", "a float", "a batch", "no gradient", "packs"],
+    ids=["function", "critic", "fake", "few samples", "a float", "a batch", "no gradient", "samples of NaN", "packs"],
 )
 def test_bad_input_is_named(function: Any, critic: Any, batch: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error) as caught:

@@ -292,6 +292,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"penalty_every": 1.5}, TypeError, "penalty_every: expected"),
     ({"pack": 0}, ValueError, "pack: expected at least 1, got 0"),
     ({"power": 0.5}, ValueError, "power: expected a number of at least 1"),
+    ({"objective": ["wgan"]}, ValueError, "objective: expected one of wgan"),
+    ({"one_sided": "no"}, TypeError, "one_sided: expected True or False, got 'no'"),
+    ({"together": "yes"}, TypeError, "together: expected None, True or False, got 'yes'"),
+    ({"together": torch.ones(2)}, TypeError, "together: expected None, True or False, got a tensor"),
+    ({"penalty_weight": "10"}, TypeError, "penalty_weight: expected a number, got str"),
+    ({"target": -1.0}, ValueError, "target: expected .* got -1"),
+    ({"dragan_scale": -1.0}, ValueError, "dragan_scale: expected .* got -1"),
+    ({"consistency_weight": -1.0}, ValueError, "consistency_weight: expected .* got -1"),
+    ({"consistency_margin": -1.0}, ValueError, "consistency_margin: expected .* got -1"),
+    ({"feature_weight": float("inf")}, ValueError, "feature_weight: expected .* got inf"),
     ({"real_target": float("nan")}, ValueError, "real_target: expected a finite number"),
 ]
 
@@ -320,3 +330,35 @@ def test_bad_calls_name_the_argument() -> None:
         gpk.r1_penalty(Packed(4), real, pack=2)
     with pytest.raises(ValueError, match="reduction: expected one of none, mean, sum"):
         gpk.r1_penalty(net, real, reduction="max")
+    with pytest.raises(TypeError, match="with_penalty: expected None, True or False, got 'no'"):
+        gpk.CriticLoss(net)(real, fake, with_penalty="no")
+    with pytest.raises(TypeError, match="pack: expected a whole number, got bool"):
+        gpk.gradient_penalty(net, real, fake, pack=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"critic_args": torch.ones(N)}, r"critic_args: expected a tuple or list, such as \(labels,\), got Tensor"),
+        ({"critic_args": None}, "critic_args: expected .* got NoneType"),
+        ({"critic_kwargs": ["labels"]}, "critic_kwargs: expected a mapping of names to values, got list"),
+    ],
+    ids=["a tensor", "None", "a list of names"],
+)
+def test_further_inputs_of_another_type_are_refused_before_the_critic_is_called(options: Any, message: str) -> None:
+    def critic(*inputs: Any) -> Tensor:
+        raise AssertionError("called")
+
+    real, fake, eps = samples()
+    for call in (
+        lambda: gpk.gradient_penalty(critic, real, fake, **options),
+        lambda: gpk.gradient_penalty(critic, real, fake, eps=eps, **options),
+        lambda: gpk.r1_penalty(critic, real, **options),
+        lambda: gpk.dragan_penalty(critic, real, reduction="none", **options),
+        lambda: gpk.eikonal_loss(critic, real, **options),
+        lambda: gpk.approximate_r1_penalty(critic, real, **options),
+        lambda: gpk.value_and_input_gradient(critic, real, **options),
+        lambda: gpk.CriticLoss(critic)(real, fake, **options),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()

@@ -161,6 +161,9 @@ def test_a_users_own_critic_is_verified(capsys: pytest.CaptureFixture[str], monk
         (["--backend", "nonsense"], "--backend: expected one of reference"),
         (["--critic", "torch.nn:ReLU"], "--critic and --input: expected both"),
         (["--critic", "torch.nn:ReLU", "--input", "8x4"], "torch.nn:ReLU on 8x4: "),
+        (["--critic", "torch.nn:ReLU", "--input", f"{10**12}x{10**12}"], "torch.nn:ReLU on 10000"),
+        (["--critic", "torch.nn:ReLU", "--input", "8x4", "--op", "interpolate"], "--op: expected without --critic"),
+        (["--penalty", "m:f", "--json", "a.json"], ": expected without --penalty"),
         (["--critic", "math:sqrt", "--input", "8x4"], "--critic: expected a torch.nn.Module"),
         (
             ["--op", "interpolate", "--dtype", "float64", "--json", "/dev/null/all.json"],

@@ -130,7 +130,8 @@ def main() -> int:
     """Write the report; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="the smallest part of each, on the CPU")
-    parser.add_argument("--part", action="append", metavar="NAME", help="run this one (default: all)")
+    names = [part.name for part in parts(Path(), "cpu", dry=True)]
+    parser.add_argument("--part", action="append", choices=names, metavar="NAME", help="run this one (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/DEVICE-report.json")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():

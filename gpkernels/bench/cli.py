@@ -136,6 +136,8 @@ def _trials(options: argparse.Namespace, suites: Suites) -> Callable[[torch.devi
     if (options.critic or options.input) and options.suites not in ([], ["steps"]):
         raise UserError(f"--critic: expected steps as the suite, got {' '.join(options.suites)}")
     if mine := own_critic(options):
+        if options.growth:
+            raise UserError("--growth: expected without --critic")
         critic, shape = mine[0], tuple(mine[1])
         with critic_errors(options):
             critic(torch.randn(shape))

@@ -68,7 +68,7 @@ def keep_freed_memory() -> bool:
 def warnings(before: float, stolen: float) -> list[str]:
     """Return reasons to distrust the times.
 
-    before: load at the start of the run; stolen: worst ratio of wall to CPU time with one thread.
+    before: load at the start of the run; stolen: usual ratio of wall to CPU time with one thread.
     """
     found = []
     if before > 0.5:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ def check_callable(name: str, critic: object) -> None:
         raise TypeError(f"{name}: expected a module or a callable, got {type(critic).__name__}")
     if isinstance(critic, type):
         raise TypeError(f"{name}: expected a module or a callable, got the class {critic.__name__}; construct it")
+
+
+def check_further(args: object, kwargs: object) -> None:
+    """Raise TypeError unless these are further arguments; a tensor is taken for one that stands alone."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"critic_args: expected a tuple or list, such as (labels,), got {type(args).__name__}")
+    if not (kwargs is None or isinstance(kwargs, Mapping)):
+        raise TypeError(f"critic_kwargs: expected a mapping of names to values, got {type(kwargs).__name__}")
 
 
 def check_own(name: str, x: Tensor) -> None:
@@ -73,6 +82,18 @@ def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
     """Raise ValueError unless both tensors are on one device."""
     if x1.device != x2.device:
         raise ValueError(f"{name2}: expected the device of {name1}, {x1.device}, got {x2.device}")
+
+
+def check_flag(name: str, value: object, wanted: str = "True or False") -> bool:
+    """The value as a bool; TypeError unless it is True or False, which may be NumPy's, 1 or 0."""
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name}: expected {wanted}, got {'a tensor' if isinstance(value, Tensor) else repr(value)}")
+    return bool(value)
+
+
+def check_optional_flag(name: str, value: object) -> bool | None:
+    """None, or the value as a bool; TypeError for anything else."""
+    return None if value is None else check_flag(name, value, "None, True or False")
 
 
 def check_whole(name: str, value: object) -> int:

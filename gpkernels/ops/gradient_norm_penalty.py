@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gpkernels.ops.checks import check_batch, check_finite, check_floating, check_nonnegative, check_whole
+from gpkernels.ops.checks import (
+    check_batch,
+    check_finite,
+    check_flag,
+    check_floating,
+    check_nonnegative,
+    check_pack,
+    check_whole,
+)
 from gpkernels.ops.differentiable import Differentiable, apply, second_order
 from gpkernels.ops.op import Op
 from gpkernels.ops.tensors import laid_out, memory_format, new_like, new_wide, per_row, rows_of
@@ -69,7 +77,7 @@ def gradient_norm_penalty_backward_reference(cotangent: Tensor, grad: Tensor, co
 
 
 def check_reduction(reduction: str) -> int:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     return REDUCTIONS[reduction]
 
@@ -190,8 +198,7 @@ def gradient_norm_penalty(
         Tensor: the penalty, in at least float32.
 
     Raises:
-        TypeError: ``grad`` is not a dense floating-point tensor, ``target`` or ``power`` not a number, or ``dim`` or
-            ``pack`` not a whole number.
+        TypeError: ``grad`` is not a dense floating-point tensor, or an option is of another type.
         ValueError: the batch is empty, or an option is out of its range.
 
     Example:
@@ -206,8 +213,13 @@ def gradient_norm_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
-    options = check_nonnegative("target", target), bool(one_sided), check_reduction(reduction), check_power(power)
-    if dim is not None or pack != 1:
+    options = (
+        check_nonnegative("target", target),
+        check_flag("one_sided", one_sided),
+        check_reduction(reduction),
+        check_power(power),
+    )
+    if dim is not None or type(pack) is not int or pack != 1:
         return _of_other_rows(grad, options, dim, pack)
     plain = NotImplemented if is_compiling() else gradient_norm_penalty_op.recorded(grad, *options)
     if plain is not NotImplemented:
@@ -228,17 +240,14 @@ def _of_other_rows(
     grad: Tensor, options: tuple[float, bool, int, float], dim: int | Sequence[int] | None, pack: int
 ) -> Tensor:
     """Compute the penalty where a row is not a sample."""
-    pack = check_whole("pack", pack)
-    if pack < 1 or (dim is not None and pack != 1):
-        raise ValueError(f"pack: expected {'at least 1' if pack < 1 else '1 where dim is given'}, got {pack}")
     if dim is None:
         check_batch("grad", grad)
-        if grad.shape[0] % pack:
-            raise ValueError(f"pack: expected a number that divides a batch of {grad.shape[0]}, got {pack}")
-        shape = [grad.shape[0] // pack]
+        shape = [grad.shape[0] // check_pack("grad", grad, pack)]
         if memory_format(grad) != torch.contiguous_format:
             grad = grad.movedim(1, -1)  # its memory order; a norm does not depend on the order
     else:
+        if check_whole("pack", pack) != 1:
+            raise ValueError(f"pack: expected 1 where dim is given, got {pack}")
         check_floating("grad", grad)
         axes = _check_axes(dim, grad.dim())
         others = [axis for axis in range(grad.dim()) if axis not in axes]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpkernels.ops import attention_blocks as blocks
 from gpkernels.ops.attention_blocks import Attention
-from gpkernels.ops.checks import check_finite, check_floating, check_same_device
+from gpkernels.ops.checks import check_finite, check_flag, check_floating, check_same_device
 from gpkernels.ops.differentiable import Differentiable, apply, second_order
 from gpkernels.ops.op import LIBRARY, Op
 from gpkernels.ops.tensors import accumulation_dtype
@@ -410,7 +410,7 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, the mask neither that nor bool, or a constant not a
-            number.
+            number or flag.
         ValueError: shapes, dtypes or devices do not fit, ``attn_mask`` and ``is_causal`` are both given, or
             ``dropout_p`` is no probability.
 
@@ -429,11 +429,12 @@ def scaled_dot_product_attention(
     dropout_p = check_finite("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
+    is_causal = check_flag("is_causal", is_causal)
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: expected None with is_causal=True, got a mask")
     scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_finite("scale", scale)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    if enable_gqa:
+    if check_flag("enable_gqa", enable_gqa):
         key, value = (_spread(name, x, query) for name, x in (("key", key), ("value", value)))
     batch = _batch(query, key, value, attn_mask)
     graph = torch.is_grad_enabled()

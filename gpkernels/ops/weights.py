@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ rmsprop_op = Op(
 )
 
 
-def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
+def clip_weights_(params: Tensor | Iterable[Tensor], c: float) -> None:
     r"""Clamp every weight to [-c, c] in place, all tensors in one call.
 
     .. math::
@@ -89,7 +89,7 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
         c (float): bound, finite and at least 0.
 
     Raises:
-        TypeError: a weight is not a dense floating-point tensor, or ``c`` is not a number.
+        TypeError: ``params`` or a weight is not a dense floating-point tensor, or ``c`` is not a number.
         ValueError: ``c`` is negative or not finite.
         RuntimeError: a weight overlaps itself in memory. All errors are raised before any weight is changed.
 
@@ -103,6 +103,8 @@ def clip_weights_(params: Tensor | Sequence[Tensor], c: float) -> None:
         Arjovsky et al., "Wasserstein GAN", 2017, Algorithm 1. https://arxiv.org/abs/1701.07875
     """
     c = check_nonnegative("c", c)
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params: expected a tensor or an iterable of tensors, got {type(params).__name__}")
     tensors = [params] if isinstance(params, Tensor) else list(params)
     if not is_compiling() and clip_weights_op.direct(tensors, c) is not NotImplemented:
         return

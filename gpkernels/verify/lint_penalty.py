@@ -7,6 +7,7 @@ formula whose ratio to the value is constant is the function's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gpkernels.critic.call import check_scores, scores_of
 from gpkernels.critic.follow import modules_of, restored
-from gpkernels.ops.checks import check_pair
+from gpkernels.ops.checks import check_callable, check_pair
 from gpkernels.verify.formulas import ONE_SIDED, TWO_SIDED, ZERO_CENTRED, Formula, formulas
 from gpkernels.verify.lint_critic import Finding, copied
 
@@ -81,11 +82,10 @@ def lint_penalty(
 
     Raises:
         TypeError: ``function`` or ``critic`` cannot be called, or a tensor is not a dense floating-point tensor.
-        ValueError: shapes or devices differ, there are too few samples, or the critic's gradient is zero.
+        ValueError: shapes or devices differ, there are too few samples, or the critic's gradient is zero or not finite.
     """
-    for name, value in (("function", function), ("critic", critic)):
-        if not callable(value):
-            raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")
+    check_callable("function", function)
+    check_callable("critic", critic)
     check_pair("real", real, "fake", fake)
     if len(real) < LEAST:
         raise ValueError(f"real: expected at least {LEAST} samples, got {len(real)}")
@@ -137,8 +137,8 @@ class _Lint:
         self.function, self.stage = function, _Stage(critic)
         self.real, self.fake = real, fake
         norm = self.stage.gradient(real).detach().flatten(1).norm(2, dim=1).mean()
-        if not norm > 0:
-            raise ValueError("critic: expected scores with an input gradient, got one of zero")
+        if not 0 < norm < math.inf:
+            raise ValueError(f"critic: expected input gradients of a positive norm at real, got {norm:.3g} on average")
         self.unit = 1 / float(norm)
 
     def run(self) -> PenaltyLint:

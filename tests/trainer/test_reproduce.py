@@ -309,6 +309,7 @@ def test_the_same_results_give_the_same_pictures() -> None:
         pytest.param(["--jobs", "two"], "--jobs", id="jobs that are no number"),
         pytest.param(["--fast"], "--fast", id="unknown option"),
         pytest.param(["--out"], "--out", id="option without its value"),
+        pytest.param(["--data-dir", "/nowhere"], "--data-dir: expected a folder, got /nowhere", id="no folder of data"),
         pytest.param(["--out", "/dev/null/runs"], "--out /dev/null/runs: Not a directory", id="folder in a file"),
     ],
 )

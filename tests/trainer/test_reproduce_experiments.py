@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gptrainer.reproduce.experiment import Context, Findings
+from gptrainer.loop import Trainer
+from gptrainer.reproduce.experiment import Context, Findings, NotRun
 from gptrainer.reproduce.experiments import (
+    NAMES,
     cauchy_gradients,
     dirac_gan,
     find,
@@ -131,3 +134,15 @@ def test_the_largest_singular_value_of_a_generators_jacobian_is_found() -> None:
     # dG/d(weight, bias) of one output is (z, 1), so both singular values are |(z, 1)|.
     expected = math.sqrt(z.square().sum().item() + 1)
     assert perfect_discrimination.jacobian_norm(generator, z) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "Fashion-MNIST" in find(name).needs])
+def test_data_that_is_absent_is_known_before_anything_is_trained(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(trainer: object) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(Trainer, "train_step", train)
+    with pytest.raises(NotRun, match="fashion-mnist needs"):
+        find(name).measure(find(name).settings["full"], 0, Context(tmp_path))

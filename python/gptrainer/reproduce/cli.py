@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         if options.list:
             _print_list(chosen)
             return 0
+        if options.data_dir is not None and not options.data_dir.is_dir():
+            raise UserError(f"--data-dir: expected a folder, got {options.data_dir}")
         check_folder("--out", options.out)
         from gptrainer.reproduce import report  # experiments are listed without its packages
 

@@ -20,9 +20,9 @@ NAMES = {"8gaussians": "8 Gaussians", "digits": "digits", "fashion-mnist": "Fash
 
 def measure(settings: Settings, seed: int, context: Context) -> Findings:
     """Record the critic's estimate and sample quality, of WGAN-GP on points and images and of a plain GAN."""
-    points = _run("wgan-gp", "8gaussians", "wasserstein_1", settings["points"], seed, context)
-    images = _run("wgan-gp", settings["images"], "frechet_distance", settings["wgan"], seed, context)
+    images = _run("wgan-gp", settings["images"], "frechet_distance", settings["wgan"], seed, context)  # may be absent
     game = _run("nsgan", settings["images"], "frechet_distance", settings["gan"], seed, context)
+    points = _run("wgan-gp", "8gaussians", "wasserstein_1", settings["points"], seed, context)
     third = max(1, len(game["optimal"]) // 3)
     early, late = (sum(part) / third for part in (game["optimal"][:third], game["optimal"][-third:]))
     return Findings(
