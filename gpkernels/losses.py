@@ -192,6 +192,8 @@ class CriticLoss(nn.Module):
         Huang et al., "The GAN is dead; long live the GAN! A Modern GAN Baseline", 2024. https://arxiv.org/abs/2501.05441
     """
 
+    __call__: Callable[..., CriticLossParts]
+
     def __init__(
         self,
         critic: Callable[..., Any],
