@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from gpkernels.critic.call import Group, check_scores, scores_of
 from gpkernels.critic.double_backward import depth, transformed
 from gpkernels.critic.gathered import may_be_sharded, with_gathered
-from gpkernels.critic.parts import Between, Norm, Task, points_of
+from gpkernels.critic.parts import Between, Norm, Task, called, points_of
 from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
 from gpkernels.gradients import gradient_of
 from gpkernels.ops.checks import (
@@ -388,7 +388,6 @@ def eikonal_loss(
         Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions", 2020, eq. 6.
         https://arxiv.org/abs/2006.09661
     """
-    check_callable("field", field)
     check_batch("points", points)
     return _penalty(field, points, _norm(1.0, reduction, power=power), 0, critic_args, critic_kwargs)
 
@@ -436,7 +435,7 @@ def _penalty(
     begun: Begun | None = None,
 ) -> Tensor:
     """Compute the penalty at the points, by PyTorch's own operations where more derivatives may follow."""
-    check_callable("critic", critic)
+    check_callable(called(pack), critic)
     check_further(args, kwargs)
     if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
         return _of_gradient(critic, points, norm, pack, args, kwargs)
@@ -464,8 +463,8 @@ def _of_gradient(
     """Compute the penalty from the gradient as a value."""
     warn_of_batch_norm(critic)
     x = points_of(points).detach()
-    output, gradient = gradient_of(critic, x, args, kwargs, "critic")
-    check_scores(scores_of(output), x, pack)
+    output, gradient = gradient_of(critic, x, args, kwargs, called(pack))
+    check_scores(scores_of(output, called(pack)), x, pack)
     return norm.of(gradient, pack)
 
 

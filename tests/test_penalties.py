@@ -292,3 +292,17 @@ def test_what_is_no_critic_is_refused_by_name(given: Any) -> None:
             TypeError, match=r"critic: expected a module or a callable, got (int|the class Linear; const)"
         ):
             call()
+
+
+FIELDS: dict[str, Any] = {
+    "no callable": 3,
+    "no tensor": lambda x: None,
+    "distances that do not depend on the points": lambda x: torch.ones(len(x), 1, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("what", FIELDS)
+def test_a_mistake_in_a_field_names_the_field(what: str, reduction: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^field: expected"):
+        gpk.eikonal_loss(FIELDS[what], torch.randn(4, 3), reduction=reduction)

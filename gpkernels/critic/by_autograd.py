@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gpkernels import backends
 from gpkernels.critic.call import Pass, Plain
-from gpkernels.critic.parts import Task, constant_scores, rows_of_group
+from gpkernels.critic.parts import Task, called, constant_scores, rows_of_group
 from gpkernels.ops.consistency import consistency_term_reference
 from gpkernels.ops.relativistic_loss import relativistic_loss_reference
 from gpkernels.ops.score_loss import score_loss_reference
@@ -129,7 +129,7 @@ def penalties_of(one: Pass | Plain, task: Task) -> list[tuple[str, Tensor]]:
         rows, one.x, torch.ones_like(rows), create_graph=task.gradients, retain_graph=True, allow_unused=True
     )
     if gradient is None:
-        raise constant_scores()
+        raise constant_scores(called(task.pack))
     found = []
     for name in penalised:
         own = rows_of_group(gradient, one.groups, name)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from gpkernels import backends
 from gpkernels.critic.graph import Graph, native, prepare_nodes
-from gpkernels.critic.parts import Between, constant_scores, points_of
+from gpkernels.critic.parts import Between, called, constant_scores, points_of
 from gpkernels.critic.together import Check, Record, Watch
 from gpkernels.critic.uncompiled import uncompiled
 from gpkernels.private import dual_level, next_sequence_number
@@ -92,12 +92,12 @@ class Pass:
         self.each = len(x) // len(groups) // (pack or 1)
         self.x, self.start, self.wants = x, start, wants
         penalised = any(g.penalised for g in groups)
-        scores, features = scores_of(output), features_of(output)
+        scores, features = scores_of(output, called(pack)), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
         check_scores(scores, x, pack)
         refuse_tangents(self.outputs)
         if penalised and not scores.requires_grad:
-            raise constant_scores()
+            raise constant_scores(called(pack))
 
     def read(self) -> None:
         """Read the graph: nodes, saved tensors, leaves, the batch among them, and the key."""
@@ -110,7 +110,7 @@ class Pass:
             self.start, self.native_matches = 0, False
             self._read(roots)
         if self.x_leaf is None and any(penalised for _, penalised in self.groups):
-            raise constant_scores()
+            raise constant_scores(called(self.pack))
         metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in self.outputs])
         self.key = self.graph_key, self.x_leaf, self.wants, self.groups, self.each, metas, self.pack
 
@@ -172,7 +172,7 @@ def call_each_group(
                 x = x.detach().requires_grad_()
             with uncompiled():
                 output = critic(x, *args, **(kwargs or {}))
-        scores, features = scores_of(output), features_of(output)
+        scores, features = scores_of(output, called(pack)), features_of(output)
         if scores.numel() * pack < len(x) * bool(pack) or (group.penalised and not scores.requires_grad):
             Pass(critic, [group], False, x, 0, output, pack)  # raises
         outputs = [scores] if features is None else [scores, features]

@@ -73,6 +73,11 @@ def rows_of_group(x: Tensor, groups: Sequence[tuple[str, bool]], name: str) -> T
     return x.narrow(0, [group for group, _ in groups].index(name) * size, size)
 
 
+def called(pack: int) -> str:
+    """Return the name of the argument that a task differentiates; pack: as in ``Task``."""
+    return "critic" if pack else "field"
+
+
 def constant_scores(name: str = "critic") -> Exception:
     """Return the error for scores that do not depend on the input; name: of the argument that gives them."""
     if torch.is_inference_mode_enabled():

@@ -25,7 +25,7 @@ from gpkernels.critic.generic import Outsider
 from gpkernels.critic.gradient import AGAIN, Gradient, Halves, Inputs, Made, by_itself, rows_of
 from gpkernels.critic.graph import LEAF, Graph
 from gpkernels.critic.layers import LAYERS
-from gpkernels.critic.parts import Between, Task, constant_scores, points_of, rows_of_group
+from gpkernels.critic.parts import Between, Task, called, constant_scores, points_of, rows_of_group
 from gpkernels.critic.run import VALUES
 from gpkernels.critic.together import Seen, keeps_apart
 from gpkernels.critic.work import Known, work
@@ -67,7 +67,7 @@ def step_in_graph(
             comptime(begins)
         with torch.enable_grad():
             output = critic(x, *args, **(kwargs or {}))
-        scores, features = scores_of(output), features_of(output)
+        scores, features = scores_of(output, called(task.pack)), features_of(output)
         if seen is not None and len(groups) > 1:
             comptime(holds)
         elif seen is not None and groups[-1].penalised:
@@ -287,7 +287,7 @@ class _Traced:
         self.ends = [i for i, fact in enumerate(graph.key[0]) if fact[0] == LEAF]  # indices of the leaves
         self.x_leaf = next((i for i, leaf in enumerate(self.leaves) if leaf is x), None)
         if self.x_leaf is None and any(penalised for _, penalised in groups):
-            raise constant_scores()
+            raise constant_scores(called(pack))
         metas = tuple([(u.shape, u.stride(), u.dtype, u.device, u.requires_grad) for u in outputs])
         self.key = graph.key, self.x_leaf, wants, self.groups, self.each, metas, pack
 
