@@ -309,3 +309,14 @@ def test_an_activation_that_a_checkpointed_region_writes_to() -> None:
         return x, y, *gradients(x.sum(), leaf)
 
     assert_as_eager(lambda x: checkpoint(lambda x: x.mul_(2).sin(), x, use_reentrant=False).sum(), act)
+
+
+def test_compiled_autograd() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    for turn in range(TURNS):
+        x = normal(4 + turn % 2, 4, leaf=False)
+        exact = gradients(net(x).square().mean(), *net.parameters())
+        net.zero_grad()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="gpkernels")):
+            net(x).square().mean().backward()
+        torch.testing.assert_close([p.grad for p in net.parameters()], [*exact])

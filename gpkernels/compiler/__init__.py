@@ -40,7 +40,7 @@ def as_program(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
         >>> step = torch.compile(lambda real, fake: loss(real, fake).loss, backend="gpkernels")
     """
     _keep_masks(graph)
-    return _Graph(graph, any(not isinstance(x, Tensor) for x in example_inputs)).run
+    return _Graph(graph, example_inputs).run
 
 
 def _keep_masks(graph: Any) -> None:
@@ -60,16 +60,17 @@ def _checkpointed(region: Any, *args: Any, **options: Any) -> Any:
 class _Graph:
     """A graph and its recorded lists, by the sizes of its inputs and the numbers that it reads from them."""
 
-    def __init__(self, graph: torch.fx.GraphModule, dynamic: bool) -> None:
-        self.graph, self.dynamic = graph, dynamic
-        self.once = any(
-            CONTEXTS in one.meta for one in graphs_of(graph)
-        )  # selective checkpoints have one backward pass
+    def __init__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self.graph, self.dynamic = graph, any(not isinstance(x, Tensor) for x in inputs)
+        # Compiled autograd passes tensors in lists, which its graph empties. A region that is checkpointed selectively
+        # has one backward pass: to record it would be that.
+        lists = any(isinstance(x, list) for x in inputs)
+        self.as_it_is = lists or any(CONTEXTS in one.meta for one in graphs_of(graph))
         self._lists: dict[Any, Lists | None] = {}
         self._reads: list[int] = []
 
     def run(self, *inputs: Any) -> Any:
-        if self.once or backends.forced() is not None or watched() or dual_level() >= 0:
+        if self.as_it_is or backends.forced() is not None or watched() or dual_level() >= 0:
             return self.graph(*inputs)
         key = self._key(inputs)
         if key not in self._lists:

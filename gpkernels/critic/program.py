@@ -376,13 +376,6 @@ class Cache:
     def get(self, key: Hashable, make: Callable[[], Any]) -> Signature:
         """Return the key's signature under the options in force; ``make`` derives the facts of a new one."""
         key = key, chosen()
-        try:
-            hash(key)
-        except TypeError:
-            raise RuntimeError(
-                "a penalty cannot be traced with symbols for sizes here: give make_fx the tracing_mode 'real' or "
-                "'fake', or compile the step by torch.compile"
-            ) from None
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
