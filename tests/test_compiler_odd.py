@@ -311,12 +311,15 @@ def test_an_activation_that_a_checkpointed_region_writes_to() -> None:
     assert_as_eager(lambda x: checkpoint(lambda x: x.mul_(2).sin(), x, use_reentrant=False).sum(), act)
 
 
-def test_compiled_autograd() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_autograd(compiled: bool) -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    loss = lambda x: net(x).square().mean()  # noqa: E731
+    call = torch.compile(loss, backend="gpkernels") if compiled else loss
     for turn in range(TURNS):
         x = normal(4 + turn % 2, 4, leaf=False)
-        exact = gradients(net(x).square().mean(), *net.parameters())
+        exact = gradients(loss(x), *net.parameters())
         net.zero_grad()
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="gpkernels")):
-            net(x).square().mean().backward()
+            call(x).backward()
         torch.testing.assert_close([p.grad for p in net.parameters()], [*exact])

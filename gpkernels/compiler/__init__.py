@@ -62,10 +62,7 @@ class _Graph:
 
     def __init__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.graph, self.dynamic = graph, any(not isinstance(x, Tensor) for x in inputs)
-        # Compiled autograd passes tensors in lists, which its graph empties. A region that is checkpointed selectively
-        # has one backward pass: to record it would be that.
-        lists = any(isinstance(x, list) for x in inputs)
-        self.as_it_is = lists or any(CONTEXTS in one.meta for one in graphs_of(graph))
+        self.as_it_is = any(isinstance(x, list) for x in inputs) or any(map(_is_bound, graphs_of(graph)))
         self._lists: dict[Any, Lists | None] = {}
         self._reads: list[int] = []
 
@@ -89,6 +86,15 @@ class _Graph:
         if not (self.dynamic or self._reads):
             return None
         return *[_sizes(x) for x in inputs], *[inputs[i].item() for i in self._reads]
+
+
+def _is_bound(graph: torch.fx.GraphModule) -> bool:
+    """Whether a graph cannot run on aliases of its inputs, or have a backward pass that is only recorded.
+
+    Compiled autograd passes tensors in lists, which its graph empties, and stores gradients in its inputs. A region
+    that is checkpointed selectively has one backward pass.
+    """
+    return CONTEXTS in graph.meta or any(str(node.target).endswith(".AccumulateGrad") for node in graph.graph.nodes)
 
 
 def _sizes(x: Any) -> Any:

@@ -54,7 +54,7 @@ class _Bridged(Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         refuse_create_graph()
         given = [(x, c) for x, c in zip(ctx.outputs, cotangents, strict=True) if c is not None]
-        kept = graph_is_kept() or not isinstance(ctx, BackwardCFunction)  # compiled autograd's proxy
+        kept = not isinstance(ctx, BackwardCFunction) or graph_is_kept()  # not one: compiled autograd's proxy
         found = torch.autograd.grad(
             [x for x, _ in given], ctx.aliases, [c for _, c in given], retain_graph=kept, allow_unused=True
         )
