@@ -86,6 +86,9 @@ saved_tensors_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_defaul
 # Base class of every BatchNorm, lazy and synchronised ones included.
 BatchNorm: type[torch.nn.Module] = torch.nn.modules.batchnorm._BatchNorm
 
+# A checkpointed region in a compiler's graph: the operator's name, and where its graph has the author's context_fn.
+CHECKPOINT, CONTEXTS = "tag_activation_checkpoint", "_checkpoint_context_fn"
+
 # Private attributes of PyTorch's objects, which are read where the objects are used.
 ATTRIBUTES = {
     "_base": "of a view: its base tensor",
@@ -97,6 +100,7 @@ ATTRIBUTES = {
     "_schema": "of an overload: which results are views, which arguments are mutated",
     "_sequence_nr": "of autograd's nodes: their order of creation",
     "_version": "of a tensor: counts in-place changes",
+    "_view_func": "of a view: makes the same view of another tensor",
 }
 # critic/graph.py reads ``_saved_NAME`` of autograd's nodes, by the names that rules declare.
 

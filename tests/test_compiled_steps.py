@@ -271,7 +271,8 @@ def test_the_graph_can_be_captured_on_a_gpu(name: str, by: str) -> None:
     assert torch.equal(values[0], values[2]) == ("r1" in name)
     for graph in graphs:
         (lists,) = graph._lists.values()
-        for part in (one for run in (lists.forward, lists.backward) if run is not None for one in run.parts):
+        programs = [lists.forward, *(one for own in lists.backward for one in (own.whole, *own.alone))]
+        for part in (one for program in programs for one in program.parts):
             targets += [str(func) for func, *_ in part.calls]
             devices |= {kwargs.get("device", real.device) for _, _, kwargs, _ in part.calls}
     assert any("conv" in target for target in targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -243,9 +244,21 @@ def test_a_mode_around_the_backward_pass_alone_may_write_it_down(way: str) -> No
     assert "_local_scalar_dense" not in traced.code
 
 
-def test_symbols_for_sizes_are_refused_where_there_is_no_compiler() -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda critic, x: gpk.r1_penalty(critic, x),
+        lambda critic, x: gpk.r1_penalty(critic, x, reduction="none").sum(),
+        lambda critic, x: gpk.input_gradient(critic, x).pow(3).sum(),
+        lambda critic, x: gpk.CriticLoss(critic, penalty="r1")(x, 2 * x).loss,
+    ],
+    ids=["penalty", "penalty of each sample", "input gradient", "step"],
+)
+def test_symbols_for_sizes_are_refused_where_there_is_no_compiler(loss: Callable[..., Tensor]) -> None:
     critic = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(critic, x), critic[0].weight)
+
     with pytest.raises(RuntimeError, match="cannot be traced with symbols for sizes"):
-        make_fx(lambda x: gpk.r1_penalty(critic, x), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-            torch.randn(5, 3)
-        )
+        make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)(torch.randn(5, 3))

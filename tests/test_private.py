@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import get_ident
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gpkernels import private
 
@@ -405,6 +406,28 @@ def hooks_on_saved_tensors() -> None:
     assert seen[0][0].__module__ == "torch.utils.checkpoint"
 
 
+def checkpoints_in_graphs() -> None:
+    found: list[tuple[str, bool]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        (call,) = [n for n in graph.graph.nodes if isinstance(n.target, private.HigherOrderOperator)]
+        region = graph.get_submodule(call.args[0].target)
+        found.append((call.target.name(), private.CONTEXTS in region.meta))
+        return graph
+
+    for contexts in ({}, {"context_fn": partial(create_selective_checkpoint_contexts, [])}):
+        step = lambda x, own=contexts: checkpoint(torch.exp, x, use_reentrant=False, **own)  # noqa: E731
+        torch.compile(step, backend=backend)(leaf())
+    assert found == [(private.CHECKPOINT, False), (private.CHECKPOINT, True)]
+
+
+def views() -> None:
+    y = leaf()[1:]
+    z = leaf() * 3
+    assert y._view_func(z)._base is z
+    assert y._view_func(z).tolist() == [3]
+
+
 EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     without_function_modes: ("without_function_modes",),
     any_requires_grad: ("any_requires_grad",),
@@ -434,6 +457,8 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     sharded_parameters: ("fsdp_gather", "fsdp_groups", "fsdp_reduces", "fsdp_state", "_reshard_after_forward"),
     tensors_of_processes: ("FROM_LOCAL", "local_gradient", "local_placements"),
     hooks_on_saved_tensors: ("saved_tensors_hooks",),
+    checkpoints_in_graphs: ("CHECKPOINT", "CONTEXTS"),
+    views: ("_view_func",),
     of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),
 }
 

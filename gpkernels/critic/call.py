@@ -56,6 +56,15 @@ def refuse_tangents(samples: Iterable[Tensor | Between]) -> None:
         )
 
 
+def refuse_symbols(x: Tensor) -> None:
+    """Raise RuntimeError where sizes are symbols, outside of the compiler: the passes depend on numbers."""
+    if type(x) is not Tensor and any(isinstance(n, torch.SymInt) for n in x.shape):
+        raise RuntimeError(
+            "gradients of a critic or model cannot be traced with symbols for sizes here: give make_fx the "
+            "tracing_mode 'real' or 'fake', or compile the step by torch.compile"
+        )
+
+
 class Group(NamedTuple):
     """Samples and their role: "fake", "real", "again" (the real batch once more), or the points of a penalty."""
 

@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 
 from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd
-from gpkernels.critic.call import scores_of
+from gpkernels.critic.call import refuse_symbols, scores_of
 from gpkernels.critic.compiled import Options, chosen
 from gpkernels.critic.gathered import may_be_sharded
 from gpkernels.critic.generic import Outsider
@@ -280,6 +280,8 @@ def value_and_gradient(
     whether it is to be differentiable more than once. begun: the model's call, if it was made.
     """
     graph, dual = torch.is_grad_enabled(), dual_level() >= 0
+    for x in inputs.tensors if graph and not any_order else ():
+        refuse_symbols(x)
     with torch.enable_grad():
         if begun is None:
             moved = [_moved(t, graph, dual) for t in inputs.tensors]

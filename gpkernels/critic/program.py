@@ -22,7 +22,17 @@ from gpkernels.critic.cheaper import cheaper
 from gpkernels.critic.compiled import Options, chosen, compiled
 from gpkernels.critic.order import early
 from gpkernels.critic.reuse import Place, reusing
-from gpkernels.critic.slots import Outside, Slot, inputs_of, may_be_view, may_write, memory_of, slots_made, slots_read
+from gpkernels.critic.slots import (
+    Outside,
+    Slot,
+    does_more,
+    inputs_of,
+    may_be_view,
+    may_write,
+    memory_of,
+    slots_made,
+    slots_read,
+)
 from gpkernels.private import TorchDispatchMode, dispatch_mode, transforms_active, without_dispatch_modes
 
 CAPACITY = 256
@@ -60,6 +70,8 @@ class Facts(NamedTuple):
 
 def _shares(x: Tensor, out: Tensor) -> bool:
     """Whether what may be a view is one: ``contiguous`` gives a copy, too."""
+    if not x.layout == out.layout == torch.strided:
+        return False
     return x.untyped_storage()._cdata == out.untyped_storage()._cdata
 
 
@@ -145,7 +157,8 @@ class Recorder(TorchDispatchMode):
                 self._same(out, known)
                 return out
             slot = self.views[key] = self._new(out)
-            self.facts.aliases[slot] = Alias.of(args[0], out)
+            if out.dtype == args[0].dtype:
+                self.facts.aliases[slot] = Alias.of(args[0], out)
             self.calls.append((func, *given, slot))
             return out
         self.calls.append((func, *given, self._result(out)))
@@ -190,7 +203,7 @@ class Program:
             given = slots_read(call)
             if not isinstance(call, Outside):
                 writes = may_write(call[0]) and any(memory.get(s) in read_in for s in given)
-                if not writes and read.isdisjoint(slots_made(call)):
+                if not (writes or does_more(call[0])) and read.isdisjoint(slots_made(call)):
                     continue
             read.update(given)
             read_in.update(memory.get(s) for s in given)
@@ -239,6 +252,11 @@ class Program:
             memory.update({s: x for s, x in zip(part.outputs, made, strict=True) if s is not None})
         return [None if s is None else memory[s] for s in self.results]
 
+    def run_here(self, inputs: list[Tensor | None]) -> list[Tensor | None]:
+        """Run a program without unrecorded calls by PyTorch's dispatcher, which knows batched tensors."""
+        (stretch,) = self.parts
+        return stretch.run_here(inputs, self.inputs, self.results)
+
 
 class Stretch:
     """Recorded calls that run without interruption."""
@@ -270,7 +288,7 @@ class Stretch:
             self.native = function if backends.program is None else backends.program.Program(function)
         elif self.native is None and backends.program is not None:
             self.native = self._translated(inputs, outputs)
-        return self._run_here(given, inputs, outputs) if self.native is None else self.native(given)
+        return self.run_here(given, inputs, outputs) if self.native is None else self.native(given)
 
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """Translate the list for the C++ loop."""
@@ -284,7 +302,8 @@ class Stretch:
         numbers = [[-1 if s is None else s for s in slots] for slots in (inputs, outputs)]
         return backends.program.Program(calls, *numbers, self.frees, Slot)
 
-    def _run_here(self, given: list[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    def run_here(self, given: list[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        """Run the calls from Python."""
         memory = {s: x for s, x in zip(inputs, given, strict=True) if s is not None}
         given.clear()
         with torch.no_grad():
@@ -368,13 +387,6 @@ class Cache:
     def get(self, key: Hashable, make: Callable[[], Any]) -> Signature:
         """Return the key's signature under the options in force; ``make`` derives the facts of a new one."""
         key = key, chosen()
-        try:
-            hash(key)
-        except TypeError:
-            raise RuntimeError(
-                "a penalty cannot be traced with symbols for sizes here: give make_fx the tracing_mode 'real' or "
-                "'fake', or compile the step by torch.compile"
-            ) from None
         with self._lock:
             found = self._entries.get(key)
             if found is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
+
 # These write to the running statistics that they are given, which their schemas do not say.
 _UPDATES = {
     *(f"aten::{vendor}_batch_norm" for vendor in ("native", "cudnn", "miopen")),
@@ -29,6 +31,11 @@ class Outside:
 def may_write(func: Any) -> bool:
     """Whether an operation may write to its arguments."""
     return func._schema.is_mutable or func._schema.name in _UPDATES
+
+
+def does_more(func: Any) -> bool:
+    """Whether an operation does more than to give results: draws random numbers, or checks values."""
+    return torch.Tag.nondeterministic_seeded in func.tags or not (func._schema.returns or func._schema.is_mutable)
 
 
 def may_be_view(func: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpkernels.critic.by_autograd import left_to_autograd, losses, penalties_of
-from gpkernels.critic.call import Group, call, call_each_group, refuse_tangents
+from gpkernels.critic.call import Group, call, call_each_group, refuse_symbols, refuse_tangents
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
 from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, Signed, made, numbers_of, run, shelf
@@ -67,6 +67,7 @@ def penalty_on_gradient(
     if isinstance(found, Tensor):
         return found
     refuse_tangents([points])
+    refuse_symbols(points if isinstance(points, Tensor) else points.real)
     before, key = ((), None) if found is None else (found.before, found.key)
     groups = [Group("points", points, True)]
     if task.gradients and left_to_autograd.has(critic, points if isinstance(points, Tensor) else points.real):
@@ -197,6 +198,7 @@ def critic_step(
     """
     real, fake = given.real, given.fake
     refuse_tangents([real, fake, *given.points.values()])
+    refuse_symbols(real)
     wants = task.gradients and (real.requires_grad or fake.requires_grad)
     groups = groups_of(given, task, wants)
     if task.gradients and not (wants or together) and left_to_autograd.has(critic, real):
