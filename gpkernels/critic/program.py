@@ -263,8 +263,7 @@ class Stretch:
 
     def __init__(self, calls: list[Any], later: set[Any], facts: Facts, options: Options | None = None) -> None:
         self.facts, self.options = facts, options if len(calls) >= WORTH else None
-        self.calls = calls if self.options is not None else reusing(calls, later, facts.places)
-        self.inputs = inputs_of(calls)
+        self.calls, self.inputs = calls, inputs_of(calls)
         made = {s for call in calls for s in slots_made(call)}
         self.outputs = sorted(s for s in later if s in made)
         self.done = [s for s in self.inputs if s not in later]
@@ -293,7 +292,7 @@ class Stretch:
     def _translated(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """Translate the list for the C++ loop."""
         calls = []
-        for call in self.calls:
+        for call in reusing(self.calls, self.outputs, self.facts.places):
             func, args, kwargs, out = call
             name = func._schema.name, func._schema.overload_name
             alias = self.facts.aliases.get(out) if isinstance(out, Slot) else None
