@@ -576,6 +576,60 @@ def test_a_whole_loss_has_pytorchs_value_and_gradients(name: str, way: str, monk
         assert_exactly_as(loss(real, fake, eps=eps).loss, exact, critic, tolerance)
 
 
+# Maps without curvature, some of whose backward kernels have a second derivative by their input, which is zero.
+FLAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "average pooling": lambda h: F.avg_pool2d(h, 2),
+    "average pooling of overlapping windows": lambda h: F.avg_pool2d(h, 3, 2, 1),
+    "average pooling of lines": lambda h: F.avg_pool1d(h.flatten(2), 2),
+    "average pooling of volumes": lambda h: F.avg_pool3d(h[:, None], 2),
+    "average pooling to a size": lambda h: F.adaptive_avg_pool2d(h, 2),
+    "average pooling to one pixel": lambda h: F.adaptive_avg_pool2d(h, 1),
+    "average pooling of volumes to a size": lambda h: F.adaptive_avg_pool3d(h[:, None], 2),
+    "resampling by area": lambda h: F.interpolate(h, size=(3, 3), mode="area"),
+    "max pooling": lambda h: F.max_pool2d(h, 2),
+    "max pooling to a size": lambda h: F.adaptive_max_pool2d(h, 2),
+    "reflection": lambda h: F.pad(h, (1, 2, 1, 1), "reflect"),
+    "reflection of lines": lambda h: F.pad(h.flatten(2), (1, 2), "reflect"),
+    "replication": lambda h: F.pad(h, (1, 2, 1, 1), "replicate"),
+    "replication of volumes": lambda h: F.pad(h[:, None], (1,) * 6, "replicate"),
+    "padding": lambda h: F.pad(h, (1, 2, 1, 1)),
+    "nearest pixels": lambda h: F.interpolate(h, scale_factor=2),
+    "bilinear resampling": lambda h: F.interpolate(h, scale_factor=2, mode="bilinear"),
+    "bicubic resampling": lambda h: F.interpolate(h, scale_factor=2, mode="bicubic"),
+    "shuffled pixels": lambda h: F.pixel_shuffle(h, 2),
+    "unfolded": lambda h: F.unfold(h, 2),
+    "relu": torch.relu,
+    "leaky relu": lambda h: F.leaky_relu(h, 0.2),
+    "clamp": lambda h: h.clamp(-0.3, 0.4),
+    "sorted": lambda h: h.sort(-1).values,
+    "largest": lambda h: h.amax(1),
+    "a median": lambda h: h.median(-1).values,
+    "sums": lambda h: h.cumsum(-1),
+    "masked": lambda h: h.masked_fill(h > 0, 0),
+    "a mean": lambda h: h.mean((-1, -2)),
+}
+
+
+class Summed(nn.Module):
+    """Two layers, a function, and its weighted sum."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.function(self.second(self.first(x))).flatten(1)
+        return h @ torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_penalty_has_zeros_where_pytorch_has_and_nothing_where_it_has_none(name: str) -> None:
+    critic = Summed(FLAT[name]).double()
+    for _ in range(4):
+        real, _, _ = batch(N, 3, 6, 6)
+        assert_exactly_as(gpk.r1_penalty(critic, real), plain_penalty(critic, real, 0.0), critic)
+
+
 class MeanAndSpread(nn.Module):
     """A mean with curvature on its path to the scores and a variance without, from one call."""
 

@@ -46,6 +46,7 @@ class Pad(Spatial):
 
 class ReflectionPad(Spatial):
     names = ("ReflectionPad2DBackward0",)
+    sends = True
     saved, origins, constants = ("self",), (0,), ("padding",)
     forward, backward = aten.reflection_pad2d, aten.reflection_pad2d_backward
 
@@ -109,6 +110,7 @@ class AvgPool(Spatial):
     """Average pooling. Windows that tile the image, as in most critics, use the op mean_pool: ATen's is slow."""
 
     names = ("AvgPool2DBackward0",)
+    sends = True
     saved, origins = ("self",), (0,)
     constants = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
@@ -130,6 +132,7 @@ class AvgPool(Spatial):
 
 class AdaptiveAvgPool(Spatial):
     names = ("AdaptiveAvgPool2DBackward0",)
+    sends = True
     saved, origins = ("self",), (0,)
 
     def back(self, c: Tensor, *s: Any) -> Tensor:
