@@ -25,7 +25,10 @@ class Key {
   }
   void tensor(const at::Tensor& x) {
     sizes(x.sizes());
-    sizes(x.strides());
+    if (x.layout() == at::kStrided)
+      sizes(x.strides());
+    else
+      number(-1 - int64_t(x.layout()));
     kind(x.scalar_type(), x.device());
   }
   // A constant of a node: None, numbers, texts, and tuples of them.

@@ -102,6 +102,8 @@ class Graph:
         flat: list[Tensor | None] = []
         for x in tensors:
             flat.extend(x) if isinstance(x, (tuple, list)) else flat.append(x)
+        if any(x is not None and x.layout != torch.strided for x in flat):  # no rule knows calls with sparse tensors
+            return name, outputs, parents
         # A Python number among the operands is saved as a wrapped number, which tracing would turn into a constant; a
         # copy is an ordinary tensor.
         self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
@@ -186,7 +188,9 @@ def index_by_row(indices: Sequence[Tensor | None]) -> bool:
 
 
 def _meta(x: Tensor | None) -> Any:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+    if x is None:
+        return None
+    return x.shape, x.stride() if x.layout == torch.strided else x.layout, x.dtype, x.device
 
 
 def _hashable(value: Any) -> Any:
