@@ -152,6 +152,11 @@ class Reader {
         key.number(-3);
         continue;
       }
+      if (meta.is_nested_tensor()) {  // has no sizes; in Python an error, except where autograd's engine is used
+        key.number(-7);
+        to.hooked = true;
+        return;
+      }
       const c10::SymIntArrayRef shape = meta.shape_as_dim_vector();
       key.number(int64_t(shape.size()));
       for (const c10::SymInt& n : shape) key.number(n.guard_int(__FILE__, __LINE__));
@@ -189,7 +194,9 @@ class Reader {
 
   // Forgets the tensors of a call, from an index on, where one is sparse: no rule knows such calls.
   static bool drop_unless_dense(size_t before, Found& to) {
-    const auto is_dense = [](const at::Tensor& x) { return !x.defined() || x.layout() == at::kStrided; };
+    const auto is_dense = [](const at::Tensor& x) {
+      return !x.defined() || (x.layout() == at::kStrided && !x.is_nested());
+    };
     if (std::all_of(to.saved.begin() + before, to.saved.end(), is_dense)) return false;
     to.saved.resize(before);
     return true;

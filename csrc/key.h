@@ -24,6 +24,7 @@ class Key {
     number(int64_t(type) << 32 | int64_t(device.type()) << 16 | int64_t(uint8_t(device.index())));
   }
   void tensor(const at::Tensor& x) {
+    if (x.is_nested()) return number(-1);
     sizes(x.sizes());
     if (x.layout() == at::kStrided)
       sizes(x.strides());

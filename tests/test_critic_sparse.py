@@ -1,4 +1,4 @@
-"""Critics with sparse tensors: adjacencies, weights, activations and gradients."""
+"""Critics with sparse tensors (adjacencies, weights, activations and gradients), and with nested ones."""
 
 from __future__ import annotations
 
@@ -105,3 +105,30 @@ def test_the_loss_may_be_scaled() -> None:
     real, fake, eps = batch(N, 4)
     loss = gpk.CriticLoss(critic)(real, fake, eps=eps).loss
     gradients_are_pytorchs(3 * loss, 3 * plain_loss(critic, real, fake, eps), critic)
+
+
+def nested(h: Tensor) -> Tensor:
+    """Activations by way of a nested tensor, which has no sizes."""
+    return torch.nested.to_padded_tensor(torch.nested.as_nested_tensor([h[:2], h[2:]]), 0.0).flatten(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_gradients_through_nested_tensors_are_pytorchs() -> None:
+    critic = OnGraph(nested).double()
+    for _ in range(3):
+        x, _, _ = batch(N, 4)
+        value, gradient = gpk.value_and_input_gradient(critic, x)
+        x.requires_grad_()
+        exact = critic(x)
+        (wanted,) = torch.autograd.grad(exact.sum(), x, create_graph=True)
+        gradients_are_pytorchs(value.sum() + gradient.sin().sum(), exact.sum() + wanted.sin().sum(), critic)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_penalties_of_nested_tensors_are_an_error_by_name(with_loss: bool) -> None:
+    critic = OnGraph(nested).double()
+    real, fake, _ = batch(N, 4)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="critic: a penalty of nested tensors is not supported; pad them"):
+            gpk.CriticLoss(critic)(real, fake) if with_loss else gpk.r1_penalty(critic, real)

@@ -93,6 +93,10 @@ class Graph:
             self.leaves.append(None)
             meta = node._input_metadata[0]
             return LEAF, ((tuple(meta.shape), None, meta.dtype, meta.device),)
+        if any(m.is_nested_tensor for m in node._input_metadata):
+            raise RuntimeError(
+                "critic: a penalty of nested tensors is not supported; pad them to one length, and mask what is padded"
+            )
         outputs = tuple([(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
         parents = tuple([None if p is None else (places[_name((p, nr), start)], nr) for p, nr in node.next_functions])
         reader = _READERS.get(name)
