@@ -27,6 +27,7 @@ from gpkernels.ops.checks import (
     check_pair,
     check_same_device,
     check_whole,
+    further,
 )
 from gpkernels.ops.consistency import consistency_term
 from gpkernels.ops.gradient_norm_penalty import check_power
@@ -292,11 +293,13 @@ class CriticLoss(nn.Module):
             parts: CriticLossParts = outside(self.forward, real, fake, eps=eps, **more)
             return parts
         composed = transformed() or (depth() and not is_compiling())
-        if composed or is_compiling() or not isinstance(real, Tensor) or not isinstance(fake, Tensor):
+        usual = isinstance(real, Tensor) and isinstance(fake, Tensor) and not (real.is_nested or fake.is_nested)
+        if composed or is_compiling() or not usual:
             real, fake = self._checked(real, fake, eps)
         critic = self.critic
         decided = None
-        if not (is_compiling() or composed or critic_args or critic_kwargs or with_penalty is not None):
+        has_more = type(critic_args) is not tuple or critic_args or critic_kwargs
+        if not (is_compiling() or composed or has_more or with_penalty is not None):
             decided = self._decided(critic, real, fake)
         if decided is not None and (last := self._seen.last) is not None and last.decided == decided:
             given = self._given(real, fake, eps, last.task, (), {})
@@ -304,7 +307,7 @@ class CriticLoss(nn.Module):
             return found if isinstance(found, CriticLossParts) else self._rest(given, last.task, last.weights, found)
         weights = self._weights(with_penalty)
         task = self._task(tuple(weights), torch.is_grad_enabled())
-        given = self._given(real, fake, eps, task, tuple(critic_args), dict(critic_kwargs or {}))
+        given = self._given(real, fake, eps, task, *further(critic_args, critic_kwargs))
         if composed:
             return self._composed(given, task, weights)
         if is_compiling():

@@ -29,6 +29,7 @@ from gpkernels.critic.program import CAPACITY, Cache
 from gpkernels.critic.run import is_plain, own_dtypes
 from gpkernels.critic.uncompiled import uncompiled
 from gpkernels.critic.work import apart
+from gpkernels.ops.checks import further
 from gpkernels.private import (
     FROM_LOCAL,
     dual_level,
@@ -261,7 +262,7 @@ def at_once(
     """Compute ``value_and_gradient`` in C++; None where the native path does not apply, or refuses the input."""
     if backends.program is None:
         return None
-    found: Any = native().at_once(model, x, tuple(args), dict(kwargs or {}))
+    found: Any = native().at_once(model, x, *further(args, kwargs))
     return found if found is None or len(found) == 2 else Begun(*found)
 
 

@@ -20,6 +20,7 @@ from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
 from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, Signed, made, numbers_of, run, shelf
 from gpkernels.critic.together import Differs, Log, Record, Seen, Watch, keeps_apart, settled
+from gpkernels.ops.checks import further
 
 
 class Begun(NamedTuple):
@@ -43,7 +44,7 @@ def penalty_at_once(
         return None
     how = _how_of_a_penalty(task)
     given = None, None, points if isinstance(points, Tensor) else tuple(points)
-    more = tuple(args), dict(kwargs or {})
+    more = further(args, kwargs)
     if left_to_autograd.has(critic, batch):
         found = shelf.by_autograd(critic, given, how, (1.0,), *more)
         return Begun(False, found, None) if isinstance(found, list) else found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ def check_floating(name: str, x: object) -> None:
     """Raise TypeError unless ``x`` is a dense floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATING or x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense floating-point tensor, got {x.dtype}, {x.layout}")
+    if x.dtype not in _FLOATING or x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name}: expected a dense floating-point tensor, got {x.dtype}, {kind}")
 
 
 def check_batch(name: str, x: object) -> None:
@@ -36,6 +39,15 @@ def check_callable(name: str, critic: object) -> None:
         raise TypeError(f"{name}: expected a module or a callable, got {type(critic).__name__}")
     if isinstance(critic, type):
         raise TypeError(f"{name}: expected a module or a callable, got the class {critic.__name__}; construct it")
+
+
+def further(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a critic's further arguments; raise TypeError unless they are a sequence and a mapping or None."""
+    if type(args) is not tuple and (isinstance(args, (Tensor, str, Mapping)) or not isinstance(args, Iterable)):
+        raise TypeError(f"critic_args: expected a tuple or list of arguments, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"critic_kwargs: expected a mapping of arguments by name, got {type(kwargs).__name__}")
+    return tuple(args), dict(kwargs or {})
 
 
 def check_own(name: str, x: Tensor) -> None:
