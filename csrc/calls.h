@@ -147,7 +147,7 @@ class Caller {
 
   static bool is_floating(const at::Tensor& x) {
     const at::ScalarType type = x.scalar_type();
-    return x.layout() == at::kStrided &&
+    return x.layout() == at::kStrided && !x.is_nested() &&
            (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16);
   }
 

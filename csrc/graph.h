@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <unordered_map>
@@ -60,7 +61,7 @@ class Reader {
   // Contents of one graph.
   struct Found {
     std::vector<at::Tensor> saved, leaves;
-    bool hooked = false;  // a node has hooks on its gradients, or gets one in Python
+    bool hooked = false;  // a node has hooks on its gradients, or gets one in Python, or a leaf is sparse
   };
 
   // start: sequence number of the critic's first node; older nodes end its graph.
@@ -136,6 +137,7 @@ class Reader {
     if (const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(node.get())) {
       key.number(-2);
       key.tensor(leaf->variable);
+      to.hooked |= leaf->variable.layout() != at::kStrided;
       to.leaves.push_back(leaf->variable);
       return;
     }
@@ -149,6 +151,11 @@ class Reader {
       if (meta.was_default_constructed()) {
         key.number(-3);
         continue;
+      }
+      if (meta.is_nested_tensor()) {  // has no sizes; in Python an error, except where autograd's engine is used
+        key.number(-7);
+        to.hooked = true;
+        return;
       }
       const c10::SymIntArrayRef shape = meta.shape_as_dim_vector();
       key.number(int64_t(shape.size()));
@@ -164,12 +171,13 @@ class Reader {
     const auto found = names_.find(name);
     if (found == names_.end() || (found->second.saved.empty() && found->second.constants.empty())) return;
     std::vector<const torch::autograd::SavedVariable*> saved;
+    const size_t before = to.saved.size();
     if (found->second.typed && found->second.typed->read(*node, saved, key)) {
       for (const auto* variable : saved) tensor(variable->unpack(node), key, to);
+      drop_unless_dense(before, to);
       return;
     }
     const py::object wrapped = wrapped_in_python(node);
-    const size_t before = to.saved.size();
     for (const py::object& attribute : found->second.saved) {
       const py::object value = wrapped.attr(attribute);
       if (PyTuple_Check(value.ptr())) {
@@ -180,7 +188,18 @@ class Reader {
       }
     }
     for (const py::object& attribute : found->second.constants) key.constant(wrapped.attr(attribute));
+    if (drop_unless_dense(before, to)) return;
     if (found->second.indexes) key.number(index_by_row({to.saved.begin() + before, to.saved.end()}));
+  }
+
+  // Forgets the tensors of a call, from an index on, where one is sparse: no rule knows such calls.
+  static bool drop_unless_dense(size_t before, Found& to) {
+    const auto is_dense = [](const at::Tensor& x) {
+      return !x.defined() || (x.layout() == at::kStrided && !x.is_nested());
+    };
+    if (std::all_of(to.saved.begin() + before, to.saved.end(), is_dense)) return false;
+    to.saved.resize(before);
+    return true;
   }
 
   // As in graph.py.

@@ -24,8 +24,12 @@ class Key {
     number(int64_t(type) << 32 | int64_t(device.type()) << 16 | int64_t(uint8_t(device.index())));
   }
   void tensor(const at::Tensor& x) {
+    if (x.is_nested()) return number(-1);
     sizes(x.sizes());
-    sizes(x.strides());
+    if (x.layout() == at::kStrided)
+      sizes(x.strides());
+    else
+      number(-1 - int64_t(x.layout()));
     kind(x.scalar_type(), x.device());
   }
   // A constant of a node: None, numbers, texts, and tuples of them.

@@ -296,7 +296,8 @@ class CriticLoss(nn.Module):
             parts: CriticLossParts = outside(self.forward, real, fake, eps=eps, **more)
             return parts
         composed = transformed() or (depth() and not is_compiling())
-        if composed or is_compiling() or not isinstance(real, Tensor) or not isinstance(fake, Tensor):
+        usual = isinstance(real, Tensor) and isinstance(fake, Tensor) and not (real.is_nested or fake.is_nested)
+        if composed or is_compiling() or not usual:
             real, fake = self._checked(real, fake, eps)
         critic = self.critic
         decided = None

@@ -135,6 +135,8 @@ def _alike(real: object, fake: object) -> bool:
     """Whether the usual checks will find nothing wrong with a pair of batches."""
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)):
         return False
+    if real.is_nested or fake.is_nested:
+        return False
     return real.dim() > 0 and real.shape == fake.shape and real.dtype == fake.dtype and real.is_floating_point()
 
 

@@ -582,3 +582,28 @@ def test_critics_on_the_meta_device_give_shapes(loop: str, monkeypatch: pytest.M
             assert result.shape == ()
             for p, g in zip(critic.parameters(), gradients(result, critic), strict=True):
                 assert (g.shape, g.device.type) == (p.shape, "meta")
+
+
+class AsksForGradients(nn.Module):
+    """An energy that makes its input require gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.requires_grad_())
+
+
+@pytest.mark.parametrize("together", [None, False])
+def test_a_critic_that_makes_its_input_require_gradients(together: bool | None) -> None:
+    critic = AsksForGradients().double()
+    loss = gpk.CriticLoss(critic, penalty={"r1": 1.0, "wgan-gp": 2.0}, together=together)
+    for _ in range(5):
+        real, fake, eps = batch(N, WIDTH)
+        r1 = plain_penalty(critic.body, real, 0.0)
+        between = plain_penalty(critic.body, plain_points(real, fake, eps, "wgan-gp"))
+        exact = critic.body(fake).mean() - critic.body(real).mean() + r1 + 2 * between
+        parts = loss(real, fake, eps=eps)
+        torch.testing.assert_close(parts.penalty["r1"], r1)
+        assert_exactly_as(parts.loss, exact, critic)

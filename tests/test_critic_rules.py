@@ -355,6 +355,23 @@ case("scatter", lambda h: torch.zeros(len(h), 9).double().scatter(1, h.argsort(1
 case(
     "index_add", lambda h: torch.zeros(len(h), 3).double().index_add(1, torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]), h.sin())
 )
+EDGES = torch.tensor([[0, 1, 2, 3, 3, 1, 0, 2], [1, 1, 0, 0, 1, 0, 1, 1]])  # from and to
+
+
+case("index_add to what moves", lambda h: h.tanh().index_add(1, EDGES[1], h.sin(), alpha=-2))
+case("index_add of some channels", lambda h: h.tanh().index_add(1, torch.tensor([2, 2]), h[:, :2]), IMAGE)
+case("index_add in place", lambda h: h.new_zeros(len(h), 2, 8).index_add_(1, EDGES[1], h.sin()), LINE)
+case("index_add of a weight", lambda h, w: h.sin().index_add(1, EDGES[0], w.expand(len(h), 8)), weights=((8,),))
+case("index_add to a weight", lambda h, w: w.expand(len(h), 8).index_add(1, EDGES[0], h), weights=((8,),))
+case("index_add of a constant", lambda h: h.sin().index_add(1, EDGES[0], torch.ones_like(h)))
+case("messages along edges", lambda h: h.index_add(0, EDGES[1, :4], h[EDGES[0, :4]].sin()))
+case("scatter_add", lambda h: torch.zeros_like(h).scatter_add(1, EDGES[:1].expand_as(h), h.sin()))
+case("scatter_add to what moves", lambda h: h.tanh().scatter_add(1, h.argsort(1), h.sin()))
+case("scatter_add of some", lambda h: h.tanh().scatter_add(1, h.argsort(1)[:, :3], h[:, :3]))
+case("scatter_add in place", lambda h: h.sin().scatter_add_(1, EDGES[1:].expand_as(h), h.cos()))
+case("scatter_add of a weight", lambda h, w: h.sin().scatter_add(1, h.argsort(1), w.expand_as(h)), weights=((8,),))
+case("scatter_add of a constant", lambda h: h.sin().scatter_add(1, EDGES[:1].expand_as(h), torch.ones_like(h)))
+case("scatter_add along edges", lambda h: h.scatter_add(0, EDGES[1, :4, None].expand_as(h), h[EDGES[0, :4]].sin()))
 case("as strided", lambda h: h.sin().as_strided((len(h), 3, 4), (8, 2, 1)))
 case("unfold", lambda h: h.sin().unfold(1, 3, 2))
 case("diagonal", lambda h: h.sin().diagonal(0, 1, 2), LINE)
@@ -405,6 +422,10 @@ for largest in ("max", "min"):
 case("median", lambda h: h - h.median(1, keepdim=True).values)
 case("the largest three", lambda h: h.topk(3, 1).values)
 case("sorted", lambda h: h.sort(1).values * torch.arange(8))
+case("the smallest of lines", lambda h: h.sin().topk(2, largest=False, sorted=False).values, LINE)
+case("groups in order", lambda h: h.sin().view(len(h), 4, 2).sort(-1, descending=True)[0].flatten(1))
+case("sorted stably", lambda h: h.relu().sort(dim=1, stable=True).values.sin())
+case("samples in order", lambda h: h.sin().sort(0).values)
 case("product of entries", lambda h: h.prod(1))
 
 # --- images
@@ -413,7 +434,10 @@ case("padding", lambda h: F.pad(h.sin(), (1, 2, 0, 1), value=3.0), IMAGE)
 case("padding by less than nothing", lambda h: F.pad(h.sin(), (-1, 2, -2, 1)), IMAGE)
 case("reflection", lambda h: F.pad(h.sin(), (1, 2, 3, 1), "reflect"), IMAGE)
 case("reflection of lines", lambda h: F.pad(h.sin(), (1, 2), "reflect"), LINE)
+case("reflection of volumes", lambda h: F.pad(h.sin(), (1, 2, 1, 1, 0, 1), "reflect"), VOLUME)
 case("replication", lambda h: F.pad(h.sin(), (1, 2, 3, 1), "replicate"), IMAGE)
+case("replication of lines", lambda h: F.pad(h.sin(), (1, 2), "replicate"), LINE)
+case("replication of volumes", lambda h: F.pad(h.sin(), (1, 2, 1, 1, 0, 1), "replicate"), VOLUME)
 case("pixel shuffle", lambda h: F.pixel_shuffle(h.sin(), 2).cos(), IMAGE)
 case("pixel unshuffle", lambda h: F.pixel_unshuffle(h.sin(), 2).cos(), IMAGE)
 case("windows", lambda h: F.unfold(h.sin(), 3, 1, 1, 2), IMAGE)
@@ -574,6 +598,65 @@ def test_a_whole_loss_has_pytorchs_value_and_gradients(name: str, way: str, monk
         real, fake, eps = drawn(name)
         exact = plain_loss(critic, real, fake, eps, objective, penalty)
         assert_exactly_as(loss(real, fake, eps=eps).loss, exact, critic, tolerance)
+
+
+# Maps without curvature, some of whose backward kernels have a second derivative by their input, which is zero.
+FLAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "average pooling": lambda h: F.avg_pool2d(h, 2),
+    "average pooling of overlapping windows": lambda h: F.avg_pool2d(h, 3, 2, 1),
+    "average pooling of lines": lambda h: F.avg_pool1d(h.flatten(2), 2),
+    "average pooling of volumes": lambda h: F.avg_pool3d(h[:, None], 2),
+    "average pooling to a size": lambda h: F.adaptive_avg_pool2d(h, 2),
+    "average pooling to one pixel": lambda h: F.adaptive_avg_pool2d(h, 1),
+    "average pooling of volumes to a size": lambda h: F.adaptive_avg_pool3d(h[:, None], 2),
+    "resampling by area": lambda h: F.interpolate(h, size=(3, 3), mode="area"),
+    "max pooling": lambda h: F.max_pool2d(h, 2),
+    "max pooling to a size": lambda h: F.adaptive_max_pool2d(h, 2),
+    "reflection": lambda h: F.pad(h, (1, 2, 1, 1), "reflect"),
+    "reflection of lines": lambda h: F.pad(h.flatten(2), (1, 2), "reflect"),
+    "replication": lambda h: F.pad(h, (1, 2, 1, 1), "replicate"),
+    "replication of lines": lambda h: F.pad(h.flatten(2), (1, 2), "replicate"),
+    "replication of volumes": lambda h: F.pad(h[:, None], (1,) * 6, "replicate"),
+    "reflection of volumes": lambda h: F.pad(h[:, None], (1,) * 6, "reflect"),
+    "the largest": lambda h: h.topk(2).values,
+    "added at indices": lambda h: h.index_add(1, torch.tensor([0, 0, 1, 3]), h),
+    "scattered": lambda h: h.scatter_add(-1, h.argsort(-1), h),
+    "padding": lambda h: F.pad(h, (1, 2, 1, 1)),
+    "nearest pixels": lambda h: F.interpolate(h, scale_factor=2),
+    "bilinear resampling": lambda h: F.interpolate(h, scale_factor=2, mode="bilinear"),
+    "bicubic resampling": lambda h: F.interpolate(h, scale_factor=2, mode="bicubic"),
+    "shuffled pixels": lambda h: F.pixel_shuffle(h, 2),
+    "unfolded": lambda h: F.unfold(h, 2),
+    "relu": torch.relu,
+    "leaky relu": lambda h: F.leaky_relu(h, 0.2),
+    "clamp": lambda h: h.clamp(-0.3, 0.4),
+    "sorted": lambda h: h.sort(-1).values,
+    "largest": lambda h: h.amax(1),
+    "a median": lambda h: h.median(-1).values,
+    "sums": lambda h: h.cumsum(-1),
+    "masked": lambda h: h.masked_fill(h > 0, 0),
+    "a mean": lambda h: h.mean((-1, -2)),
+}
+
+
+class Summed(nn.Module):
+    """Two layers, a function, and its weighted sum."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.function(self.second(self.first(x))).flatten(1)
+        return h @ torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_penalty_has_zeros_where_pytorch_has_and_nothing_where_it_has_none(name: str) -> None:
+    critic = Summed(FLAT[name]).double()
+    for _ in range(4):
+        real, _, _ = batch(N, 3, 6, 6)
+        assert_exactly_as(gpk.r1_penalty(critic, real), plain_penalty(critic, real, 0.0), critic)
 
 
 class MeanAndSpread(nn.Module):

@@ -306,3 +306,31 @@ FIELDS: dict[str, Any] = {
 def test_a_mistake_in_a_field_names_the_field(what: str, reduction: str) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^field: expected"):
         gpk.eikonal_loss(FIELDS[what], torch.randn(4, 3), reduction=reduction)
+
+
+# --- arguments of another type ----------------------------------------------------------------------------------------
+
+OF_A_CRITIC: dict[str, Callable[..., Any]] = {
+    "r1_penalty": gpk.r1_penalty,
+    "gradient_penalty": lambda critic, x, **more: gpk.gradient_penalty(critic, x, x, **more),
+    "input_gradient": gpk.input_gradient,
+    "CriticLoss": lambda critic, x, **more: gpk.CriticLoss(critic)(x, x, **more),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_CRITIC)
+@pytest.mark.parametrize("args", [None, torch.ones(2, 2), "labels", 3], ids=["None", "a tensor", "a text", "a number"])
+def test_further_arguments_are_a_sequence_and_a_mapping(args: object, name: str) -> None:
+    call, critic, x = OF_A_CRITIC[name], nn.Linear(6, 1), torch.randn(5, 6)
+    with pytest.raises(TypeError, match="critic_args: expected a tuple or list"):
+        call(critic, x, critic_args=args)
+    with pytest.raises(TypeError, match="critic_kwargs: expected a mapping of names to values, got list"):
+        call(critic, x, critic_kwargs=[1])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", OF_A_CRITIC)
+def test_samples_are_not_nested(name: str) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)])
+    with pytest.raises(TypeError, match=r"expected a dense floating-point tensor, got torch\.float32, nested"):
+        OF_A_CRITIC[name](nn.Linear(6, 1), nested)

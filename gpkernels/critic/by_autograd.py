@@ -13,10 +13,10 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from gpkernels import backends
 from gpkernels.critic.call import Pass, Plain
+from gpkernels.critic.generic import edge_of
 from gpkernels.critic.parts import Task, called, constant_scores, rows_of_group
 from gpkernels.ops.consistency import consistency_term_reference
 from gpkernels.ops.relativistic_loss import relativistic_loss_reference
@@ -32,8 +32,7 @@ def by_autograd(
     if not task.gradients or loss is None or not loss.requires_grad:
         return values, [], []
     batches = {id(one.x) for one in passes}
-    edges = [get_gradient_edge(x) for x in leaves]  # a value from outside of the critic is a leaf in each pass
-    leaves = list({(edge.node, edge.output_nr): x for x, edge in zip(leaves, edges, strict=True)}.values())
+    leaves = list({edge_of(x): x for x in leaves}.values())  # a value from outside of the critic is one in each pass
     trained = [x for x in leaves if id(x) not in batches]
     with nullcontext() if backends.program is None else backends.program.Unhooked(trained):
         found = torch.autograd.grad(loss, leaves, allow_unused=True)

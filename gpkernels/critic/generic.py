@@ -21,6 +21,16 @@ from gpkernels.private import forward_class, set_grad_mode
 Edge = tuple[Any, int]
 
 
+def edge_of(x: Tensor) -> Edge:
+    """Return the node and output number of a tensor; PyTorch's own function takes no sparse leaf."""
+    if x.is_leaf and x.layout != torch.strided:
+        with torch.enable_grad():
+            found: Edge = x.clone().grad_fn.next_functions[0]  # type: ignore[union-attr]
+        return found
+    edge = get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
 def fitted(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Reduce a gradient as autograd's engine does: summed over broadcast axes, cast to the right dtype."""
     shape = tuple(shape)
@@ -102,7 +112,7 @@ class Pullback:
         found: dict[Edge, Tensor] = {}
         for edge, g in _backward([r for r, _ in pairs], [t for _, t in pairs], {node for node, _ in ends}):
             found[edge] = found[edge] + g if edge in found else g
-        out = [None if c is None else found.pop((get_gradient_edge(c).node, 0), None) for c in self.cotangents]
+        out = [None if c is None else found.pop((edge_of(c)[0], 0), None) for c in self.cotangents]
         bent = [found.pop(edge, None) for edge in wanted]
         if found:
             raise RuntimeError(f"{self.name} depends on a tensor of the critic that is not among its arguments")
@@ -148,11 +158,11 @@ def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], ends: set
         slots = ready.setdefault(node, {})
         slots[nr] = slots[nr] + g if nr in slots else g
 
-    roots = [get_gradient_edge(x) for x in outputs]
-    order = _order([edge.node for edge in roots], ends)
+    roots = [edge_of(x) for x in outputs]
+    order = _order([node for node, _ in roots], ends)
     with torch.no_grad():
-        for edge, cotangent in zip(roots, cotangents, strict=True):
-            give(edge.node, edge.output_nr, cotangent)
+        for (node, nr), cotangent in zip(roots, cotangents, strict=True):
+            give(node, nr, cotangent)
         for node in order:
             slots = ready.pop(node, None)
             if slots is None:

@@ -93,6 +93,10 @@ class Graph:
             self.leaves.append(None)
             meta = node._input_metadata[0]
             return LEAF, ((tuple(meta.shape), None, meta.dtype, meta.device),)
+        if any(m.is_nested_tensor for m in node._input_metadata):
+            raise RuntimeError(
+                "critic: a penalty of nested tensors is not supported; pad them to one length, and mask what is padded"
+            )
         outputs = tuple([(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
         parents = tuple([None if p is None else (places[_name((p, nr), start)], nr) for p, nr in node.next_functions])
         reader = _READERS.get(name)
@@ -102,6 +106,8 @@ class Graph:
         flat: list[Tensor | None] = []
         for x in tensors:
             flat.extend(x) if isinstance(x, (tuple, list)) else flat.append(x)
+        if any(x is not None and x.layout != torch.strided for x in flat):  # no rule knows calls with sparse tensors
+            return name, outputs, parents
         # A Python number among the operands is saved as a wrapped number, which tracing would turn into a constant; a
         # copy is an ordinary tensor.
         self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
@@ -186,7 +192,9 @@ def index_by_row(indices: Sequence[Tensor | None]) -> bool:
 
 
 def _meta(x: Tensor | None) -> Any:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+    if x is None:
+        return None
+    return x.shape, x.stride() if x.layout == torch.strided else x.layout, x.dtype, x.device
 
 
 def _hashable(value: Any) -> Any:

@@ -46,10 +46,8 @@ class Signed:
                     self.leaves.append(leaf)
             mine.append(tuple([numbers[id(leaf)] for leaf in one.leaves]))
         self.native_matches = all(one.native_matches for one in passes)
-        self.hooked = any(one.by_engine for one in passes) or (
-            backends.program is not None
-            and any(native().hooked([u for u in one.outputs if u.requires_grad], one.x, one.start) for one in passes)
-        )
+        sparse = any(leaf.layout != torch.strided for leaf in self.leaves)  # their gradients may be, too
+        self.hooked = sparse or any(one.by_engine or _has_hooks(one) for one in passes)
         key = tuple([one.key for one in passes]), tuple(mine), task
         self.signature = program.signatures.get(key, lambda: Known([one.key for one in passes], mine))
         self.known: Known = self.signature.known
@@ -79,6 +77,14 @@ class Signed:
 
         results = self.signature.run(inputs, lambda tensors, outsider: work(known, task, tensors, outsider), outsider)
         return _sorted(list(results), len(VALUES) + len(task.penalties), self.leaves, names)
+
+
+def _has_hooks(one: Pass) -> bool:
+    """Whether gradients within a call, or at its batch, are seen by hooks, which only C++ can tell."""
+    if backends.program is None:
+        return False
+    found: bool = native().hooked([u for u in one.outputs if u.requires_grad], one.x, one.start)
+    return found
 
 
 def _sorted(results: list[Any], values: int, leaves: Sequence[Tensor], names: Sequence[str]) -> Results:

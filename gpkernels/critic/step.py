@@ -199,7 +199,8 @@ def critic_step(
     real, fake = given.real, given.fake
     refuse_tangents([real, fake, *given.points.values()])
     refuse_symbols(real)
-    wants = task.gradients and (real.requires_grad or fake.requires_grad)
+    # What C++ begins requires no gradients at the samples, unless the critic called ``requires_grad_`` on them.
+    wants = begun is None and task.gradients and (real.requires_grad or fake.requires_grad)
     groups = groups_of(given, task, wants)
     if task.gradients and not (wants or together) and left_to_autograd.has(critic, real):
         before = () if begun is None else begun.before

@@ -292,10 +292,12 @@ def _lowered(gradient: Tensor, scale: float) -> Tensor:
 
 def apart(results: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return results that share no memory with each other or an input, as they are scaled in place and returned."""
-    taken = {x.untyped_storage()._cdata for x in inputs if x is not None}
+    taken = {x.untyped_storage()._cdata for x in inputs if x is not None and x.layout == torch.strided}
     found: list[Tensor | None] = []
     for x in results:
-        if x is not None:
+        if x is not None and x.layout != torch.strided:
+            x = x.clone()
+        elif x is not None:
             storage = x.untyped_storage()
             if storage._cdata in taken or storage.nbytes() != x.numel() * x.element_size():
                 x = x.clone()

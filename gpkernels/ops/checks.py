@@ -18,8 +18,9 @@ def check_floating(name: str, x: object) -> None:
     """Raise TypeError unless ``x`` is a dense floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATING or x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense floating-point tensor, got {x.dtype}, {x.layout}")
+    if x.dtype not in _FLOATING or x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name}: expected a dense floating-point tensor, got {x.dtype}, {kind}")
 
 
 def check_batch(name: str, x: object) -> None:

@@ -46,6 +46,7 @@ class Pad(Spatial):
 
 class ReflectionPad(Spatial):
     names = ("ReflectionPad2DBackward0",)
+    sends = True
     saved, origins, constants = ("self",), (0,), ("padding",)
     forward, backward = aten.reflection_pad2d, aten.reflection_pad2d_backward
 
@@ -59,9 +60,31 @@ class ReflectionPad(Spatial):
         return type(self).forward(t, self.padding)
 
 
+class ReflectionPad1d(ReflectionPad):
+    names = ("ReflectionPad1DBackward0",)
+    spatial = 1
+    forward, backward = aten.reflection_pad1d, aten.reflection_pad1d_backward
+
+
+class ReflectionPad3d(ReflectionPad):
+    names = ("ReflectionPad3DBackward0",)
+    spatial = 3
+    forward, backward = aten.reflection_pad3d, aten.reflection_pad3d_backward
+
+
 class ReplicationPad(ReflectionPad):
     names = ("ReplicationPad2DBackward0",)
     forward, backward = aten.replication_pad2d, aten.replication_pad2d_backward
+
+
+class ReplicationPad1d(ReflectionPad1d):
+    names = ("ReplicationPad1DBackward0",)
+    forward, backward = aten.replication_pad1d, aten.replication_pad1d_backward
+
+
+class ReplicationPad3d(ReflectionPad3d):
+    names = ("ReplicationPad3DBackward0",)
+    forward, backward = aten.replication_pad3d, aten.replication_pad3d_backward
 
 
 class PixelShuffle(Spatial):
@@ -109,6 +132,7 @@ class AvgPool(Spatial):
     """Average pooling. Windows that tile the image, as in most critics, use the op mean_pool: ATen's is slow."""
 
     names = ("AvgPool2DBackward0",)
+    sends = True
     saved, origins = ("self",), (0,)
     constants = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
@@ -130,6 +154,7 @@ class AvgPool(Spatial):
 
 class AdaptiveAvgPool(Spatial):
     names = ("AdaptiveAvgPool2DBackward0",)
+    sends = True
     saved, origins = ("self",), (0,)
 
     def back(self, c: Tensor, *s: Any) -> Tensor:
@@ -279,6 +304,7 @@ class AffineGrid(Moving):
 
 
 RULES: tuple[type[Rule], ...] = (
+    *(ReflectionPad1d, ReflectionPad3d, ReplicationPad1d, ReplicationPad3d),
     *(Pad, ReflectionPad, ReplicationPad, PixelShuffle, PixelUnshuffle, Unfold, AvgPool, AdaptiveAvgPool),
     *(Upsample, UpsampleBilinear, UpsampleBicubic, MaxPool, MaxPool3d, GridSample, GridSampleOfCudnn),
     AffineGrid,

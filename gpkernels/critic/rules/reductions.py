@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Wanted
+from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
 from gpkernels.critic.rules.shapes import Along
 
 aten = torch.ops.aten
@@ -83,6 +83,113 @@ class IndexSelect(Along):
 
     def forth(self, t: Tensor, *s: Any) -> Tensor:
         return t.index_select(self.dim, s[0])
+
+
+class Adding(Rule):
+    """y = x, with a source added at indices along an axis; either may be a constant."""
+
+    saved, origins = ("index",), ()
+    dim: int
+
+    def gathered(self, c: Tensor, index: Tensor) -> Tensor:
+        """Return the cotangent of the source."""
+        raise NotImplementedError
+
+    def scattered(self, t: Tensor, of_source: Tensor, index: Tensor) -> Tensor:
+        """Add a tangent of the source to one of the output."""
+        raise NotImplementedError
+
+    def pull(self, s: Saved, c: Tensors, wanted: Wanted) -> Tensors:
+        cotangent = c[0]
+        assert cotangent is not None
+        return cotangent if wanted[0] else None, self.gathered(cotangent, s[0]) if wanted[1] else None
+
+    def push(self, s: Saved, t: Tensors) -> Tensors:
+        tangent, of_source = t
+        if of_source is None:
+            return (tangent,)
+        if tangent is None:
+            tangent = of_source.new_zeros(self.outputs[0].shape)
+        return (self.scattered(tangent, of_source, s[0]),)
+
+    def layout(self, layouts: Layouts) -> Layout | None:
+        known = [at for at, x in zip(layouts, self.inputs, strict=True) if x is not None]
+        at = known[0]
+        if any(other != at for other in known):
+            raise Mixed
+        if at is not None and at.axis in self.axes():
+            raise Mixed
+        return at
+
+    def axes(self) -> set[int]:
+        """Return the axes that samples must not be on."""
+        return {self.dim}
+
+
+class IndexAdd(Adding):
+    names = ("IndexAddBackward0",)
+    constants = ("dim", "alpha")
+
+    def set_up(self, dim: int, alpha: float) -> None:
+        source, own = self.inputs[1], self.outputs[0].shape
+        if source is None or len(source.shape) != len(own) or not own:
+            raise Unfit("the source is a constant or a number")
+        self.dim, self.alpha = dim % len(own), alpha
+
+    def gathered(self, c: Tensor, index: Tensor) -> Tensor:
+        found = c.index_select(self.dim, index)
+        return found if self.alpha == 1 else found * self.alpha
+
+    def scattered(self, t: Tensor, of_source: Tensor, index: Tensor) -> Tensor:
+        return t.index_add(self.dim, index, of_source, alpha=self.alpha)
+
+    def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
+        return [None]
+
+
+class ScatterAdd(Adding):
+    names = ("ScatterAddBackward0",)
+    constants = ("dim",)
+
+    def set_up(self, dim: int) -> None:
+        source, own = self.inputs[1], self.outputs[0].shape
+        if source is None or len(source.shape) != len(own) or not own:
+            raise Unfit("the source is a constant or a number")
+        self.dim = dim % len(own)
+        self._others = {i for i, (a, b) in enumerate(zip(source.shape, own, strict=True)) if a != b}
+
+    def axes(self) -> set[int]:
+        return {self.dim} | self._others
+
+    def gathered(self, c: Tensor, index: Tensor) -> Tensor:
+        return c.gather(self.dim, index)
+
+    def scattered(self, t: Tensor, of_source: Tensor, index: Tensor) -> Tensor:
+        return t.scatter_add(self.dim, index, of_source)
+
+    def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
+        return [out]
+
+
+class Picked(Along):
+    """Elements in order, or the largest: as ``Gather`` at known indices, each of which occurs once."""
+
+    names = ("SortBackward0", "SortBackward1", "TopkBackward0")
+    saved, origins, constants = ("indices",), (-1,), ("dim",)
+
+    def set_up(self, dim: int) -> None:
+        if not self.shape:
+            raise Unfit("a number has no axis")
+        self.dim = self.axis(dim)
+
+    def axes(self) -> set[int]:
+        return {self.dim}
+
+    def back(self, c: Tensor, *s: Any) -> Tensor:
+        return c.new_zeros(self.shape).scatter_(self.dim, s[0], c)
+
+    def forth(self, t: Tensor, *s: Any) -> Tensor:
+        return t.gather(self.dim, s[0])
 
 
 class Embedding(Rule):
@@ -204,6 +311,9 @@ RULES: tuple[type[Rule], ...] = (
     Index,
     Gather,
     IndexSelect,
+    IndexAdd,
+    ScatterAdd,
+    Picked,
     Embedding,
     Sum,
     SumAll,
