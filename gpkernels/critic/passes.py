@@ -307,35 +307,21 @@ class Passes:
             one = [k == place + 1 for k in range(len(wanted))]
             self._hand(call, rule.bend(saved, t, d, one), which, adjoints)
             wanted = [w and not o for w, o in zip(wanted, one, strict=True)]
-        if (
-            rule.adds is not None
-            and wanted[rule.adds]
-            and (summed := self._summed_rows(i, call, d[0], scale)) is not None
-        ):
-            one = [k == rule.adds for k in range(len(wanted))]
-            self._hand(call, [summed if is_it else None for is_it in one], which, adjoints)
-            wanted = [w and not o for w, o in zip(wanted, one, strict=True)]
+        if rule.adds is not None and wanted[rule.adds]:
+            at, layout, (c, *_) = call.parents[rule.adds], layouts[i], d
+            if at is not None and layout is not None and c is not None and self._has_columns(at, layout, c):
+                rows = c if c.dim() == 2 else c.flatten(2).sum(2)  # each times its factor, without a copy of them
+                self._give(at, torch.mv(rows.t(), _factors(scale, layout).to(rows.dtype)), which, adjoints)
+                wanted[rule.adds] = False
         if any(wanted):
             scaled = [None if u is None else by_row(u, scale, layouts[i]) for u in d]
             self._hand(call, rule.pull(saved, scaled, wanted), which, adjoints)
             if any(u is not None for u in t):
                 self._hand(call, rule.bend(saved, t, d, wanted), which, adjoints)
 
-    def _summed_rows(self, i: int, call: Call, d: Tensor | None, scale: Tensor) -> Tensor | None:
-        """Sum a call's cotangents for what it adds to every row, each times its factor, without a copy of them.
-
-        None where this is not a sum for each entry of axis 1, or where what is added is multiplied.
-        """
-        rule, layout = call.rule, self.plan.layouts[i]  # type: ignore[index]
-        assert rule is not None
-        assert rule.adds is not None
-        p = call.parents[rule.adds]
-        if d is None or p is None or layout is None or layout.axis or getattr(rule, "beta", 1) != 1:
-            return None
-        if self.plan.calls[p[0]].moves or self.plan.calls[p[0]].outputs[p[1]].shape != d.shape[1:2]:
-            return None
-        rows = d if d.dim() == 2 else d.flatten(2).sum(2)
-        return torch.mv(rows.t(), _factors(scale, layout).to(d.dtype))
+    def _has_columns(self, weight: Place, layout: Layout, c: Tensor) -> bool:
+        """Whether a weight has one number for each entry of axis 1 of an output, whose axis 0 has the samples."""
+        return layout.axis == 0 and self.plan.calls[weight[0]].outputs[weight[1]].shape == c.shape[1:2]
 
     def _multiply_jointly(
         self,

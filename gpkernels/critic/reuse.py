@@ -19,6 +19,7 @@ from gpkernels.private import OpOverload, has_kernel
 aten = torch.ops.aten
 # Elementwise operations that PyTorch does not tag as such.
 _UNTAGGED = {aten.elu_backward, aten.hardtanh_backward, aten.leaky_relu_backward, aten.softplus_backward}
+_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}  # dispatch keys of devices
 _SUMS = {aten.addmm, aten.baddbmm}  # whose first argument alone can be written over
 
 
@@ -59,7 +60,7 @@ def reusing(calls: list[Any], later: Iterable[Slot], places: Mapping[Slot, Place
 def _written_over(call: Any, i: int, ends: Mapping[int, int], places: Mapping[Slot, Place]) -> Any:
     """Return call i with an argument to write to if there is one, otherwise as it is."""
     func, args, kwargs, out = call
-    if func.namespace != "aten" or not isinstance(out, Slot) or out not in places:
+    if func.namespace != "aten" or not isinstance(out, Slot) or out not in places or places[out].device not in _KEYS:
         return call
     other = _writing(func, places[out].device)
     if other is None:
@@ -101,7 +102,7 @@ def _writing(func: OpOverload, device: str) -> tuple[str, OpOverload] | None:
         other: OpOverload = getattr(func.overloadpacket, name)
         outs = [a.name for a in other._schema.arguments if a.is_out]
         # Without a kernel of its own it copies the result of the other overload.
-        if len(outs) == 1 and _declared(other) == mine and has_kernel(other.name(), device.upper()):
+        if len(outs) == 1 and _declared(other) == mine and has_kernel(other.name(), _KEYS[device]):
             return outs[0], other
     return None
 

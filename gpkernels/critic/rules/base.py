@@ -79,9 +79,9 @@ class Rule:
     sends: ClassVar[bool] = False
     indexes: ClassVar[bool] = False  # whether a last constant says that the saved tensors index row by row
     flat: bool = False  # whether every tangent of the output is zero
+    adds: int | None = None
     shared_operand: ClassVar[int | None] = None
     joins: ClassVar[float] = inf
-    adds: ClassVar[int | None] = None
 
     def __init__(self, constants: tuple[Any, ...], inputs: Sequence[Meta | None], outputs: Sequence[Meta]) -> None:
         self.inputs, self.outputs = inputs, outputs

@@ -139,10 +139,10 @@ class Addmm(MM):
     names = ("AddmmBackward0",)
     saved, constants = ("mat1", "mat2"), ("alpha", "beta")
     first = shared_operand = 1
-    adds = 0
 
     def set_up(self, alpha: float, beta: float) -> None:
         self.alpha, self.beta = alpha, beta
+        self.adds = 0 if beta == 1 else None
 
 
 class BMM(Product):
@@ -223,7 +223,8 @@ class Convolution(Product):
     names = ("ConvolutionBackward0",)
     saved, origins = ("input", "weight"), (0, 1)
     constants = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    joins, adds = 8, 2
+    joins = 8
+    adds = 2
 
     def set_up(self, *geometry: Any) -> None:
         self.geometry = [list(g) if isinstance(g, tuple) else g for g in geometry]
