@@ -113,15 +113,19 @@ class Batches(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A step in C++. decided: everything that decided on the rest; None: it is not known to be all."""
+    """A step in C++. decided: everything that decided on the rest; None: it is not known to be all.
+
+    left: whether the critic is left to autograd.
+    """
 
     decided: Any
     task: Task
     weights: tuple[float, ...]
     how: How
-    as_one: bool
-    mode: Any
-    log: Log | None
+    as_one: bool = False
+    mode: Any = None
+    log: Log | None = None
+    left: bool = False
 
 
 def step_at_once(
@@ -142,19 +146,16 @@ def step_at_once(
         return None
     apart, joint = _hows(task)
     if not together and task.gradients and left_to_autograd.has(critic, real):
-        tensors = _tensors_of(given, task)
-        found = shelf.by_autograd(critic, tensors, apart, weights, given.args, given.kwargs)
-        if isinstance(found, list):
-            return Begun(False, found, None)
-        return None if found is None else _parts(found, task)
-    may = bool(task.penalties) and given.joinable
-    mode = seen.mode(critic, real) if together is None and may else None
-    known = None if mode is None else seen.get(mode)
-    as_one = may and (bool(together) or isinstance(known, Log))
-    if not as_one and (known in ("new", "looked") or not _go_at_once(real, task)):
-        return None
-    log = known if isinstance(known, Log) else None
-    step = Settled(decided, task, weights, joint if as_one else apart, as_one, mode, log)
+        step = Settled(decided, task, weights, apart, left=True)
+    else:
+        may = bool(task.penalties) and given.joinable
+        mode = seen.mode(critic, real) if together is None and may else None
+        known = None if mode is None else seen.get(mode)
+        as_one = may and (bool(together) or isinstance(known, Log))
+        if not as_one and (known in ("new", "looked") or not _go_at_once(real, task)):
+            return None
+        log = known if isinstance(known, Log) else None
+        step = Settled(decided, task, weights, joint if as_one else apart, as_one, mode, log)
     parts = step_again(step, critic, given, seen)
     if decided is not None and isinstance(parts, CriticLossParts):
         seen.last = step
@@ -164,6 +165,14 @@ def step_at_once(
 def step_again(step: Settled, critic: Any, given: Batches, seen: Seen) -> CriticLossParts | Begun | None:
     """Make a step in C++, or begin it; None where the critic or the tensors differ."""
     tensors = _tensors_of(given, step.task)
+    if step.left:
+        if not left_to_autograd.has(critic, given.real):
+            seen.last = None
+            return None
+        found = shelf.by_autograd(critic, tensors, step.how, step.weights, given.args, given.kwargs)
+        if isinstance(found, list):
+            return Begun(False, found, None)
+        return None if found is None else _parts(found, step.task)
     try:
         found = shelf.step(critic, tensors, step.how, step.weights, step.log, given.args, given.kwargs)
     except (Differs, Exception):
