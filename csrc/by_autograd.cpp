@@ -33,11 +33,11 @@ struct Value {
   std::vector<at::Tensor> gradients;
 };
 
-Value score_loss(const std::vector<at::Tensor>& scores, const std::vector<int64_t>& kinds, const at::Tensor& unit) {
+Value score_loss(const std::vector<at::Tensor>& scores, const std::vector<int64_t>& kinds,
+                 const std::vector<double>& targets, const at::Tensor& unit) {
   static const c10::OperatorHandle forth = op("gpkernels::score_loss"), back = op("gpkernels::score_loss_backward");
   std::vector<at::Tensor> wide;
   for (const at::Tensor& s : scores) wide.push_back(widened(s));
-  const std::vector<double> targets(kinds.size());
   torch::jit::Stack value{wide, kinds, targets}, gradients{unit, wide, kinds, targets};
   forth.callBoxed(value);
   back.callBoxed(gradients);
@@ -60,14 +60,16 @@ Value penalty(const at::Tensor& gradient, const Ends& ends, const at::Tensor& we
 }  // namespace
 
 py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple& tensors, const Places& places,
-                       const std::vector<bool>& moves, const std::vector<int64_t>& kinds, const py::tuple& args,
-                       const py::dict& kwargs, const Ends& ends) {
+                       const std::vector<bool>& moves, const std::vector<int64_t>& kinds,
+                       const std::vector<double>& targets, const py::tuple& args, const py::dict& kwargs,
+                       const Ends& ends) {
   HANDLE_TH_ERRORS
   const std::vector<at::Tensor> inputs = caller.batches(tensors, places, moves);
   if (inputs.empty()) return py::none();
   py::list made;
   std::vector<at::Tensor> scored;
   std::vector<int64_t> scored_kinds;
+  std::vector<double> scored_targets;
   at::Tensor penalised, points;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const at::Tensor& x = inputs[i];
@@ -82,6 +84,7 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
     if (kinds[i] < 0) continue;
     scored.push_back(outputs[0]);
     scored_kinds.push_back(kinds[i]);
+    scored_targets.push_back(targets[i]);
   }
   at::Tensor gradient;
   if (points.defined()) {
@@ -97,7 +100,7 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
     const at::NoGradGuard no_graph;
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    if (!scored.empty()) own = score_loss(scored, scored_kinds, unit);
+    if (!scored.empty()) own = score_loss(scored, scored_kinds, scored_targets, unit);
     if (gradient.defined()) of_gradient = penalty(gradient, ends, weight);
     const at::Tensor &a = own.value, &b = of_gradient.value;
     loss = a.defined() && b.defined() ? at::add(a, b, ends.weight) : a.defined() ? a.clone() : b;

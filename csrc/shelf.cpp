@@ -111,12 +111,12 @@ class Shelf {
 
   // Returns the values with their graph, for a critic that is left to autograd; else the outputs of the calls, or None.
   py::object by_autograd(const py::object& critic, const py::tuple& tensors, const Places& places,
-                         const std::vector<bool>& moves, const std::vector<int64_t>& kinds, const py::tuple& args,
-                         const py::dict& kwargs, double target, bool one_sided, double power, int64_t pack,
-                         double weight) {
+                         const std::vector<bool>& moves, const std::vector<int64_t>& kinds,
+                         const std::vector<double>& targets, const py::tuple& args, const py::dict& kwargs,
+                         double target, bool one_sided, double power, int64_t pack, double weight) {
     const Ends ends{target, one_sided, power, pack, weight};
     const Eagerly eagerly(uncompiled_);
-    return ::by_autograd(caller_, critic, tensors, places, moves, kinds, args, kwargs, ends);
+    return ::by_autograd(caller_, critic, tensors, places, moves, kinds, targets, args, kwargs, ends);
   }
 
   // Runs the program for calls that were made, [(outputs, batch, sequence number of the first node)]. Returns results

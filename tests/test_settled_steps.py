@@ -106,7 +106,7 @@ def settled(**options: Any) -> gpk.CriticLoss:
         real, fake, eps = batch(N, WIDTH)
         loss(real, fake, eps=eps if mixes else None).loss.backward()
     loss.zero_grad()
-    in_python = isinstance(loss.penalty, dict) or loss.consistency_weight or loss.objective == "least-squares"
+    in_python = isinstance(loss.penalty, dict) or loss.consistency_weight
     assert (loss._seen.last is None) == bool(Scored.cubes and in_python)
     return loss
 

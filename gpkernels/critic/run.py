@@ -153,16 +153,15 @@ class _Shelf:
         does not apply.
         """
         task = how.task
-        own = task.adversarial
         if _native_path_is_off() or task.consistency is not None or len(task.penalties) > 1:
             return None
-        if own is not None and (own.paired or own.real_target or own.fake_target):
+        if task.adversarial is not None and task.adversarial.paired:
             return None
         (_, norm), weight = task.penalties[0] if task.penalties else ("", Norm(0.0)), weights[0] if weights else 0.0
         if norm.reduction != REDUCTIONS["mean"]:
             return None
         ends = norm.target, norm.one_sided, norm.power, task.pack, weight
-        return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, args, kwargs, *ends)
+        return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, how.targets, args, kwargs, *ends)
 
     def run(self, passes: Sequence[Pass], task: Task, numbers: Sequence[Tensor]) -> Results | bytes | None:
         """Return the results of calls that were made, or the key to ``keep`` a program under, or None.
@@ -204,7 +203,7 @@ class How:
     """Calls of the critic in a step, each with groups of samples by name and whether they are penalised.
 
     places: of the groups' samples among fake, real and the points of each penalty. moves: whether the gradient at a
-    call's samples is needed. kinds: ``ScoreLoss`` of each call's first group; -1: none.
+    call's samples is needed. kinds, targets: ``ScoreLoss`` of each call's first group, -1 for none, and its constant.
     """
 
     def __init__(self, task: Task, calls: Calls) -> None:
@@ -215,6 +214,7 @@ class How:
         self.moves = [any(penalised for _, penalised in call) for call in calls]
         losses = [None if task.adversarial is None else task.adversarial.of(call[0][0]) for call in calls]
         self.kinds = [-1 if loss is None else loss[0] for loss in losses]
+        self.targets = [0.0 if loss is None else loss[1] for loss in losses]
         self.native: Any = None  # the same for ``_Shelf.step``, under the options in force
         self.options: Any = None
 
