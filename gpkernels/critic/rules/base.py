@@ -159,6 +159,7 @@ class Unary(Elementwise):
 
     turned: where f'' follows from f', adds q f''(x) / f'(x) to its first argument; q = c f'(x) t is known already.
     lasts: whether f'(x) alone costs no more than ``slope``, so that it is worth keeping for passes in backward.
+    bend_by: a factor of f''(x) that ``prepare`` leaves out.
     """
 
     slope: Formula
@@ -166,9 +167,10 @@ class Unary(Elementwise):
     turned: Callable[..., None] | None = None
     sends = True
     lasts = False
+    bend_by: float = 1
 
     def prepare(self, *s: Any) -> tuple[Tensor, Tensor] | None:
-        """Compute f'(x) and f''(x), where they are expensive enough to be shared by all passes; else None."""
+        """Compute f'(x) and f''(x) / bend_by, where they are expensive enough to be shared by all passes; else None."""
         return None
 
     def prepared(self, s: Saved) -> tuple[Tensor, Tensor] | None:
@@ -194,7 +196,9 @@ class Unary(Elementwise):
         if self.bent is None or t[0] is None or c[0] is None:
             return (None,)
         u, known = t[0] * c[0], s.notes.get("slopes")
-        return (self.bent(u, *s) if known is None else u * known[1],)
+        if known is None:
+            return (self.bent(u, *s),)
+        return (u * known[1] if self.bend_by == 1 else (u * known[1]).mul_(self.bend_by),)
 
     def add_bent(self, base: Tensor, s: Saved, t: Tensors, c: Tensors) -> None:
         """Add the result of ``bend`` to ``base``, in place."""
@@ -205,7 +209,7 @@ class Unary(Elementwise):
         if self.turned is not None and alike and before is t[0] and pushed is not None:
             self.turned(base, c[0] * pushed, *s)
         elif alike and s.notes.get("slopes") is not None:
-            base.addcmul_(t[0] * c[0], s.notes["slopes"][1])
+            base.addcmul_(t[0] * c[0], s.notes["slopes"][1], value=self.bend_by)
         else:
             (bent,) = self.bend(s, t, c, (True,))
             if bent is not None:

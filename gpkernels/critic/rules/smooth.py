@@ -158,15 +158,15 @@ class Softplus(Smooth):
     saved, origins, constants = ("self",), (0,), ("beta", "threshold")
 
     def set_up(self, beta: float, threshold: float) -> None:
-        self.beta, self.threshold = beta, threshold
+        self.beta = self.bend_by = beta
+        self.threshold = threshold
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inner = x if self.beta == 1 else x * self.beta
         slope = inner.sigmoid()
         if x.dtype == torch.float64 or self.threshold < ROUNDS_TO_ONE:
             slope.masked_fill_(inner > self.threshold, 1)
-        bend = torch.addcmul(slope, slope, slope, value=-1)
-        return slope, bend if self.beta == 1 else bend.mul_(self.beta)
+        return slope, torch.addcmul(slope, slope, slope, value=-1)
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.softplus_backward(c, x, self.beta, self.threshold)
