@@ -112,7 +112,7 @@ PARTS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "loop (and shelf)": (_no_loop, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
     "programs (and shelf)": (_no_programs, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
     "reuse": (_no_reuse, ("sine, N 64", "RMSNorm, N 2", LARGE)),
-    "products apart": (_always_joined, ("MLP 2-512x3-1, N 256", LARGE)),
+    "products apart": (_always_joined, ("MLP 2-128x3-1, N 256", "MLP 2-512x3-1, N 256")),
     "by_autograd": (_no_by_autograd, ("custom function, N 2",)),
     "by_autograd, native": (_no_native_by_autograd, ("custom function, N 2",)),
     "one batch": (lambda: None, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
@@ -151,7 +151,7 @@ def speedup(case: str, together: bool | None, rounds: int) -> float:
     for call in pair:
         for _ in range(6):
             call()
-    for _ in range(min(rounds, 5) if case in CASES else rounds):
+    for _ in range(min(rounds, 12) if case in CASES else rounds):
         for i, call in enumerate(pair):
             start = time.process_time()
             for _ in range(1 if case in CASES else 4):
