@@ -296,6 +296,15 @@ def test_bad_scores_are_refused(output: Any, error: type[Exception], message: st
             call()
 
 
+def test_distances_that_do_not_depend_on_the_points_are_those_of_the_field(way: str) -> None:
+    field = settled(Critic())
+    forward = field.forward
+    field.forward = lambda x: forward(x).detach() * torch.ones(1, requires_grad=True)
+    points, _, _ = batch(N, WIDTH)
+    with pytest.raises(ValueError, match=r"^field: expected scores that depend on the input"):
+        gpk.eikonal_loss(field, points)
+
+
 class Scores(Tensor):
     """Scores of a class that C++ leaves to Python."""
 
