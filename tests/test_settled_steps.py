@@ -27,6 +27,8 @@ Change = Callable[[gpk.CriticLoss], object]
 
 
 class Cubed(torch.autograd.Function):
+    """As that of ``gpkernels.bench``, but not in the package, whose functions are counted here."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)

@@ -62,7 +62,7 @@ class _Graph:
 
     def __init__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.graph, self.dynamic = graph, any(not isinstance(x, Tensor) for x in inputs)
-        self.as_it_is = any(isinstance(x, list) for x in inputs) or any(map(_is_bound, graphs_of(graph)))
+        self.as_it_is = any(isinstance(x, list) for x in inputs) or any(map(_has_to_run, graphs_of(graph)))
         self._lists: dict[Any, Lists | None] = {}
         self._reads: list[int] = []
 
@@ -88,8 +88,8 @@ class _Graph:
         return *[_sizes(x) for x in inputs], *[inputs[i].item() for i in self._reads]
 
 
-def _is_bound(graph: torch.fx.GraphModule) -> bool:
-    """Whether a graph cannot run on aliases of its inputs, or have a backward pass that is only recorded.
+def _has_to_run(graph: torch.fx.GraphModule) -> bool:
+    """Whether a graph has to run: on its inputs, not on aliases of them, and with the backward pass that it has.
 
     Compiled autograd passes tensors in lists, which its graph empties, and stores gradients in its inputs. A region
     that is checkpointed selectively has one backward pass.

@@ -262,10 +262,10 @@ def _pass_of(writer: _Writer, ends: Sequence[Tensor], leaves: Sequence[Tensor], 
     one = _Pass(writer.calls, given, gradients, [c.stride() for c in cotangents])
     own = {*given, *(s for call in one.calls for s in slots_made(call))}
     whole = all(s < before or s in own for s in one.read())
-    return one if whole and not any(_is_bound(call, before) for call in one.calls) else None
+    return one if whole and not any(_differs_later(call, before) for call in one.calls) else None
 
 
-def _is_bound(call: Any, before: int) -> bool:
+def _differs_later(call: Any, before: int) -> bool:
     """Whether a call of a backward pass draws random numbers, or mutates a forward result, which a replay may need."""
     func, args, _, _ = call
     mutates = any(s < before for s in flat(_targets(func, args)) if isinstance(s, Slot))

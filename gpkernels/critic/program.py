@@ -60,11 +60,10 @@ class Alias(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of recorded tensors: the geometry of views, sizes in bytes, which are of float32, and places."""
+    """What is known of recorded tensors: the geometry of views, sizes in bytes, and places."""
 
     aliases: dict[Slot, Alias]
     sizes: dict[Slot, int]
-    singles: set[Slot]
     places: dict[Slot, Place]
 
 
@@ -102,7 +101,7 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []  # keeps ids unique
         self.calls: list[Any] = []
         self.views: dict[Any, Slot | None] = {}
-        self.facts = Facts({}, {}, set(), {})
+        self.facts = Facts({}, {}, {})
         self.count = 0
         self.inputs = [None if x is None else self._new(x) for x in inputs]
 
@@ -110,8 +109,6 @@ class Recorder(TorchDispatchMode):
         slot = Slot(self.count)
         self.count += 1
         self.facts.sizes[slot] = x.numel() * x.element_size()
-        if x.dtype == torch.float32:
-            self.facts.singles.add(slot)
         if (place := Place.of(x)) is not None:
             self.facts.places[slot] = place
         self._same(x, slot)
@@ -296,7 +293,8 @@ class Stretch:
             func, args, kwargs, out = call
             name = func._schema.name, func._schema.overload_name
             alias = self.facts.aliases.get(out) if isinstance(out, Slot) else None
-            single = self.facts.singles.issuperset((*slots_read(call), *slots_made(call)))
+            places = [self.facts.places.get(s) for s in (*slots_read(call), *slots_made(call))]
+            single = all(place is not None and place.dtype == torch.float32 for place in places)
             calls.append((name, args, kwargs, out if isinstance(out, list) else [out], alias, single))
         numbers = [[-1 if s is None else s for s in slots] for slots in (inputs, outputs)]
         return backends.program.Program(calls, *numbers, self.frees, Slot)
