@@ -26,7 +26,7 @@ from gpkernels import backends, ops
 from gpkernels.bench import machine
 from gpkernels.bench.cases import CASES
 from gpkernels.bench.small import SMALL
-from gpkernels.critic import by_autograd, passes, program, run, work
+from gpkernels.critic import by_autograd, passes, program, run, step, work
 from gpkernels.critic.curved import CurvedPasses
 from gpkernels.critic.rules import images, normalisation
 from gpkernels.ops.affine_gradients import affine_gradients_reference
@@ -54,6 +54,10 @@ def _no_deliver() -> None:
 
 def _no_loop() -> None:
     backends.program = None
+
+
+def _no_records() -> None:
+    step.record_of = lambda *args: None
 
 
 def _no_shelf() -> None:
@@ -107,6 +111,7 @@ def _no_fused_ends() -> None:
 # How to switch a part off, and the cases to measure.
 PARTS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "_direct": (_no_direct, SMALL_OPS),
+    "settled": (_no_records, ("ReLU, N 2", "LayerNorm, N 64", "custom function, N 64")),
     "shelf": (_no_shelf, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
     "deliver (and shelf)": (_no_deliver, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),
     "loop (and shelf)": (_no_loop, ("ReLU, N 2", "LayerNorm, N 64", "residual, N 2")),

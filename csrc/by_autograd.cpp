@@ -5,7 +5,6 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <utility>
@@ -59,14 +58,11 @@ Value penalty(const at::Tensor& gradient, const Ends& ends, const at::Tensor& we
 
 }  // namespace
 
-py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple& tensors, const Places& places,
-                       const std::vector<bool>& moves, const std::vector<int64_t>& kinds,
-                       const std::vector<double>& targets, const py::tuple& args, const py::dict& kwargs,
-                       const Ends& ends) {
-  HANDLE_TH_ERRORS
-  const std::vector<at::Tensor> inputs = caller.batches(tensors, places, moves);
-  if (inputs.empty()) return py::none();
-  py::list made;
+Outcome by_autograd(Caller& caller, const py::object& critic, const std::vector<at::Tensor>& inputs,
+                    const std::vector<bool>& moves, const std::vector<int64_t>& kinds,
+                    const std::vector<double>& targets, const py::tuple& args, const py::dict& kwargs,
+                    const Ends& ends) {
+  Outcome outcome;
   std::vector<at::Tensor> scored;
   std::vector<int64_t> scored_kinds;
   std::vector<double> scored_targets;
@@ -74,12 +70,12 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
   for (size_t i = 0; i < inputs.size(); ++i) {
     const at::Tensor& x = inputs[i];
     const py::object output = Caller::called(critic, x, x.size(0), nullptr, args, kwargs);
-    made.append(py::make_tuple(output, wrapped(x)));
+    outcome.made.append(py::make_tuple(output, wrapped(x)));
     const std::vector<at::Tensor> outputs = Caller::outputs_of(output);
     const bool fits = !outputs.empty() && plain(wrapped(outputs[0])) && Caller::is_floating(outputs[0]) &&
                       (!ends.pack || outputs[0].numel() * ends.pack >= x.size(0)) && outputs[0].numel() &&
                       (!moves[i] || outputs[0].requires_grad());
-    if (!fits) return made;
+    if (!fits) return outcome;
     if (moves[i]) penalised = outputs[0], points = x;
     if (kinds[i] < 0) continue;
     scored.push_back(outputs[0]);
@@ -89,7 +85,7 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
   at::Tensor gradient;
   if (points.defined()) {
     gradient = input_gradient(penalised, points);
-    if (!gradient.defined()) return made;  // an error in Python
+    if (!gradient.defined()) return outcome;  // an error in Python
   }
   const at::Tensor unit = caller.constant(1.0, inputs[0]), weight = caller.constant(ends.weight, inputs[0]);
   Value own, of_gradient;
@@ -111,9 +107,11 @@ py::object by_autograd(Caller& caller, const py::object& critic, const py::tuple
   }
   const at::AutoGradMode enabled(true);
   const at::Tensor value = delivered(loss, std::move(gradients), to);
-  if (!own.value.defined()) return wrapped(value);
-  const at::Tensor zero = at::zeros_like(own.value);
-  const at::Tensor penalty = of_gradient.value.defined() ? of_gradient.value : at::zeros_like(zero);
-  return py::make_tuple(wrapped(value), wrapped(own.value), wrapped(zero), wrapped(penalty));
-  END_HANDLE_TH_ERRORS_PYBIND
+  if (!own.value.defined()) {
+    outcome.values = {value};
+    return outcome;
+  }
+  outcome.values = {value, own.value, at::zeros_like(own.value)};
+  if (of_gradient.value.defined()) outcome.values.push_back(of_gradient.value);
+  return outcome;
 }

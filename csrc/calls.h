@@ -16,6 +16,7 @@
 
 #include "check.h"
 #include "program.h"
+#include "surroundings.h"
 
 // Null unless it is a plain CPU or CUDA tensor, not of a subclass.
 inline const at::Tensor* plain(const py::handle& x) {
@@ -26,14 +27,6 @@ inline const at::Tensor* plain(const py::handle& x) {
   return is_plain ? &found : nullptr;
 }
 
-// Whether a mode or a transform is active, which has to see every call. Autocast is ignored: programs run without it.
-inline bool is_seen() {
-  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  const c10::DispatchKeySet autocast = c10::autocast_dispatch_keyset;
-  return keys.included_ != c10::default_included_set ||
-         (keys.excluded_ | autocast) != (c10::default_excluded_set | autocast);
-}
-
 // Returns the tensor without its graph; both share memory and version counter.
 inline at::Tensor detached(const at::Tensor& x) {
   c10::TensorImpl* impl = x.unsafeGetTensorImpl();
@@ -42,27 +35,6 @@ inline at::Tensor detached(const at::Tensor& x) {
 
 // Looks up one of gpkernels' ops.
 inline c10::OperatorHandle op(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
-
-// Whether Python has imported a module.
-inline bool is_imported(const char* name) { return PyDict_GetItemString(PyImport_GetModuleDict(), name) != nullptr; }
-
-// Context in which compiled parts of a model run eagerly, where there may be any. uncompiled: Python's context.
-class Eagerly {
- public:
-  explicit Eagerly(const py::object& uncompiled) {
-    if (!is_imported("torch._dynamo.eval_frame")) return;
-    context_ = uncompiled();
-    context_.attr("__enter__")();
-  }
-  ~Eagerly() noexcept(false) {
-    if (context_) context_.attr("__exit__")(py::none(), py::none(), py::none());
-  }
-  Eagerly(const Eagerly&) = delete;
-  Eagerly& operator=(const Eagerly&) = delete;
-
- private:
-  py::object context_;
-};
 
 // Calls a model. Further arguments are unpacked only where there are any, as that costs more than the check.
 inline py::object applied(const py::object& model, const py::object& x, const py::tuple& args, const py::dict& kwargs) {
@@ -87,17 +59,32 @@ class Mixer {
 
 using Places = std::vector<std::vector<size_t>>;
 
+// Results of a step or a penalty: its values, of which the first has the graph; or, without values, the calls that were
+// made, for Python to continue. made: for each its output and batch, and for a program the number of its first node;
+// key: of the program that is missing, or None.
+struct Outcome {
+  std::vector<at::Tensor> values;
+  py::list made;
+  py::object key = py::none();
+};
+
 // Builds batches and calls the critic with them.
 class Caller {
  public:
-  // A batch for each call; empty where a tensor is not supported. tensors: fake, real and the points of the penalty,
-  // each a tensor, None or (real, fake, eps) for interpolates; places: indices among these, for each call; moves:
-  // whether the gradient at a batch is needed.
-  std::vector<at::Tensor> batches(const py::tuple& tensors, const Places& places,
-                                  const std::vector<bool>& moves) const {
+  // What batches are made of. given: fake, real and the points of the penalties, each a tensor, None or
+  // (real, fake, eps) for interpolates; undefined for what is not supported.
+  std::vector<at::Tensor> parts(const py::tuple& given) const {
+    std::vector<at::Tensor> found;
+    for (const py::handle& one : given) found.push_back(part(one));
+    return found;
+  }
+
+  // A batch for each call; empty where a tensor is not supported. parts: fake, real and the points of the penalties;
+  // places: indices among these, for each call; moves: whether the gradient at a batch is needed.
+  static std::vector<at::Tensor> batches(const std::vector<at::Tensor>& parts, const Places& places,
+                                         const std::vector<bool>& moves) {
     if (is_seen() || !at::GradMode::is_enabled()) return {};
-    std::vector<at::Tensor> parts, found;
-    for (const py::handle& given : tensors) parts.push_back(part(given));
+    std::vector<at::Tensor> found;
     for (const size_t scored : {0, 1})
       if (parts.at(scored).defined() && parts[scored].requires_grad()) return {};
     for (size_t i = 0; i < places.size(); ++i) {
@@ -145,6 +132,24 @@ class Caller {
     return constants_.back().second;
   }
 
+  // Interpolates; undefined where the arguments are not supported.
+  at::Tensor mixed(const at::Tensor& real, const at::Tensor& fake, const at::Tensor& eps) const {
+    const bool fits = is_batch(real) && alike(real, fake) && weighs(eps, real, real.size(0));
+    return fits ? mix_(real, fake, eps) : at::Tensor();
+  }
+
+  // Whether eps are weights of that many samples like x.
+  static bool weighs(const at::Tensor& eps, const at::Tensor& x, int64_t count) {
+    return eps.device() == x.device() && is_floating(eps) && eps.numel() == count && eps.dim() &&
+           eps.size(0) == count && (eps.dim() == 1 || eps.dim() == x.dim());
+  }
+
+  static bool is_batch(const at::Tensor& x) { return is_floating(x) && x.dim() && x.size(0); }
+  static bool alike(const at::Tensor& a, const at::Tensor& b) {
+    return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
+           a.layout() == b.layout();
+  }
+
   static bool is_floating(const at::Tensor& x) {
     const at::ScalarType type = x.scalar_type();
     return x.layout() == at::kStrided && !x.is_nested() &&
@@ -160,18 +165,7 @@ class Caller {
     }
     const at::Tensor *real = plain(PyTuple_GET_ITEM(given.ptr(), 0)), *fake = plain(PyTuple_GET_ITEM(given.ptr(), 1)),
                      *eps = plain(PyTuple_GET_ITEM(given.ptr(), 2));
-    if (!real || !fake || !eps || !is_batch(*real) || !alike(*real, *fake) || eps->device() != real->device())
-      return {};
-    const bool fits = is_floating(*eps) && eps->numel() == real->size(0) && eps->dim() &&
-                      eps->size(0) == eps->numel() && (eps->dim() == 1 || eps->dim() == real->dim());
-    if (!fits) return {};
-    return mix_(*real, *fake, *eps);
-  }
-
-  static bool is_batch(const at::Tensor& x) { return is_floating(x) && x.dim() && x.size(0); }
-  static bool alike(const at::Tensor& a, const at::Tensor& b) {
-    return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
-           a.layout() == b.layout();
+    return real && fake && eps ? mixed(*real, *fake, *eps) : at::Tensor();
   }
 
   // Concatenates parts, to a leaf that requires grad where it moves; undefined where a part is, or they differ.

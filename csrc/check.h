@@ -40,6 +40,7 @@ class Log {
   };
 
   const std::vector<Call>& calls() const { return calls_; }
+  bool is_difference(const py::error_already_set& error) const { return error.matches(differs_); }
   [[noreturn]] void differ() const {
     PyErr_SetNone(differs_.ptr());
     throw py::error_already_set();

@@ -87,7 +87,8 @@ class Flat {
 // What calls of models with one graph share. known: Python's twin, which computes what has no program yet. places: of
 // the inputs among the leaves, -1 for inputs without a gradient. leaves: places of those that are differentiated by.
 struct Halves {
-  py::object known, forced;
+  py::object known;
+  std::shared_ptr<const Surroundings> surroundings;
   std::shared_ptr<Program> pull;
   std::vector<int64_t> places;
   std::vector<size_t> leaves;
@@ -96,7 +97,8 @@ struct Halves {
 
   ~Halves() {  // in any thread
     const py::gil_scoped_acquire held;
-    known = forced = py::object();
+    known = py::object();
+    surroundings.reset();
   }
 };
 
@@ -120,8 +122,6 @@ std::vector<at::Tensor> tensors_of(const py::handle& list) {
   return found;
 }
 
-bool is_forced(const py::object& forced) { return !forced().is_none(); }
-
 // Returns the gradients of all leaves. given: cotangents of the outputs and of the gradients at all inputs.
 std::vector<at::Tensor> finished(Halves& halves, std::vector<at::Tensor> given, std::vector<at::Tensor> saved) {
   const py::gil_scoped_acquire held;
@@ -135,7 +135,7 @@ std::vector<at::Tensor> finished(Halves& halves, std::vector<at::Tensor> given, 
   if (usual) {
     const auto found = halves.finish.find(key.bytes());
     const std::shared_ptr<Program> program = found == halves.finish.end() ? nullptr : found->second;
-    if (program && !(program->has_backends() && is_forced(halves.forced)))
+    if (program && !(program->has_backends() && !halves.surroundings->takes_any_backend()))
       return program->run(joined(std::move(given), std::move(saved)));
   }
   const py::tuple made = halves.known.attr("finished")(listed(given), listed(saved));
@@ -193,43 +193,29 @@ struct Graph {
   at::Tensor owner;
 };
 
-// Python functions. forced: returns the backend that is forced, or None; left: whether the engine is to compute the
-// gradient of a model, for an input; chosen: returns the options in force, or None; tag: returns their number, above 0;
-// dual_level: of forward-mode differentiation, -1 outside; may_be_sharded: whether parameters may be distributed;
-// uncompiled: the context.
-struct InPython {
-  py::object forced, left, chosen, tag, dual_level, may_be_sharded, uncompiled;
-
-  explicit InPython(const py::dict& all)
-      : forced(all["forced"]),
-        left(all["left"]),
-        chosen(all["chosen"]),
-        tag(all["tag"]),
-        dual_level(all["dual_level"]),
-        may_be_sharded(all["may_be_sharded"]),
-        uncompiled(all["uncompiled"]) {}
-
-  int64_t options() const {
-    const py::object found = chosen();
-    return found.is_none() ? 0 : tag(found).cast<int64_t>();
-  }
-};
-
 class Gradients {
  public:
   // rules: as for ``Shelf``. refused: names of nodes whose second derivative is not PyTorch's: Python refuses or mends.
-  // functions: those of ``InPython``, by name.
-  Gradients(const py::dict& rules, size_t capacity, std::vector<std::string> refused, const py::dict& functions)
-      : reader_(rules), capacity_(capacity), refused_(std::move(refused)), python_(functions) {}
+  // left: Python's function whether the engine is to compute the gradient of a model, for an input; tag: that for the
+  // number of options, above 0.
+  Gradients(const py::dict& rules, size_t capacity, std::vector<std::string> refused,
+            std::shared_ptr<const Surroundings> surroundings, std::shared_ptr<const Compiler> compiler, py::object left,
+            py::object tag)
+      : reader_(rules),
+        capacity_(capacity),
+        refused_(std::move(refused)),
+        surroundings_(std::move(surroundings)),
+        compiler_(std::move(compiler)),
+        left_(std::move(left)),
+        tag_(std::move(tag)) {}
 
   // Calls the model and returns (value, gradient), which have a graph in grad mode where something is trained;
   // (output, inputs, sequence number of the first node) for Python to continue; None, before any call, where this path
   // does not apply.
   py::object at_once(const py::object& model, const py::object& x, const py::tuple& args, const py::dict& kwargs) {
     HANDLE_TH_ERRORS
-    if (is_seen() || at::impl::torch_function_mode_enabled() || !PyCallable_Check(model.ptr())) return py::none();
-    if (python_.dual_level().cast<int>() >= 0) return py::none();
-    if (is_imported("torch.distributed.fsdp") && python_.may_be_sharded().cast<bool>()) return py::none();
+    if (at::impl::torch_function_mode_enabled() || !PyCallable_Check(model.ptr())) return py::none();
+    if (!surroundings_->are_usual()) return py::none();
     std::optional<Flat> given = Flat::of(x);
     if (!given) return py::none();
     const bool graph = at::GradMode::is_enabled();
@@ -252,7 +238,7 @@ class Gradients {
     made.start = at::sequence_number::peek();
     py::object output;
     {
-      const Eagerly eagerly(python_.uncompiled);
+      const Compiler::Eagerly eagerly(*compiler_);
       output = applied(model, given->filled(), args, kwargs);
     }
     const auto begun = [&] { return py::make_tuple(output, listed(made.inputs), made.start); };
@@ -269,8 +255,8 @@ class Gradients {
     }
     if (moving.empty() || moving[0] != 0) return begun();
     std::optional<Graph> read;
-    made.tag = python_.options();
-    if (!python_.left(model, wrapped(made.inputs[0])).cast<bool>()) read = this->read(made, graph);
+    made.tag = options();
+    if (!left_(model, wrapped(made.inputs[0])).cast<bool>()) read = this->read(made, graph);
     if (read && !read->owner.defined()) return begun();
     std::vector<at::Tensor> found;
     if (!read || !held_by(read->owner).pull) {
@@ -298,7 +284,7 @@ class Gradients {
   py::object gradient(const py::list& outputs, const std::vector<at::Tensor>& inputs, size_t score,
                       const std::vector<bool>& wanted, uint64_t start, bool graph) {
     HANDLE_TH_ERRORS
-    Made made{tensors_of(outputs), inputs, score, wanted, start, python_.options()};
+    Made made{tensors_of(outputs), inputs, score, wanted, start, options()};
     std::optional<Graph> read = this->read(made, graph);
     if (!read || (read->owner.defined() && !held_by(read->owner).pull)) return py::none();
     bool usual = read->owner.defined();
@@ -317,7 +303,7 @@ class Gradients {
             const py::list& leaves, size_t outputs) {
     if (halves_.size() >= capacity_) halves_.clear();
     std::unique_ptr<Halves> made(
-        new Halves{std::move(known), python_.forced, std::move(pull), std::move(places), {}, outputs});
+        new Halves{std::move(known), surroundings_, std::move(pull), std::move(places), {}, outputs});
     for (size_t i = 0; i < leaves.size(); ++i)
       if (!leaves[i].is_none()) made->leaves.push_back(i);
     halves_.insert_or_assign(key, owner_of(std::move(made)));
@@ -371,7 +357,7 @@ class Gradients {
     const auto known = is_seen() ? halves_.end() : halves_.find(to.key.bytes());
     if (known == halves_.end()) return to;
     const std::shared_ptr<Program>& pull = held_by(known->second).pull;
-    if (!pull || !pull->has_backends() || !is_forced(python_.forced)) to.owner = known->second;
+    if (!pull || !pull->has_backends() || surroundings_->takes_any_backend()) to.owner = known->second;
     return to;
   }
 
@@ -436,10 +422,18 @@ class Gradients {
     return false;
   }
 
+  // The number of the options with which programs are compiled, 0 where they are not.
+  int64_t options() const {
+    const py::object found = surroundings_->compiled();
+    return found.is_none() ? 0 : tag_(found).cast<int64_t>();
+  }
+
   const Reader reader_;
   const size_t capacity_;
   const std::vector<std::string> refused_;
-  const InPython python_;
+  const std::shared_ptr<const Surroundings> surroundings_;
+  const std::shared_ptr<const Compiler> compiler_;
+  const py::object left_, tag_;
   std::unordered_map<std::string, at::Tensor> halves_;  // owners
 };
 
@@ -447,7 +441,8 @@ class Gradients {
 
 void add_gradients(pybind11::module_& module) {
   py::class_<Gradients>(module, "Gradients")
-      .def(py::init<py::dict, size_t, std::vector<std::string>, py::dict>())
+      .def(py::init<py::dict, size_t, std::vector<std::string>, std::shared_ptr<Surroundings>,
+                    std::shared_ptr<Compiler>, py::object, py::object>())
       .def("at_once", &Gradients::at_once)
       .def("gradient", &Gradients::gradient)
       .def("keep", &Gradients::keep)

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "gradient.h"
+#include "settled.h"
 #include "shelf.h"
 
 namespace py = pybind11;
@@ -212,5 +213,6 @@ PYBIND11_MODULE(_program, m) {
       .def(py::init<py::function>())
       .def("__call__", py::overload_cast<const py::list&>(&Program::run, py::const_));
   add_shelf(m);
+  add_settled(m);
   add_gradients(m);
 }

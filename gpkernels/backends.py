@@ -331,6 +331,11 @@ def forced() -> str | None:
     return None if name == "auto" else name
 
 
+def choice() -> tuple[tuple[ContextVar[str], dict[str, Any]], str]:
+    """Return what ``forced`` reads, for C++: the thread's variable and this module's, and the key of one carried."""
+    return (_chosen, globals()), _CARRIED
+
+
 def unavailable(name: str) -> str | None:
     """Return why a backend cannot run here, with the remedy; None if it can."""
     if name == "cpu" and extension is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import scores_of
 from gpkernels.critic.double_backward import depth, transformed
-from gpkernels.critic.gathered import may_be_sharded, with_gathered
+from gpkernels.critic.gathered import with_gathered
 from gpkernels.critic.parts import Adversarial, Between, Consistency, CriticLossParts, Norm, Task
 from gpkernels.critic.step import Batches, Begun, critic_step, groups_of, named, step_again, step_at_once
 from gpkernels.critic.together import Seen
@@ -61,10 +61,9 @@ OBJECTIVES: dict[str, tuple[Adversarial, Callable[..., Tensor]]] = {  # of real 
 PENALTIES = ("wgan-gp", "r1", "r2", "dragan")
 PAIRED = "wgan-gp", "relativistic"  # which need as many real samples as fake ones
 _options = attrgetter(
-    *("objective", "target", "one_sided", "power", "real_target", "fake_target", "dragan_scale", "pack", "together"),
-    *("consistency_weight", "consistency_margin", "feature_weight"),
+    *("objective", "penalty", "penalty_weight", "penalty_every", "target", "one_sided", "power", "real_target"),
+    *("fake_target", "dragan_scale", "pack", "together", "consistency_weight", "consistency_margin", "feature_weight"),
 )
-_PLAIN = {bool, int, float, str, type(None)}
 
 
 @lru_cache(64)
@@ -295,18 +294,16 @@ class CriticLoss(nn.Module):
             more = {"critic_args": critic_args, "critic_kwargs": critic_kwargs, "with_penalty": with_penalty}
             parts: CriticLossParts = outside(self.forward, real, fake, eps=eps, **more)
             return parts
+        if not is_compiling() and with_penalty is None and self._seen.last is not None:
+            module = self._modules.get("critic")  # the attribute costs more
+            critic = self.critic if module is None else module
+            done = step_again(self._seen, critic, _options(self), real, fake, eps, critic_args, critic_kwargs)
+            if done is not None:
+                return done if isinstance(done, CriticLossParts) else self._finish(*done)
         composed = transformed() or (depth() and not is_compiling())
         usual = isinstance(real, Tensor) and isinstance(fake, Tensor) and not (real.is_nested or fake.is_nested)
         if composed or is_compiling() or not usual:
             real, fake = self._checked(real, fake, eps)
-        critic = self.critic
-        decided = None
-        if not (is_compiling() or composed or critic_args or critic_kwargs or with_penalty is not None):
-            decided = self._decided(critic, real, fake)
-        if decided is not None and (last := self._seen.last) is not None and last.decided == decided:
-            given = self._given(real, fake, eps, last.task, (), {})
-            found = step_again(last, critic, given, self._seen)
-            return found if isinstance(found, CriticLossParts) else self._rest(given, last.task, last.weights, found)
         weights = self._weights(with_penalty)
         task = self._task(tuple(weights), torch.is_grad_enabled())
         given = self._given(real, fake, eps, task, tuple(critic_args), dict(critic_kwargs or {}))
@@ -315,28 +312,22 @@ class CriticLoss(nn.Module):
         if is_compiling():
             return self._in_graph(given, task, tuple(weights.values()))
         if weights:
-            warn_of_batch_norm(critic, stacklevel=5)
-        if decided is not None and not {*map(type, (*decided[0], *weights.values()))} <= _PLAIN:
-            decided = None  # options of another type may change and stay equal to themselves
-        return self._eagerly(given, task, tuple(weights.values()), decided)
+            warn_of_batch_norm(self.critic, stacklevel=5)
+        return self._eagerly(given, task, tuple(weights.values()), with_penalty is None and self.penalty_every == 1)
 
-    def _decided(self, critic: Any, real: Tensor, fake: Tensor) -> Any:
-        """Return everything that decides how a step is made; None where that is more."""
-        if self.penalty_every != 1 or may_be_sharded():
-            return None
-        penalty = self.penalty
-        weights = tuple(penalty.items()) if isinstance(penalty, dict) else ((penalty, self.penalty_weight),)
-        mode = Seen.mode(critic, real)
-        return _options(self), weights, torch.is_grad_enabled(), mode, real.device, real.shape, fake.shape
+    def _eagerly(
+        self, given: Batches, task: Task, weights: tuple[float, ...], as_usual: bool = False
+    ) -> CriticLossParts:
+        return with_gathered(lambda: self._step(given, task, weights, as_usual))
 
-    def _eagerly(self, given: Batches, task: Task, weights: tuple[float, ...], decided: Any = None) -> CriticLossParts:
-        return with_gathered(lambda: self._step(given, task, weights, decided))
+    def _step(self, given: Batches, task: Task, weights: tuple[float, ...], as_usual: bool) -> CriticLossParts:
+        """Make a step; as_usual: whether the options alone decide on it."""
+        options = _options(self) if as_usual else None
+        make = partial(dragan_points, scale=self.dragan_scale)
+        begun = step_at_once(self.critic, given, task, weights, self.together, self._seen, options, make)
+        return begun if isinstance(begun, CriticLossParts) else self._finish(given, task, weights, begun)
 
-    def _step(self, given: Batches, task: Task, weights: tuple[float, ...], decided: Any) -> CriticLossParts:
-        parts = step_at_once(self.critic, given, task, weights, self.together, self._seen, decided)
-        return parts if isinstance(parts, CriticLossParts) else self._rest(given, task, weights, parts)
-
-    def _rest(self, given: Batches, task: Task, weights: tuple[float, ...], begun: Begun | None) -> CriticLossParts:
+    def _finish(self, given: Batches, task: Task, weights: tuple[float, ...], begun: Begun | None) -> CriticLossParts:
         """Do what is left of a step, with everything checked."""
         mixed = given.points.get("wgan-gp")
         real, fake = self._checked(given.real, given.fake, mixed.eps if isinstance(mixed, Between) else None)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -19,9 +19,10 @@ from torch.compiler import is_compiling
 
 from gpkernels.critic.call import Group, check_scores, scores_of
 from gpkernels.critic.double_backward import depth, transformed
-from gpkernels.critic.gathered import may_be_sharded, with_gathered
+from gpkernels.critic.gathered import with_gathered
 from gpkernels.critic.parts import Between, Norm, Task, called, points_of
-from gpkernels.critic.step import Begun, penalty_at_once, penalty_on_gradient
+from gpkernels.critic.settled import AT_REAL, BETWEEN, MADE, Memory, Way, record_of
+from gpkernels.critic.step import Begun, penalty_on_gradient
 from gpkernels.gradients import gradient_of
 from gpkernels.ops.checks import (
     check_batch,
@@ -114,42 +115,47 @@ def gradient_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
-    norm = _norm(target, reduction, one_sided, power)
-    check_further(critic_args, critic_kwargs)
-    plain = type(pack) is int and pack == 1 and not is_compiling()
-    if plain and eps is None and _alike(real, fake):
-        eps = draw_eps(real, generator)
+    options = target, one_sided, reduction, power, pack
     begun = None
-    if plain and eps is not None:
-        found = _at_once(critic, Between(real, fake, eps), norm, critic_args, critic_kwargs)
+    if generator is None:
+        found = _again("wgan-gp", critic, options, real, fake, eps, critic_args, critic_kwargs)
         if isinstance(found, Tensor):
             return found
         begun = found
+    norm = _norm(target, reduction, one_sided, power)
     check_pair("real", real, "fake", fake)
-    eps = eps_of(real, eps, generator, check_pack("real", real, pack))
-    real, fake = promote(real, fake)
-    return _penalty(critic, Between(real, fake, eps), norm, pack, critic_args, critic_kwargs, begun)
+    check_pack("real", real, pack)
+    given = eps_of(real, eps, generator, pack) if begun is None else begun[0][0]
+    asked = _Asked("wgan-gp", BETWEEN, real, fake, options)
+    wide = promote(real, fake)
+    return _penalty(critic, Between(wide[0], wide[1], given), norm, pack, critic_args, critic_kwargs, asked, begun)
 
 
-def _alike(real: object, fake: object) -> bool:
-    """Whether the usual checks will find nothing wrong with a pair of batches."""
-    if not (isinstance(real, Tensor) and isinstance(fake, Tensor)):
-        return False
-    if real.is_nested or fake.is_nested:
-        return False
-    return real.dim() > 0 and real.shape == fake.shape and real.dtype == fake.dtype and real.is_floating_point()
+class _Asked(NamedTuple):
+    """A call of a penalty, to be made once more. place: of the points; options: besides critic and further inputs."""
+
+    name: str
+    place: int
+    real: Tensor
+    fake: Tensor | None
+    options: tuple[Any, ...]
 
 
-def _at_once(
-    critic: Critic, points: Between, norm: Norm, args: Sequence[Any], kwargs: Kwargs | None
-) -> Tensor | Begun | None:
-    """Compute the penalty in C++, which declines whatever the checks would refuse."""
-    if transformed() or depth() or norm.reduction == REDUCTIONS["none"] or may_be_sharded():
-        return None
-    if not callable(critic) or isinstance(critic, type):
-        return None
-    warn_of_batch_norm(critic)
-    return penalty_at_once(critic, points, _task(norm, torch.is_grad_enabled(), 1), args, kwargs)
+_memories = {name: Memory() for name in ("wgan-gp", "r1", "r2", "dragan", "eikonal")}
+
+
+def _again(
+    name: str,
+    critic: Any,
+    options: tuple[Any, ...],
+    real: Any,
+    fake: Any = None,
+    eps: Any = None,
+    args: Sequence[Any] = (),
+    kwargs: Kwargs | None = None,
+) -> Any:
+    """Make a penalty in the way of one before, as ``Memory.again``."""
+    return None if is_compiling() else _memories[name].again(critic, options, real, fake, eps, args, kwargs)
 
 
 @lru_cache(64)
@@ -209,9 +215,7 @@ def r1_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
-    check_batch("real", real)
-    check_pack("real", real, pack)
-    return _penalty(critic, real, _norm(0.0, reduction), pack, critic_args, critic_kwargs)
+    return _at_samples("r1", "real", critic, real, reduction, pack, critic_args, critic_kwargs)
 
 
 def r2_penalty(
@@ -267,9 +271,28 @@ def r2_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
-    check_batch("fake", fake)
-    check_pack("fake", fake, pack)
-    return _penalty(critic, fake, _norm(0.0, reduction), pack, critic_args, critic_kwargs)
+    return _at_samples("r2", "fake", critic, fake, reduction, pack, critic_args, critic_kwargs)
+
+
+def _at_samples(
+    name: str,
+    called: str,
+    critic: Critic,
+    x: Tensor,
+    reduction: str,
+    pack: int,
+    args: Sequence[Any],
+    kwargs: Kwargs | None,
+) -> Tensor:
+    """Compute R1 or R2. called: name of the samples."""
+    options = reduction, pack
+    found = _again(name, critic, options, x, args=args, kwargs=kwargs)
+    if isinstance(found, Tensor):
+        return found
+    check_batch(called, x)
+    check_pack(called, x, pack)
+    asked = _Asked(name, AT_REAL, x, None, options)
+    return _penalty(critic, x, _norm(0.0, reduction), pack, args, kwargs, asked, found)
 
 
 def dragan_penalty(
@@ -332,11 +355,18 @@ def dragan_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
+    options = target, scale, reduction, pack
+    found = None
+    if generator is None:
+        found = _again("dragan", critic, options, real, args=critic_args, kwargs=critic_kwargs)
+        if isinstance(found, Tensor):
+            return found
     check_batch("real", real)
     norm = _norm(target, reduction)
     check_pack("real", real, pack)
-    points = dragan_points(real, scale, generator)
-    return _penalty(critic, points, norm, pack, critic_args, critic_kwargs)
+    points = dragan_points(real, scale, generator) if found is None else found[0][0]
+    asked = _Asked("dragan", MADE, real, None, options)
+    return _penalty(critic, points, norm, pack, critic_args, critic_kwargs, asked, found)
 
 
 def eikonal_loss(
@@ -390,8 +420,14 @@ def eikonal_loss(
         Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions", 2020, eq. 6.
         https://arxiv.org/abs/2006.09661
     """
+    options = reduction, power
+    found = _again("eikonal", field, options, points, args=critic_args, kwargs=critic_kwargs)
+    if isinstance(found, Tensor):
+        return found
     check_batch("points", points)
-    return _penalty(field, points, _norm(1.0, reduction, power=power), 0, critic_args, critic_kwargs)
+    norm = _norm(1.0, reduction, power=power)
+    asked = _Asked("eikonal", AT_REAL, points, None, options)
+    return _penalty(field, points, norm, 0, critic_args, critic_kwargs, asked, found)
 
 
 def dragan_points(real: Tensor, scale: float, generator: torch.Generator | None = None) -> Tensor:
@@ -432,17 +468,29 @@ def _penalty(
     points: Tensor | Between,
     norm: Norm,
     pack: int,
-    args: Sequence[Any] = (),
-    kwargs: Kwargs | None = None,
-    begun: Begun | None = None,
+    args: Sequence[Any],
+    kwargs: Kwargs | None,
+    asked: _Asked,
+    begun: Any = None,
 ) -> Tensor:
-    """Compute the penalty at the points, by PyTorch's own operations where more derivatives may follow."""
+    """Compute the penalty at the points, by PyTorch's own operations where more derivatives may follow.
+
+    begun: as ``_again`` returned it.
+    """
     check_callable(called(pack), critic)
     check_further(args, kwargs)
     if norm.reduction == REDUCTIONS["none"] or transformed() or (depth() and not is_compiling()):
         return _of_gradient(critic, points, norm, pack, args, kwargs)
     task = (_task.__wrapped__ if is_compiling() else _task)(norm, torch.is_grad_enabled(), pack)
-    own = lambda: penalty_on_gradient(critic, points, task, args, kwargs, begun)  # noqa: E731
+
+    def keep(way: Way) -> None:
+        further = len(args) > 0 or bool(kwargs)
+        make = partial(dragan_points, scale=asked.options[1]) if asked.place == MADE else None
+        record = partial(record_of, critic, asked.real, asked.fake, asked.options, further, way, (asked.place,), make)
+        _memories[asked.name].keep(critic, record)
+
+    given = None if begun is None else Begun(False, *begun[1:])
+    own = lambda: penalty_on_gradient(critic, points, task, args, kwargs, given, keep)  # noqa: E731
     eagerly = lambda: with_gathered(own)  # noqa: E731
     if is_compiling():
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here

@@ -46,7 +46,8 @@ if release_of(torch.__version__) < release_of(OLDEST_TORCH):
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # The level of forward-mode differentiation, -1 outside: a module variable, so it is read from the module.
-dual_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level")
+LEVEL = forward_ad.__name__, "_current_level"
+dual_level: Callable[[], int] = partial(getattr, forward_ad, LEVEL[1])
 # The sequence number of this thread's next autograd node: nodes of the critic's call have this number or a later one.
 next_sequence_number: Callable[[], int] = _autograd._get_sequence_nr
 # The active modes, which have to see every call; the count is available without building a list.
@@ -95,6 +96,7 @@ ATTRIBUTES = {
     "_buffers": "of a module: restores a buffer that the module has replaced",
     "_cdata": "of a storage: identity, which tensors that share memory have in common",
     "_input_metadata": "of autograd's nodes: shapes, dtypes and devices of their outputs",
+    "_modules": "of a module: its submodules, without the search that an attribute takes",
     "_overloadpacket": "of an overload: its op",
     "_reshard_after_forward": "of FSDP's groups of parameters: whether they are freed after the forward pass",
     "_schema": "of an overload: which results are views, which arguments are mutated",
@@ -219,8 +221,10 @@ def __getattr__(name: str) -> Any:
 # --- the compiler's stance --------------------------------------------------------------------------------------------
 
 
-# Dynamo's module with the compiler's stance; None if it is not imported, which would take seconds.
-compiler: Callable[[], Any] = partial(sys.modules.get, "torch._dynamo.eval_frame")
+# Dynamo's module with the compiler's stance, and in it what csrc/surroundings.h uses as the functions below do.
+OF_STANCE = "torch._dynamo.eval_frame", "set_eval_frame", "DynamoStance", "_stance"
+# That module; None if it is not imported, which would take seconds.
+compiler: Callable[[], Any] = partial(sys.modules.get, OF_STANCE[0])
 
 
 def compile_nothing() -> Any:

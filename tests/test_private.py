@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -183,8 +184,9 @@ def xpu() -> None:
 
 def dual_level() -> None:
     assert private.dual_level() == -1
+    module, name = private.LEVEL
     with forward_ad.dual_level():
-        assert private.dual_level() == 0
+        assert private.dual_level() == getattr(sys.modules[module], name) == 0
     assert private.dual_level() == -1
 
 
@@ -196,7 +198,9 @@ def stance() -> None:
         return graph
 
     compiled = torch.compile(lambda x: x.sin(), backend=backend)
-    assert private.compiler() is not None
+    module, *names = private.OF_STANCE
+    assert private.compiler() is sys.modules[module]
+    assert all(hasattr(private.compiler(), name) for name in names)
     before = private.compile_nothing()
     compiled(torch.ones(2))
     assert not ran
@@ -446,8 +450,8 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     lists_of_tensors: ("foreach_add", "foreach_add_", "foreach_mul", "foreach_mul_"),
     small_convolutions: ("small_convolution", "small_convolution_backward"),
     xpu: ("xpu_is_built",),
-    dual_level: ("dual_level",),
-    stance: ("compiler", "compile_nothing", "set_stance"),
+    dual_level: ("LEVEL", "dual_level"),
+    stance: ("OF_STANCE", "compiler", "compile_nothing", "set_stance"),
     of_the_compiler: ("OF_THE_COMPILER", "compiler_lacks"),
     frames: ("look_at_no_frames", "look_at_frames"),
     custom_functions: ("forward_class",),
@@ -459,7 +463,7 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     hooks_on_saved_tensors: ("saved_tensors_hooks",),
     checkpoints_in_graphs: ("CHECKPOINT", "CONTEXTS"),
     views: ("_view_func",),
-    of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_version"),
+    of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_modules", "_version"),
 }
 
 

@@ -129,28 +129,47 @@ def assert_as_new(loss: gpk.CriticLoss, *args: Tensor, tolerance: float = 1e-11,
             assert_same(gradients(ours.loss, loss.critic), gradients(exact.loss, loss.critic), tolerance)
 
 
-def test_a_settled_step_asks_little() -> None:
+def functions_called(call: Callable[[], object]) -> list[str]:
+    """Name the package's functions in Python that a call makes."""
+    found: list[str] = []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            found.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+@pytest.mark.parametrize("eps_is_given", [True, False])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_settled_step_asks_little(shift: float, eps_is_given: bool) -> None:
     loss = settled()
-    calls: dict[bool, list[str]] = {}
-    for shift in (0.0, 0.5):  # with further arguments everything is decided anew
+    more: dict[str, Any] = {"critic_args": (shift,)} if shift else {}
+
+    def step(**others: Any) -> None:
         real, fake, eps = batch(N, WIDTH)
-        more = {"critic_args": (shift,)} if shift else {}
-        for _ in range(6):
-            loss(real, fake, eps=eps, **more)
-        own = calls[bool(shift)] = []
+        loss(real, fake, eps=eps if eps_is_given else None, **more, **others)
 
-        def note(frame: Any, event: str, _: Any, own: list[str] = own) -> None:
-            if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-                own.append(frame.f_code.co_name)
+    for _ in range(6):
+        step()
+    assert 3 <= len(functions_called(step)) <= 4
+    assert len(functions_called(lambda: step(with_penalty=True))) > 20  # decided anew
+    assert len(functions_called(step)) <= 4
 
-        before = sys.getprofile()
-        sys.setprofile(note)
-        try:
-            loss(real, fake, eps=eps, **more)
-        finally:
-            sys.setprofile(before)
-    assert 10 < len(calls[False]) <= 30  # functions of the package
-    assert len(calls[True]) > len(calls[False])
+
+def test_batches_of_other_sizes_are_settled() -> None:
+    loss = settled()
+    for n in (N, 2 * N, 3, N):
+        real, fake, eps = batch(n, WIDTH)
+        assert_as_new(loss, real, fake, eps=eps)
+        called = [functions_called(lambda: loss(real, fake, eps=eps)) for _ in range(3)]  # noqa: B023
+        assert len(called[-1]) <= 4
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -248,3 +267,16 @@ def test_another_critic_may_take_its_place() -> None:
         exact = plain_loss(loss.critic, real, fake, eps)
         torch.testing.assert_close(ours, exact)
         assert_same(gradients(ours, loss.critic), gradients(exact, loss.critic))
+
+
+def test_lazy_penalties_by_name_are_left_out() -> None:
+    torch.manual_seed(0)
+    loss = gpk.CriticLoss(Scored().double().eval(), penalty={"wgan-gp": 3.0}, penalty_every=3)
+    names = []
+    for _ in range(7):
+        real, fake, eps = batch(N, WIDTH)
+        parts = loss(real, fake, eps=eps)
+        names.append(list(parts.penalty))
+        exact = plain_loss(lambda x: loss.critic(x)[0], real, fake, eps, weight=9.0 if parts.penalty else 0.0)
+        assert_same(gradients(parts.loss, loss.critic), gradients(exact, loss.critic))
+    assert names == [["wgan-gp"], [], []] * 2 + [["wgan-gp"]]

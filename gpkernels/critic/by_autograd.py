@@ -76,8 +76,12 @@ class _LeftToAutograd:
             self._known[key] = ref(critic, lambda _: self._known.pop(key, None)), elements
 
     def has(self, critic: Any, batch: Tensor) -> bool:
-        known = self._known.get((id(critic), _training(critic))) if self._known else None
-        return known is not None and known[0]() is critic and batch.numel() <= known[1]
+        return bool(self._known) and batch.numel() <= self.most(critic)
+
+    def most(self, critic: Any) -> int:
+        """Return the size up to which the critic's batches are left to autograd, -1 if none are."""
+        known = self._known.get((id(critic), _training(critic)))
+        return known[1] if known is not None and known[0]() is critic else -1
 
 
 def _training(critic: Any) -> bool:

@@ -101,6 +101,11 @@ def chosen() -> Options | None:
     return _chosen.get(_everywhere)
 
 
+def choice() -> tuple[ContextVar[Options | None], dict[str, Any]]:
+    """Return what ``chosen`` reads, for C++: the thread's variable and this module's."""
+    return _chosen, globals()
+
+
 def _checked(options: Any) -> Options | None:
     if isinstance(options, bool):
         return Options({}) if options else None

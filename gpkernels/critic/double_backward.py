@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling, is_exporting
-from torch.overrides import TorchFunctionMode
 
 from gpkernels.critic.layers import LAYERS, NUMBERS
+from gpkernels.critic.surroundings import Composing
 from gpkernels.private import dual_level, function_mode_count, function_modes, saved_tensors_hooks, transforms_active
 
 
-class fast_double_backward(TorchFunctionMode):
+class fast_double_backward(Composing):
     """Context manager in which piecewise-linear layers have a double backward that skips zero gradients.
 
     PyTorch's double backward of a ReLU or a pooling returns exact zeros for the layer's input, so that the whole

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gpkernels.private import fsdp_gather, fsdp_groups, fsdp_reduces, fsdp_state, tree_leaves
 
 T = TypeVar("T")
+SHARDING = "torch.distributed.fsdp"  # without this module no parameters are distributed
 
 
 def with_gathered(run: Callable[[], T], critic: Any = None) -> T:
@@ -86,7 +87,7 @@ class _Gathered:
 
 def may_be_sharded() -> bool:
     """Whether there may be parameters that ``fully_shard`` distributes."""
-    return "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
+    return SHARDING in sys.modules and torch.distributed.is_initialized()
 
 
 def _is_sharded(critic: Any) -> bool:

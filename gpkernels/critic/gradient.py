@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from gpkernels import backends
+from gpkernels.critic import uncompiled
 from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.call import refuse_symbols, scores_of
-from gpkernels.critic.compiled import Options, chosen
-from gpkernels.critic.gathered import may_be_sharded
+from gpkernels.critic.compiled import Options
 from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import REENTRANT, Graph, attributes, prepare_graph, prepare_nodes
 from gpkernels.critic.parts import constant_scores
@@ -27,7 +27,7 @@ from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import CAPACITY, Cache
 from gpkernels.critic.run import is_plain, own_dtypes
-from gpkernels.critic.uncompiled import uncompiled
+from gpkernels.critic.surroundings import surroundings
 from gpkernels.critic.work import apart
 from gpkernels.private import (
     FROM_LOCAL,
@@ -229,16 +229,8 @@ def native() -> Any:
     """Return the native part of this module; only where ``backends.program`` is loaded."""
     global _native
     if _native is None:
-        functions = {
-            "forced": backends.forced,
-            "left": left_to_autograd.has,
-            "chosen": chosen,
-            "tag": _tag,
-            "dual_level": dual_level,
-            "may_be_sharded": may_be_sharded,
-            "uncompiled": uncompiled,
-        }
-        _native = backends.program.Gradients(attributes(), CAPACITY, [REENTRANT, FROM_LOCAL], functions)
+        others = surroundings(), uncompiled.native(), left_to_autograd.has, _tag
+        _native = backends.program.Gradients(attributes(), CAPACITY, [REENTRANT, FROM_LOCAL], *others)
     return _native
 
 
@@ -286,7 +278,7 @@ def value_and_gradient(
         if begun is None:
             moved = [_moved(t, graph, dual) for t in inputs.tensors]
             start = 0 if backends.program is None else next_sequence_number()
-            with uncompiled():
+            with uncompiled.uncompiled():
                 output = model(inputs.filled(moved), *args, **kwargs)
         else:
             output, moved, start = begun

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from gpkernels import backends
+from gpkernels.critic import uncompiled
 from gpkernels.critic.program import CAPACITY, watched
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule
-from gpkernels.critic.uncompiled import uncompiled
 from gpkernels.private import FROM_LOCAL, local_gradient, local_placements
 
 DROPOUT = "NativeDropoutBackward0"
@@ -232,5 +232,5 @@ def native() -> Any:
     """Return the native graph reader and program cache; only where ``backends.program`` is loaded."""
     global _native
     if _native is None:
-        _native = backends.program.Shelf(attributes(), CAPACITY, uncompiled)
+        _native = backends.program.Shelf(attributes(), CAPACITY, uncompiled.native())
     return _native

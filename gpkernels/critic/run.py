@@ -121,9 +121,9 @@ class _Shelf:
     ) -> Any:
         """Run a whole step, or a penalty alone, in C++.
 
-        Returns the values, of which the first, or that of a penalty alone, has its gradients; or the critic's outputs
-        of each call and the key to ``keep`` a program under, if there is no program yet; or None before any call, where
-        the native path does not apply.
+        Returns the values, of which the first, or that of a penalty alone, has its gradients; or (what came of the
+        calls, the key to ``keep`` a program under), if there is no program yet; or None before any call, where the
+        native path does not apply.
 
         tensors: fake, real, and the points of the penalties; a ``Between`` as a tuple.
         """
@@ -149,19 +149,10 @@ class _Shelf:
     ) -> Any:
         """Run a whole step in C++ for a critic that is left to autograd.
 
-        Returns what ``step`` returns; or [(output, batch)] of the calls made so far; or None, where the native path
-        does not apply.
+        Returns what ``step`` returns, without a key.
         """
-        task = how.task
-        if _native_path_is_off() or task.consistency is not None or len(task.penalties) > 1:
-            return None
-        if task.adversarial is not None and task.adversarial.paired:
-            return None
-        (_, norm), weight = task.penalties[0] if task.penalties else ("", Norm(0.0)), weights[0] if weights else 0.0
-        if norm.reduction != REDUCTIONS["mean"]:
-            return None
-        ends = norm.target, norm.one_sided, norm.power, task.pack, weight
-        return native().by_autograd(critic, tensors, how.places, how.moves, how.kinds, how.targets, args, kwargs, *ends)
+        left = None if _native_path_is_off() else how.left(weights)
+        return None if left is None else native().by_autograd(critic, tensors, left, args, kwargs)
 
     def run(self, passes: Sequence[Pass], task: Task, numbers: Sequence[Tensor]) -> Results | bytes | None:
         """Return the results of calls that were made, or the key to ``keep`` a program under, or None.
@@ -217,6 +208,18 @@ class How:
         self.targets = [0.0 if loss is None else loss[1] for loss in losses]
         self.native: Any = None  # the same for ``_Shelf.step``, under the options in force
         self.options: Any = None
+
+    def left(self, weights: Sequence[float]) -> Any:
+        """Return the same for a critic that is left to autograd; None where C++ does not compute such a loss."""
+        task = self.task
+        paired = task.adversarial is not None and task.adversarial.paired
+        if paired or task.consistency is not None or len(task.penalties) > 1:
+            return None
+        (_, norm), weight = task.penalties[0] if task.penalties else ("", Norm(0.0)), weights[0] if weights else 0.0
+        if norm.reduction != REDUCTIONS["mean"]:
+            return None
+        ends = norm.target, norm.one_sided, norm.power, task.pack, weight
+        return backends.program.Left(self.places, self.moves, self.kinds, self.targets, *ends)
 
 
 PLACES = {"fake": 0, "real": 1, "again": 1}

@@ -6,7 +6,7 @@ differentiated twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,7 +19,10 @@ from gpkernels.critic.call import Group, call, call_each_group, refuse_symbols, 
 from gpkernels.critic.deliver import deliver
 from gpkernels.critic.parts import Between, CriticLossParts, Task, points_of
 from gpkernels.critic.run import LOSS, NOTHING, PENALTY, VALUES, How, Results, Signed, made, numbers_of, run, shelf
+from gpkernels.critic.settled import PLACES, Settled, Way, record_of
 from gpkernels.critic.together import Differs, Log, Record, Seen, Watch, keeps_apart, settled
+
+_ALONE = (1.0,)  # weight of a penalty by itself
 
 
 class Begun(NamedTuple):
@@ -36,19 +39,27 @@ def penalty_at_once(
     task: Task,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    keep: Callable[[Way], None] | None = None,
 ) -> Tensor | Begun | None:
-    """Compute ``penalty_on_gradient`` in C++; None where the native path does not apply, or refuses the tensors."""
+    """Compute ``penalty_on_gradient`` in C++; None where the native path does not apply, or refuses the tensors.
+
+    keep: called with how a penalty was made.
+    """
     batch = points if isinstance(points, Tensor) else points.real
     if not task.gradients or not isinstance(batch, Tensor):
         return None
-    how = _how_of_a_penalty(task)
+    how, left = _how_of_a_penalty(task), left_to_autograd.has(critic, batch)
     given = None, None, points if isinstance(points, Tensor) else tuple(points)
     more = tuple(args), dict(kwargs or {})
-    if left_to_autograd.has(critic, batch):
-        found = shelf.by_autograd(critic, given, how, (1.0,), *more)
-        return Begun(False, found, None) if isinstance(found, list) else found
-    found = shelf.step(critic, given, how, (1.0,), None, *more)
-    return Begun(False, *found) if isinstance(found, tuple) else found
+    if left:
+        found = shelf.by_autograd(critic, given, how, _ALONE, *more)
+    else:
+        found = shelf.step(critic, given, how, _ALONE, None, *more)
+    if isinstance(found, tuple):
+        return Begun(False, *found)
+    if found is not None and keep is not None:
+        keep(Way(how, _ALONE, left))
+    return found
 
 
 def penalty_on_gradient(
@@ -58,12 +69,13 @@ def penalty_on_gradient(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     begun: Begun | None = None,
+    keep: Callable[[Way], None] | None = None,
 ) -> Tensor:
     """Compute the penalty on the gradients of the summed scores at the points, weight gradients included.
 
-    begun: what ``penalty_at_once`` left, if it was asked.
+    begun: what was left of a penalty that began in C++. keep: as in ``penalty_at_once``.
     """
-    found = penalty_at_once(critic, points, task, args, kwargs) if begun is None else begun
+    found = penalty_at_once(critic, points, task, args, kwargs, keep) if begun is None else begun
     if isinstance(found, Tensor):
         return found
     refuse_tangents([points])
@@ -76,7 +88,7 @@ def penalty_on_gradient(
         return value
     with torch.no_grad():
         passes = made(critic, [groups], task, args=args, kwargs=kwargs, before=before)
-        values, gradients, _ = run(passes, task, numbers_of((1.0,), groups[0].batch), key)
+        values, gradients, _ = run(passes, task, numbers_of(_ALONE, groups[0].batch), key)
         value = values[PENALTY]
     return deliver(value, gradients) if task.gradients else value
 
@@ -112,22 +124,6 @@ class Batches(NamedTuple):
             raise ValueError(f"together: expected None or False with {got}, got True")
 
 
-class Settled(NamedTuple):
-    """A step in C++. decided: everything that decided on the rest; None: it is not known to be all.
-
-    left: whether the critic is left to autograd.
-    """
-
-    decided: Any
-    task: Task
-    weights: tuple[float, ...]
-    how: How
-    as_one: bool = False
-    mode: Any = None
-    log: Log | None = None
-    left: bool = False
-
-
 def step_at_once(
     critic: Any,
     given: Batches,
@@ -135,18 +131,22 @@ def step_at_once(
     weights: tuple[float, ...],
     together: bool | None,
     seen: Seen,
-    decided: Any = None,
+    options: Sequence[Any] | None = None,
+    make: Callable[[Tensor], Tensor] | None = None,
 ) -> CriticLossParts | Begun | None:
     """Run ``critic_step`` in C++; None where that path does not apply or rejects the tensors.
 
-    decided: as in ``Settled``, which ``seen`` keeps for the next step.
+    options, make: as in ``record_of``, for the next step, which ``step_again`` makes; without options it is not known
+    what decided.
     """
     real, fake = given.real, given.fake
     if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.requires_grad or fake.requires_grad:
         return None
     apart, joint = _hows(task)
+    mode, as_one, tensors = None, False, _tensors_of(given, task)
     if not together and task.gradients and left_to_autograd.has(critic, real):
-        step = Settled(decided, task, weights, apart, left=True)
+        way = Way(apart, weights, True)
+        found = shelf.by_autograd(critic, tensors, apart, weights, given.args, given.kwargs)
     else:
         may = bool(task.penalties) and given.joinable
         mode = seen.mode(critic, real) if together is None and may else None
@@ -155,34 +155,54 @@ def step_at_once(
         if not as_one and (known in ("new", "looked") or not _go_at_once(real, task)):
             return None
         log = known if isinstance(known, Log) else None
-        step = Settled(decided, task, weights, joint if as_one else apart, as_one, mode, log)
-    parts = step_again(step, critic, given, seen)
-    if decided is not None and isinstance(parts, CriticLossParts):
-        seen.last = step
-    return parts
-
-
-def step_again(step: Settled, critic: Any, given: Batches, seen: Seen) -> CriticLossParts | Begun | None:
-    """Make a step in C++, or begin it; None where the critic or the tensors differ."""
-    tensors = _tensors_of(given, step.task)
-    if step.left:
-        if not left_to_autograd.has(critic, given.real):
-            seen.last = None
+        way = Way(joint if as_one else apart, weights, False, log, 0 if as_one or _retains_all(task) else SMALL)
+        try:
+            found = shelf.step(critic, tensors, way.how, weights, log, given.args, given.kwargs)
+        except (Differs, Exception):
+            if mode is None or not as_one:
+                raise
+            seen.set(mode, None)  # the larger batch may be the cause; otherwise the error is raised again
             return None
-        found = shelf.by_autograd(critic, tensors, step.how, step.weights, given.args, given.kwargs)
-        if isinstance(found, list):
-            return Begun(False, found, None)
-        return None if found is None else _parts(found, step.task)
-    try:
-        found = shelf.step(critic, tensors, step.how, step.weights, step.log, given.args, given.kwargs)
-    except (Differs, Exception):
-        if step.mode is None or not step.as_one:
-            raise
-        seen.set(step.mode, None)  # the larger batch may be the cause; otherwise the error is raised again
+    if found is None:
         return None
-    if found is None or len(found) != 2:
-        return None if found is None else _parts(found, step.task)
-    return Begun(step.as_one, *found)
+    if len(found) == 2:  # fewer than values
+        return Begun(as_one, *found)
+    if options is not None:
+        places = [PLACES[name] for name, _ in task.penalties]
+        made = record_of(critic, real, fake, options, given.has_more, way, places, make)
+        seen.last = None if made is None else Settled(made, task, weights, as_one, mode)
+    return _parts(found, task)
+
+
+def step_again(
+    seen: Seen,
+    critic: Any,
+    options: tuple[Any, ...],
+    real: Any,
+    fake: Any,
+    eps: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> CriticLossParts | tuple[Batches, Task, tuple[float, ...], Begun | None] | None:
+    """Make a step as the last one.
+
+    Returns the result; or what is left to do: arguments of ``critic_step``, whose points were drawn; or None, before
+    anything is drawn or called, where something differs.
+    """
+    last: Settled | None = seen.last
+    found = None if last is None else last.native.again(critic, options, real, fake, eps, args, kwargs)
+    if found is None or isinstance(found, CriticLossParts):
+        return found
+    assert last is not None
+    drawn, before, key = found
+    points = {name: x for (name, _), x in zip(last.task.penalties, drawn, strict=True) if x is not None}
+    if "wgan-gp" in points:
+        points["wgan-gp"] = Between(real, fake, points["wgan-gp"])
+    if before is None:
+        seen.set(last.mode, None)  # the larger batch may be the cause; otherwise the error is raised again
+    begun = None if before is None else Begun(last.as_one, before, key)
+    given = Batches(real, fake, points, tuple(args), dict(kwargs or {}))
+    return given, last.task, last.weights, begun
 
 
 def _tensors_of(given: Batches, task: Task) -> tuple[Any, ...]:
@@ -281,8 +301,12 @@ def _hows(task: Task) -> tuple[How, How]:
 
 def _go_at_once(batch: Tensor, task: Task) -> bool:
     """Whether all graphs are retained until the last call is made."""
-    paired = task.adversarial is not None and task.adversarial.paired
-    return paired or task.consistency is not None or batch.nbytes < SMALL
+    return _retains_all(task) or batch.nbytes < SMALL
+
+
+def _retains_all(task: Task) -> bool:
+    """Whether a value depends on several calls."""
+    return task.consistency is not None or (task.adversarial is not None and task.adversarial.paired)
 
 
 def _as_one(

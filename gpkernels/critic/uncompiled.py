@@ -5,17 +5,19 @@ from __future__ import annotations
 from threading import Lock
 from typing import Any
 
-from gpkernels.private import compile_nothing, compiler, look_at_frames, look_at_no_frames, set_stance
+from gpkernels import backends
+from gpkernels.private import OF_STANCE, compile_nothing, compiler, look_at_frames, look_at_no_frames, set_stance
 
 
 class _Stance:
-    """The stance outside of all ``uncompiled``, and how many threads are inside."""
+    """The stance outside of all ``uncompiled``, how many threads are inside, and C++'s stance there."""
 
-    __slots__ = ("before", "inside", "lock")
+    __slots__ = ("before", "inside", "lock", "nothing")
 
     def __init__(self) -> None:
         self.lock, self.inside = Lock(), 0
         self.before: Any = None
+        self.nothing: Any = None
 
 
 class uncompiled:
@@ -50,3 +52,14 @@ class uncompiled:
                 set_stance(before)
         if self._callback is not None:
             look_at_frames(self._callback)
+
+
+_native: Any = None
+
+
+def native() -> Any:
+    """Return what makes the same context in C++; only where ``backends.program`` is loaded."""
+    global _native
+    if _native is None:
+        _native = backends.program.Compiler(uncompiled, uncompiled._stance, *OF_STANCE)
+    return _native
