@@ -30,6 +30,7 @@ bool is_same(const py::handle& before, const py::handle& now) {
 
 // An attribute, None where there is none.
 py::object attribute(const py::handle& object, const Name& name) {
+  if (PyCode_Check(object.ptr())) return py::none();
   py::object found = name.of_or_null(object);
   if (found) return found;
   if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
@@ -45,19 +46,20 @@ struct Given {
 // How a call was made, with everything that decided that.
 class Settled {
  public:
-  // like: the real samples or the points, which the next ones have the dtype and the device of; fake: None for a
-  // penalty; options: of the function; most: elements of a batch that is left to autograd, at most; small: bytes of a
-  // real batch up to which steps are made like this, 0: any number; points: places of the penalties' samples; make:
-  // makes them where Python does; names: of penalties that are returned by name, or None; parts: type of a step's
-  // result, or None for a penalty.
-  Settled(std::shared_ptr<const Surroundings> surroundings, std::shared_ptr<Shelf> shelf, const py::object& critic,
-          const at::Tensor& like, const std::optional<at::Tensor>& fake, py::tuple options, bool further,
+  // owner: of the critic; itself: whether it is the critic. like: the real samples or the points, which the next ones
+  // have the dtype and the device of; fake: None for a penalty; options: of the function; most: elements of a batch
+  // that is left to autograd, at most; small: bytes of a real batch up to which steps are made like this, 0: any
+  // number; points: places of the penalties' samples; make: makes them where Python does; names: of penalties that are
+  // returned by name, or None; parts: type of a step's result, or None for a penalty.
+  Settled(std::shared_ptr<const Surroundings> surroundings, std::shared_ptr<Shelf> shelf, const py::object& owner,
+          bool itself, const at::Tensor& like, const std::optional<at::Tensor>& fake, py::tuple options, bool further,
           std::variant<How, Left> how, std::shared_ptr<Log> log, std::vector<double> weights, int64_t most,
           int64_t small, std::vector<int64_t> points, py::object make, int64_t pack, py::object names, py::object parts)
       : surroundings_(std::move(surroundings)),
         shelf_(std::move(shelf)),
-        critic_(py::weakref(critic)),
-        training_(attribute(critic, name_)),
+        owner_(py::weakref(owner)),
+        itself_(itself),
+        training_(attribute(owner, name_)),
         options_(std::move(options)),
         type_(like.scalar_type()),
         device_(like.device()),
@@ -113,7 +115,7 @@ class Settled {
   }
 
   // Whether the critic is gone.
-  bool is_void() const { return PyWeakref_GetObject(critic_.ptr()) == Py_None; }
+  bool is_void() const { return PyWeakref_GetObject(owner_.ptr()) == Py_None; }
 
  private:
   static bool is_empty(const py::object& kwargs) {
@@ -132,7 +134,10 @@ class Settled {
 
   bool is_next(const py::object& critic, const py::tuple& options, const Given& given) const {
     const at::Tensor& real = *given.real;
-    if (PyWeakref_GetObject(critic_.ptr()) != critic.ptr() || !attribute(critic, name_).is(training_)) return false;
+    const py::object owner = surroundings_->owner_of(critic);
+    if (owner.is(critic) != itself_ || PyWeakref_GetObject(owner_.ptr()) != owner.ptr() ||
+        !attribute(owner, name_).is(training_))
+      return false;
     if (options.size() != options_.size()) return false;
     for (size_t i = 0; i < options_.size(); ++i)
       if (!is_same(options_[i], options[i])) return false;
@@ -221,7 +226,8 @@ class Settled {
   const Name name_{"training"};
   const std::shared_ptr<const Surroundings> surroundings_;
   const std::shared_ptr<Shelf> shelf_;
-  const py::weakref critic_;
+  const py::weakref owner_;
+  const bool itself_;
   const py::object training_;
   const py::tuple options_;
   const at::ScalarType type_;
@@ -261,18 +267,8 @@ class Memory {
     known_.insert(known_.begin(), std::move(one));
   }
 
-  // Whether this critic is that of the last question. Others, made anew for each call, are not worth a record.
-  bool saw(const py::object& critic) {
-    if (last_ && PyWeakref_GetObject(last_.ptr()) == critic.ptr()) return true;
-    PyObject* made = PyWeakref_NewRef(critic.ptr(), nullptr);
-    if (!made) PyErr_Clear();  // of a type without weak references
-    last_ = py::reinterpret_steal<py::object>(made);
-    return false;
-  }
-
  private:
   static constexpr size_t kMost = 8;
-  py::object last_;
   std::vector<std::shared_ptr<const Settled>> known_;
 };
 
@@ -280,16 +276,13 @@ class Memory {
 
 void add_settled(py::module_& module) {
   py::class_<Surroundings, std::shared_ptr<Surroundings>>(module, "Surroundings")
-      .def(py::init<py::tuple, std::string, py::tuple, py::tuple, py::object, py::object, std::string>());
+      .def(py::init<py::tuple, std::string, py::tuple, py::tuple, py::object, py::object, std::string, py::object,
+                    py::object>());
   py::class_<Settled, std::shared_ptr<Settled>>(module, "Settled")
-      .def(py::init<std::shared_ptr<Surroundings>, std::shared_ptr<Shelf>, py::object, at::Tensor,
+      .def(py::init<std::shared_ptr<Surroundings>, std::shared_ptr<Shelf>, py::object, bool, at::Tensor,
                     std::optional<at::Tensor>, py::tuple, bool, std::variant<How, Left>, std::shared_ptr<Log>,
                     std::vector<double>, int64_t, int64_t, std::vector<int64_t>, py::object, int64_t, py::object,
                     py::object>())
       .def("again", &Settled::again);
-  py::class_<Memory>(module, "Memory")
-      .def(py::init<>())
-      .def("again", &Memory::again)
-      .def("add", &Memory::add)
-      .def("saw", &Memory::saw);
+  py::class_<Memory>(module, "Memory").def(py::init<>()).def("again", &Memory::again).def("add", &Memory::add);
 }

@@ -188,16 +188,33 @@ class Surroundings {
  public:
   // backend, compiled: choices, (ContextVar, dictionary of the module); carried: key of a thread's choice of backend in
   // PyTorch's state; level: (module, name) of the level of forward-mode differentiation; own_mode: type of function
-  // modes in which nothing is recorded; may_be_sharded: whether parameters may be distributed, if fsdp is imported.
+  // modes in which nothing is recorded; may_be_sharded: whether parameters may be distributed, if fsdp is imported;
+  // partial, module: types of partial functions and of modules.
   Surroundings(const py::tuple& backend, std::string carried, const py::tuple& compiled, const py::tuple& level,
-               py::object own_mode, py::object may_be_sharded, const std::string& fsdp)
+               py::object own_mode, py::object may_be_sharded, const std::string& fsdp, py::object partial,
+               py::object module)
       : backend_(backend),
         carried_(std::move(carried)),
         compiled_(compiled),
         level_(level[0].cast<std::string>(), level[1].cast<std::string>()),
         own_mode_(std::move(own_mode)),
         may_be_sharded_(std::move(may_be_sharded)),
-        fsdp_(fsdp) {}
+        fsdp_(fsdp),
+        partial_(std::move(partial)),
+        module_(std::move(module)) {}
+
+  // What critics that are made anew for each call have in common: C++ twin of ``owner_of`` in critic/by_autograd.py.
+  py::object owner_of(py::object critic) const {
+    while (reinterpret_cast<PyObject*>(Py_TYPE(critic.ptr())) == partial_.ptr()) critic = func_.of(critic);
+    if (PyMethod_Check(critic.ptr())) return py::reinterpret_borrow<py::object>(PyMethod_GET_SELF(critic.ptr()));
+    if (!PyFunction_Check(critic.ptr())) return critic;
+    PyObject* cells = PyFunction_GET_CLOSURE(critic.ptr());
+    for (Py_ssize_t i = 0; cells && i < PyTuple_GET_SIZE(cells); ++i) {
+      PyObject* content = PyCell_GET(PyTuple_GET_ITEM(cells, i));
+      if (content && py::isinstance(content, module_)) return py::reinterpret_borrow<py::object>(content);
+    }
+    return py::reinterpret_borrow<py::object>(PyFunction_GET_CODE(critic.ptr()));
+  }
 
   // Whether the native path may be taken: no backend is forced, and nothing has to see or change the calls.
   bool are_usual() const {
@@ -245,5 +262,6 @@ class Surroundings {
   const Choice compiled_;
   const Variable level_;
   const py::object own_mode_, may_be_sharded_;
-  const Name fsdp_;
+  const Name fsdp_, func_{"func"};
+  const py::object partial_, module_;
 };

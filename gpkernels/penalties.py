@@ -486,11 +486,11 @@ def _penalty(
     def keep(way: Way) -> None:
         further = len(args) > 0 or bool(kwargs)
         make = partial(dragan_points, scale=asked.options[1]) if asked.place == MADE else None
-        record = partial(record_of, critic, asked.real, asked.fake, asked.options, further, way, (asked.place,), make)
-        _memories[asked.name].keep(critic, record)
+        given = asked.real, asked.fake, asked.options
+        _memories[asked.name].keep(record_of(critic, *given, further, way, (asked.place,), make))
 
-    given = None if begun is None else Begun(False, *begun[1:])
-    own = lambda: penalty_on_gradient(critic, points, task, args, kwargs, given, keep)  # noqa: E731
+    rest = None if begun is None else Begun(False, *begun[1:])
+    own = lambda: penalty_on_gradient(critic, points, task, args, kwargs, rest, keep)  # noqa: E731
     eagerly = lambda: with_gathered(own)  # noqa: E731
     if is_compiling():
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here

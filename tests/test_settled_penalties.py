@@ -273,3 +273,50 @@ def test_the_compiler_is_as_it_was_after_an_error() -> None:
     assert torch._dynamo.eval_frame._stance.stance == "default"
     critic.fails = False
     assert_as_new(between, critic, *batch(N, WIDTH))
+
+
+ANEW: dict[str, Callable[[Scored], Any]] = {
+    "closure": lambda critic: lambda x: critic(x),
+    "bound method": lambda critic: critic.forward,
+    "partial": lambda critic: partial(critic.forward, shift=0.5),
+    "partial of a closure": lambda critic: partial(lambda shift, x: critic(x, shift), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ANEW)
+@pytest.mark.parametrize("penalty", [between, r1])
+def test_critics_that_are_made_anew_are_known_again(penalty: Penalty, name: str) -> None:
+    torch.manual_seed(0)
+    modules = [Scored().double().eval() for _ in range(2)]
+    for _ in range(6):
+        for critic in modules:
+            penalty(ANEW[name](critic), *batch(N, WIDTH))
+    for critic in modules:
+        given = batch(N, WIDTH)
+        assert len(functions_called(lambda: penalty(ANEW[name](critic), *given))) <= 5  # noqa: B023
+        with gpk.fast_double_backward():
+            exact = gradients(penalty(ANEW[name](critic), *given), critic)
+        assert_same(gradients(penalty(ANEW[name](critic), *given), critic), exact)
+
+
+def test_one_piece_of_code_may_be_several_critics() -> None:
+    """Also such as are left to autograd after others that are not."""
+    mlps = [mlp(WIDTH, 8, 1).double(), Scored().double().eval(), mlp(WIDTH, 8, 8, 1).double()]
+    enclosed: list[nn.Module] = []
+    for _ in range(4):
+        for critic in mlps:
+            enclosed[:] = [critic]
+            for _ in range(3):
+                given = batch(N, WIDTH)
+                ours = gradients(between(lambda x: enclosed[0](x), *given), critic)
+                with gpk.fast_double_backward():
+                    exact = gradients(between(critic, *given), critic)
+                assert_same(ours, exact)
+
+
+def test_a_lambda_of_a_critic_with_batch_norm_does_not_silence_the_warning() -> None:
+    critic = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).double()
+    for _ in range(6):
+        between(lambda x: critic(x), *batch(N, WIDTH))
+    with pytest.warns(UserWarning, match="BatchNorm"):
+        between(critic, *batch(N, WIDTH))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkernels import backends
 from gpkernels.critic.call import Pass, Plain
@@ -64,28 +66,56 @@ def losses(passes: Sequence[Pass | Plain], task: Task, weights: Sequence[Tensor 
         return (sum(terms[1:], terms[0]) if terms else None), own, term, *values
 
 
+def owner_of(critic: Any) -> Any:
+    """Return what a critic that is made anew for each call has in common with the one before.
+
+    The object of a bound method; of a function, such as a lambda within a loop, the first module that it encloses, else
+    its code; any other critic itself.
+    """
+    while type(critic) is partial:
+        critic = critic.func
+    if type(critic) is MethodType:
+        return critic.__self__
+    if type(critic) is not FunctionType:
+        return critic
+    for cell in critic.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            if isinstance(cell.cell_contents, nn.Module):
+                return cell.cell_contents
+    return critic.__code__
+
+
 class _LeftToAutograd:
-    """Registry of critics whose losses are left to autograd, by training mode, for batches up to a size."""
+    """Registry of critics whose losses are left to autograd, by training mode, for batches up to a size.
+
+    changes: their number.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, bool], tuple[ReferenceType[Any], int]] = {}
+        self.changes = 0
 
     def add(self, critic: Any, elements: int) -> None:
-        key = id(critic), _training(critic)
+        owner = owner_of(critic)
+        key = id(owner), _training(owner)
+        if elements <= self.most(critic):
+            return
+        self.changes += 1
         with suppress(TypeError):  # some callables cannot be referenced weakly
-            self._known[key] = ref(critic, lambda _: self._known.pop(key, None)), elements
+            self._known[key] = ref(owner, lambda _: self._known.pop(key, None)), elements
 
     def has(self, critic: Any, batch: Tensor) -> bool:
         return bool(self._known) and batch.numel() <= self.most(critic)
 
     def most(self, critic: Any) -> int:
         """Return the size up to which the critic's batches are left to autograd, -1 if none are."""
-        known = self._known.get((id(critic), _training(critic)))
-        return known[1] if known is not None and known[0]() is critic else -1
+        owner = owner_of(critic)
+        known = self._known.get((id(owner), _training(owner)))
+        return known[1] if known is not None and known[0]() is owner else -1
 
 
-def _training(critic: Any) -> bool:
-    return bool(getattr(critic, "training", False))
+def _training(owner: Any) -> bool:
+    return bool(getattr(owner, "training", False))
 
 
 left_to_autograd = _LeftToAutograd()

@@ -169,12 +169,12 @@ def call_each_group(
 ) -> list[Plain]:
     """Call the critic with one group after the other, for losses that are left to autograd. Grad mode is on.
 
-    before: (output, batch) of the first calls, if they were already made.
+    before: (output, batch, ...) of the first calls, if they were already made.
     """
     found = []
     for i, group in enumerate(groups):
         if i < len(before):
-            output, x = before[i]
+            output, x = before[i][:2]
         else:
             x = points_of(group.x)
             if group.penalised:

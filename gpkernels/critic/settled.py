@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gpkernels import backends
-from gpkernels.critic.by_autograd import left_to_autograd
+from gpkernels.critic.by_autograd import left_to_autograd, owner_of
 from gpkernels.critic.graph import native
 from gpkernels.critic.parts import CriticLossParts, Task
 from gpkernels.critic.run import How
@@ -33,6 +33,7 @@ class Settled(NamedTuple):
     weights: tuple[float, ...]
     as_one: bool
     mode: Any
+    changes: int  # of what is left to autograd
 
 
 class Way(NamedTuple):
@@ -63,8 +64,8 @@ def record_of(
     real, fake: samples, or points and None for a penalty. options: of the function, by which calls differ. further:
     whether there are further inputs. places: of the penalties' samples; make: makes them of the real ones.
     """
-    kept = _kept(options)
-    if kept is None or not type(critic).__weakrefoffset__:
+    kept, owner = _kept(options), owner_of(critic)
+    if kept is None or not type(owner).__weakrefoffset__:
         return None
     task = way.how.task
     how = way.how.left(way.weights) if way.left else way.how.native
@@ -72,7 +73,7 @@ def record_of(
     most = left_to_autograd.most(critic) if way.left else 0
     names = tuple([name for name, _ in task.penalties]) if task.several else None
     parts = None if task.adversarial is None else CriticLossParts
-    asked = critic, real, fake, kept, further
+    asked = owner, owner is critic, real, fake, kept, further
     made = how, log, way.weights, most, way.small, places, make, task.pack, names, parts
     return backends.program.Settled(surroundings(), native(), *asked, *made)
 
@@ -89,6 +90,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._native: Any = None
+        self._changes = -1  # of what is left to autograd
 
     def again(
         self,
@@ -105,13 +107,13 @@ class Memory:
         Returns the penalty; or (what was drawn, calls that were made, key), to be continued; or None, before anything
         is drawn or called, where there was none like it.
         """
-        return None if self._native is None else self._native.again(critic, options, real, fake, eps, args, kwargs)
+        if self._native is None or self._changes != left_to_autograd.changes:
+            return None
+        return self._native.again(critic, options, real, fake, eps, args, kwargs)
 
-    def keep(self, critic: Any, make: Callable[[], Any]) -> None:
-        """Keep a record that ``make`` returns, if this critic was the last one, too."""
-        if backends.program is None:
-            return
-        if self._native is None:
-            self._native = backends.program.Memory()
-        if self._native.saw(critic) and (made := make()) is not None:
-            self._native.add(made)
+    def keep(self, record: Any) -> None:
+        """Keep what ``record_of`` returned."""
+        if self._native is None or self._changes != left_to_autograd.changes:
+            self._native, self._changes = backends.program.Memory(), left_to_autograd.changes
+        if record is not None:
+            self._native.add(record)

@@ -170,7 +170,7 @@ def step_at_once(
     if options is not None:
         places = [PLACES[name] for name, _ in task.penalties]
         made = record_of(critic, real, fake, options, given.has_more, way, places, make)
-        seen.last = None if made is None else Settled(made, task, weights, as_one, mode)
+        seen.last = None if made is None else Settled(made, task, weights, as_one, mode, left_to_autograd.changes)
     return _parts(found, task)
 
 
@@ -190,10 +190,11 @@ def step_again(
     anything is drawn or called, where something differs.
     """
     last: Settled | None = seen.last
-    found = None if last is None else last.native.again(critic, options, real, fake, eps, args, kwargs)
+    if last is None or last.changes != left_to_autograd.changes:
+        return None
+    found = last.native.again(critic, options, real, fake, eps, args, kwargs)
     if found is None or isinstance(found, CriticLossParts):
         return found
-    assert last is not None
     drawn, before, key = found
     points = {name: x for (name, _), x in zip(last.task.penalties, drawn, strict=True) if x is not None}
     if "wgan-gp" in points:

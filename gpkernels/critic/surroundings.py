@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gpkernels import backends
@@ -21,4 +22,4 @@ class Composing(TorchFunctionMode):
 def surroundings() -> Any:
     """Return C++'s view of that state; only where ``backends.program`` is loaded."""
     choices = *backends.choice(), compiled.choice()
-    return backends.program.Surroundings(*choices, LEVEL, Composing, may_be_sharded, SHARDING)
+    return backends.program.Surroundings(*choices, LEVEL, Composing, may_be_sharded, SHARDING, partial, nn.Module)
