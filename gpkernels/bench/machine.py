@@ -44,6 +44,15 @@ def last_level_cache() -> int:
     return max(sizes, default=ASSUMED_CACHE)
 
 
+def memory() -> float:
+    """Return the bytes of the machine's memory, infinity where the system does not tell."""
+    names = "SC_PHYS_PAGES", "SC_PAGE_SIZE"
+    if not all(name in getattr(os, "sysconf_names", ()) for name in names):
+        return float("inf")
+    pages, size = map(os.sysconf, names)
+    return pages * size
+
+
 def _bytes(path: Path) -> int:
     """Parse a file such as "2048K"."""
     text = path.read_text(encoding="utf-8").strip()
