@@ -44,7 +44,7 @@ SMALL_OPS = "interpolate 64 x 2", "gradient_norm_penalty 64 x 2"
 
 def _no_direct() -> None:
     for op in ops.ALL.values():
-        op.direct = backends.declined
+        op.direct = op.recorded = backends.declined
 
 
 def _no_deliver() -> None:
