@@ -118,7 +118,7 @@ def gradient_penalty(
     options = target, one_sided, reduction, power, pack
     begun = None
     if generator is None:
-        found = _again("wgan-gp", critic, options, real, fake, eps, critic_args, critic_kwargs)
+        found = _memories["wgan-gp"].again(critic, options, real, fake, eps, critic_args, critic_kwargs)
         if isinstance(found, Tensor):
             return found
         begun = found
@@ -142,20 +142,6 @@ class _Asked(NamedTuple):
 
 
 _memories = {name: Memory() for name in ("wgan-gp", "r1", "r2", "dragan", "eikonal")}
-
-
-def _again(
-    name: str,
-    critic: Any,
-    options: tuple[Any, ...],
-    real: Any,
-    fake: Any = None,
-    eps: Any = None,
-    args: Sequence[Any] = (),
-    kwargs: Kwargs | None = None,
-) -> Any:
-    """Make a penalty in the way of one before, as ``Memory.again``."""
-    return None if is_compiling() else _memories[name].again(critic, options, real, fake, eps, args, kwargs)
 
 
 @lru_cache(64)
@@ -286,7 +272,7 @@ def _at_samples(
 ) -> Tensor:
     """Compute R1 or R2. called: name of the samples."""
     options = reduction, pack
-    found = _again(name, critic, options, x, args=args, kwargs=kwargs)
+    found = _memories[name].again(critic, options, x, args=args, kwargs=kwargs)
     if isinstance(found, Tensor):
         return found
     check_batch(called, x)
@@ -358,7 +344,7 @@ def dragan_penalty(
     options = target, scale, reduction, pack
     found = None
     if generator is None:
-        found = _again("dragan", critic, options, real, args=critic_args, kwargs=critic_kwargs)
+        found = _memories["dragan"].again(critic, options, real, args=critic_args, kwargs=critic_kwargs)
         if isinstance(found, Tensor):
             return found
     check_batch("real", real)
@@ -421,7 +407,7 @@ def eikonal_loss(
         https://arxiv.org/abs/2006.09661
     """
     options = reduction, power
-    found = _again("eikonal", field, options, points, args=critic_args, kwargs=critic_kwargs)
+    found = _memories["eikonal"].again(field, options, points, args=critic_args, kwargs=critic_kwargs)
     if isinstance(found, Tensor):
         return found
     check_batch("points", points)
@@ -475,7 +461,7 @@ def _penalty(
 ) -> Tensor:
     """Compute the penalty at the points, by PyTorch's own operations where more derivatives may follow.
 
-    begun: as ``_again`` returned it.
+    begun: as ``Memory.again`` returned it.
     """
     check_callable(called(pack), critic)
     check_further(args, kwargs)

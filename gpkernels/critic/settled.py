@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd, owner_of
@@ -107,7 +108,7 @@ class Memory:
         Returns the penalty; or (what was drawn, calls that were made, key), to be continued; or None, before anything
         is drawn or called, where there was none like it.
         """
-        if self._native is None or self._changes != left_to_autograd.changes:
+        if is_compiling() or self._native is None or self._changes != left_to_autograd.changes:
             return None
         return self._native.again(critic, options, real, fake, eps, args, kwargs)
 
