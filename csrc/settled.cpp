@@ -86,10 +86,10 @@ class Settled {
   py::object again(const py::object& critic, const py::tuple& options, const py::object& real, const py::object& fake,
                    const py::object& eps, const py::object& args, const py::object& kwargs) const {
     HANDLE_TH_ERRORS
-    const bool further = (PySequence_Check(args.ptr()) && PySequence_Size(args.ptr()) != 0) || !is_empty(kwargs);
+    if (!PyTuple_CheckExact(args.ptr()) || !(kwargs.is_none() || PyDict_CheckExact(kwargs.ptr()))) return py::none();
+    const bool further = PyTuple_GET_SIZE(args.ptr()) != 0 || (!kwargs.is_none() && PyDict_GET_SIZE(kwargs.ptr()) != 0);
     const std::optional<Given> given = this->given(real, fake, eps);
     if (!given || further != further_ || !is_next(critic, options, *given)) return py::none();
-    if (!PyTuple_CheckExact(args.ptr()) || !(kwargs.is_none() || PyDict_CheckExact(kwargs.ptr()))) return py::none();
     std::optional<std::vector<at::Tensor>> points = this->points(*given);
     if (!points) return py::none();
     std::vector<at::Tensor> parts(2);
@@ -118,10 +118,6 @@ class Settled {
   bool is_void() const { return PyWeakref_GetObject(owner_.ptr()) == Py_None; }
 
  private:
-  static bool is_empty(const py::object& kwargs) {
-    return kwargs.is_none() || (PyDict_Check(kwargs.ptr()) && PyDict_GET_SIZE(kwargs.ptr()) == 0);
-  }
-
   bool is_one_batch() const { return log_ && std::holds_alternative<How>(how_); }
 
   // The tensors, if they are plain batches.

@@ -179,8 +179,11 @@ def test_bad_arguments_are_refused_as_ever(penalty: Penalty) -> None:
         penalty(critic, *empty)
     with pytest.raises(ValueError, match="reduction"):
         penalty(critic, real, fake, eps, reduction="median")
-    with pytest.raises(TypeError, match="critic_args"):
-        penalty(critic, real, fake, eps, critic_args=torch.ones(2))
+    for given in (torch.ones(2), torch.ones(()), None, 0.5):
+        with pytest.raises(TypeError, match="critic_args"):
+            penalty(critic, real, fake, eps, critic_args=given)
+    with pytest.raises(TypeError, match="critic_kwargs"):
+        penalty(critic, real, fake, eps, critic_kwargs=(0.5,))
     with pytest.raises(TypeError, match="expected a module or a callable"):
         penalty(Scored, real, fake, eps)
     if penalty is between:
@@ -198,6 +201,14 @@ def test_critics_are_told_apart() -> None:
         with gpk.fast_double_backward():
             exact = gradients(between(critic, *given), modules)
         assert_same(gradients(between(critic, *given), modules), exact)
+
+
+def test_without_the_loop_in_cpp_penalties_are_made_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    critic = settled(between)
+    monkeypatch.setattr(backends, "program", None)
+    given = batch(N, WIDTH)
+    assert len(functions_called(lambda: between(critic, *given))) > 20
+    assert_as_new(between, critic, *given)
 
 
 def test_nothing_is_kept_alive() -> None:

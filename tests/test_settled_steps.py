@@ -258,6 +258,14 @@ def test_other_modes_are_heeded(mode: str) -> None:
                 loss(dual, fake, eps=eps)
 
 
+def test_without_the_loop_in_cpp_steps_are_made_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = settled()
+    monkeypatch.setattr(backends, "program", None)
+    real, fake, eps = batch(N, WIDTH)
+    assert len(functions_called(lambda: loss(real, fake, eps=eps))) > 20
+    assert_as_new(loss, real, fake, eps=eps)
+
+
 def test_another_critic_may_take_its_place() -> None:
     loss = settled()
     loss.critic = mlp(WIDTH, 8, 1).double()

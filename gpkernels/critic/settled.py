@@ -91,7 +91,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._native: Any = None
-        self._changes = -1  # of what is left to autograd
+        self._changes = -1  # of what is left to autograd, at the first record
 
     def again(
         self,
@@ -108,13 +108,13 @@ class Memory:
         Returns the penalty; or (what was drawn, calls that were made, key), to be continued; or None, before anything
         is drawn or called, where there was none like it.
         """
-        if is_compiling() or self._native is None or self._changes != left_to_autograd.changes:
+        if is_compiling() or backends.program is None or self._changes != left_to_autograd.changes:
             return None
         return self._native.again(critic, options, real, fake, eps, args, kwargs)
 
     def keep(self, record: Any) -> None:
         """Keep what ``record_of`` returned."""
-        if self._native is None or self._changes != left_to_autograd.changes:
+        if self._changes != left_to_autograd.changes:
             self._native, self._changes = backends.program.Memory(), left_to_autograd.changes
         if record is not None:
             self._native.add(record)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpkernels import backends
 from gpkernels.critic.by_autograd import left_to_autograd, losses, penalties_of
 from gpkernels.critic.call import Group, call, call_each_group, refuse_symbols, refuse_tangents
 from gpkernels.critic.deliver import deliver
@@ -190,7 +191,7 @@ def step_again(
     anything is drawn or called, where something differs.
     """
     last: Settled | None = seen.last
-    if last is None or last.changes != left_to_autograd.changes:
+    if last is None or backends.program is None or last.changes != left_to_autograd.changes:
         return None
     found = last.native.again(critic, options, real, fake, eps, args, kwargs)
     if found is None or isinstance(found, CriticLossParts):
