@@ -115,7 +115,7 @@ class Settled {
   }
 
   // Whether the critic is gone.
-  bool is_void() const { return PyWeakref_GetObject(owner_.ptr()) == Py_None; }
+  bool is_void() const { return owner_().is_none(); }
 
  private:
   bool is_one_batch() const { return log_ && std::holds_alternative<How>(how_); }
@@ -131,9 +131,7 @@ class Settled {
   bool is_next(const py::object& critic, const py::tuple& options, const Given& given) const {
     const at::Tensor& real = *given.real;
     const py::object owner = surroundings_->owner_of(critic);
-    if (owner.is(critic) != itself_ || PyWeakref_GetObject(owner_.ptr()) != owner.ptr() ||
-        !attribute(owner, name_).is(training_))
-      return false;
+    if (owner.is(critic) != itself_ || !owner_().is(owner) || !attribute(owner, name_).is(training_)) return false;
     if (options.size() != options_.size()) return false;
     for (size_t i = 0; i < options_.size(); ++i)
       if (!is_same(options_[i], options[i])) return false;
