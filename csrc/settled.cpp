@@ -16,8 +16,9 @@
 
 namespace {
 
-// Where the samples of a penalty are: scored with others, at the real or fake ones, between them, or made by Python.
-enum class At : int64_t { kScored, kReal, kFake, kBetween, kMade };
+// Where the samples of a penalty are: scored with others, the real ones, between these and the fake ones, or made by
+// Python.
+enum class At : int64_t { kScored, kReal, kBetween, kMade };
 
 // Whether an option is what it was. Those of before are numbers, strings, None, or a dictionary of such, copied.
 bool is_same(const py::handle& before, const py::handle& now) {
@@ -180,7 +181,6 @@ class Settled {
   at::Tensor part(At at, const Given& given, const at::Tensor& made) const {
     switch (at) {
       case At::kReal: return *given.real;
-      case At::kFake: return *given.fake;
       case At::kBetween: return shelf_->caller().mixed(*given.real, *given.fake, made);
       case At::kMade: return made;
       default: return {};

@@ -237,11 +237,8 @@ class Surroundings {
   // The options with which programs are compiled, or None.
   py::object compiled() const { return compiled_(); }
 
-  static bool autocasts(const at::Tensor& x) {
-    return x.device().type() == at::kCPU || x.device().type() == at::kCUDA
-               ? at::autocast::is_autocast_enabled(x.device().type())
-               : false;
-  }
+  // x: on a CPU or a CUDA device.
+  static bool autocasts(const at::Tensor& x) { return at::autocast::is_autocast_enabled(x.device().type()); }
 
  private:
   static bool is_auto(PyObject* name) {

@@ -118,7 +118,7 @@ def gradient_penalty(
     options = target, one_sided, reduction, power, pack
     begun = None
     if generator is None:
-        found = _memories["wgan-gp"].again(critic, options, real, fake, eps, critic_args, critic_kwargs)
+        found = _BETWEEN.again(critic, options, real, fake, eps, critic_args, critic_kwargs)
         if isinstance(found, Tensor):
             return found
         begun = found
@@ -126,22 +126,31 @@ def gradient_penalty(
     check_pair("real", real, "fake", fake)
     check_pack("real", real, pack)
     given = eps_of(real, eps, generator, pack) if begun is None else begun[0][0]
-    asked = _Asked("wgan-gp", BETWEEN, real, fake, options)
+    asked = _Asked(_BETWEEN, options, real, fake)
     wide = promote(real, fake)
     return _penalty(critic, Between(wide[0], wide[1], given), norm, pack, critic_args, critic_kwargs, asked, begun)
 
 
 class _Asked(NamedTuple):
-    """A call of a penalty, to be made once more. place: of the points; options: besides critic and further inputs."""
+    """A call of a penalty, to be made once more.
 
-    name: str
-    place: int
-    real: Tensor
-    fake: Tensor | None
+    memory: of its function. options: besides critic and further inputs. real, fake: samples between which the points
+    are, or the points themselves and None. make: makes the points of real.
+    """
+
+    memory: Memory
     options: tuple[Any, ...]
+    real: Tensor
+    fake: Tensor | None = None
+    make: Callable[[Tensor], Tensor] | None = None
+
+    def keep(self, critic: Critic, further: bool, way: Way) -> None:
+        """Keep how it was made. further: whether there were further inputs."""
+        place = MADE if self.make is not None else AT_REAL if self.fake is None else BETWEEN
+        self.memory.keep(record_of(critic, self.real, self.fake, self.options, further, way, (place,), self.make))
 
 
-_memories = {name: Memory() for name in ("wgan-gp", "r1", "r2", "dragan", "eikonal")}
+_BETWEEN, _R1, _R2, _DRAGAN, _EIKONAL = (Memory() for _ in range(5))
 
 
 @lru_cache(64)
@@ -201,7 +210,7 @@ def r1_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
-    return _at_samples("r1", "real", critic, real, reduction, pack, critic_args, critic_kwargs)
+    return _at_samples(_R1, "real", critic, real, reduction, pack, critic_args, critic_kwargs)
 
 
 def r2_penalty(
@@ -257,11 +266,11 @@ def r2_penalty(
         Lin et al., "PacGAN: The power of two samples in generative adversarial networks", 2018, section 3.
         https://arxiv.org/abs/1712.04086
     """
-    return _at_samples("r2", "fake", critic, fake, reduction, pack, critic_args, critic_kwargs)
+    return _at_samples(_R2, "fake", critic, fake, reduction, pack, critic_args, critic_kwargs)
 
 
 def _at_samples(
-    name: str,
+    memory: Memory,
     called: str,
     critic: Critic,
     x: Tensor,
@@ -272,12 +281,12 @@ def _at_samples(
 ) -> Tensor:
     """Compute R1 or R2. called: name of the samples."""
     options = reduction, pack
-    found = _memories[name].again(critic, options, x, args=args, kwargs=kwargs)
+    found = memory.again(critic, options, x, args=args, kwargs=kwargs)
     if isinstance(found, Tensor):
         return found
     check_batch(called, x)
     check_pack(called, x, pack)
-    asked = _Asked(name, AT_REAL, x, None, options)
+    asked = _Asked(memory, options, x)
     return _penalty(critic, x, _norm(0.0, reduction), pack, args, kwargs, asked, found)
 
 
@@ -344,14 +353,14 @@ def dragan_penalty(
     options = target, scale, reduction, pack
     found = None
     if generator is None:
-        found = _memories["dragan"].again(critic, options, real, args=critic_args, kwargs=critic_kwargs)
+        found = _DRAGAN.again(critic, options, real, args=critic_args, kwargs=critic_kwargs)
         if isinstance(found, Tensor):
             return found
     check_batch("real", real)
     norm = _norm(target, reduction)
     check_pack("real", real, pack)
     points = dragan_points(real, scale, generator) if found is None else found[0][0]
-    asked = _Asked("dragan", MADE, real, None, options)
+    asked = _Asked(_DRAGAN, options, real, make=partial(dragan_points, scale=scale))
     return _penalty(critic, points, norm, pack, critic_args, critic_kwargs, asked, found)
 
 
@@ -407,12 +416,12 @@ def eikonal_loss(
         https://arxiv.org/abs/2006.09661
     """
     options = reduction, power
-    found = _memories["eikonal"].again(field, options, points, args=critic_args, kwargs=critic_kwargs)
+    found = _EIKONAL.again(field, options, points, args=critic_args, kwargs=critic_kwargs)
     if isinstance(found, Tensor):
         return found
     check_batch("points", points)
     norm = _norm(1.0, reduction, power=power)
-    asked = _Asked("eikonal", AT_REAL, points, None, options)
+    asked = _Asked(_EIKONAL, options, points)
     return _penalty(field, points, norm, 0, critic_args, critic_kwargs, asked, found)
 
 
@@ -469,15 +478,10 @@ def _penalty(
         return _of_gradient(critic, points, norm, pack, args, kwargs)
     task = (_task.__wrapped__ if is_compiling() else _task)(norm, torch.is_grad_enabled(), pack)
 
-    def keep(way: Way) -> None:
-        further = len(args) > 0 or bool(kwargs)
-        make = partial(dragan_points, scale=asked.options[1]) if asked.place == MADE else None
-        given = asked.real, asked.fake, asked.options
-        _memories[asked.name].keep(record_of(critic, *given, further, way, (asked.place,), make))
-
+    keep = partial(asked.keep, critic, len(args) > 0 or bool(kwargs))
     rest = None if begun is None else Begun(False, *begun[1:])
-    own = lambda: penalty_on_gradient(critic, points, task, args, kwargs, rest, keep)  # noqa: E731
-    eagerly = lambda: with_gathered(own)  # noqa: E731
+    own = partial(penalty_on_gradient, critic, points, task, args, kwargs, rest, keep)
+    eagerly = partial(with_gathered, own)
     if is_compiling():
         from gpkernels.critic.traced import step_in_graph  # it imports the compiler, which is at work here
 

@@ -13,6 +13,7 @@ import emulated
 import gpkernels
 from gpkernels import backends
 from gpkernels.critic import plan
+from scored import Scored
 
 # Tensors of tests are small, and several processes run them: more threads of each would wait for the others'.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
@@ -53,6 +54,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with gpkernels.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["by rules", "by autograd"])
+def rules_or_autograd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``Scored`` go by rules, or be left to autograd for a call without one."""
+    if request.param == "by autograd":
+        monkeypatch.setattr(plan, "PRODUCTS", {True: 1 << 28, False: 1 << 34})
+        monkeypatch.setattr(Scored, "cubes", True)
 
 
 @pytest.fixture(params=["C++", "Python"])

@@ -17,12 +17,13 @@ import gpkernels as gpk
 from comparing import assert_same, batch, gradients
 from critics import mlp
 from gpkernels import backends
-from gpkernels.critic import plan
-from test_settled_steps import Scored, functions_called
+from scored import WIDTH, N, Scored, functions_called
 
-pytestmark = pytest.mark.skipif(backends.program is None, reason="the loop in C++ is not built")
+pytestmark = [
+    pytest.mark.skipif(backends.program is None, reason="the loop in C++ is not built"),
+    pytest.mark.usefixtures("rules_or_autograd"),
+]
 
-N, WIDTH = 4, 5
 Penalty = Callable[..., Tensor]
 
 
@@ -64,13 +65,6 @@ OPTIONS: dict[str, tuple[list[Penalty], dict[str, Any]]] = {
     "a list": (PENALTIES, {"critic_args": [0.5]}),
     "keyword": (PENALTIES, {"critic_kwargs": {"shift": 0.5}}),
 }
-
-
-@pytest.fixture(autouse=True, params=["by rules", "by autograd"])
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "by autograd":
-        monkeypatch.setattr(plan, "PRODUCTS", {True: 1 << 28, False: 1 << 34})
-        monkeypatch.setattr(Scored, "cubes", True)
 
 
 def settled(penalty: Penalty, critic: Any = None, **options: Any) -> Any:
@@ -304,7 +298,7 @@ def test_critics_that_are_made_anew_are_known_again(penalty: Penalty, name: str)
             penalty(ANEW[name](critic), *batch(N, WIDTH))
     for critic in modules:
         given = batch(N, WIDTH)
-        assert len(functions_called(lambda: penalty(ANEW[name](critic), *given))) <= 5  # noqa: B023
+        assert len(functions_called(partial(penalty, ANEW[name](critic), *given))) <= 5
         with gpk.fast_double_backward():
             exact = gradients(penalty(ANEW[name](critic), *given), critic)
         assert_same(gradients(penalty(ANEW[name](critic), *given), critic), exact)

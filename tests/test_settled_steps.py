@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,54 +16,14 @@ import gpkernels as gpk
 from comparing import assert_same, batch, gradients
 from critics import mlp, plain_loss
 from gpkernels import backends
-from gpkernels.critic import plan
+from scored import WIDTH, N, Scored, functions_called
 
-pytestmark = pytest.mark.skipif(backends.program is None, reason="the loop in C++ is not built")
+pytestmark = [
+    pytest.mark.skipif(backends.program is None, reason="the loop in C++ is not built"),
+    pytest.mark.usefixtures("rules_or_autograd"),
+]
 
-PACKAGE = Path(gpk.__file__).parent
-N, WIDTH = 4, 5
 Change = Callable[[gpk.CriticLoss], object]
-
-
-class Cubed(torch.autograd.Function):
-    """As that of ``gpkernels.bench``, but not in the package, whose functions are counted here."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * cotangents[0] * x**2
-
-
-class Scored(nn.Module):
-    """Scores and features of samples, shifted by what the caller gives; dropout in training.
-
-    cubes: whether there is a call without a rule, for which the whole is left to autograd.
-    """
-
-    cubes: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(WIDTH, 8), nn.Softplus(), nn.Dropout(0.5))
-        self.top = nn.Linear(8, 1)
-
-    def forward(self, x: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-        features = self.body(x) + shift
-        if self.cubes:
-            features = Cubed.apply(features)
-        return self.top(features).square(), features
-
-
-@pytest.fixture(autouse=True, params=["by rules", "by autograd"])
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "by autograd":
-        monkeypatch.setattr(plan, "PRODUCTS", {True: 1 << 28, False: 1 << 34})
-        monkeypatch.setattr(Scored, "cubes", True)
 
 
 def to(name: str, value: object) -> Change:
@@ -129,23 +88,6 @@ def assert_as_new(loss: gpk.CriticLoss, *args: Tensor, tolerance: float = 1e-11,
             assert_same(gradients(ours.loss, loss.critic), gradients(exact.loss, loss.critic), tolerance)
 
 
-def functions_called(call: Callable[[], object]) -> list[str]:
-    """Name the package's functions in Python that a call makes."""
-    found: list[str] = []
-
-    def note(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-            found.append(frame.f_code.co_name)
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return found
-
-
 @pytest.mark.parametrize("eps_is_given", [True, False])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_a_settled_step_asks_little(shift: float, eps_is_given: bool) -> None:
@@ -168,7 +110,7 @@ def test_batches_of_other_sizes_are_settled() -> None:
     for n in (N, 2 * N, 3, N):
         real, fake, eps = batch(n, WIDTH)
         assert_as_new(loss, real, fake, eps=eps)
-        called = [functions_called(lambda: loss(real, fake, eps=eps)) for _ in range(3)]  # noqa: B023
+        called = [functions_called(partial(loss, real, fake, eps=eps)) for _ in range(3)]
         assert len(called[-1]) <= 4
 
 

@@ -216,9 +216,10 @@ def beyond_caches(device: torch.device) -> tuple[int, int]:
 
     On a CPU it is 1/48 of the memory at most: a virtual machine may show a cache of which it has a share alone.
     """
-    on_cpu = device.type == "cpu"
-    size = max(64 << 20, (last_level_cache() if on_cpu else 256 << 20) * 3 // 2)
-    return 256, int(min(size, memory() / 48) if on_cpu else size) // (4 * 256 * 64) * 64
+    size: float = 384 << 20
+    if device.type == "cpu":
+        size = min(max(64 << 20, last_level_cache() * 1.5), memory() / 48)
+    return 256, int(size) // (4 * 256 * 64) * 64
 
 
 def copy(x: Tensor) -> Call:

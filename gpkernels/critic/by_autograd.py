@@ -100,9 +100,9 @@ class _LeftToAutograd:
         key = id(owner), _training(owner)
         if elements <= self.most(critic):
             return
-        self.changes += 1
         with suppress(TypeError):  # some callables cannot be referenced weakly
             self._known[key] = ref(owner, lambda _: self._known.pop(key, None)), elements
+            self.changes += 1
 
     def has(self, critic: Any, batch: Tensor) -> bool:
         return bool(self._known) and batch.numel() <= self.most(critic)

@@ -21,7 +21,7 @@ from gpkernels.critic.run import How
 from gpkernels.critic.surroundings import surroundings
 from gpkernels.critic.together import Log
 
-SCORED, AT_REAL, AT_FAKE, BETWEEN, MADE = range(5)  # where the samples of a penalty are, as in C++
+SCORED, AT_REAL, BETWEEN, MADE = range(4)  # where the samples of a penalty are, as in C++
 PLACES = {"r1": SCORED, "r2": SCORED, "wgan-gp": BETWEEN, "dragan": MADE}
 _PLAIN = {bool, int, float, str, type(None)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -54,12 +55,7 @@ class uncompiled:
             look_at_frames(self._callback)
 
 
-_native: Any = None
-
-
+@cache
 def native() -> Any:
     """Return what makes the same context in C++; only where ``backends.program`` is loaded."""
-    global _native
-    if _native is None:
-        _native = backends.program.Compiler(uncompiled, uncompiled._stance, *OF_STANCE)
-    return _native
+    return backends.program.Compiler(uncompiled, uncompiled._stance, *OF_STANCE)
