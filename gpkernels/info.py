@@ -89,9 +89,10 @@ def render() -> str:
     else:
         lines.append(f"extension: not loaded: {known['build_error']}")
     devices = ("cpu", *backends.GPUS)
-    lines.append(f"{'op':<34}" + "".join(f"{f'on {device}':<12}" for device in devices).rstrip())
+    width = max(map(len, known["ops"])) + 2
+    lines.append(f"{'op':<{width + 2}}" + "".join(f"{f'on {device}':<12}" for device in devices).rstrip())
     for name, runs in known["ops"].items():
-        lines.append(f"  {name:<32}" + "".join(f"{runs[device]:<12}" for device in devices).rstrip())
+        lines.append(f"  {name:<{width}}" + "".join(f"{runs[device]:<12}" for device in devices).rstrip())
     lines += [known["hardware"]]
     return "\n".join(lines)
 

@@ -329,6 +329,75 @@ def test_a_critic_step_is_that_of_the_cpu(kind: str) -> None:
             assert float((a.cpu().double() - b).norm()) <= 1e-3 * scale
 
 
+PENALTIES: dict[str, Callable[..., Tensor]] = {
+    "between": lambda critic, real, fake, eps: gpk.gradient_penalty(critic, real, fake, eps=eps),
+    "r1": lambda critic, real, fake, eps: gpk.r1_penalty(critic, real),
+    "r2": lambda critic, real, fake, eps: gpk.r2_penalty(critic, fake),
+    "dragan": lambda critic, real, fake, eps: gpk.dragan_penalty(critic, real, scale=0.0),  # devices draw other noise
+    "eikonal": lambda critic, real, fake, eps: gpk.eikonal_loss(critic, fake),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the critic has BatchNorm")
+@pytest.mark.parametrize("kind", CRITICS)
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_penalty_is_that_of_the_cpu(penalty: str, kind: str) -> None:
+    """In every call, the settled ones included, which do not wait for the device."""
+    make, shape = CRITICS[kind]
+    torch.manual_seed(0)
+    critic, twin = make(), make().double()
+    twin.load_state_dict(critic.state_dict())
+    critic = critic.to(DEVICE)
+    call = PENALTIES[penalty]
+    for turn in range(6):
+        real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
+        with gpk.backend("reference"):
+            exact = call(twin, *(x.double() for x in (real, fake, eps)))
+            wanted = torch.autograd.grad(exact, list(twin.parameters()), allow_unused=True)
+        on_device = [x.to(DEVICE) for x in (real, fake, eps)]
+        torch.cuda.set_sync_debug_mode("error" if turn > 3 else "default")
+        try:
+            value = call(critic, *on_device)
+            ours = torch.autograd.grad(value, list(critic.parameters()), allow_unused=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(value.cpu().double(), exact, rtol=1e-4, atol=1e-6)
+        scale = max(float(g.norm()) for g in wanted if g is not None)
+        for a, b in zip(ours, wanted, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or b is None or float((a.cpu().double() - b).norm()) <= 1e-3 * scale
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+def test_a_step_under_autocast_errs_as_plain_pytorchs(kind: str) -> None:
+    """In bfloat16, against float64: at most 1.5 times plain PyTorch's error."""
+    make, shape = CRITICS[kind]
+    torch.manual_seed(0)
+    critic, twin = make(), make().double()
+    twin.load_state_dict(critic.state_dict())
+    critic = critic.to(DEVICE)
+    loss = gpk.CriticLoss(critic)
+    weights = list(critic.parameters())
+    for _ in range(5):
+        real, fake, eps = torch.randn(shape), torch.randn(shape), torch.rand(shape[0])
+        exact = exact_gradients(twin, *(x.double() for x in (real, fake, eps)))
+        on_device = [x.to(DEVICE) for x in (real, fake, eps)]
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            value = loss(*on_device[:2], eps=on_device[2]).loss
+            plainly = plain_loss(critic, *on_device) if kind != "transformer" else None
+        ours = torch.autograd.grad(value, weights)
+        errors = [_distance(ours, exact)]
+        if plainly is not None:
+            errors.append(_distance(torch.autograd.grad(plainly, weights), exact))
+        assert errors[0] <= 1.5 * errors[1] + 4e-3 if len(errors) == 2 else errors[0] <= 5e-2
+
+
+def _distance(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """Return the relative error over all gradients."""
+    apart = sum(float((a.cpu().double() - b).square().sum()) for a, b in zip(found, exact, strict=True))
+    return (apart / sum(float(b.square().sum()) for b in exact)) ** 0.5
+
+
 @pytest.mark.parametrize("kind", CRITICS)
 def test_a_whole_step_can_be_captured_and_replayed(kind: str) -> None:
     make, shape = CRITICS[kind]

@@ -54,6 +54,24 @@ def test_a_part_that_is_none_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", [("--jobs", "0"), ("--jobs", "two"), ("--seconds", "0"), ("--seconds", "nan")])
+def test_options_out_of_range_are_refused(option: tuple[str, str], tmp_path: Path) -> None:
+    done = report("--dry-run", *option, "--out", str(tmp_path / "report.json"))
+    assert done.returncode == 2
+    assert f"argument {option[0]}: expected a" in done.stderr
+    assert f"got {option[1]}" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_time_nothing_run_at_once_and_in_order(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    done = report(
+        "--dry-run", "--jobs", "2", "--part", "programs", "--part", "verify", "--part", "info", "--out", str(out)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(json.loads(out.read_text())["parts"]) == ["info", "verify", "programs"]
+
+
 def test_a_part_that_fails_is_recorded_with_its_output(tool: Any, tmp_path: Path) -> None:
     ends = [sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)"]
     record = tool.run(tool.Part("ends", ends), tmp_path)

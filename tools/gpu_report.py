@@ -1,8 +1,8 @@
 """Run all that needs a GPU and write one file of results, to be committed under bench/results.
 
 Parity of every op, graph capture and compiled steps (tests/test_gpu.py), compute-sanitizer where it is installed, the
-verification of every backend, times of ops, critic steps and attention, and programs such as R3GAN's critic beside
-their own formulas. A part that fails is recorded and the others go on; the exit status is then 1.
+verification of every backend, launches of steps, times of ops, critic steps and attention, and programs such as R3GAN's
+critic beside their own formulas. A part that fails is recorded and the others go on; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -38,13 +39,17 @@ Reader = Callable[[Path], Any]
 
 
 class Part(NamedTuple):
-    """A command, the file that it writes and how that is read; or the reason why the part is left out."""
+    """A command, the file that it writes and how that is read; or the reason why the part is left out.
+
+    times: it measures times, so nothing else may run.
+    """
 
     name: str
     command: Sequence[str]
     file: str = ""
     read: Reader | None = None
     left_out: str = ""
+    times: bool = False
 
 
 def read_json(path: Path) -> Any:
@@ -70,13 +75,17 @@ def read_tests(path: Path) -> dict[str, Any]:
     }
 
 
-def parts(folder: Path, device: str, dry: bool) -> list[Part]:
-    """Return the parts of a report. dry: the smallest of each, on a CPU."""
+def parts(folder: Path, device: str, dry: bool, jobs: int = 1, seconds: float | None = None) -> list[Part]:
+    """Return the parts of a report. dry: the smallest of each, on a CPU; jobs: processes of the tests."""
     cli = [sys.executable, "-m", "gpkernels"]
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", GPU_TESTS]
-    some = ["-k", NEED_NO_GPU] if dry else []
-    quick = ["--quick", "--seconds", "0.01"] if dry else []
-    bench = [*cli, "bench", "--device", device, *quick]
+    some = [*(["-k", NEED_NO_GPU] if dry else []), *(["-n", str(jobs)] if jobs > 1 else [])]
+    seconds = 0.01 if dry else seconds
+
+    def lasts(factor: float) -> list[str]:
+        return ["--seconds", str(factor * seconds)] if seconds else []
+
+    bench = [*cli, "bench", "--device", device, *lasts(1), *(["--quick"] if dry else [])]
     found = [
         Part("info", [*cli, "info", "--json"], "stdout", read_json),
         Part("tests", [*tests, *some, f"--junitxml={folder / 'tests.xml'}"], "tests.xml", read_tests),
@@ -89,15 +98,19 @@ def parts(folder: Path, device: str, dry: bool) -> list[Part]:
     found.append(
         Part("verify", [*cli, "verify", *choice, "--json", str(folder / "verify.json")], "verify.json", _verified)
     )
+    launches = [sys.executable, str(ROOT / "bench" / "launches.py"), *([] if dry else ["--measured"])]
+    found.append(Part("launches", [*launches, "--csv", str(folder / "launches.csv")], "launches.csv", read_rows))
     for suite, case in (("ops", "interpolate, small"), ("steps", "MLP"), ("attention", "derivatives")):
         only = ["--case", case] if dry else []
         only += ["--peers", "eager,jvp_flash_attention"] if suite == "attention" else []
         file = f"{suite}.json"
-        found.append(Part(f"bench {suite}", [*bench, suite, *only, "--json", str(folder / file)], file, read_json))
-    programs = [sys.executable, str(ROOT / "bench" / "programs.py"), "--device", device]
+        command = [*bench, suite, *only, "--json", str(folder / file)]
+        found.append(Part(f"bench {suite}", command, file, read_json, times=True))
+    programs = [sys.executable, str(ROOT / "bench" / "programs.py"), "--device", device, *lasts(10)]
     if dry:
-        programs += ["--program", "CTGAN critic, N 500", "--seconds", "0.01"]
-    found.append(Part("programs", [*programs, "--csv", str(folder / "programs.csv")], "programs.csv", read_rows))
+        programs += ["--program", "CTGAN critic, N 500"]
+    command = [*programs, "--csv", str(folder / "programs.csv")]
+    found.append(Part("programs", command, "programs.csv", read_rows, times=True))
     return found
 
 
@@ -126,12 +139,36 @@ def run(part: Part, folder: Path) -> dict[str, Any]:
     return record
 
 
+def at_least_one(text: str) -> int:
+    """Parse a number of processes."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def above_0(text: str) -> float:
+    """Parse a duration."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
 def main() -> int:
     """Write the report; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="the smallest part of each, on the CPU")
     names = [part.name for part in parts(Path(), "cpu", dry=True)]
     parser.add_argument("--part", action="append", choices=names, metavar="NAME", help="run this one (default: all)")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=1, metavar="N", help="run up to N of the parts that time nothing at once"
+    )
+    parser.add_argument(
+        "--seconds", type=above_0, metavar="S", help="seconds per call of a case; a program takes ten times that"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/DEVICE-report.json")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
@@ -144,13 +181,17 @@ def main() -> int:
     report: dict[str, Any] = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "parts": {}}
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
-        for part in parts(folder, device, options.dry_run):
-            if options.part and part.name not in options.part:
-                continue
-            record = report["parts"][part.name] = run(part, folder)
-            said = record.get("left_out") or f"status {record['status']}, {record['seconds']} s"
-            print(f"{part.name:<32}  {said}", flush=True)
-            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # kept if a later part is interrupted
+        known = parts(folder, device, options.dry_run, options.jobs, options.seconds)
+        wanted = [part for part in known if not options.part or part.name in options.part]
+        for times, jobs in ((False, options.jobs), (True, 1)):
+            some = [part for part in wanted if part.times == times]
+            with ThreadPoolExecutor(jobs) as pool:
+                running = [pool.submit(run, part, folder) for part in some]
+                for part, record in zip(some, running, strict=True):
+                    report["parts"][part.name] = found = record.result()
+                    said = found.get("left_out") or f"status {found['status']}, {found['seconds']} s"
+                    print(f"{part.name:<32}  {said}", flush=True)
+                    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # kept if a later part ends
     print(out)
     return int(any(record.get("status") for record in report["parts"].values()))
 

@@ -1,0 +1,200 @@
+"""Time tiles of attention's Triton kernels on a GPU: those that their launcher chooses, beside others.
+
+    .venv/bin/python bench/attention_tiles.py [--length T] [--compile] [--csv FILE]
+
+Each kernel runs alone, on 16 heads of T tokens. Tiles that the GPU cannot hold are left out, with a line that says so.
+Compiling takes most of the time, so all cores do that before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gpkernels.ops.scaled_dot_product_attention import (
+    scaled_dot_product_attention_backward_op,
+    scaled_dot_product_attention_double_backward_op,
+    scaled_dot_product_attention_jvp_op,
+    scaled_dot_product_attention_op,
+)
+from gpkernels.triton.scaled_dot_product_attention import Sizes
+
+launcher: Any = sys.modules[Sizes.__module__]  # the package has a function of this name
+
+COLUMNS = ("dtype", "width", "kernel", "rows", "cols", "chunk", "warps", "stages", "chosen", "us")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BATCH, HEADS = 2, 8
+ROUNDS = 10
+
+
+class Tiles(NamedTuple):
+    """Rows, columns, and how much of the width a product takes at a time; 0: all of it."""
+
+    rows: int
+    cols: int
+    chunk: int
+    warps: int
+    stages: int = 1
+
+    def constants(self, width: int) -> dict[str, int]:
+        padded = max(64 if self.chunk else 16, 1 << (width - 1).bit_length())
+        return {
+            "PADDED": padded, "VALUES_PADDED": padded, "ROWS": self.rows, "COLS": self.cols,
+            "CHUNK": self.chunk or padded, "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
+
+
+OTHERS = {
+    ("float32", 64): [Tiles(32, 32, 0, 8), Tiles(64, 32, 0, 8), Tiles(32, 16, 0, 4), Tiles(16, 32, 0, 4)],
+    ("float32", 128): [Tiles(16, 16, 0, 4), Tiles(16, 32, 32, 8), Tiles(32, 32, 32, 8), Tiles(32, 32, 0, 8)],
+    ("float32", 256): [Tiles(16, 32, 32, 4), Tiles(32, 32, 32, 8)],
+    ("bfloat16", 64): [Tiles(64, 64, 0, 8), Tiles(64, 32, 0, 4), Tiles(64, 64, 0, 4, 2), Tiles(128, 64, 0, 8)],
+    ("bfloat16", 128): [Tiles(64, 64, 0, 8), Tiles(64, 32, 0, 4), Tiles(64, 32, 0, 8), Tiles(32, 32, 0, 8)],
+}  # by dtype and width of the heads
+
+
+def calls(dtype: torch.dtype, width: int, length: int) -> dict[str, Callable[[], Any]]:
+    """Return a call for each op."""
+    torch.manual_seed(0)
+    shape = BATCH, HEADS, length, width
+
+    def drawn() -> Tensor:
+        return torch.randn(BATCH, length, HEADS, width, device="cuda").to(dtype).transpose(1, 2)
+
+    query, key, value, cotangent, *tangents = (drawn() for _ in range(7))
+    constants = None, False, shape[-1] ** -0.5
+    output, logsumexp = launcher.scaled_dot_product_attention(query, key, value, *constants)
+    kept = query, key, value, output, logsumexp
+    tangent, mean = launcher.scaled_dot_product_attention_jvp(*tangents, *kept, *constants)
+    return {
+        scaled_dot_product_attention_op.name: lambda: launcher.scaled_dot_product_attention(
+            query, key, value, *constants
+        ),
+        scaled_dot_product_attention_backward_op.name: lambda: launcher.scaled_dot_product_attention_backward(
+            cotangent, *kept, *constants
+        ),
+        scaled_dot_product_attention_jvp_op.name: lambda: launcher.scaled_dot_product_attention_jvp(
+            *tangents, *kept, *constants
+        ),
+        scaled_dot_product_attention_double_backward_op.name: (
+            lambda: launcher.scaled_dot_product_attention_double_backward(
+                *tangents, cotangent, *kept, tangent, mean, *constants
+            )
+        ),
+    }
+
+
+class Watched:
+    """Launches kernels one by one and times each with events."""
+
+    def __init__(self, constants: dict[str, int], rounds: int) -> None:
+        self.constants, self.rounds = constants, rounds
+        self.us: dict[str, float] = {}
+
+    def launch(self, sizes: Sizes, over: Callable[..., None], kernel: Any, *tensors: Tensor) -> None:
+        constants = {**sizes.constants, **self.constants}
+        sizes = sizes._replace(constants=constants)
+        over(sizes, kernel, *tensors)
+        torch.cuda.synchronize()
+        best = float("inf")
+        for _ in range(self.rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            over(sizes, kernel, *tensors)
+            end.record()
+            torch.cuda.synchronize()
+            best = min(best, start.elapsed_time(end) * 1e3)
+        self.us[kernel.fn.__name__] = best
+
+
+def timed(call: Callable[[], Any], constants: dict[str, int], rounds: int) -> tuple[dict[str, float], list[Tensor]]:
+    """Return the microseconds of each kernel of a call, and its results."""
+    watched = Watched(constants, rounds)
+    known = Sizes.over_rows, Sizes.over_keys
+
+    def watching(over: Callable[..., None]) -> Any:
+        return lambda sizes, kernel, *tensors: watched.launch(sizes, over, kernel, *tensors)
+
+    Sizes.over_rows, Sizes.over_keys = (watching(over) for over in known)  # type: ignore[method-assign]
+    try:
+        results = call()
+    finally:
+        Sizes.over_rows, Sizes.over_keys = known  # type: ignore[method-assign]
+    return watched.us, list(results)
+
+
+def tiles_of(name: str, width: int) -> list[dict[str, int]]:
+    """Return the constants of all tiles, the launcher's first."""
+    own = {**launcher._tiles(DTYPES[name], width, width), "num_stages": 1}
+    return [own, *(constants for tiles in OTHERS[name, width] if (constants := tiles.constants(width)) != own)]
+
+
+def compiled(name: str, width: int, which: int) -> None:
+    """Compile the kernels of some tiles, into Triton's cache, as far as the GPU can hold them."""
+    for call in calls(DTYPES[name], width, 64).values():
+        with suppress(triton.runtime.errors.OutOfResources):
+            timed(call, tiles_of(name, width)[which], 0)
+
+
+def measured(name: str, width: int, length: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for each kernel and its tiles; others that give other numbers are an error."""
+    own, *others = tiles_of(name, width)
+    for call in calls(DTYPES[name], width, length).values():
+        _, exact = timed(call, own, 0)
+        for constants in (own, *others):
+            try:
+                times, found = timed(call, constants, ROUNDS)
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{name}, {width}, {constants}: {error}", file=sys.stderr)
+                continue
+            for x, y in zip(found, exact, strict=True):
+                error = float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
+                if error > (2e-2 if name == "bfloat16" else 1e-4):
+                    raise AssertionError(f"{constants}: the relative error is {error:.1e}")
+            for kernel, us in times.items():
+                yield {
+                    "dtype": name, "width": width, "kernel": kernel,
+                    "rows": constants["ROWS"], "cols": constants["COLS"], "chunk": constants["CHUNK"],
+                    "warps": constants["num_warps"], "stages": constants["num_stages"],
+                    "chosen": int(constants is own), "us": round(us, 1),
+                }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=2048, metavar="T", help="tokens (default: 2048)")
+    parser.add_argument("--compile", action="store_true", help="only compile")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to FILE")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("attention_tiles: expected a GPU that PyTorch sees, got none", file=sys.stderr)
+        return 2
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        wanted = [(*case, which) for case in OTHERS for which in range(len(tiles_of(*case)))]
+        list(pool.map(compiled, *zip(*wanted, strict=True)))
+    if options.compile:
+        return 0
+    rows = [row for case in OTHERS for row in measured(*case, options.length)]
+    for row in rows:
+        print(*row.values(), sep=",")
+    if options.csv:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
