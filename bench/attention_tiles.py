@@ -1,4 +1,4 @@
-"""Time tiles of attention's Triton kernels on a GPU: those that their launcher chooses, beside others.
+"""Time tiles of attention's Triton kernels on a GPU, to choose those of their launcher.
 
     .venv/bin/python bench/attention_tiles.py [--length T] [--compile] [--csv FILE]
 
@@ -32,7 +32,7 @@ from gpkernels.triton.scaled_dot_product_attention import Sizes
 
 launcher: Any = sys.modules[Sizes.__module__]  # the package has a function of this name
 
-COLUMNS = ("dtype", "width", "kernel", "rows", "cols", "chunk", "warps", "stages", "chosen", "us")
+COLUMNS = ("dtype", "width", "kernel", "rows", "cols", "chunk", "warps", "stages", "us")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH, HEADS = 2, 8
 ROUNDS = 10
@@ -51,16 +51,24 @@ class Tiles(NamedTuple):
         padded = max(64 if self.chunk else 16, 1 << (width - 1).bit_length())
         return {
             "PADDED": padded, "VALUES_PADDED": padded, "ROWS": self.rows, "COLS": self.cols,
-            "CHUNK": self.chunk or padded, "num_warps": self.warps, "num_stages": self.stages,
+            "CHUNK": self.chunk or padded, "num_stages": self.stages,
         }  # fmt: skip
 
 
-OTHERS = {
-    ("float32", 64): [Tiles(32, 32, 0, 8), Tiles(64, 32, 0, 8), Tiles(32, 16, 0, 4), Tiles(16, 32, 0, 4)],
-    ("float32", 128): [Tiles(16, 16, 0, 4), Tiles(16, 32, 32, 8), Tiles(32, 32, 32, 8), Tiles(32, 32, 0, 8)],
-    ("float32", 256): [Tiles(16, 32, 32, 4), Tiles(32, 32, 32, 8)],
-    ("bfloat16", 64): [Tiles(64, 64, 0, 8), Tiles(64, 32, 0, 4), Tiles(64, 64, 0, 4, 2), Tiles(128, 64, 0, 8)],
-    ("bfloat16", 128): [Tiles(64, 64, 0, 8), Tiles(64, 32, 0, 4), Tiles(64, 32, 0, 8), Tiles(32, 32, 0, 8)],
+TILES = {
+    ("float32", 64): [
+        *(Tiles(32, 32, 0, 4), Tiles(32, 32, 0, 8), Tiles(64, 32, 0, 8), Tiles(32, 16, 0, 4), Tiles(16, 32, 0, 4)),
+    ],
+    ("float32", 128): [
+        *(Tiles(16, 16, 0, 4), Tiles(16, 16, 0, 8), Tiles(16, 32, 32, 8), Tiles(32, 32, 32, 8), Tiles(32, 32, 0, 8)),
+    ],
+    ("float32", 256): [Tiles(16, 32, 32, 4), Tiles(16, 32, 32, 8), Tiles(32, 32, 32, 8)],
+    ("bfloat16", 64): [
+        *(Tiles(64, 64, 0, 4), Tiles(64, 64, 0, 8), Tiles(64, 32, 0, 4), Tiles(64, 64, 0, 4, 2), Tiles(128, 64, 0, 8)),
+    ],
+    ("bfloat16", 128): [
+        *(Tiles(64, 32, 0, 4), Tiles(32, 32, 0, 4), Tiles(64, 64, 0, 8), Tiles(64, 32, 0, 8), Tiles(32, 32, 0, 8)),
+    ],
 }  # by dtype and width of the heads
 
 
@@ -96,15 +104,15 @@ def calls(dtype: torch.dtype, width: int, length: int) -> dict[str, Callable[[],
 
 
 class Watched:
-    """Launches kernels one by one and times each with events."""
+    """Launches kernels one by one, by some tiles, and times each with events."""
 
-    def __init__(self, constants: dict[str, int], rounds: int) -> None:
-        self.constants, self.rounds = constants, rounds
+    def __init__(self, tiles: Tiles, width: int, rounds: int) -> None:
+        self.tiles, self.width, self.rounds = tiles, width, rounds
         self.us: dict[str, float] = {}
 
     def launch(self, sizes: Sizes, over: Callable[..., None], kernel: Any, *tensors: Tensor) -> None:
-        constants = {**sizes.constants, **self.constants}
-        sizes = sizes._replace(constants=constants)
+        constants = {**sizes.constants, **self.tiles.constants(self.width)}
+        sizes = sizes._replace(constants=constants, warps=(self.tiles.warps, self.tiles.warps))
         over(sizes, kernel, *tensors)
         torch.cuda.synchronize()
         best = float("inf")
@@ -118,9 +126,9 @@ class Watched:
         self.us[kernel.fn.__name__] = best
 
 
-def timed(call: Callable[[], Any], constants: dict[str, int], rounds: int) -> tuple[dict[str, float], list[Tensor]]:
+def timed(call: Callable[[], Any], tiles: Tiles, width: int, rounds: int) -> tuple[dict[str, float], list[Tensor]]:
     """Return the microseconds of each kernel of a call, and its results."""
-    watched = Watched(constants, rounds)
+    watched = Watched(tiles, width, rounds)
     known = Sizes.over_rows, Sizes.over_keys
 
     def watching(over: Callable[..., None]) -> Any:
@@ -134,41 +142,30 @@ def timed(call: Callable[[], Any], constants: dict[str, int], rounds: int) -> tu
     return watched.us, list(results)
 
 
-def tiles_of(name: str, width: int) -> list[dict[str, int]]:
-    """Return the constants of all tiles, the launcher's first."""
-    own = {**launcher._tiles(DTYPES[name], width, width), "num_stages": 1}
-    return [own, *(constants for tiles in OTHERS[name, width] if (constants := tiles.constants(width)) != own)]
-
-
-def compiled(name: str, width: int, which: int) -> None:
+def compiled(name: str, width: int, tiles: Tiles) -> None:
     """Compile the kernels of some tiles, into Triton's cache, as far as the GPU can hold them."""
     for call in calls(DTYPES[name], width, 64).values():
         with suppress(triton.runtime.errors.OutOfResources):
-            timed(call, tiles_of(name, width)[which], 0)
+            timed(call, tiles, width, 0)
 
 
 def measured(name: str, width: int, length: int) -> Iterator[dict[str, Any]]:
-    """Yield a row for each kernel and its tiles; others that give other numbers are an error."""
-    own, *others = tiles_of(name, width)
+    """Yield a row for each kernel and its tiles; tiles that give other numbers than the first are an error."""
     for call in calls(DTYPES[name], width, length).values():
-        _, exact = timed(call, own, 0)
-        for constants in (own, *others):
+        exact: list[Tensor] = []
+        for tiles in TILES[name, width]:
             try:
-                times, found = timed(call, constants, ROUNDS)
+                times, found = timed(call, tiles, width, ROUNDS)
             except triton.runtime.errors.OutOfResources as error:
-                print(f"{name}, {width}, {constants}: {error}", file=sys.stderr)
+                print(f"{name}, {width}, {tiles}: {error}", file=sys.stderr)
                 continue
+            exact = exact or found
             for x, y in zip(found, exact, strict=True):
-                error = float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
-                if error > (2e-2 if name == "bfloat16" else 1e-4):
-                    raise AssertionError(f"{constants}: the relative error is {error:.1e}")
+                apart = float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
+                if apart > (2e-2 if name == "bfloat16" else 1e-4):
+                    raise AssertionError(f"{tiles}: the relative error is {apart:.1e}")
             for kernel, us in times.items():
-                yield {
-                    "dtype": name, "width": width, "kernel": kernel,
-                    "rows": constants["ROWS"], "cols": constants["COLS"], "chunk": constants["CHUNK"],
-                    "warps": constants["num_warps"], "stages": constants["num_stages"],
-                    "chosen": int(constants is own), "us": round(us, 1),
-                }  # fmt: skip
+                yield dict(zip(COLUMNS, (name, width, kernel, *tiles, round(us, 1)), strict=True))
 
 
 def main() -> int:
@@ -181,11 +178,11 @@ def main() -> int:
         print("attention_tiles: expected a GPU that PyTorch sees, got none", file=sys.stderr)
         return 2
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        wanted = [(*case, which) for case in OTHERS for which in range(len(tiles_of(*case)))]
+        wanted = [(*case, tiles) for case, several in TILES.items() for tiles in several]
         list(pool.map(compiled, *zip(*wanted, strict=True)))
     if options.compile:
         return 0
-    rows = [row for case in OTHERS for row in measured(*case, options.length)]
+    rows = [row for case in TILES for row in measured(*case, options.length)]
     for row in rows:
         print(*row.values(), sep=",")
     if options.csv:

@@ -69,8 +69,8 @@ def test_kernel_needs_what_the_table_says(row: tuple[str, ...]) -> None:
     (targets,) = [half for half in HALVES if row[3] in half]
     now, before = resources_of(targets)[row], tracked()[row]
     of_tiles, amd = row[0].startswith("scaled_dot_product_attention"), row[3].startswith("gfx")
-    # Second derivatives of float32 spill a little with the tiles that the others have; wide heads have their own.
-    assert now["spills"] <= (256 if of_tiles and row[2] == "fp32" and "wide heads" not in row[0] else 0)
+    # Derivatives of float32 spill with the tiles that are the fastest (bench/results/h200-attention-tiles.csv).
+    assert now["spills"] <= (384 if of_tiles and row[2] == "fp32" else 0)
     assert now["registers"] <= ((512 if amd else 255) if of_tiles else 128)
     assert now["shared"] <= ((65536 if amd else 99 * 1024) if of_tiles else 16384)
     if triton.__version__ == VERSION:

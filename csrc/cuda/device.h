@@ -202,21 +202,21 @@ inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
 
 inline unsigned* ticket_of(const Tensor& x) { return static_cast<unsigned*>(x.mutable_data_ptr()); }
 
-// Workspace of grid_sum for several blocks.
-class SumWorkspace {
+// Partial sums of blocks and a ticket that is zero, in one tensor.
+template <typename A>
+class Workspace {
  public:
-  SumWorkspace(const Tensor& like, int64_t blocks, cudaStream_t stream) {
-    if (blocks == 1) return;
-    totals_ = empty(like, blocks, ScalarType::Double);
-    ticket_ = tickets(like, 1, stream);
-    alone_ = false;
+  Workspace(const Tensor& like, int64_t sums, cudaStream_t stream)
+      : made_(empty(like, sums + 1, scalar_type_of<A>())), sums_(sums) {
+    const cudaError_t error = cudaMemsetAsync(ticket(), 0, sizeof(unsigned), stream);
+    STD_TORCH_CHECK(error == cudaSuccess, "workspace: ", cudaGetErrorString(error));
   }
-  double* totals() const { return alone_ ? nullptr : static_cast<double*>(totals_.mutable_data_ptr()); }
-  unsigned* ticket() const { return alone_ ? nullptr : ticket_of(ticket_); }
+  A* sums() const { return static_cast<A*>(made_.mutable_data_ptr()); }
+  unsigned* ticket() const { return reinterpret_cast<unsigned*>(sums() + sums_); }
 
  private:
-  bool alone_ = true;
-  Tensor totals_, ticket_;
+  Tensor made_;
+  int64_t sums_;
 };
 
 }  // namespace gpk::cuda

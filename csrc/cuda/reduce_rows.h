@@ -2,6 +2,8 @@
 // long row. The last block to finish adds the partial sums, in an order that depends on the shape alone.
 #pragma once
 
+#include <optional>
+
 #include "device.h"
 
 namespace gpk::cuda {
@@ -70,16 +72,15 @@ void reduce_rows(const Tensor& like, const Row& row, A* out, double share, int64
   const RowPlan plan = plan_rows(rows, accesses);
   const Stream stream(like);
   if (plan.lanes) {
-    const SumWorkspace workspace(like, out ? plan.grid.x : 1, stream);
+    std::optional<Workspace<double>> workspace;  // a single block needs none
+    if (out && plan.grid.x > 1) workspace.emplace(like, plan.grid.x, stream);
     auto kernel = plan.lanes == 1 ? &reduce_short_rows<1, Row, A> : &reduce_short_rows<kWarp, Row, A>;
-    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, workspace.totals(), workspace.ticket(),
-               rows);
+    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, workspace ? workspace->sums() : nullptr,
+               workspace ? workspace->ticket() : nullptr, rows);
   } else {
-    const Tensor ticket = tickets(like, 1, stream),
-                 partials = empty(like, plan.partials * Row::kSums, scalar_type_of<A>());
+    const Workspace<A> workspace(like, plan.partials * Row::kSums, stream);
     auto kernel = reduce_long_rows<Row, A>;
-    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, mutable_data<A>(partials), ticket_of(ticket),
-               rows);
+    GPK_LAUNCH(kernel, plan.grid, dim3(kThreads), stream, row, out, share, workspace.sums(), workspace.ticket(), rows);
   }
   check_launch();
 }

@@ -5,14 +5,20 @@ namespace gpk::cuda {
 namespace {
 
 // One row of all pairs.
-template <typename T, typename A>
+template <typename T, typename A, int kWidth>
 struct LossOfPairs {
   static constexpr int kSums = 1;
   const T *real, *fake;
-  int64_t count;
+  int64_t packs;
 
   __device__ void sum(int64_t, int64_t first, int64_t step, A* sums) const {
-    for (int64_t i = first; i < count; i += step) sums[0] += softplus(A(fake[i]) - A(real[i]));
+    A sum = 0;
+#pragma unroll 2
+    for (int64_t i = first; i < packs; i += step) {
+      const auto up = load<T, kWidth>(fake, i), down = load<T, kWidth>(real, i);
+      for (int k = 0; k < kWidth; ++k) sum += softplus(A(up.at[k]) - A(down.at[k]));
+    }
+    sums[0] += sum;
   }
   __device__ double finish(int64_t, const A* sums) const { return double(sums[0]); }
 };
@@ -42,8 +48,10 @@ Tensor relativistic_loss_cuda(Tensor real_scores, Tensor fake_scores) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     out = empty_scalar<A>(real);
-    const LossOfPairs<T, A> row{data<T>(real), data<T>(fake), real.numel()};
-    reduce_rows<A>(real, row, mutable_data<A>(out), 1.0 / double(real.numel()), 1, real.numel());
+    with_width<T>(real.numel(), {data<T>(real), data<T>(fake)}, [&](auto width, int64_t packs) {
+      const LossOfPairs<T, A, decltype(width)::value> row{data<T>(real), data<T>(fake), packs};
+      reduce_rows<A>(real, row, mutable_data<A>(out), 1.0 / double(real.numel()), 1, packs);
+    });
   });
   return out;
 }

@@ -35,7 +35,7 @@ _NO_MASK, _BOOL, _ADDED = 0, 1, 2
 
 
 class Sizes(NamedTuple):
-    """How a call is launched. last: the arguments that all kernels end with."""
+    """How a call is launched. last: the arguments that all kernels end with; warps: over rows and over keys."""
 
     matrices: int
     rows: int
@@ -43,14 +43,15 @@ class Sizes(NamedTuple):
     device: torch.device
     last: tuple[Any, ...]
     constants: dict[str, Any]
+    warps: tuple[int, int]
 
     def over_rows(self, kernel: Any, *tensors: Tensor) -> None:
         programs = self.matrices * triton.cdiv(self.rows, self.constants["ROWS"])
-        launch(kernel, programs, self.device, *tensors, *self.last, **self.constants)
+        launch(kernel, programs, self.device, *tensors, *self.last, **self.constants, num_warps=self.warps[0])
 
     def over_keys(self, kernel: Any, *tensors: Tensor) -> None:
         programs = self.matrices * triton.cdiv(self.keys, self.constants["COLS"])
-        launch(kernel, programs, self.device, *tensors, *self.last, **self.constants)
+        launch(kernel, programs, self.device, *tensors, *self.last, **self.constants, num_warps=self.warps[1])
 
 
 def _checked(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -78,23 +79,22 @@ def _kept(query: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor) -> No
             raise RuntimeError(f"{name}: expected shape {expected} and {dtype}, got {tuple(x.shape)} and {x.dtype}")
 
 
-def _tiles(dtype: torch.dtype, width: int, values: int) -> dict[str, int]:
-    """Return sizes of tiles, and warps: the largest tiles with which kernels spill little or nothing."""
+def _tiles(dtype: torch.dtype, width: int, values: int) -> tuple[dict[str, int], tuple[int, int]]:
+    """Return sizes of tiles, and warps over rows and over keys: the fastest of those in bench/attention_tiles.py."""
     widest = triton.next_power_of_2(max(width, values))
-    rows = cols = least = 16
-    chunk, warps = max(least, widest), 8
+    chunk, least, warps = max(16, widest), 16, (4, 4)
     if dtype == torch.float32 and widest > 128:
         # Scores are sums over chunks of the width. Triton spreads warps over the longer side of a product, or over its
         # rows, which are too few; here the other side, COLS or a padded width, is always longer.
-        cols, chunk, least = 32, 32, 64
-    elif widest <= (64 if dtype == torch.float32 else 128):
-        rows = cols = 32 if dtype == torch.float32 or widest > 64 else 64
-        warps = 4
+        rows, cols, chunk, least, warps = 16, 32, 32, 64, (4, 8)
+    elif dtype == torch.float32:
+        rows = cols = 32 if widest <= 64 else 16
+    elif widest > 128:
+        rows, cols, warps = 16, 16, (8, 8)
+    else:
+        rows, cols = 64, 64 if widest <= 64 else 32
     padded, values_padded = (max(least, triton.next_power_of_2(w)) for w in (width, values))
-    return {
-        "PADDED": padded, "VALUES_PADDED": values_padded, "ROWS": rows, "COLS": cols, "CHUNK": chunk,
-        "num_warps": warps,
-    }  # fmt: skip
+    return {"PADDED": padded, "VALUES_PADDED": values_padded, "ROWS": rows, "COLS": cols, "CHUNK": chunk}, warps
 
 
 def _precision() -> str:
@@ -115,12 +115,13 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
     # The interpreter has no products of bfloat16.
     kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     kind_of_products = tl.float32 if interpreted() else kinds.get(query.dtype, tl.float32)
+    tiles, warps = _tiles(query.dtype, width, values)
     constants = {
         "WIDTH": width, "VALUES": values, "MASK": kind, "CAUSAL": is_causal, "TYPE": kind_of_products,
-        "PRECISION": _precision(), **_tiles(query.dtype, width, values), "num_stages": 1,
+        "PRECISION": _precision(), **tiles, "num_stages": 1,
     }  # fmt: skip
     last = (query if mask is None else mask, *strides, heads, length, keys, scale)
-    return Sizes(batch * heads, length, keys, query.device, last, constants)
+    return Sizes(batch * heads, length, keys, query.device, last, constants, warps)
 
 
 def _tokens_first(*tensors: Tensor) -> list[Tensor]:

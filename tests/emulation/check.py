@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import emulated
 from cases import raw_arguments
@@ -39,12 +40,25 @@ def penalty_arguments() -> list[tuple[Any, ...]]:
     return [(x, 1.0, False, 1, 2.0) for x in (offset, half, *(rows(*shape) for shape in shapes))]
 
 
+def score_arguments() -> list[list[Tensor]]:
+    """Scores of one warp, of one block and of several, with and without a tail, aligned and not."""
+    long, half = rows(20003), rows(5003, dtype=torch.bfloat16)
+    return [[long, long[1:701]], [long[1:], long[:20000]], [half, half[4:]], [long[:130]], [long[:16], long[1:17]]]
+
+
 def arguments(name: str) -> list[tuple[Any, ...]]:
     found = raw_arguments()[name]
+    one = torch.tensor(0.7)
+    if name in ("score_loss", "score_loss_backward"):
+        more = [(x, [2, 7][: len(x)], [0.0, 0.5][: len(x)]) for x in score_arguments()]
+        found = [*found, *(more if name == "score_loss" else [(one, *given) for given in more])]
+    if name in ("relativistic_loss", "relativistic_loss_backward"):
+        pairs = [(x[0][: len(x[-1])], x[-1]) for x in score_arguments()]
+        found = [*found, *(pairs if name == "relativistic_loss" else [(one, *pair) for pair in pairs])]
     if name == "gradient_norm_penalty":
         found = [*found, *penalty_arguments()]
     if name == "gradient_norm_penalty_backward":
-        found = [*found, *((torch.tensor(0.7), a[0], torch.rand(len(a[0]))) for a in penalty_arguments())]
+        found = [*found, *((one, a[0], torch.rand(len(a[0]))) for a in penalty_arguments())]
     return found
 
 
@@ -62,7 +76,7 @@ def check(name: str, kernel: Any) -> None:
 
 
 def _is_half(given: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in given)
+    return any(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in tree_leaves(list(given)))
 
 
 def run(job: dict[str, Any]) -> None:
