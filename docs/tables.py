@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable
 from math import exp, log
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
-XEON, H200 = "xeon-avx512-1-thread", "h200"
-Row = dict[str, str]
+XEON, H200 = "xeon-avx512-1-thread", "nvidia-h200-report"  # files of times, and the report of a GPU
+PEERS = "gpkernels", "eager"
+Row = dict[str, Any]
 
 
 def _read(name: str) -> list[Row]:
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _reported(part: str) -> list[Row]:
+    """Rows of a part of the GPU's report."""
+    results = json.loads((RESULTS / f"{H200}.json").read_text(encoding="utf-8"))["parts"][part]["results"]
+    rows: list[Row] = results if isinstance(results, list) else results["rows"]
+    return rows
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -24,10 +34,10 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _speedups(name: str, peer: str = "gpkernels") -> dict[tuple[str, str], float]:
+def _speedups(rows: Iterable[Row], peer: str = "gpkernels") -> dict[tuple[str, str], float]:
     """Map (critic, what) to eager PyTorch's time over that of a peer."""
     found = {}
-    for row in _read(name):
+    for row in rows:
         if row["peer"] == peer:
             critic, _, what = row["case"].rpartition(", ")
             found[critic, what] = float(row["speedup"])
@@ -40,16 +50,19 @@ def _shown(value: float | None) -> str:
 
 def devices() -> str:
     """Name what was measured on."""
-    rows = {name: _read(f"{name}-steps")[0] for name in (XEON, H200)}
-    head = ("file", "device", "threads", "PyTorch")
-    return _table(
-        head, [(f"`{name}-steps.csv`", row["device"], row["threads"], row["torch"]) for name, row in rows.items()]
-    )
+    xeon = _read(f"{XEON}-steps")[0]
+    report = json.loads((RESULTS / f"{H200}.json").read_text(encoding="utf-8"))
+    threads = report["parts"]["bench steps"]["results"]["machine"]["threads"]
+    rows = [
+        (f"`{XEON}-steps.csv`", xeon["device"], xeon["threads"], xeon["torch"]),
+        (f"`{H200}.json`", report["device"], threads, report["torch"]),
+    ]
+    return _table(("file", "device", "threads", "PyTorch"), rows)
 
 
 def steps() -> str:
     """Compare all critics of `gpkernels bench steps` on both devices, those that gain least first."""
-    xeon, h200 = _speedups(f"{XEON}-steps"), _speedups(f"{H200}-steps")
+    xeon, h200 = _speedups(_read(f"{XEON}-steps")), _speedups(_reported("bench steps"))
     critics = dict.fromkeys(critic for critic, _ in xeon)
     whats = ("penalty", "step")
 
@@ -74,7 +87,7 @@ def steps() -> str:
 def programs() -> str:
     """Compare whole training steps of published programs, those that gain most first."""
     rows = sorted(_read(f"{XEON}-programs"), key=lambda row: -float(row["eager_over_gpkernels"]))
-    h200 = {row["program"]: list(row.values())[1:] for row in _read(f"{H200}-programs")}
+    h200 = {row["program"]: list(row.values())[1:] for row in _reported("programs")}
     head = ("program", "Xeon: eager, ms", "gpkernels, ms", "eager over it", "H200: eager, ms", "gpkernels, ms")
     return _table((*head, "eager over it"), [[*row.values(), *h200[row["program"]]] for row in rows])
 
@@ -83,7 +96,7 @@ def compiled() -> str:
     """Compare compiled steps with eager PyTorch's."""
     peers = {"gpkernels": "gpkernels", "gpkernels, Inductor": "by Inductor", "gpkernels, backend": "by its backend"}
     peers["compile"] = "PyTorch's own, compiled"
-    found = {peer: _speedups(f"{XEON}-compiled", peer) for peer in peers}
+    found = {peer: _speedups(_read(f"{XEON}-compiled"), peer) for peer in peers}
     critics = [critic for critic, what in found["gpkernels"] if what == "step"]
     rows = [(critic, *(_shown(found[peer].get((critic, "step"))) for peer in peers)) for critic in critics]
     return _table(("critic, WGAN-GP step", *peers.values()), rows)
@@ -91,7 +104,7 @@ def compiled() -> str:
 
 def launches() -> str:
     """Count the kernels that a step launches on a GPU."""
-    rows = _read(f"{H200}-launches")
+    rows = _reported("launches")
     shown = [(row["case"], row["launches"], row["eager_launches"], _shown(_share(row))) for row in rows]
     return _table(("WGAN-GP step", "launches", "eager PyTorch's", "share"), shown)
 
@@ -103,11 +116,23 @@ def _share(row: Row) -> float:
 def ops() -> str:
     """Compare single ops with eager PyTorch on both devices."""
     xeon, h200 = (
-        {re.sub(r" \d[\dx]*$", "", row["case"]): float(row["speedup"]) for row in _read(name) if _is_ours(row)}
-        for name in (XEON, f"{H200}-ops")
+        {re.sub(r" \d[\dx]*$", "", row["case"]): float(row["speedup"]) for row in rows if _is_ours(row)}
+        for rows in (_read(XEON), _reported("bench ops"))
     )
     least = sorted(xeon, key=lambda case: xeon[case])
     return _table(("op", "Xeon", "H200"), [(case, _shown(xeon[case]), _shown(h200.get(case))) for case in least])
+
+
+def attention() -> str:
+    """Compare attention, its derivatives and steps of vision transformers on a GPU."""
+    rows: dict[str, Row] = {}
+    for row in _reported("bench attention"):
+        rows.setdefault(row["case"], {})[row["peer"]] = row
+    shown = [
+        (case, _shown(float(found["gpkernels"]["speedup"])), *(f"{found[p]['peak_bytes'] / 1e6:.0f}" for p in PEERS))
+        for case, found in rows.items()
+    ]
+    return _table(("float32", "eager over ours", "ours, MB", "eager, MB"), shown)
 
 
 def _is_ours(row: Row) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import pytest
 import torch
@@ -145,18 +147,17 @@ def test_the_readme_lists_every_option_of_penalties_and_the_critic_loss() -> Non
 
 
 def test_the_gains_of_the_readme_are_the_measured_ones() -> None:
-    measured = []
-    for name, digits in (("xeon-avx512-1-thread", 2), ("h200", 1)):
-        with (ROOT / f"bench/results/{name}-programs.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        measured.append({row["program"]: f"{float(row['eager_over_gpkernels']):.{digits}f}" for row in rows})
+    measured = [
+        {row["program"]: f"{float(row['eager_over_gpkernels']):.{digits}f}" for row in rows}
+        for rows, digits in ((_measured("xeon-avx512-1-thread-programs"), 2), (_reported("programs"), 1))
+    ]
     table = re.search(r"\| you have today \|.*?\n\n", (ROOT / "README.md").read_text(), re.S)
     assert table is not None
     programs = ["WGAN-GP toy, N 256", "language, N 64", "CTGAN critic, N 500", "GAN_stability R1, N 16"]
     programs += ["StyleGAN2 R1 + R2, N 16", "R3GAN critic, N 16", "R3GAN critic, N 64", "AMP, N 4096", "AMP, N 512"]
     programs += ["IGR, N 2048", "IGR, N 16384", "SIREN, N 2048", "force field, N 64", "force field, N 4"]
     for found, digits in zip(measured, (2, 1), strict=True):
-        gains = re.findall(rf"(?<![\d.])\d\.\d{{{digits}}}(?!\d)", re.sub("`.*?`", "", table[0]))
+        gains = re.findall(rf"(?<![\d.])\d+\.\d{{{digits}}}(?!\d)", re.sub("`.*?`", "", table[0]))
         assert gains == [found[program] for program in programs]
         assert set(programs) == set(found)
 
@@ -168,9 +169,19 @@ def _table(head: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in found[0].splitlines()[2:-1]]
 
 
-def _ours(name: str) -> dict[str, dict[str, str]]:
+def _measured(name: str) -> list[dict[str, Any]]:
     with (ROOT / f"bench/results/{name}.csv").open(newline="") as file:
-        return {row["case"]: row for row in csv.DictReader(file) if row["peer"] == "gpkernels"}
+        return list(csv.DictReader(file))
+
+
+def _reported(part: str) -> list[dict[str, Any]]:
+    report = json.loads((ROOT / "bench/results/nvidia-h200-report.json").read_text(encoding="utf-8"))
+    results = report["parts"][part]["results"]
+    return results if isinstance(results, list) else results["rows"]
+
+
+def _ours(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["case"]: row for row in rows if row["peer"] == "gpkernels"}
 
 
 def _assert_rounded(cells: Iterable[str], measured: Iterable[float]) -> None:
@@ -179,11 +190,11 @@ def _assert_rounded(cells: Iterable[str], measured: Iterable[float]) -> None:
     assert cells == [f"{x:.{len(cell.partition('.')[2])}f}" for cell, x in zip(cells, measured, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("last", "name"), [("share of the limit", "xeon-avx512-1-thread"), ("launches of the step, eager's", "h200")]
-)
-def test_the_speeds_of_critics_in_the_readme_are_the_measured_ones(last: str, name: str) -> None:
-    rows = _ours(f"{name}-steps")
+@pytest.mark.parametrize("device", ["Xeon", "H200"])
+def test_the_speeds_of_critics_in_the_readme_are_the_measured_ones(device: str) -> None:
+    on_xeon = device == "Xeon"
+    rows = _ours(_measured("xeon-avx512-1-thread-steps") if on_xeon else _reported("bench steps"))
+    last = "share of the limit" if on_xeon else "launches of the step, eager's"
     kinds = " critic( of 8 channels| with)?| of 8 channels|-like( with minibatch deviation)?|^a |(?<=Norm) MLP [-x0-9]+"
     small = [[float(rows[f"{critic}, {what}"]["speedup"]) for critic in SMALL] for what in ("penalty", "step")]
     (_, *means, _), (_, *least, _), *table = _table(f"critic | penalty | WGAN-GP step | {last}")
@@ -194,12 +205,12 @@ def test_the_speeds_of_critics_in_the_readme_are_the_measured_ones(last: str, na
         cases = [f"{critic}, {what}" for what in ("penalty", "step")] if step else [critic]
         cases += [f"{critic}, R1 step"] if more else []
         _assert_rounded(filter(None, (penalty, step, more)), [float(rows[case]["speedup"]) for case in cases])
-        if name != "h200":
+        if on_xeon:
             _assert_rounded(share.split("; "), [float(rows[case]["limit_share"]) for case in cases[:2]])
 
 
 def test_the_speeds_of_ops_in_the_readme_are_the_measured_ones() -> None:
-    measured = _ours("xeon-avx512-1-thread"), _ours("h200-ops")
+    measured = _ours(_measured("xeon-avx512-1-thread")), _ours(_reported("bench ops"))
     for label, *cells in _table("case | eager over ours | share of the limit | on the H200"):
         names = re.findall("`(.*?)`", label.partition(", over")[0])
         size = "small" if len(names) > 1 else "large"
