@@ -38,7 +38,7 @@ def facts() -> dict[str, Any]:
             for name in sorted(ops.ALL)
         },
         "hardware": (
-            "CPU kernels run on this machine's CPU; every CUDA and Triton kernel, the critic steps and compiled steps have "
+            "CPU kernels run on this machine's CPU; every CUDA and Triton kernel and critic steps, also compiled, have "
             "run on an NVIDIA H200 (PyTorch 2.13, CUDA 13.0), on no other GPU, with memcheck, racecheck and initcheck; "
             "kernels of score losses and tiles of wide heads have changed since"
         ),
