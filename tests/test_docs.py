@@ -190,18 +190,32 @@ def _assert_rounded(cells: Iterable[str], measured: Iterable[float]) -> None:
     assert cells == [f"{x:.{len(cell.partition('.')[2])}f}" for cell, x in zip(cells, measured, strict=True)]
 
 
+def _case(label: str) -> str:
+    """The name of a critic in the benchmark."""
+    words = " critic( of 8 channels| with)?| of 8 channels|-like( with minibatch deviation)?|^a "
+    return re.sub(f"{words}|(?<=Norm|tanh) MLP [-x0-9]+", "", label)
+
+
+def test_the_speeds_of_compiled_steps_in_the_readme_are_the_measured_ones() -> None:
+    peers = "gpkernels", "gpkernels, Inductor", "gpkernels, backend", "compile"
+    rows = {(row["case"], row["peer"]): row for row in _measured("xeon-avx512-1-thread-compiled")}
+    table = _table("critic | gpkernels | compiled by Inductor")
+    assert len(table) == len({case for case, _ in rows})
+    for label, *cells in table:
+        _assert_rounded(cells, [float(rows[f"{_case(label)}, step", peer]["speedup"]) for peer in peers])
+
+
 @pytest.mark.parametrize("device", ["Xeon", "H200"])
 def test_the_speeds_of_critics_in_the_readme_are_the_measured_ones(device: str) -> None:
     on_xeon = device == "Xeon"
     rows = _ours(_measured("xeon-avx512-1-thread-steps") if on_xeon else _reported("bench steps"))
     last = "share of the limit" if on_xeon else "launches of the step, eager's"
-    kinds = " critic( of 8 channels| with)?| of 8 channels|-like( with minibatch deviation)?|^a |(?<=Norm) MLP [-x0-9]+"
     small = [[float(rows[f"{critic}, {what}"]["speedup"]) for critic in SMALL] for what in ("penalty", "step")]
     (_, *means, _), (_, *least, _), *table = _table(f"critic | penalty | WGAN-GP step | {last}")
     _assert_rounded(means, map(geometric_mean, small))
     _assert_rounded(least, map(min, small))
     for label, penalty, step, share in table:
-        critic, _, more = re.sub(kinds, "", label).partition("; its R1 step ")
+        critic, _, more = _case(label).partition("; its R1 step ")
         cases = [f"{critic}, {what}" for what in ("penalty", "step")] if step else [critic]
         cases += [f"{critic}, R1 step"] if more else []
         _assert_rounded(filter(None, (penalty, step, more)), [float(rows[case]["speedup"]) for case in cases])
