@@ -60,6 +60,43 @@ class Critic(nn.Module):
         return self.top(torch.tanh(self.middle(h.reshape(len(x), -1))))
 
 
+def rotary(h: Tensor) -> Tensor:
+    """Attention whose queries and keys are turned by their positions (RoPE, Su et al. 2021, eq. 34)."""
+    tokens = h.mT
+    angle = torch.arange(8.0, dtype=h.dtype)[:, None] / 10 ** torch.arange(4.0, dtype=h.dtype)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turned(x: Tensor) -> Tensor:
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    return F.scaled_dot_product_attention(turned(tokens), turned(tokens.sin()), tokens)
+
+
+def rotary_halves(h: Tensor) -> Tensor:
+    """The same by halves, as Llama's code has it."""
+    tokens = h.mT
+    angle = (torch.arange(8.0, dtype=h.dtype)[:, None] / 10 ** torch.arange(4.0, dtype=h.dtype)).repeat(1, 2)
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+    return torch.softmax(turned(tokens) @ turned(tokens.sin()).mT / 3, -1) @ tokens
+
+
+def rotary_complex(h: Tensor) -> Tensor:
+    """The same as a product of complex numbers."""
+    tokens = h.mT.contiguous()
+    angle = torch.arange(8.0, dtype=h.dtype)[:, None] / 10 ** torch.arange(4.0, dtype=h.dtype)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def turned(x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn).flatten(-2)
+
+    return torch.softmax(turned(tokens) @ turned(tokens.sin()).mT / 3, -1) @ tokens
+
+
 VECTOR, LINE, IMAGE, VOLUME = (6,), (3, 8), (3, 6, 6), (2, 4, 4, 4)
 
 
@@ -267,6 +304,20 @@ case("bilinear", lambda h, w, b: F.bilinear(h.sin(), h, w, b), weights=((3, 8, 8
 case("einsum", lambda h, w: torch.einsum("nct,cd->ntd", h, w), LINE, ((8, 5),))
 case("attention", lambda h: F.scaled_dot_product_attention(h.sin(), h.cos(), h), LINE)
 case("attention by hand", lambda h: torch.softmax(h.mT @ h / 3, -1) @ h.mT, LINE)
+case(
+    "attention by cosines",
+    lambda h: torch.softmax(7 * F.normalize(h, dim=1).mT @ F.normalize(h.sin(), dim=1), -1) @ h.mT,
+    LINE,
+)
+case("attention with rotary positions", rotary, LINE)
+case("attention with rotary positions by halves", rotary_halves, LINE)
+case("attention with rotary positions by complex numbers", rotary_complex, LINE)
+case(
+    "attention with a sink",  # a trained score that takes its share and has no value
+    lambda h, w: torch.softmax(torch.cat([h.mT @ h / 3, w.expand(len(h), 8, 1)], -1), -1)[..., :-1] @ h.mT,
+    LINE,
+    ((8, 1),),
+)
 case("conv1d", lambda h, w, b: F.conv1d(h, w, b, 2, 1), LINE, ((4, 8, 3), (4,)))
 case("conv2d", lambda h, w, b: F.conv2d(h, w, b, 2, 1), IMAGE, ((4, 8, 3, 3), (4,)))
 case("conv2d without a bias", lambda h, w: F.conv2d(h, w), IMAGE, ((4, 8, 3, 3),))
