@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoint.h"
 #include "gradient.h"
 #include "settled.h"
 #include "shelf.h"
@@ -215,4 +216,5 @@ PYBIND11_MODULE(_program, m) {
   add_shelf(m);
   add_settled(m);
   add_gradients(m);
+  add_checkpoint(m);
 }

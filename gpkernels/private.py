@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache, partial
 from importlib import import_module
 from operator import attrgetter
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_flatten as tree_flatten  # nested arguments
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+from torch.utils.checkpoint import CheckpointFunction, set_device_states
 
 from gpkernels.version import OLDEST_TORCH
 
@@ -135,6 +137,39 @@ def local_gradient(node: Any) -> Callable[..., Any]:
         return cotangents[0].redistribute(mesh, placements).to_local(), *gradients[1:]
 
     return hook
+
+
+# --- reentrant checkpoints --------------------------------------------------------------------------------------------
+
+REENTRANT = "CheckpointFunctionBackward"  # the node of torch.utils.checkpoint with use_reentrant=True
+
+
+def is_reentrant_checkpoint(node: Any) -> bool:
+    """Whether a node of that name is of PyTorch's own checkpoint."""
+    return forward_class(node) is CheckpointFunction
+
+
+def call_again(node: Any) -> tuple[Any, ...]:
+    """Call the function of a reentrant checkpoint once more, as in its backward, with a graph from its inputs on."""
+    inputs = list(node.inputs)
+    for i, x in zip(node.tensor_indices, node.saved_tensors, strict=True):
+        inputs[i] = x
+    of_device = node.preserve_rng_state and node.had_device_in_fwd
+    forked = torch.random.fork_rng(
+        devices=node.fwd_devices if of_device else [], enabled=node.preserve_rng_state, device_type=node.device_type
+    )
+    with ExitStack() as stack:
+        stack.enter_context(forked)
+        if node.preserve_rng_state:
+            torch.set_rng_state(node.fwd_cpu_state)
+        if of_device:
+            set_device_states(node.fwd_devices, node.fwd_device_states, device_type=node.device_type)
+        if torch.amp.is_autocast_available(node.device_type):
+            stack.enter_context(torch.amp.autocast(node.device_type, **node.device_autocast_kwargs))
+        stack.enter_context(torch.amp.autocast("cpu", **node.cpu_autocast_kwargs))
+        stack.enter_context(torch.enable_grad())
+        found = node.run_function(*inputs)
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 # --- parameters that ``fully_shard`` distributes ----------------------------------------------------------------------

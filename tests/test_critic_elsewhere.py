@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -151,13 +153,107 @@ def test_checkpointed_blocks_draw_the_same_numbers_and_give_the_same_gradients(k
         assert_same(*found)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_reentrant_checkpoint_is_refused(loss: str) -> None:
-    critic = Checkpointed("reentrant").double()
+@pytest.mark.parametrize("loss", ["whole loss", "penalty"])
+def test_reentrant_checkpoints_draw_the_same_numbers_and_give_the_same_gradients(loss: str) -> None:
+    """In every call; PyTorch itself has no second derivative of these."""
+    critic, whole = Checkpointed("reentrant").double(), Checkpointed("none").double()
+    ours, plain = LOSSES[loss]
+    for seed in range(6):
+        real, fake, eps = batch(8, 6)
+        real.requires_grad_(loss == "whole loss")
+        fake.requires_grad_(loss == "whole loss")
+        found = []
+        for function, module in ((ours, critic), (plain, whole)):
+            torch.manual_seed(seed)
+            value = function(module, real, fake, eps)
+            found.append([value, *gradients(value, module), torch.rand(2)])
+        assert_same(*found)
+    assert all(p.grad is None for p in critic.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_without_gradients_at_its_input_has_none_as_in_pytorch() -> None:
+    critic, whole = Checkpointed("reentrant").double().eval(), Checkpointed("none").double().eval()
+    loss = gpk.CriticLoss(critic)
+    for _ in range(6):
+        real, fake, eps = batch(8, 6)
+        (critic(fake).mean() - critic(real).mean()).backward()
+        scored = [torch.zeros_like(p) if p.grad is None else p.grad for p in critic.parameters()]
+        assert not any(g.any() for g in scored[:-2])  # PyTorch warns of it
+        assert scored[-2].any()
+        critic.zero_grad()
+        penalised = gradients(10 * _plain_penalty(whole, real, fake, eps), whole)
+        wanted = [a if b is None else a + b for a, b in zip(scored, penalised, strict=True)]
+        assert_same(gradients(loss(real, fake, eps=eps).loss, critic), wanted)
+
+
+class Odd(nn.Module):
+    """Checkpoints of every kind of function: nested, of several arguments and results, and as the last call."""
+
+    def __init__(self, again: bool, activation: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.top, self.again, self.activation = nn.Linear(6, 1), again, activation
+
+    def called(self, function: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=True) if self.again else function(*args)
+
+    def within(self, x: Tensor) -> Tensor:
+        return self.called(lambda x: torch.tanh(self.layers[1](x)), self.activation(self.layers[0](x))) * x
+
+    def pair(self, factor: float, x: Tensor, skipped: None, y: Tensor) -> tuple[Tensor, Tensor]:
+        return factor * self.layers[2](x) * y, torch.sin(self.layers[3](y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.called(self.within, x)
+        a, b = self.called(self.pair, 0.7, h, None, x)
+        return self.called(self.top, a + b * h)
+
+
+def test_reentrant_checkpoints_of_any_function() -> None:
+    critic, whole = Odd(True).double(), Odd(False).double()
+    for kind in (gpk.r1_penalty, gpk.eikonal_loss):
+        for _ in range(5):
+            x = batch(8, 6)[0]
+            assert_same(gradients(kind(critic, x), critic), gradients(kind(whole, x), whole))
+
+
+def _hooked(critic: Checkpointed) -> nn.Module:
+    critic.top.register_full_backward_hook(lambda *given: None)
+    return critic
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
+    "inside fast_double_backward": (lambda: Checkpointed("reentrant"), _composed),
+    "of an input gradient": (lambda: Checkpointed("reentrant"), _of_gradient),
+    "with a call without a rule": (lambda: Odd(True, lambda h: torch.cumprod(h, 1)), LOSSES["penalty"][0]),
+    "with a hook on a module": (lambda: _hooked(Checkpointed("reentrant")), LOSSES["penalty"][0]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_reentrant_checkpoint_is_refused(name: str) -> None:
+    make, loss = REFUSED[name]
+    critic = make().double()
     for _ in range(3):
         with pytest.raises(RuntimeError, match="use use_reentrant=False"):
-            LOSSES[loss][0](critic, *batch(8, 6))
+            loss(critic, *batch(8, 6))
     assert all(p.grad is None for p in critic.parameters())
+
+
+def test_an_explanation_shows_what_reentrant_checkpoints_call() -> None:
+    found = gpk.explain(Checkpointed("reentrant"), batch(8, 6)[0].float())
+    assert [call.function for call in found.calls].count("linear") == 3
+    text = str(found)
+    assert "every call has a rule" in text
+    assert "in eager PyTorch: not possible: When use_reentrant=True" in text
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints_are_not_forced_to_one_batch() -> None:
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        gpk.CriticLoss(Checkpointed("reentrant").double(), together=True)(*batch(8, 6)[:2])
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["by rules", "left to autograd"])

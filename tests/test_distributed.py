@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import gpkernels as gpk
 from critics import plain_penalty, plain_points
@@ -117,6 +118,22 @@ def checkpointed(critic: nn.Sequential) -> nn.Module:
     for i in (0, 1):
         critic[i] = checkpoint_wrapper(critic[i])
     return sharded(critic, reshard_after_forward=True)
+
+
+class Reentrant(nn.Module):
+    """A block whose activations PyTorch makes again in backward alone."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=True)
+
+
+def reentrant(critic: nn.Sequential) -> nn.Module:
+    critic[1] = Reentrant(critic[1])
+    return DistributedDataParallel(critic)
 
 
 WAYS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
@@ -329,6 +346,7 @@ CHECKS: dict[str, Check] = {
     "a call without a rule, by DDP": check(WAYS["DDP"], wgan, plain, activation=nn.Mish),
     "a call without a rule, by fully_shard": check(FREES, wgan, plain, activation=nn.Mish),
     "checkpointed blocks, by fully_shard": check(checkpointed, wgan, plain),
+    "a reentrant checkpoint, by DDP": check(reentrant, wgan, plain),
     "a critic that is a function, by fully_shard": check(FREES, lambda c, b: wgan(lambda x: c(x), b), plain),
     "a compiled step, by fully_shard": check(FREES, torch.compile(wgan, backend="aot_eager"), plain),
     **{f"{what}, by tensor parallelism": check(tensor_parallel, *pair, whole=True) for what, pair in LOSSES.items()},

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -410,6 +411,38 @@ def hooks_on_saved_tensors() -> None:
     assert seen[0][0].__module__ == "torch.utils.checkpoint"
 
 
+def reentrant_checkpoints() -> None:
+    w, x = leaf(), leaf()
+
+    def block(factor: int, x: Tensor) -> Tensor:
+        return factor * x * w + torch.rand(())
+
+    torch.manual_seed(0)
+    y = checkpoint(block, 2, x, use_reentrant=True)
+    node, drawn = y.grad_fn, torch.rand(())
+    assert node.name() == private.REENTRANT
+    assert private.is_reentrant_checkpoint(node)
+    assert issubclass(private.CheckpointFunction, torch.autograd.Function)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    (again,) = private.call_again(node)
+    assert torch.equal(again, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {edge.node for edge in map(get_gradient_edge, (x, w))} <= set(_nodes_behind(again))
+    private.set_device_states([], [], device_type="cpu")
+    torch.manual_seed(0)
+    torch.rand(())
+    assert torch.equal(torch.rand(()), drawn)
+
+
+def _nodes_behind(x: Tensor) -> list[object]:
+    left, found = [x.grad_fn], []
+    while left:
+        found.append(left.pop())
+        left += [node for node, _ in found[-1].next_functions if node is not None]
+    return found
+
+
 def checkpoints_in_graphs() -> None:
     found: list[tuple[str, bool]] = []
 
@@ -461,6 +494,9 @@ EXPECTED: dict[Callable[[], None], tuple[str, ...]] = {
     sharded_parameters: ("fsdp_gather", "fsdp_groups", "fsdp_reduces", "fsdp_state", "_reshard_after_forward"),
     tensors_of_processes: ("FROM_LOCAL", "local_gradient", "local_placements"),
     hooks_on_saved_tensors: ("saved_tensors_hooks",),
+    reentrant_checkpoints: (
+        *("CheckpointFunction", "REENTRANT", "call_again", "is_reentrant_checkpoint", "set_device_states"),
+    ),
     checkpoints_in_graphs: ("CHECKPOINT", "CONTEXTS"),
     views: ("_view_func",),
     of_tensors_and_nodes: ("_base", "_buffers", "_cdata", "_input_metadata", "_modules", "_version"),
@@ -485,6 +521,7 @@ def test_nothing_is_left_out() -> None:
     own = {
         "Any",
         "Callable",
+        "ExitStack",
         "Tensor",
         "annotations",
         "attrgetter",

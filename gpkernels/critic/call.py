@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gpkernels import backends
-from gpkernels.critic.graph import Graph, native, prepare_nodes
+from gpkernels.critic.graph import native, prepare_nodes, read_unfolded
 from gpkernels.critic.parts import Between, called, constant_scores, points_of
 from gpkernels.critic.together import Check, Record, Watch
 from gpkernels.critic.uncompiled import uncompiled
@@ -82,7 +82,8 @@ class Pass:
     """One call of the critic on one or several groups of samples, and autograd's graph of it.
 
     x: the batch, a leaf where its gradient is wanted. start: sequence number of the critic's first node. wants: whether
-    the gradient at the batch is wanted. pack: as in ``Task``.
+    the gradient at the batch is wanted. pack: as in ``Task``. unfolded: whether the graph had reentrant checkpoints,
+    in whose place is now what they call.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Pass:
         self.pack = pack
         self.each = len(x) // len(groups) // (pack or 1)
         self.x, self.start, self.wants = x, start, wants
+        self.unfolded = False
         penalised = any(g.penalised for g in groups)
         scores, features = scores_of(output, called(pack)), features_of(output)
         self.outputs = [scores] if features is None else [scores, features]
@@ -112,7 +114,7 @@ class Pass:
         """Read the graph: nodes, saved tensors, leaves, the batch among them, and the key."""
         roots = [u for u in self.outputs if u.requires_grad]
         self._read(roots)
-        self.native_matches = True  # whether the native reader finds the same graph
+        self.native_matches = not self.unfolded  # whether the native reader finds the same graph
         if (
             self.x_leaf is None and self.start and self.x.requires_grad
         ):  # made in another thread, which has its own sequence numbers
@@ -124,7 +126,8 @@ class Pass:
         self.key = self.graph_key, self.x_leaf, self.wants, self.groups, self.each, metas, self.pack
 
     def _read(self, roots: list[Tensor]) -> None:
-        graph = Graph(roots, self.start)
+        graph, unfolded = read_unfolded(roots, self.start)
+        self.unfolded = self.unfolded or unfolded
         self.by_engine = prepare_nodes(graph.nodes, [self.x] if self.x.requires_grad else [])
         self.graph_key, self.nodes, self.saved = graph.key, graph.nodes, graph.saved
         found = native().leaves(roots, self.start) if any(leaf is None for leaf in graph.leaves) else graph.leaves

@@ -20,7 +20,7 @@ from gpkernels.critic.call import scores_of
 from gpkernels.critic.explanation import Call, Explanation
 from gpkernels.critic.follow import Claim, Flops, Follow, modules_of, names_of, restored
 from gpkernels.critic.generic import Edge, Outsider
-from gpkernels.critic.graph import Graph
+from gpkernels.critic.graph import Graph, read_unfolded
 from gpkernels.critic.parts import Norm, Task, constant_scores
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
@@ -244,7 +244,7 @@ class _Explainer:
 
     def _eager_penalty(self) -> None:
         x, scores = self._scores()
-        weights = [leaf for leaf in _graph_of(scores).leaves if leaf is not None and leaf is not x]
+        weights = [leaf for leaf in Graph([scores]).leaves if leaf is not None and leaf is not x]
         (grad,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
         penalty = grad.flatten(1).square().sum(1).mean() if grad.dim() > 1 else grad.square().mean()
         if weights and penalty.requires_grad:
@@ -294,7 +294,7 @@ def _short(name: str) -> str:
 def _graph_of(scores: Tensor) -> Graph:
     if not scores.requires_grad:
         raise constant_scores()
-    return Graph([scores])
+    return read_unfolded([scores])[0]
 
 
 def _planned(graph: Graph, x: Tensor) -> Plan:

@@ -21,7 +21,7 @@ from gpkernels.critic.by_autograd import left_to_autograd
 from gpkernels.critic.call import refuse_symbols, scores_of
 from gpkernels.critic.compiled import Options
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.graph import REENTRANT, Graph, attributes, prepare_graph, prepare_nodes
+from gpkernels.critic.graph import Graph, attributes, prepare_graph, prepare_nodes
 from gpkernels.critic.parts import constant_scores
 from gpkernels.critic.passes import Passes, totals
 from gpkernels.critic.plan import Place, Plan
@@ -31,6 +31,7 @@ from gpkernels.critic.surroundings import surroundings
 from gpkernels.critic.work import apart
 from gpkernels.private import (
     FROM_LOCAL,
+    REENTRANT,
     dual_level,
     graph_is_kept,
     is_batched,

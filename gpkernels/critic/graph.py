@@ -21,11 +21,17 @@ from gpkernels.critic import uncompiled
 from gpkernels.critic.program import CAPACITY, watched
 from gpkernels.critic.rules import RULES
 from gpkernels.critic.rules.base import Meta, Rule
-from gpkernels.private import FROM_LOCAL, local_gradient, local_placements
+from gpkernels.private import (
+    FROM_LOCAL,
+    REENTRANT,
+    call_again,
+    is_reentrant_checkpoint,
+    local_gradient,
+    local_placements,
+)
 
 DROPOUT = "NativeDropoutBackward0"
 LEAF = "torch::autograd::AccumulateGrad"
-REENTRANT = "CheckpointFunctionBackward"
 GIVEN = "torch::autograd::Error"  # node of a graph input while AOTAutograd traces
 _WRAP = 1 << 64
 Edge = tuple[Any, int]  # (node, output number)
@@ -149,6 +155,34 @@ def _in_order(roots: Sequence[Edge], start: int, places: dict[Edge, int]) -> lis
     return order
 
 
+def read_unfolded(outputs: Sequence[Tensor], start: int = 0) -> tuple[Graph, bool]:
+    """Read the graph with what reentrant checkpoints call in their place; return whether there were any.
+
+    Rules alone may differentiate it then: what autograd's nodes have saved still leads to the checkpoints.
+    """
+    graph, any_found = Graph(outputs, start), False
+    while _unfold(outputs, graph.nodes):  # functions may have checkpoints of their own
+        graph, any_found = Graph(outputs, start), True
+    return graph, any_found
+
+
+def _unfold(outputs: Sequence[Tensor], nodes: Sequence[Edge]) -> bool:
+    found = [node for node, _ in nodes if node.name() == REENTRANT]
+    if not found or backends.program is None or not all(map(is_reentrant_checkpoint, found)):
+        return False
+    with uncompiled.uncompiled():
+        backends.program.replace_nodes(outputs, REENTRANT, [(node, list(call_again(node))) for node in found])
+    return True
+
+
+def reentrant() -> RuntimeError:
+    """Return the error of a checkpoint that cannot be replaced."""
+    return RuntimeError(
+        "critic: torch.utils.checkpoint with use_reentrant=True has no second derivative, and its backward changes the "
+        "gradients of weights; use use_reentrant=False"
+    )
+
+
 def prepare_graph(outputs: Sequence[Tensor], samples: Sequence[Tensor]) -> None:
     """Call ``prepare_nodes`` with the nodes that the outputs depend on."""
     prepare_nodes(_in_order([(edge.node, edge.output_nr) for edge in map(get_gradient_edge, outputs)], 0, {}), samples)
@@ -163,10 +197,7 @@ def prepare_nodes(nodes: Sequence[Edge], samples: Sequence[Tensor]) -> bool:
     for node, _ in nodes:
         named.get(node.name(), []).append(node)
     if named[REENTRANT]:
-        raise RuntimeError(
-            "critic: torch.utils.checkpoint with use_reentrant=True has no second derivative, and its backward changes "
-            "the gradients of weights; use use_reentrant=False"
-        )
+        raise reentrant()
     if not (named[FROM_LOCAL] and samples):
         return False
     ends = {get_gradient_edge(x).node for x in samples}

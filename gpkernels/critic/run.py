@@ -18,7 +18,7 @@ from gpkernels.critic.by_autograd import by_autograd, left_to_autograd
 from gpkernels.critic.call import Group, Pass, call
 from gpkernels.critic.compiled import chosen
 from gpkernels.critic.generic import Outsider
-from gpkernels.critic.graph import native
+from gpkernels.critic.graph import native, reentrant
 from gpkernels.critic.parts import Norm, Task
 from gpkernels.critic.together import Check, Log, autocasts
 from gpkernels.critic.work import Known, work
@@ -51,6 +51,9 @@ class Signed:
         key = tuple([one.key for one in passes]), tuple(mine), task
         self.signature = program.signatures.get(key, lambda: Known([one.key for one in passes], mine))
         self.known: Known = self.signature.known
+        self.unfolded = any(one.unfolded for one in passes)
+        if self.unfolded and (self.hooked or any(self.known.generic)):
+            raise reentrant()
 
     def run(self, numbers: Sequence[Tensor]) -> Results:
         """Return values, the leaves' gradients, and those at samples, where wanted. numbers: one, and the weights."""

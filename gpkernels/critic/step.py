@@ -358,6 +358,8 @@ def _why_apart(signed: Signed) -> str | None:
     """Return why samples of one batch interact, or None."""
     if signed.passes[0].x_leaf is None:
         return "the scores do not depend on the batch"
+    if signed.unfolded:  # a checkpoint has no graph where its inputs require no gradients
+        return "checkpoints with use_reentrant=True"
     plan = signed.known.plans[0]
     return keeps_apart(plan, plan.outputs[0][0])
 
@@ -424,7 +426,8 @@ def _note(seen: Seen | None, mode: Any, watch: Watch | None, signed: Signed) -> 
     at = next(i for i, one in enumerate(signed.passes) if any(penalised for _, penalised in one.groups))
     one, plan = signed.passes[at], signed.known.plans[at]
     size = sum(x.nbytes for x in one.saved if x is not None)
-    if keeps_apart(plan, plan.outputs[0][0]) is not None or size > LARGE[mode[2] == "cpu"]:
+    apart = one.unfolded or keeps_apart(plan, plan.outputs[0][0]) is not None
+    if apart or size > LARGE[mode[2] == "cpu"]:
         seen.set(mode, None)
     else:
         seen.set(mode, "looked" if watch is None else settled(watch, plan, one.nodes))
