@@ -25,6 +25,8 @@ from xml.etree import ElementTree
 
 import torch
 
+from gpkernels.arguments import count, duration
+
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = "tests/test_gpu.py"
 NEED_NO_GPU = "small_critics"  # tests of that file
@@ -139,24 +141,6 @@ def run(part: Part, folder: Path) -> dict[str, Any]:
     return record
 
 
-def at_least_one(text: str) -> int:
-    """Parse a number of processes."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
-
-
-def above_0(text: str) -> float:
-    """Parse a duration."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
-
-
 def main() -> int:
     """Write the report; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -164,10 +148,10 @@ def main() -> int:
     names = [part.name for part in parts(Path(), "cpu", dry=True)]
     parser.add_argument("--part", action="append", choices=names, metavar="NAME", help="run this one (default: all)")
     parser.add_argument(
-        "--jobs", type=at_least_one, default=1, metavar="N", help="run up to N of the parts that time nothing at once"
+        "--jobs", type=count, default=1, metavar="N", help="run up to N of the parts that time nothing at once"
     )
     parser.add_argument(
-        "--seconds", type=above_0, metavar="S", help="seconds per call of a case; a program takes ten times that"
+        "--seconds", type=duration, metavar="S", help="seconds per call of a case; a program takes ten times that"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/DEVICE-report.json")
     options = parser.parse_args()

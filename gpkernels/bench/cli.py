@@ -12,7 +12,17 @@ from types import ModuleType
 
 import torch
 
-from gpkernels.arguments import Parser, UserError, check_file, check_folder, count, critic_errors, own_critic, written
+from gpkernels.arguments import (
+    Parser,
+    UserError,
+    check_file,
+    check_folder,
+    count,
+    critic_errors,
+    duration,
+    own_critic,
+    written,
+)
 from gpkernels.bench import attention, gradients, machine, ops, results, steps
 from gpkernels.bench.trial import EAGER, OURS, PEERS, Trial, measure
 
@@ -59,7 +69,7 @@ def _parser(suites: Suites) -> argparse.ArgumentParser:
     parser.add_argument("--growth", action="store_true", help="measure over batch, width, depth and image size instead")
     parser.add_argument("--quick", action="store_true", help="few, small cases")
     parser.add_argument(
-        "--seconds", type=_seconds, metavar="S", help=f"seconds per call of a case (default: {SECONDS:g})"
+        "--seconds", type=duration, metavar="S", help=f"seconds per call of a case (default: {SECONDS:g})"
     )
     parser.add_argument("--threads", type=count, default=1, metavar="N", help="threads of PyTorch (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (default: cpu)")
@@ -75,16 +85,6 @@ def _parser(suites: Suites) -> argparse.ArgumentParser:
         help="compare two files of results; exit with 1 if NEW is worse",
     )
     return parser
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
 
 
 def _bench(options: argparse.Namespace, suites: Suites) -> int:
