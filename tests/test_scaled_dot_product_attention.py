@@ -203,6 +203,30 @@ def test_special_values_come_out_as_in_the_plain_form() -> None:
                     torch.testing.assert_close(ours, exact, equal_nan=True)
 
 
+def test_a_second_derivative_makes_no_product_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each derivative is one op; the first is not computed again for a cotangent of zeros."""
+    monkeypatch.setattr(op, "MOST_SCORES_KEPT", 0)
+    query, key, value, cotangent = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(4))
+    with Named() as named:
+        output = attention(query, key, value)
+        first = torch.autograd.grad(output, (query, key), cotangent, create_graph=True)
+        torch.autograd.grad(first, (cotangent, query, key), [torch.randn_like(x) for x in first])
+    name = "scaled_dot_product_attention"
+    assert [found for found in named.found if name in found] == [name, f"{name}_backward", f"{name}_double_backward"]
+
+
+class Named(TorchDispatchMode):
+    """Lists the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(called.name().split("::")[1].partition(".")[0])
+        return called(*args, **(kwargs or {}))
+
+
 def test_a_third_derivative_is_refused() -> None:
     x = torch.randn(2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(attention(x, x, x).square().sum(), x, create_graph=True)

@@ -267,11 +267,14 @@ class _Attention(Differentiable):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         query, key, value, mask, *ctx.constants = inputs
         ctx.save_for_backward(query, key, value, *output, mask)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor | None, _: None) -> Any:
+        if cotangent is None:  # of a second derivative, which has all that depends on the output
+            return (None,) * 6
         *kept, mask = ctx.saved_tensors
         if _composes_alone():
             pulled = torch.func.vjp(_of_tensors(mask, *ctx.constants), *kept[:3])[1](cotangent)
