@@ -14,20 +14,16 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
 
-from gpkernels.ops.scaled_dot_product_attention import (
-    scaled_dot_product_attention_backward_op,
-    scaled_dot_product_attention_double_backward_op,
-    scaled_dot_product_attention_jvp_op,
-    scaled_dot_product_attention_op,
-)
 from gpkernels.triton.scaled_dot_product_attention import Sizes
 
 launcher: Any = sys.modules[Sizes.__module__]  # the package has a function of this name
@@ -72,35 +68,27 @@ TILES = {
 }  # by dtype and width of the heads
 
 
-def calls(dtype: torch.dtype, width: int, length: int) -> dict[str, Callable[[], Any]]:
-    """Return a call for each op."""
+def calls(dtype: torch.dtype, width: int, length: int) -> list[Callable[[], Any]]:
+    """Return a call of each op."""
     torch.manual_seed(0)
-    shape = BATCH, HEADS, length, width
 
     def drawn() -> Tensor:
         return torch.randn(BATCH, length, HEADS, width, device="cuda").to(dtype).transpose(1, 2)
 
     query, key, value, cotangent, *tangents = (drawn() for _ in range(7))
-    constants = None, False, shape[-1] ** -0.5
+    constants = None, False, width**-0.5
     output, logsumexp = launcher.scaled_dot_product_attention(query, key, value, *constants)
     kept = query, key, value, output, logsumexp
     tangent, mean = launcher.scaled_dot_product_attention_jvp(*tangents, *kept, *constants)
-    return {
-        scaled_dot_product_attention_op.name: lambda: launcher.scaled_dot_product_attention(
-            query, key, value, *constants
+    return [
+        partial(launcher.scaled_dot_product_attention, query, key, value, *constants),
+        partial(launcher.scaled_dot_product_attention_backward, cotangent, *kept, *constants),
+        partial(launcher.scaled_dot_product_attention_jvp, *tangents, *kept, *constants),
+        partial(
+            launcher.scaled_dot_product_attention_double_backward,
+            *(*tangents, cotangent, *kept, tangent, mean, *constants),
         ),
-        scaled_dot_product_attention_backward_op.name: lambda: launcher.scaled_dot_product_attention_backward(
-            cotangent, *kept, *constants
-        ),
-        scaled_dot_product_attention_jvp_op.name: lambda: launcher.scaled_dot_product_attention_jvp(
-            *tangents, *kept, *constants
-        ),
-        scaled_dot_product_attention_double_backward_op.name: (
-            lambda: launcher.scaled_dot_product_attention_double_backward(
-                *tangents, cotangent, *kept, tangent, mean, *constants
-            )
-        ),
-    }
+    ]
 
 
 class Watched:
@@ -129,29 +117,25 @@ class Watched:
 def timed(call: Callable[[], Any], tiles: Tiles, width: int, rounds: int) -> tuple[dict[str, float], list[Tensor]]:
     """Return the microseconds of each kernel of a call, and its results."""
     watched = Watched(tiles, width, rounds)
-    known = Sizes.over_rows, Sizes.over_keys
 
     def watching(over: Callable[..., None]) -> Any:
         return lambda sizes, kernel, *tensors: watched.launch(sizes, over, kernel, *tensors)
 
-    Sizes.over_rows, Sizes.over_keys = (watching(over) for over in known)  # type: ignore[method-assign]
-    try:
+    with patch.multiple(Sizes, over_rows=watching(Sizes.over_rows), over_keys=watching(Sizes.over_keys)):
         results = call()
-    finally:
-        Sizes.over_rows, Sizes.over_keys = known  # type: ignore[method-assign]
     return watched.us, list(results)
 
 
 def compiled(name: str, width: int, tiles: Tiles) -> None:
     """Compile the kernels of some tiles, into Triton's cache, as far as the GPU can hold them."""
-    for call in calls(DTYPES[name], width, 64).values():
+    for call in calls(DTYPES[name], width, 64):
         with suppress(triton.runtime.errors.OutOfResources):
             timed(call, tiles, width, 0)
 
 
 def measured(name: str, width: int, length: int) -> Iterator[dict[str, Any]]:
     """Yield a row for each kernel and its tiles; tiles that give other numbers than the first are an error."""
-    for call in calls(DTYPES[name], width, length).values():
+    for call in calls(DTYPES[name], width, length):
         exact: list[Tensor] = []
         for tiles in TILES[name, width]:
             try:

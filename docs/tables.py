@@ -21,9 +21,14 @@ def _read(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def _report() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{H200}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _reported(part: str) -> list[Row]:
     """Rows of a part of the GPU's report."""
-    results = json.loads((RESULTS / f"{H200}.json").read_text(encoding="utf-8"))["parts"][part]["results"]
+    results = _report()["parts"][part]["results"]
     rows: list[Row] = results if isinstance(results, list) else results["rows"]
     return rows
 
@@ -51,7 +56,7 @@ def _shown(value: float | None) -> str:
 def devices() -> str:
     """Name what was measured on."""
     xeon = _read(f"{XEON}-steps")[0]
-    report = json.loads((RESULTS / f"{H200}.json").read_text(encoding="utf-8"))
+    report = _report()
     threads = report["parts"]["bench steps"]["results"]["machine"]["threads"]
     rows = [
         (f"`{XEON}-steps.csv`", xeon["device"], xeon["threads"], xeon["torch"]),

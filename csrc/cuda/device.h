@@ -192,15 +192,19 @@ __device__ __forceinline__ void grid_sum(double value, double* totals, unsigned*
   if (threadIdx.x == 0) f(value);
 }
 
-// Zero-initialised tickets.
-inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
-  const Tensor made = empty(like, count, ScalarType::Int);
-  const cudaError_t error = cudaMemsetAsync(made.mutable_data_ptr(), 0, size_t(count) * sizeof(int), stream);
+inline void reset(unsigned* tickets, int64_t count, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(tickets, 0, size_t(count) * sizeof(unsigned), stream);
   STD_TORCH_CHECK(error == cudaSuccess, "workspace: ", cudaGetErrorString(error));
-  return made;
 }
 
 inline unsigned* ticket_of(const Tensor& x) { return static_cast<unsigned*>(x.mutable_data_ptr()); }
+
+// Zero-initialised tickets.
+inline Tensor tickets(const Tensor& like, int64_t count, cudaStream_t stream) {
+  const Tensor made = empty(like, count, ScalarType::Int);
+  reset(ticket_of(made), count, stream);
+  return made;
+}
 
 // Partial sums of blocks and a ticket that is zero, in one tensor.
 template <typename A>
@@ -208,8 +212,7 @@ class Workspace {
  public:
   Workspace(const Tensor& like, int64_t sums, cudaStream_t stream)
       : made_(empty(like, sums + 1, scalar_type_of<A>())), sums_(sums) {
-    const cudaError_t error = cudaMemsetAsync(ticket(), 0, sizeof(unsigned), stream);
-    STD_TORCH_CHECK(error == cudaSuccess, "workspace: ", cudaGetErrorString(error));
+    reset(ticket(), 1, stream);
   }
   A* sums() const { return static_cast<A*>(made_.mutable_data_ptr()); }
   unsigned* ticket() const { return reinterpret_cast<unsigned*>(sums() + sums_); }

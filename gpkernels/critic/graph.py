@@ -161,13 +161,14 @@ def read_unfolded(outputs: Sequence[Tensor], start: int = 0) -> tuple[Graph, boo
     Rules alone may differentiate it then: what autograd's nodes have saved still leads to the checkpoints.
     """
     graph, any_found = Graph(outputs, start), False
-    while _unfold(outputs, graph.nodes):  # functions may have checkpoints of their own
+    while _unfold(outputs, graph):  # functions may have checkpoints of their own
         graph, any_found = Graph(outputs, start), True
     return graph, any_found
 
 
-def _unfold(outputs: Sequence[Tensor], nodes: Sequence[Edge]) -> bool:
-    found = [node for node, _ in nodes if node.name() == REENTRANT]
+def _unfold(outputs: Sequence[Tensor], graph: Graph) -> bool:
+    facts, _ = graph.key
+    found = [node for (node, _), (name, *_) in zip(graph.nodes, facts, strict=True) if name == REENTRANT]
     if not found or backends.program is None or not all(map(is_reentrant_checkpoint, found)):
         return False
     with uncompiled.uncompiled():
