@@ -4,10 +4,8 @@ A block has a few matrices or a few rows of one, and all keys that these see; bl
 again, so that nothing grows with the product of both lengths. All functions take (N, T, D) queries, (N, S, D) keys and
 (N, S, Dv) values, N being batch times heads, and compute in at least float32.
 
-With S = scale q k^T + mask, P = softmax(S), O = P v, a cotangent G of O and tangents marked by a dot:
+With S = scale q k^T + mask, P = softmax(S), O = P v, a cotangent G of O and tangents marked by a prime:
 
-- scores less their row's logsumexp, whose exponential is P, are one product of [scale q, -logsumexp] and [k, 1]; other
-  rows' statistics are subtracted the same way
 - VJP: D = sum_j G O, dP = G v^T, dS = P (dP - D); to q: scale dS k, to k: scale dS^T q, to v: P^T G
 - JVP: S' = scale (q' k^T + q k'^T), m = sum_j P S', P' = P (S' - m), O' = P' v + P v'
 - with f = sum G O', the derivative of <G, O'> by S is B = P ((S' - m) (dP - D) + G v'^T - f); so it is
@@ -16,7 +14,8 @@ With S = scale q k^T + mask, P = softmax(S), O = P v, a cotangent G of O and tan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,7 +65,8 @@ class Blocks:
         # Rows depend on the shape alone, matrices also on the number of threads: no sum depends on that.
         self.rows = max(1, min(self.length, max(FEWEST_ROWS, size // max(1, self.keys))))
         together = (torch.get_num_threads() if on_cpu else 1) * size // max(1, self.rows * self.keys)
-        self.matrices = max(1, min(self.count, together))
+        parts = math.ceil(self.count / max(1, together))
+        self.matrices = math.ceil(self.count / max(1, parts))
 
     def __iter__(self) -> Iterator[Block]:
         if not self.keys:
@@ -81,11 +81,11 @@ class Blocks:
         """Allocate memory for one block."""
         return self.a.query.new_empty(self.matrices * self.rows * self.keys, dtype=self.dtype)
 
-    def product(self, left: Tensor, right: Tensor, block: Block, memory: Tensor) -> Tensor:
-        """Compute the block of left right^T."""
+    def product(self, left: Tensor, right: Tensor, block: Block, memory: Tensor, scale: float = 1) -> Tensor:
+        """Compute the block of scale left right^T."""
         n, rows = block.matrices.stop - block.matrices.start, block.rows.stop - block.rows.start
         out = memory[: n * rows * block.keys].view(n, rows, block.keys)
-        return torch.bmm(block.of_rows(left), block.of_keys(right).mT, out=out)
+        return torch.baddbmm(out, block.of_rows(left), block.of_keys(right).mT, beta=0, alpha=scale, out=out)
 
     def hide(self, scores: Tensor, block: Block) -> Tensor:
         """Apply the mask to a block of scores, in place."""
@@ -108,29 +108,31 @@ class Blocks:
                 scores += mask
         return scores
 
-    def probabilities(self, left: Tensor, right: Tensor, block: Block, memory: Tensor) -> Tensor:
-        return self.hide(self.product(left, right, block, memory), block).exp_()
+    def scores(self, query: Tensor, key: Tensor, block: Block, memory: Tensor) -> Tensor:
+        """Compute the block of S."""
+        return self.hide(self.product(query, key, block, memory, self.a.scale), block)
+
+    def probabilities(self, query: Tensor, key: Tensor, logsumexp: Tensor, block: Block, memory: Tensor) -> Tensor:
+        """Compute the block of P."""
+        return self.scores(query, key, block, memory).sub_(block.of_rows(logsumexp)[..., None]).exp_()
 
     def zeros(self, like: Tensor) -> Tensor:
         return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
 
-    def wide(self, *parts: Tensor) -> Tensor:
-        """Join the parts along the last axis, in the dtype of sums."""
-        return torch.cat([x.to(self.dtype) for x in parts], -1)
-
-    def ones(self, like: Tensor) -> Tensor:
-        return like.new_ones((*like.shape[:-1], 1), dtype=self.dtype)
+    def wide(self, *tensors: Tensor) -> list[Tensor]:
+        """Convert to the dtype of sums."""
+        return [x.to(self.dtype) for x in tensors]
 
 
 def attention(a: Attention) -> tuple[Tensor, Tensor]:
     """Compute O and the rows' logsumexp, both 0 for rows that see no key."""
     blocks = Blocks(a)
-    query, key, value = blocks.wide(a.query * a.scale), blocks.wide(a.key), blocks.wide(a.value)
+    query, key, value = blocks.wide(*a[:3])
     output = query.new_zeros((*query.shape[:2], value.shape[2]))
     logsumexp = query.new_zeros(query.shape[:2])
     memory = blocks.memory()
     for block in blocks:
-        scores = blocks.hide(blocks.product(query, key, block, memory), block)
+        scores = blocks.scores(query, key, block, memory)
         largest = scores.amax(-1, keepdim=True)
         largest.masked_fill_(largest == -torch.inf, 0)
         total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
@@ -140,27 +142,33 @@ def attention(a: Attention) -> tuple[Tensor, Tensor]:
     return output.to(a.query.dtype), logsumexp
 
 
-def _rows_sum(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    return (a.to(dtype) * b.to(dtype)).sum(-1, keepdim=True)
+def _rows_sum(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
 
 
 def vjp(a: Attention, output: Tensor, logsumexp: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the cotangents of query, key and value."""
     blocks = Blocks(a)
-    width = a.query.shape[2]
-    query = blocks.wide(a.query * a.scale, -logsumexp[..., None])
-    key, value = (blocks.wide(x, blocks.ones(x)) for x in (a.key, a.value))
-    along = _rows_sum(cotangent, output, blocks.dtype)
-    cotangent = blocks.wide(cotangent, -along)
+    query, key, value, given, wide_output = blocks.wide(*a[:3], cotangent, output)
+    along = _rows_sum(given, wide_output)
     to_query, to_key, to_value = (blocks.zeros(x) for x in a[:3])
     memory = blocks.memory(), blocks.memory()
     for block in blocks:
-        p = blocks.probabilities(query, key, block, memory[0])
-        block.of_keys(to_value).baddbmm_(p.mT, block.of_rows(cotangent)[..., :-1])
-        ds = blocks.product(cotangent, value, block, memory[1]).mul_(p)
-        to_query[block[:2]] = torch.bmm(ds, block.of_keys(key)[..., :width])
-        block.of_keys(to_key).baddbmm_(ds.mT, block.of_rows(query)[..., :width])
+        p = blocks.probabilities(query, key, logsumexp, block, memory[0])
+        block.of_keys(to_value).baddbmm_(p.mT, block.of_rows(given))
+        ds = blocks.product(given, value, block, memory[1]).sub_(block.of_rows(along)).mul_(p)
+        to_query[block[:2]] = torch.bmm(ds, block.of_keys(key))
+        block.of_keys(to_key).baddbmm_(ds.mT, block.of_rows(query), alpha=a.scale)
     return to_query.mul_(a.scale).to(a.query.dtype), to_key.to(a.key.dtype), to_value.to(a.value.dtype)
+
+
+def _moved(
+    blocks: Blocks, query: Tensor, key: Tensor, tangents: Sequence[Tensor], block: Block, memory: Tensor
+) -> Tensor:
+    """Compute the block of S'."""
+    scale = blocks.a.scale
+    moved = blocks.product(tangents[0], key, block, memory, scale)
+    return moved.baddbmm_(block.of_rows(query), block.of_keys(tangents[1]).mT, alpha=scale)
 
 
 def jvp(
@@ -168,19 +176,15 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """Compute O' and m."""
     blocks = Blocks(a)
-    width = a.query.shape[2]
-    tq, tk, tv = tangents
-    query = blocks.wide(tq * a.scale, a.query * a.scale, -logsumexp[..., None])
-    key, value, tv = blocks.wide(a.key, tk), blocks.wide(a.value), blocks.wide(tv)
-    ones = blocks.wide(a.key, blocks.ones(a.key))
+    query, key, value, wide_output, *wide_tangents = blocks.wide(*a[:3], output, *tangents)
     tangent, mean = blocks.zeros(output), blocks.zeros(logsumexp)
     memory = blocks.memory(), blocks.memory()
     for block in blocks:
-        p = blocks.probabilities(query[..., width:], ones, block, memory[0])
-        moved = blocks.product(query[..., :-1], key, block, memory[1]).mul_(p)
+        p = blocks.probabilities(query, key, logsumexp, block, memory[0])
+        moved = _moved(blocks, query, key, wide_tangents, block, memory[1]).mul_(p)
         m = moved.sum(-1, keepdim=True)
-        out = torch.bmm(moved, block.of_keys(value)).baddbmm_(p, block.of_keys(tv))
-        tangent[block[:2]] = out.addcmul_(block.of_rows(output).to(blocks.dtype), m, value=-1)
+        out = torch.bmm(moved, block.of_keys(value)).baddbmm_(p, block.of_keys(wide_tangents[2]))
+        tangent[block[:2]] = out.addcmul_(block.of_rows(wide_output), m, value=-1)
         mean[block[:2]] = m.squeeze(-1)
     return tangent.to(output.dtype), mean
 
@@ -195,37 +199,28 @@ def double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the derivatives of <G, O'> by G, which is O', query, key and value; known: O' and m, by ``jvp``."""
     blocks = Blocks(a)
-    dtype, width = blocks.dtype, a.query.shape[2]
-    tq, tk, tv = tangents
-    query = blocks.wide(tq * a.scale, a.query * a.scale, -logsumexp[..., None])
-    key = blocks.wide(a.key, tk)
-    ones = blocks.wide(a.key, blocks.ones(a.key))
-    value, tv = (blocks.wide(x, blocks.ones(x)) for x in (a.value, tv))
-    along = _rows_sum(cotangent, output, dtype)
-    given = blocks.wide(cotangent, -along)
+    query, key, value, given, wide_output, tq, tk, tv = blocks.wide(*a[:3], cotangent, output, *tangents)
+    along = _rows_sum(given, wide_output)
     tangent, mean = known if known is not None else (blocks.zeros(output), blocks.zeros(logsumexp))
     to_query, to_key, to_value = (blocks.zeros(x) for x in a[:3])
     memory = [blocks.memory() for _ in range(4)]
     for block in blocks:
-        g = block.of_rows(given)
-        p = blocks.probabilities(query[..., width:], ones, block, memory[0])
-        ts = blocks.product(query[..., :-1], key, block, memory[1])
+        g, of_keys = block.of_rows(given), block.of_keys
+        p = blocks.probabilities(query, key, logsumexp, block, memory[0])
+        ts = _moved(blocks, query, key, (tq, tk), block, memory[1])
         tp = memory[2][: p.numel()].view_as(p)
         m = block.of_rows(mean)[..., None] if known else torch.mul(p, ts, out=tp).sum(-1, keepdim=True)
         torch.mul(p, ts.sub_(m), out=tp)
-        block.of_keys(to_value).baddbmm_(tp.mT, g[..., :-1])
+        of_keys(to_value).baddbmm_(tp.mT, g)
         if known is None:
-            out = torch.bmm(tp, block.of_keys(value)[..., :-1]).baddbmm_(p, block.of_keys(tv)[..., :-1])
-            tangent[block[:2]] = out
-        f = _rows_sum(g[..., :-1], block.of_rows(tangent), dtype)
-        ds = blocks.product(given, value, block, memory[3])
-        b = torch.bmm(torch.cat([g[..., :-1], -f], -1), block.of_keys(tv).mT, out=tp)
-        b.addcmul_(ts, ds).mul_(p)
+            tangent[block[:2]] = torch.bmm(tp, of_keys(value)).baddbmm_(p, of_keys(tv))
+        f = _rows_sum(g, block.of_rows(tangent))
+        ds = blocks.product(given, value, block, memory[3]).sub_(block.of_rows(along))
+        b = blocks.product(given, tv, block, memory[2]).sub_(f).addcmul_(ts, ds).mul_(p)
         ds.mul_(p)
-        out = torch.bmm(b, block.of_keys(key)[..., :width])
-        to_query[block[:2]] = out.baddbmm_(ds, block.of_keys(key)[..., width:])
-        rows = block.of_rows(query)
-        block.of_keys(to_key).baddbmm_(b.mT, rows[..., width:-1]).baddbmm_(ds.mT, rows[..., :width])
+        to_query[block[:2]] = torch.bmm(b, of_keys(key)).baddbmm_(ds, of_keys(tk))
+        rows, t_rows = block.of_rows(query), block.of_rows(tq)
+        of_keys(to_key).baddbmm_(b.mT, rows, alpha=a.scale).baddbmm_(ds.mT, t_rows, alpha=a.scale)
     to_query.mul_(a.scale)
     to_cotangent = output.new_empty(0) if known is not None else tangent.to(output.dtype)
     return to_cotangent, to_query.to(a.query.dtype), to_key.to(a.key.dtype), to_value.to(a.value.dtype)
