@@ -378,10 +378,11 @@ def test_no_tensor_has_as_many_elements_as_there_are_scores(is_causal: bool, mon
     a = attention_blocks.Attention(query, key, value, None, 2, is_causal, 0.3)
     with Largest() as largest:
         output, logsumexp = attention_blocks.attention(a)
-        attention_blocks.vjp(a, output, logsumexp, cotangent)
-        known = attention_blocks.jvp(a, output, logsumexp, tuple(tangents))
-        for given in (None, known):
-            attention_blocks.double_backward(a, output, logsumexp, cotangent, tuple(tangents), given)
+        along = (cotangent * output).sum(-1)
+        attention_blocks.vjp(a, logsumexp, cotangent, along)
+        tangent, mean = attention_blocks.jvp(a, logsumexp, tuple(tangents))
+        for known in (None, (mean, (cotangent * tangent).sum(-1))):
+            attention_blocks.double_backward(a, logsumexp, cotangent, along, tuple(tangents), known)
     assert query.numel() <= largest.elements < length * length / 8
 
 

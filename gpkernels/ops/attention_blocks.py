@@ -142,21 +142,16 @@ def attention(a: Attention) -> tuple[Tensor, Tensor]:
     return output.to(a.query.dtype), logsumexp
 
 
-def _rows_sum(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1, keepdim=True)
-
-
-def vjp(a: Attention, output: Tensor, logsumexp: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the cotangents of query, key and value."""
+def vjp(a: Attention, logsumexp: Tensor, cotangent: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the cotangents of query, key and value; along: D."""
     blocks = Blocks(a)
-    query, key, value, given, wide_output = blocks.wide(*a[:3], cotangent, output)
-    along = _rows_sum(given, wide_output)
+    query, key, value, given = blocks.wide(*a[:3], cotangent)
     to_query, to_key, to_value = (blocks.zeros(x) for x in a[:3])
     memory = blocks.memory(), blocks.memory()
     for block in blocks:
         p = blocks.probabilities(query, key, logsumexp, block, memory[0])
         block.of_keys(to_value).baddbmm_(p.mT, block.of_rows(given))
-        ds = blocks.product(given, value, block, memory[1]).sub_(block.of_rows(along)).mul_(p)
+        ds = blocks.product(given, value, block, memory[1]).sub_(block.of_rows(along)[..., None]).mul_(p)
         to_query[block[:2]] = torch.bmm(ds, block.of_keys(key))
         block.of_keys(to_key).baddbmm_(ds.mT, block.of_rows(query), alpha=a.scale)
     return to_query.mul_(a.scale).to(a.query.dtype), to_key.to(a.key.dtype), to_value.to(a.value.dtype)
@@ -171,37 +166,36 @@ def _moved(
     return moved.baddbmm_(block.of_rows(query), block.of_keys(tangents[1]).mT, alpha=scale)
 
 
-def jvp(
-    a: Attention, output: Tensor, logsumexp: Tensor, tangents: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Compute O' and m."""
+def jvp(a: Attention, logsumexp: Tensor, tangents: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute O' + m O, in the dtype of sums, and m."""
     blocks = Blocks(a)
-    query, key, value, wide_output, *wide_tangents = blocks.wide(*a[:3], output, *tangents)
-    tangent, mean = blocks.zeros(output), blocks.zeros(logsumexp)
+    query, key, value, *wide_tangents = blocks.wide(*a[:3], *tangents)
+    moved_output, mean = query.new_zeros((*query.shape[:2], value.shape[2])), blocks.zeros(logsumexp)
     memory = blocks.memory(), blocks.memory()
     for block in blocks:
         p = blocks.probabilities(query, key, logsumexp, block, memory[0])
         moved = _moved(blocks, query, key, wide_tangents, block, memory[1]).mul_(p)
-        m = moved.sum(-1, keepdim=True)
-        out = torch.bmm(moved, block.of_keys(value)).baddbmm_(p, block.of_keys(wide_tangents[2]))
-        tangent[block[:2]] = out.addcmul_(block.of_rows(wide_output), m, value=-1)
-        mean[block[:2]] = m.squeeze(-1)
-    return tangent.to(output.dtype), mean
+        mean[block[:2]] = moved.sum(-1)
+        out = torch.bmm(moved, block.of_keys(value))
+        moved_output[block[:2]] = out.baddbmm_(p, block.of_keys(wide_tangents[2]))
+    return moved_output, mean
 
 
 def double_backward(
     a: Attention,
-    output: Tensor,
     logsumexp: Tensor,
     cotangent: Tensor,
+    along: Tensor,
     tangents: tuple[Tensor, Tensor, Tensor],
     known: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the derivatives of <G, O'> by G, which is O', query, key and value; known: O' and m, by ``jvp``."""
+    """Compute the derivatives of <G, O'> by G, which is O', query, key and value.
+
+    along: D; known: m and f, if O' is known, which is then left empty.
+    """
     blocks = Blocks(a)
-    query, key, value, given, wide_output, tq, tk, tv = blocks.wide(*a[:3], cotangent, output, *tangents)
-    along = _rows_sum(given, wide_output)
-    tangent, mean = known if known is not None else (blocks.zeros(output), blocks.zeros(logsumexp))
+    query, key, value, given, tq, tk, tv = blocks.wide(*a[:3], cotangent, *tangents)
+    tangent = blocks.zeros(cotangent if known is None else cotangent[:0])
     to_query, to_key, to_value = (blocks.zeros(x) for x in a[:3])
     memory = [blocks.memory() for _ in range(4)]
     for block in blocks:
@@ -209,18 +203,19 @@ def double_backward(
         p = blocks.probabilities(query, key, logsumexp, block, memory[0])
         ts = _moved(blocks, query, key, (tq, tk), block, memory[1])
         tp = memory[2][: p.numel()].view_as(p)
-        m = block.of_rows(mean)[..., None] if known else torch.mul(p, ts, out=tp).sum(-1, keepdim=True)
+        m = (torch.mul(p, ts, out=tp).sum(-1) if known is None else block.of_rows(known[0]))[..., None]
         torch.mul(p, ts.sub_(m), out=tp)
         of_keys(to_value).baddbmm_(tp.mT, g)
         if known is None:
-            tangent[block[:2]] = torch.bmm(tp, of_keys(value)).baddbmm_(p, of_keys(tv))
-        f = _rows_sum(g, block.of_rows(tangent))
-        ds = blocks.product(given, value, block, memory[3]).sub_(block.of_rows(along))
-        b = blocks.product(given, tv, block, memory[2]).sub_(f).addcmul_(ts, ds).mul_(p)
+            out = torch.bmm(tp, of_keys(value)).baddbmm_(p, of_keys(tv))
+            tangent[block[:2]], f = out, (g * out).sum(-1)
+        else:
+            f = block.of_rows(known[1])
+        ds = blocks.product(given, value, block, memory[3]).sub_(block.of_rows(along)[..., None])
+        b = blocks.product(given, tv, block, memory[2]).sub_(f[..., None]).addcmul_(ts, ds).mul_(p)
         ds.mul_(p)
         to_query[block[:2]] = torch.bmm(b, of_keys(key)).baddbmm_(ds, of_keys(tk))
         rows, t_rows = block.of_rows(query), block.of_rows(tq)
         of_keys(to_key).baddbmm_(b.mT, rows, alpha=a.scale).baddbmm_(ds.mT, t_rows, alpha=a.scale)
-    to_query.mul_(a.scale)
-    to_cotangent = output.new_empty(0) if known is not None else tangent.to(output.dtype)
-    return to_cotangent, to_query.to(a.query.dtype), to_key.to(a.key.dtype), to_value.to(a.value.dtype)
+    found = to_query.mul_(a.scale).to(a.query.dtype), to_key.to(a.key.dtype), to_value.to(a.value.dtype)
+    return tangent.to(cotangent.dtype), *found

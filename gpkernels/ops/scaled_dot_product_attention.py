@@ -74,6 +74,12 @@ def _tokens_first(x: Tensor, like: Tensor) -> Tensor:
     return x.view(*like.shape[:3], x.shape[-1]).transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _rows_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Sum products along the last axis, in the dtype of sums."""
+    wide = accumulation_dtype(a.dtype)
+    return (a.to(wide) * b.to(wide)).sum(-1)
+
+
 def new_tokens_first(like: Tensor, width: int) -> Tensor:
     """Return memory of shape (B, H, T, width), in the order of (B, T, H, width)."""
     batch, heads, length, _ = like.shape
@@ -129,7 +135,8 @@ def _attention_backward(
         )
         return tuple(found)
     a = _matrices(query, key, value, attn_mask, is_causal, scale)
-    found = blocks.vjp(a, output.flatten(0, 1), logsumexp.flatten(0, 1), cotangent.flatten(0, 1))
+    along = _rows_sum(cotangent, output).flatten(0, 1)
+    found = blocks.vjp(a, logsumexp.flatten(0, 1), cotangent.flatten(0, 1), along)
     return tuple(_tokens_first(g, x) for g, x in zip(found, (query, key, value), strict=True))
 
 
@@ -148,8 +155,10 @@ def _attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     a = _matrices(query, key, value, attn_mask, is_causal, scale)
     tangents = query_tangent.flatten(0, 1), key_tangent.flatten(0, 1), value_tangent.flatten(0, 1)
-    tangent, mean = blocks.jvp(a, output.flatten(0, 1), logsumexp.flatten(0, 1), tangents)
-    return _tokens_first(tangent, output), mean.view(query.shape[:3])
+    moved, mean = blocks.jvp(a, logsumexp.flatten(0, 1), tangents)
+    mean = mean.view(query.shape[:3])
+    tangent = _tokens_first(moved, output).addcmul_(output.to(moved.dtype), mean[..., None], value=-1)
+    return tangent.to(output.dtype), mean
 
 
 def _attention_double_backward(
@@ -170,10 +179,12 @@ def _attention_double_backward(
 ) -> tuple[Tensor, ...]:
     a = _matrices(query, key, value, attn_mask, is_causal, scale)
     tangents = query_tangent.flatten(0, 1), key_tangent.flatten(0, 1), value_tangent.flatten(0, 1)
-    known = None if tangent is None or mean is None else (tangent.flatten(0, 1), mean.flatten(0, 1))
-    rows = output.flatten(0, 1), logsumexp.flatten(0, 1), cotangent.flatten(0, 1)
+    known = None
+    if tangent is not None and mean is not None:
+        known = mean.flatten(0, 1), _rows_sum(cotangent, tangent).flatten(0, 1)
+    rows = logsumexp.flatten(0, 1), cotangent.flatten(0, 1), _rows_sum(cotangent, output).flatten(0, 1)
     to_cotangent, *found = blocks.double_backward(a, *rows, tangents, known)
-    given = to_cotangent if known is not None else _tokens_first(to_cotangent, output)
+    given = _tokens_first(to_cotangent, output) if known is None else output.new_empty(0)
     return given, *(_tokens_first(g, x) for g, x in zip(found, (query, key, value), strict=True))
 
 

@@ -98,16 +98,19 @@ class Attention(Rule):
         )
         return found
 
+    def _for_products(self, x: Tensor) -> Tensor:
+        """Copy matrices once for both ops of the second order, which take one after another."""
+        return x.contiguous()
+
     def _moved(self, s: Saved, t: Tensors) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-        """Return the tangents of query, key and value, and those of the output with the rows' mean of the scores'."""
+        """Return the operands, tangents first, and the output's tangent with the rows' mean of the scores'."""
         known = s.notes.get("moved")
         if known is not None and all(u is v for u, v in zip(known[0], t, strict=True)):
             return known[1]
-        kept, constants = self._call(s)
-        tangents = tuple(
-            torch.zeros_like(x) if u is None else self._spread(u) for u, x in zip(t[:3], kept[:3], strict=True)
-        )
-        moved = tangents, _push(*tangents, *kept, *constants)
+        (*tensors, output, logsumexp), constants = self._call(s)
+        tangents = [torch.zeros_like(x) if u is None else self._spread(u) for u, x in zip(t[:3], tensors, strict=True)]
+        moving = *map(self._for_products, tangents), *map(self._for_products, tensors), output, logsumexp
+        moved = moving, _push(*moving, *constants)
         s.notes["moved"] = tuple(t), moved
         return moved
 
@@ -117,10 +120,10 @@ class Attention(Rule):
     def bend(self, s: Saved, t: Tensors, c: Tensors, wanted: Wanted) -> Tensors:
         if c[0] is None or all(u is None for u in t[:3]):
             return [None] * len(self.inputs)
-        kept, constants = self._call(s)
-        tangents, known = self._moved(s, t)
+        moving, known = self._moved(s, t)
         s.notes.pop("moved")
-        return self._gathered(s, _bend(*tangents, c[0], *kept, *known, *constants)[1:], wanted)
+        constants = self._call(s)[1]
+        return self._gathered(s, _bend(*moving[:3], c[0], *moving[3:], *known, *constants)[1:], wanted)
 
     def layout(self, layouts: Layouts) -> Layout | None:
         query, key, value = layouts[:3]
@@ -142,6 +145,9 @@ class OnGPU(Attention):
 
     def _rows(self, s: Saved, query: Tensor, key: Tensor, value: Tensor, constants: Any) -> tuple[Any, ...]:
         return _forward(query, key, value, *constants)
+
+    def _for_products(self, x: Tensor) -> Tensor:
+        return x
 
     def _pulled(self, cotangent: Tensor, kept: Sequence[Tensor], constants: Any) -> Sequence[Tensor]:
         return _pull(cotangent, *kept, *constants)
