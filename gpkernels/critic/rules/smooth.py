@@ -91,31 +91,20 @@ class GELU(Smooth):
 
     def set_up(self, kind: str) -> None:
         self.kind = kind
-        self.bend_by = 1 if kind == "tanh" else 2 / math.sqrt(2 * math.pi)
-
-    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.slope(torch.ones_like(x), x), self._curve(x)
 
     def slope(self, c: Tensor, x: Tensor) -> Tensor:
         return aten.gelu_backward(c, x, approximate=self.kind)
 
     def bent(self, u: Tensor, x: Tensor) -> Tensor:
-        return (u * self._curve(x)).mul_(self.bend_by)
-
-    def _curve(self, x: Tensor) -> Tensor:
-        """Compute f''(x) / bend_by: (1 - x^2 / 2) exp(-x^2 / 2), or, with t = tanh(h(x)) for a cubic polynomial h,
-
-        (1 - t^2) (h' + x h'' / 2 - x t h'^2).
-        """
-        square = x * x
-        if self.kind != "tanh":
+        square, k = x * x, math.sqrt(2 / math.pi)
+        if self.kind != "tanh":  # f'' = k (1 - x^2 / 2) exp(-x^2 / 2)
             bell = (square * -0.5).exp_()
-            return bell.addcmul_(square, bell, value=-0.5)
-        k = math.sqrt(2 / math.pi)
+            return (u * bell.addcmul_(square, bell, value=-0.5)).mul_(k)
+        # With t = tanh h for a cubic polynomial h, f'' = (1 - t^2) (h' + x h'' / 2 - x t h'^2).
         cubic = 0.044715 * k
         first = (square * (3 * cubic)).add_(k)
         t = (square * cubic).add_(k).mul_(x).tanh_()
-        return (square * (6 * cubic)).add_(k).addcmul_(x * first, t * first, value=-1).mul_(1 - t * t)
+        return u * (square * (6 * cubic)).add_(k).addcmul_(x * first, t * first, value=-1).mul_(1 - t * t)
 
 
 class ELU(Smooth):
