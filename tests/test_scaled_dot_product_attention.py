@@ -20,7 +20,8 @@ from gpkernels.bench.counts import peak
 from gpkernels.critic.graph import Graph
 from gpkernels.critic.plan import Plan
 from gpkernels.critic.rules import RULES
-from gpkernels.critic.rules.base import Layout
+from gpkernels.critic.rules.attention import FlashOnGPU, OnGPU
+from gpkernels.critic.rules.base import Layout, Meta, Rule, Saved
 from gpkernels.ops import attention_blocks
 from gpkernels.ops import scaled_dot_product_attention as op
 from gpkernels.private import TorchDispatchMode, tree_leaves
@@ -614,3 +615,20 @@ def test_nodes_of_kernels_for_gpus_have_what_the_rules_read(kernel: Any, others:
     assert rule.saved[:3] == ("query", "key", "value")
     assert call.shapes[:3] == [(2, 3, 8, 16)] * 3
     assert call.constants == (0.0, False, None)
+
+
+@pytest.mark.parametrize("rule", [OnGPU, FlashOnGPU])
+def test_rules_of_kernels_for_gpus_compute_the_derivatives(rule: type[Rule]) -> None:
+    """The formulas need no GPU, but only there are such nodes made."""
+    *tensors, cotangent = (numbers(2, 3, *shape).requires_grad_() for shape in ((5, 4), (7, 4), (7, 4), (5, 4)))
+    tangents = [torch.randn_like(x) for x in tensors]
+    metas = [Meta(x.shape, x.dtype, x.device) for x in (*tensors, cotangent)]
+    own = rule((0.0, False, None), metas[:3], metas[3:])
+    named = dict(zip(("query", "key", "value"), (x.detach() for x in tensors), strict=True))
+    saved = Saved([named.get(name) for name in rule.saved])
+    pulled = torch.autograd.grad(plain(*tensors), tensors, cotangent, create_graph=True)
+    pushed, *bent = torch.autograd.grad(pulled, [cotangent, *tensors], tangents)
+    given = [cotangent.detach()]
+    torch.testing.assert_close(own.pull(saved, given, [True] * 3)[:3], list(pulled))
+    torch.testing.assert_close(own.push(saved, tangents)[0], pushed)
+    torch.testing.assert_close(own.bend(saved, tangents, given, [True] * 3)[:3], bent)

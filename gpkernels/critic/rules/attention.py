@@ -62,7 +62,7 @@ class Attention(Rule):
     def _call(self, s: Saved) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Return query, key, value, output, logsumexp, and the ops' constants."""
         if "call" not in s.notes:
-            query, mask = s[0], s[3]
+            query, mask = s[0], s[3] if s[3:] else None
             key, value = (self._spread(x) for x in s[1:3])
             scale = 1 / math.sqrt(query.shape[3]) if self.scale is None else self.scale
             constants = mask, self.is_causal, scale
@@ -132,9 +132,9 @@ class Attention(Rule):
         return query
 
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
-        mask = shapes[3]
+        mask = shapes[3] if shapes[3:] else None
         per_sample = mask is not None and len(mask) == 4 and mask[0] == self.outputs[0].shape[0] != 1
-        return [out, out, out, out if per_sample else None, *[out] * (len(shapes) - 4)]
+        return [out, out, out, out if per_sample else None, *[out] * (len(shapes) - 4)][: len(shapes)]
 
 
 class OnGPU(Attention):
@@ -157,7 +157,7 @@ class FlashOnGPU(OnGPU):
     """The same, without a mask."""
 
     names = ("ScaledDotProductFlashAttentionBackward0",)
-    saved = ("query", "key", "value", "query")
+    saved = ("query", "key", "value")
 
 
 RULES: tuple[type[Rule], ...] = (Attention, OnGPU, FlashOnGPU)
