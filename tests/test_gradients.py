@@ -20,6 +20,7 @@ from critics import TwoHeads
 from gpkernels import private
 from gpkernels.critic import gradient as engine
 from gpkernels.critic.by_autograd import left_to_autograd
+from gpkernels.critic.plan import Plan
 from gpkernels.private import tree_flatten, tree_unflatten
 
 torch.manual_seed(0)
@@ -105,7 +106,7 @@ def _features(y: Any) -> Tensor:
 def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls without a rule by themselves, or the whole model, by autograd."""
     if request.param == "by rules":
-        monkeypatch.setattr(engine.Plan, "leaves_too_much", lambda self: False)
+        monkeypatch.setattr(Plan, "leaves_too_much", lambda self: False)
 
 
 @pytest.mark.usefixtures("_ways")

@@ -24,7 +24,8 @@ from gpkernels.critic.generic import Outsider
 from gpkernels.critic.graph import Graph, attributes, prepare_graph, prepare_nodes
 from gpkernels.critic.parts import constant_scores
 from gpkernels.critic.passes import Passes, totals
-from gpkernels.critic.plan import Place, Plan
+from gpkernels.critic.picked import planned
+from gpkernels.critic.plan import Place
 from gpkernels.critic.program import CAPACITY, Cache
 from gpkernels.critic.run import is_plain, own_dtypes
 from gpkernels.critic.surroundings import surroundings
@@ -68,7 +69,7 @@ class Halves:
         graph: bool = True,
     ) -> None:
         moving = {number: wants for number, wants in zip(inputs, wanted, strict=True) if number >= 0}
-        self.plan, self.score, self.graph = Plan(key, moving, rows, 0), score, graph
+        self.plan, self.score, self.graph = planned(key, moving, rows, 0), score, graph
         self.places = [self.plan.inputs.get(number) for number in inputs]
         self.generic = any(call.rule is None and not call.leaf for call in self.plan.calls)
         self.kept: list[tuple[int, int]] = []  # calls and outputs whose cotangents backward needs

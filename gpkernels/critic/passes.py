@@ -41,6 +41,8 @@ class Passes:
     def __init__(
         self, plan: Plan, saved: Sequence[Tensor | None], outsider: Outsider, only_pulls: bool = False
     ) -> None:
+        if plan.picks is not None:
+            saved = [x if x is None or row is None else row.of(x) for x, row in zip(saved, plan.picks, strict=True)]
         self.plan, self.saved, self.outsider, self._only_pulls = plan, saved, outsider, only_pulls
         self.to_weights: dict[Place, list[Any]] = {}
         self.deltas: dict[int, list[Tensor | None]] = {}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gpkernels.critic.graph import LEAF
 from gpkernels.critic.rules import RULES
-from gpkernels.critic.rules.base import Elementwise, Layout, Meta, Mixed, Rule, Unfit
+from gpkernels.critic.rules.base import Elementwise, Layout, Meta, Mixed, Rows, Rule, Unfit
 from gpkernels.critic.rules.shapes import Cat, Expand
 
 Place = tuple[int, int]  # (index of a call, output number)
@@ -75,6 +75,7 @@ class Plan:
             self._tie(call)
         self.outputs = tuple([p for p in map(self._place, self.outputs) if p is not None])
         self.saved_count = saved
+        self.picks: list[Rows | None] | None = None  # the rows of the saved tensors that the calls need, if not all
         self._look_back()
         self.curved = any(call.moves and call.curved for call in self.calls)
         self.layouts, self.meet = (None, None) if rows is None else self._lay_out()

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpkernels.critic.curved import CurvedPasses
 from gpkernels.critic.parts import Task, rows_of_group
 from gpkernels.critic.passes import Passes, totals
+from gpkernels.critic.picked import planned
 from gpkernels.critic.plan import Place, Plan
 from gpkernels.critic.program import Outsider
 from gpkernels.critic.rules.base import Meta
@@ -31,7 +32,7 @@ class Known:
         for graph, x_leaf, wants, groups, each, _, pack in keys:
             plain = sum(not penalised for _, penalised in groups)
             moving = {} if x_leaf is None else {x_leaf: wants}
-            self.plans.append(Plan(graph, moving, each * len(groups), each * plain, pack or 1))
+            self.plans.append(planned(graph, moving, each * len(groups), each * plain, pack or 1))
         self.x = {numbers[key[1]] for key, numbers in zip(keys, leaves, strict=True) if key[1] is not None}
         # Cotangents in float16 are scaled up by this factor: the user's loss scale is applied too late for them.
         half = any(m.dtype == torch.float16 for plan in self.plans for call in plan.calls for m in call.outputs)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from math import prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
+from gpkernels.critic.rules.base import (
+    Layout,
+    Layouts,
+    Mixed,
+    Rows,
+    RowsRead,
+    Rule,
+    Saved,
+    Shapes,
+    Tensors,
+    Unfit,
+    Wanted,
+)
 from gpkernels.ops.scaled_dot_product_attention import (
     scaled_dot_product_attention_backward_op,
     scaled_dot_product_attention_double_backward_op,
@@ -49,7 +61,7 @@ class Attention(Rule):
 
     def flops(self, shapes: Shapes) -> int:
         query, key = shapes[:2]
-        return 0 if query is None or key is None else 2 * math.prod(query[:3]) * key[2] * (query[3] + self._width)
+        return 0 if query is None or key is None else 2 * prod(query[:3]) * key[2] * (query[3] + self._width)
 
     @property
     def _width(self) -> int:
@@ -64,7 +76,7 @@ class Attention(Rule):
         if "call" not in s.notes:
             query, mask = s[0], s[3] if s[3:] else None
             key, value = (self._spread(x) for x in s[1:3])
-            scale = 1 / math.sqrt(query.shape[3]) if self.scale is None else self.scale
+            scale = 1 / sqrt(query.shape[3]) if self.scale is None else self.scale
             constants = mask, self.is_causal, scale
             s.notes["call"] = (query, key, value, *self._rows(s, query, key, value, constants)), constants
         return s.notes["call"]
@@ -135,6 +147,21 @@ class Attention(Rule):
         mask = shapes[3] if shapes[3:] else None
         per_sample = mask is not None and len(mask) == 4 and mask[0] == self.outputs[0].shape[0] != 1
         return [out, out, out, out if per_sample else None, *[out] * (len(shapes) - 4)][: len(shapes)]
+
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        """One query needs all keys and values, unless it sees those before it alone."""
+        output, query = self.outputs[0].shape, self.inputs[0]
+        at = row.axis_of(output)
+        if query is None or at != (2, 1, 1) or self.is_causal:
+            return None
+        of_query = row._replace(inner=query.shape[3])
+        of_statistics = row._replace(inner=1)
+        mask = shapes[3] if shapes[3:] else None
+        of_mask = None
+        if mask is not None and len(mask) > 1 and mask[-2] > 1:
+            of_mask = Rows.along(mask, len(mask) - 2, row.index)
+        saved = (of_query, None, None, of_mask, row, of_statistics)
+        return [of_query, *[None] * (len(self.inputs) - 1)], saved[: len(shapes)]
 
 
 class OnGPU(Attention):

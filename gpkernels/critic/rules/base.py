@@ -13,7 +13,7 @@ Rules return the plain formula; the passes reduce broadcast axes and cast dtypes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, prod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,6 +51,69 @@ class Layout(NamedTuple):
 
 Layouts = Sequence[Layout | None]
 Shapes = Sequence[tuple[int, ...] | None]
+
+
+class Rows(NamedTuple):
+    """One row of a value whose elements are, in order, (outer, size, inner): those at ``index``."""
+
+    outer: int
+    size: int
+    inner: int
+    index: int
+
+    def axis_of(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
+        """Return the axis that contains all rows, and how its entries are ordered: (axis, outer, inner)."""
+        before = 1
+        for axis, n in enumerate(shape):
+            if before * n > self.outer:
+                after = prod(shape[axis + 1 :])
+                if (
+                    self.outer % before
+                    or self.inner % after
+                    or before * n * after != self.outer * self.size * self.inner
+                ):
+                    return None
+                return axis, self.outer // before, self.inner // after
+            before *= n
+        return None
+
+    @classmethod
+    def along(cls, shape: Sequence[int], axis: int, index: int) -> Rows:
+        """Make the row at ``index`` of an axis."""
+        return cls(prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :]), index)
+
+    def cut(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the row alone, with all axes."""
+        found, at = list(shape), self.axis_of(shape)
+        assert at is not None
+        found[at[0]] = at[1] * at[2]
+        return tuple(found)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Copy the row, with all axes; kernels read statistics without regard to strides."""
+        at = self.axis_of(x.shape)
+        assert at is not None
+        axis, outer, inner = at
+        rows = x.unflatten(axis, (outer, self.size, inner)).select(axis + 1, self.index)
+        return rows.reshape(self.cut(x.shape)).contiguous()
+
+    def like(self, shape: Sequence[int], output: Sequence[int]) -> Rows | None:
+        """Return the same row of a tensor that is broadcast to ``output``, None where all rows share one.
+
+        Raises Mixed where the tensor has no such row.
+        """
+        at = self.axis_of(output)
+        axis = -1 if at is None else at[0] - len(output) + len(shape)
+        if at is None:
+            raise Mixed
+        if axis < 0 or shape[axis] == 1:
+            return None
+        if shape[axis] != output[at[0]]:
+            raise Mixed
+        return Rows(prod(shape[:axis]) * at[1], self.size, at[2] * prod(shape[axis + 1 :]), self.index)
+
+
+RowsRead = tuple[Sequence[Rows | None], Sequence[Rows | None]]
 
 
 class Mixed(Exception):
@@ -122,6 +185,14 @@ class Rule:
         """Derive the layouts of the saved tensors, from their shapes."""
         return [out if i < 0 else layouts[i] for i in self.origins]
 
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        """Return what one row of the output is computed from: the row of each argument and saved tensor.
+
+        A None among them is for all of it. Returns None where the row needs others, or this is not known. shapes: of
+        the saved tensors.
+        """
+        return None
+
 
 Formula = Callable[..., Tensor]
 
@@ -152,6 +223,14 @@ class Elementwise(Rule):
             return [None] * len(shapes)
         dims = len(self.outputs[0].shape)
         return [None if s is None else Layout(out.axis - dims + len(s), out.block) for s in shapes]
+
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        output = self.outputs[0].shape
+        try:
+            arguments = [None if x is None else row.like(x.shape, output) for x in self.inputs]
+            return arguments, [None if s is None else row.like(s, output) for s in shapes]
+        except Mixed:
+            return None
 
 
 class Unary(Elementwise):

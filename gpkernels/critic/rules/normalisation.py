@@ -8,7 +8,19 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Unfit, Wanted
+from gpkernels.critic.rules.base import (
+    Layout,
+    Layouts,
+    Mixed,
+    Rows,
+    RowsRead,
+    Rule,
+    Saved,
+    Shapes,
+    Tensors,
+    Unfit,
+    Wanted,
+)
 from gpkernels.ops.affine_gradients import affine_gradients_op
 from gpkernels.ops.normalise_curvature import normalise_curvature_op
 
@@ -139,6 +151,14 @@ class LayerNorm(Normalise):
 
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         return [out, None, out, out, None]
+
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        if row.inner % self.entries:
+            return None
+        of_statistics = row._replace(inner=row.inner // self.entries)
+        shared: list[Rows | None] = [None] * (len(self.inputs) - 1)
+        tensors = (row, None, of_statistics, of_statistics, None)
+        return [row, *shared], tensors[: len(shapes)]
 
 
 class RMSNorm(LayerNorm):

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Mixed, Rule, Saved, Shapes, Tensors, Wanted
+from gpkernels.critic.rules.base import (
+    Layout,
+    Layouts,
+    Mixed,
+    Rows,
+    RowsRead,
+    Rule,
+    Saved,
+    Shapes,
+    Tensors,
+    Wanted,
+)
 
 aten = torch.ops.aten
 
@@ -133,6 +144,18 @@ class MM(Product):
 
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         return [layouts[self.first], None]
+
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        output, left = self.outputs[0].shape, self.inputs[self.first]
+        at = row.axis_of(output)
+        if at is None or at[0] or left is None:
+            return None
+        of_left = Rows(at[1], row.size, at[2] * left.shape[1], row.index)
+        try:
+            extra = [None if x is None else row.like(x.shape, output) for x in self.inputs[: self.first]]
+        except Mixed:
+            return None
+        return [*extra, of_left, None], [None if shapes[0] is None else of_left, None]
 
 
 class Addmm(MM):

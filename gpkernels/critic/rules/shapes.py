@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Layout, Layouts, Linear, Mixed, Rule, Saved, Tensors, Unfit, Wanted
+from gpkernels.critic.rules.base import (
+    Layout,
+    Layouts,
+    Linear,
+    Mixed,
+    Rows,
+    RowsRead,
+    Rule,
+    Saved,
+    Shapes,
+    Tensors,
+    Unfit,
+    Wanted,
+)
 
 aten = torch.ops.aten
 
@@ -53,6 +66,9 @@ class View(Moving):
             total *= n
         raise Mixed
 
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        return [row], []
+
 
 class Squeeze(View):
     names = ("UnsqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2")
@@ -90,6 +106,12 @@ class Transpose(Moving):
         a, b = (self.axis(d) for d in self.pair)
         return Layout({a: b, b: a}.get(at.axis, at.axis), at.block)
 
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        at, (a, b) = row.axis_of(self.after), (self.axis(d) for d in self.pair)
+        if at is None or at[1:] != (1, 1):
+            return None
+        return [Rows.along(self.shape, {a: b, b: a}.get(at[0], at[0]), row.index)], []
+
 
 class Permute(Moving):
     names = ("PermuteBackward0",)
@@ -108,6 +130,12 @@ class Permute(Moving):
     def layout(self, layouts: Layouts) -> Layout | None:
         (at,) = layouts
         return None if at is None else Layout(self.order.index(at.axis), at.block)
+
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        at = row.axis_of(self.after)
+        if at is None or at[1:] != (1, 1):
+            return None
+        return [Rows.along(self.shape, self.order[at[0]], row.index)], []
 
 
 class Along(Moving):
@@ -159,6 +187,12 @@ class Slice(Along):
     def forth(self, t: Tensor, *s: Any) -> Tensor:
         return aten.slice(t, *self.part)
 
+    def row(self) -> int | None:
+        """Return the index of the only row that is left, if there is one."""
+        axis, start, end, step = self.part
+        rows = range(self.shape[axis])[slice(start, end, step)] if isinstance(self.shape[axis], int) else ()
+        return rows[0] if len(rows) == 1 else None
+
     def _bounds(self) -> tuple[int, int, int]:
         axis, start, end, step = self.part
         return 0 if start is None else start, self.shape[axis] if end is None else end, step
@@ -170,6 +204,11 @@ class Select(Along):
 
     def set_up(self, dim: int, index: int) -> None:
         self.part = self.axis(dim), index
+
+    def row(self) -> int | None:
+        """Return the index of the selected row."""
+        axis, index = self.part
+        return index if index >= 0 else index + self.shape[axis]
 
     def axes(self) -> set[int]:
         return {self.part[0]}
@@ -368,12 +407,12 @@ class Cat(Rule):
         return (torch.cat(parts, self.dim),)
 
     def layout(self, layouts: Layouts) -> Layout | None:
-        found = {at for at in layouts if at is not None}
+        found = [at for at in layouts if at is not None]
         if not found:
             return None
-        if len(found) > 1:
+        at = found[0]
+        if any(other != at for other in found[1:]):  # symbolic sizes have no hash
             raise Mixed
-        (at,) = found
         if self.stacks:
             return Layout(at.axis + (at.axis >= self.dim), at.block)
         if at.axis == self.dim:
