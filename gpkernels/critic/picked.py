@@ -16,7 +16,7 @@ from gpkernels.critic.rules.base import Meta, Rows
 from gpkernels.critic.rules.shapes import Select, Slice
 
 # FLOPs of products per forward pass, on CPU or not, whose other rows outweigh the calls that select.
-LEAST_FLOPS = {True: 1 << 20, False: 1 << 28}
+LEAST_FLOPS = {True: 1 << 18, False: 1 << 30}
 
 
 def planned(key: Any, moving: Mapping[int, bool], rows: int | None, plain: int, block: int = 1) -> Plan:
@@ -106,7 +106,7 @@ class _Picks:
 
     def rewrite(self, key: Any) -> Any:
         """Return the key of the graph with selections made early; None where the memory order does not allow it."""
-        entries, outputs = key
+        entries, _ = key
         made: list[Any] = []
         places: dict[Place, Place] = {}
         selected: dict[Place, list[tuple[Rows, Place]]] = {}  # by their places in the old graph
@@ -122,7 +122,7 @@ class _Picks:
                         return None
                     made.append(early)
                     selected.setdefault((i, nr), []).append((row, (len(made) - 1, 0)))
-        return tuple(made), tuple([places[p] for p in outputs])
+        return tuple(made), tuple([places[p] for p in self.plan.outputs])
 
     def _readers(self) -> dict[Place, list[Rows]]:
         """Return the rows that are read of values of which all are computed."""
