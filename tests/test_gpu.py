@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -390,6 +391,24 @@ def test_a_step_under_autocast_errs_as_plain_pytorchs(kind: str) -> None:
         if plainly is not None:
             errors.append(_distance(torch.autograd.grad(plainly, weights), exact))
         assert errors[0] <= 1.5 * errors[1] + 4e-3 if len(errors) == 2 else errors[0] <= 5e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_step_by_pytorchs_flash_kernel_has_the_gradients(dtype: torch.dtype) -> None:
+    """Heads of 8 entries and 17 tokens, so that no tensor of one shape passes for another."""
+    torch.manual_seed(0)
+    critic = VisionTransformer(16, 4, 16, 2, 2)
+    exact = copy.deepcopy(critic).double()
+    critic = critic.to(DEVICE, dtype)
+    groups = *(torch.randn(4, 3, 16, 16) for _ in range(2)), torch.rand(4)
+    wanted = exact_gradients(exact, *(x.double() for x in groups))
+    real, fake, eps = (x.to(DEVICE, dtype) for x in groups)
+    loss = gpk.CriticLoss(critic)
+    for _ in range(3):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            value = loss(real, fake, eps=eps).loss
+        found = torch.autograd.grad(value, list(critic.parameters()))
+        assert _distance(found, wanted) < 5e-2
 
 
 def _distance(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
