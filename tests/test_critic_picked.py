@@ -72,6 +72,32 @@ class Attention(nn.Module):
         return self.top(F.scaled_dot_product_attention(q, k, v, **self.others).transpose(1, 2).flatten(2)[:, self.row])
 
 
+class ByHand(nn.Module):
+    """Attention by softmax and products of matrices, whose last output is scored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.top = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (u.unflatten(2, (2, -1)).transpose(1, 2) for u in self.qkv(x).chunk(3, 2))
+        h = ((q @ k.mT) / 2).softmax(-1) @ v
+        return self.top(self.out(h.transpose(1, 2).flatten(2))[:, -1])
+
+
+class MultiHead(nn.Module):
+    """PyTorch's module with its weights asked for, as is its default, and a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.top = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Linear(WIDTH, 1)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        return self.top((h + self.attention(h, h, h)[0])[:, 0])
+
+
 def _mask() -> Tensor:
     torch.manual_seed(7)
     return torch.randn(1, 2, TOKENS, TOKENS, dtype=torch.float64)
@@ -92,6 +118,8 @@ PICKED = {
     "attention's": lambda: Attention(0),
     "attention's, with a mask": lambda: Attention(2, attn_mask=_mask()),
     "attention's, with a mask of keys": lambda: Attention(1, attn_mask=_mask()[:, :, :1] > 0),
+    "attention's by hand": ByHand,
+    "a module's with weights": MultiHead,
     "a class token": lambda: VisionTransformer(8, 4, WIDTH, 2, 2),
 }
 WHOLE = {

@@ -75,6 +75,21 @@ class Product(Rule):
         """Compute the cotangent of the summand."""
         return c if self.beta == 1 else c * self.beta
 
+    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows | None:
+        """Return the row of a, of that shape, which a row of the output is computed from with all of b."""
+        return None
+
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        a, others = self.inputs[self.first], self.inputs[: self.first]
+        of_a = None if a is None else self.row_of_a(row, a.shape)
+        if of_a is None:
+            return None
+        try:
+            extra = [None if x is None else row.like(x.shape, self.outputs[0].shape) for x in others]
+        except Mixed:
+            return None
+        return [*extra, of_a, None], [None if shapes[0] is None else of_a, None]
+
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.alpha == 1 else x * self.alpha
 
@@ -145,17 +160,9 @@ class MM(Product):
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         return [layouts[self.first], None]
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
-        output, left = self.outputs[0].shape, self.inputs[self.first]
-        at = row.axis_of(output)
-        if at is None or at[0] or left is None:
-            return None
-        of_left = Rows(at[1], row.size, at[2] * left.shape[1], row.index)
-        try:
-            extra = [None if x is None else row.like(x.shape, output) for x in self.inputs[: self.first]]
-        except Mixed:
-            return None
-        return [*extra, of_left, None], [None if shapes[0] is None else of_left, None]
+    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows | None:
+        at = row.axis_of(self.outputs[0].shape)
+        return None if at is None or at[0] else Rows(at[1], row.size, at[2] * a[1], row.index)
 
 
 class Addmm(MM):
@@ -194,6 +201,9 @@ class BMM(Product):
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         given = layouts[self.first : self.first + 2]
         return list(given) if out is None or out.axis else [out, out]
+
+    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows | None:
+        return Rows.along(a, 1, row.index) if row.axis_of(self.outputs[0].shape) == (1, 1, 1) else None
 
 
 class Baddbmm(BMM):

@@ -170,6 +170,12 @@ class Expand(Moving):
             raise Mixed
         return Layout(axis, at.block)
 
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+        try:
+            return [row.like(self.shape, self.after)], []
+        except Mixed:
+            return None
+
 
 class Slice(Along):
     names = ("SliceBackward0",)
