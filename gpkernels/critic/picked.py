@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpkernels.critic.plan import Place, Plan
-from gpkernels.critic.rules.base import Meta, Rows
+from gpkernels.critic.rules.base import Meta, Mixed, Rows
 from gpkernels.critic.rules.shapes import Select, Slice
 
 # FLOPs of products per forward pass, on CPU or not, whose other rows outweigh the calls that select.
@@ -66,10 +66,10 @@ class _Picks:
         row = asked[0]
         if row is None or any(nr for *_, nr in users) or any(other != row for other in asked[1:]):
             return
-        found = call.rule.of_row(row, call.shapes)
-        if found is None:
+        try:
+            arguments, saved = call.rule.of_row(row, call.shapes)
+        except Mixed:
             return
-        arguments, saved = found
         for place, read in zip(call.parents, arguments, strict=True):
             parent = None if place is None else self.plan.calls[place[0]].outputs[place[1]]
             if parent is not None and read is not None and read.axis_of(parent.shape) is None:
@@ -113,11 +113,11 @@ class _Picks:
         readers = self._readers()
         for i, (entry, call) in enumerate(zip(entries, self.plan.calls, strict=True)):
             made.append(entry if call.leaf else self._rewritten(i, entry, places, selected))
-            for nr in range(len(call.outputs)):
-                places[i, nr] = len(made) - 1, nr
-            for nr in range(len(call.outputs)):
+            at = len(made) - 1
+            for nr, meta in enumerate(call.outputs):
+                places[i, nr] = at, nr
                 for row in readers.get((i, nr), ()):
-                    early = _select(call.outputs[nr], row, places[i, nr])
+                    early = _select(meta, row, places[i, nr])
                     if early is None:
                         return None
                     made.append(early)
@@ -127,9 +127,9 @@ class _Picks:
     def _readers(self) -> dict[Place, list[Rows]]:
         """Return the rows that are read of values of which all are computed."""
         found: dict[Place, list[Rows]] = {}
-        for j, asked in self.asked.items():
-            for p, row in zip(self.plan.calls[j].parents, asked, strict=True):
-                if p is not None and row is not None and p[0] not in self.wanted and j in self.wanted:
+        for j in self.wanted:
+            for p, row in zip(self.plan.calls[j].parents, self.asked[j], strict=True):
+                if p is not None and row is not None and p[0] not in self.wanted:
                     rows = found.setdefault(p, [])
                     if row not in rows:
                         rows.append(row)
@@ -160,4 +160,4 @@ def _select(meta: Meta, row: Rows, place: Place) -> Any:
     if at is None or at[1:] != (1, 1):
         return None
     constants = at[0], row.index, row.index + 1, 1
-    return "SliceBackward0", ((row.cut(meta.shape), meta.dtype, meta.device),), (place,), constants, ()
+    return Slice.names[0], ((row.cut(meta.shape), meta.dtype, meta.device),), (place,), constants, ()

@@ -148,12 +148,12 @@ class Attention(Rule):
         per_sample = mask is not None and len(mask) == 4 and mask[0] == self.outputs[0].shape[0] != 1
         return [out, out, out, out if per_sample else None, *[out] * (len(shapes) - 4)][: len(shapes)]
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         """One query needs all keys and values, unless it sees those before it alone."""
         output, query = self.outputs[0].shape, self.inputs[0]
         at = row.axis_of(output)
         if query is None or at != (2, 1, 1) or self.is_causal:
-            return None
+            raise Mixed
         of_query = row._replace(inner=query.shape[3])
         of_statistics = row._replace(inner=1)
         mask = shapes[3] if shapes[3:] else None

@@ -185,13 +185,13 @@ class Rule:
         """Derive the layouts of the saved tensors, from their shapes."""
         return [out if i < 0 else layouts[i] for i in self.origins]
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         """Return what one row of the output is computed from: the row of each argument and saved tensor.
 
-        A None among them is for all of it. Returns None where the row needs others, or this is not known. shapes: of
-        the saved tensors.
+        None is for all of it. Raises Mixed where the row needs others, or this is not known. shapes: of the saved
+        tensors.
         """
-        return None
+        raise Mixed
 
 
 Formula = Callable[..., Tensor]
@@ -224,13 +224,10 @@ class Elementwise(Rule):
         dims = len(self.outputs[0].shape)
         return [None if s is None else Layout(out.axis - dims + len(s), out.block) for s in shapes]
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         output = self.outputs[0].shape
-        try:
-            arguments = [None if x is None else row.like(x.shape, output) for x in self.inputs]
-            return arguments, [None if s is None else row.like(s, output) for s in shapes]
-        except Mixed:
-            return None
+        arguments = [None if x is None else row.like(x.shape, output) for x in self.inputs]
+        return arguments, [None if s is None else row.like(s, output) for s in shapes]
 
 
 class Unary(Elementwise):

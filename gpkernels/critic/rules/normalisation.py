@@ -152,9 +152,9 @@ class LayerNorm(Normalise):
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         return [out, None, out, out, None]
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         if row.inner % self.entries:
-            return None
+            raise Mixed
         of_statistics = row._replace(inner=row.inner // self.entries)
         shared: list[Rows | None] = [None] * (len(self.inputs) - 1)
         tensors = (row, None, of_statistics, of_statistics, None)

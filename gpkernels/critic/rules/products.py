@@ -75,19 +75,16 @@ class Product(Rule):
         """Compute the cotangent of the summand."""
         return c if self.beta == 1 else c * self.beta
 
-    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows | None:
+    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows:
         """Return the row of a, of that shape, which a row of the output is computed from with all of b."""
-        return None
+        raise Mixed
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         a, others = self.inputs[self.first], self.inputs[: self.first]
-        of_a = None if a is None else self.row_of_a(row, a.shape)
-        if of_a is None:
-            return None
-        try:
-            extra = [None if x is None else row.like(x.shape, self.outputs[0].shape) for x in others]
-        except Mixed:
-            return None
+        if a is None:
+            raise Mixed
+        of_a = self.row_of_a(row, a.shape)
+        extra = [None if x is None else row.like(x.shape, self.outputs[0].shape) for x in others]
         return [*extra, of_a, None], [None if shapes[0] is None else of_a, None]
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -160,9 +157,11 @@ class MM(Product):
     def saved_layouts(self, layouts: Layouts, out: Layout | None, shapes: Shapes) -> Layouts:
         return [layouts[self.first], None]
 
-    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows | None:
+    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows:
         at = row.axis_of(self.outputs[0].shape)
-        return None if at is None or at[0] else Rows(at[1], row.size, at[2] * a[1], row.index)
+        if at is None or at[0]:
+            raise Mixed
+        return Rows(at[1], row.size, at[2] * a[1], row.index)
 
 
 class Addmm(MM):
@@ -202,8 +201,10 @@ class BMM(Product):
         given = layouts[self.first : self.first + 2]
         return list(given) if out is None or out.axis else [out, out]
 
-    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows | None:
-        return Rows.along(a, 1, row.index) if row.axis_of(self.outputs[0].shape) == (1, 1, 1) else None
+    def row_of_a(self, row: Rows, a: Sequence[int]) -> Rows:
+        if row.axis_of(self.outputs[0].shape) != (1, 1, 1):
+            raise Mixed
+        return Rows.along(a, 1, row.index)
 
 
 class Baddbmm(BMM):

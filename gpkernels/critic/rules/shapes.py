@@ -66,7 +66,7 @@ class View(Moving):
             total *= n
         raise Mixed
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         return [row], []
 
 
@@ -106,10 +106,10 @@ class Transpose(Moving):
         a, b = (self.axis(d) for d in self.pair)
         return Layout({a: b, b: a}.get(at.axis, at.axis), at.block)
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         at, (a, b) = row.axis_of(self.after), (self.axis(d) for d in self.pair)
         if at is None or at[1:] != (1, 1):
-            return None
+            raise Mixed
         return [Rows.along(self.shape, {a: b, b: a}.get(at[0], at[0]), row.index)], []
 
 
@@ -131,10 +131,10 @@ class Permute(Moving):
         (at,) = layouts
         return None if at is None else Layout(self.order.index(at.axis), at.block)
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         at = row.axis_of(self.after)
         if at is None or at[1:] != (1, 1):
-            return None
+            raise Mixed
         return [Rows.along(self.shape, self.order[at[0]], row.index)], []
 
 
@@ -170,11 +170,8 @@ class Expand(Moving):
             raise Mixed
         return Layout(axis, at.block)
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
-        try:
-            return [row.like(self.shape, self.after)], []
-        except Mixed:
-            return None
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
+        return [row.like(self.shape, self.after)], []
 
 
 class Slice(Along):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkernels.critic.rules.base import Rows, RowsRead, Rule, Saved, Shapes, Tensors, Wanted
+from gpkernels.critic.rules.base import Mixed, Rows, RowsRead, Rule, Saved, Shapes, Tensors, Wanted
 from gpkernels.critic.rules.reductions import Sum
 from gpkernels.critic.rules.shapes import Along
 
@@ -28,9 +28,11 @@ class Softmax(Along):
     def axes(self) -> set[int]:
         return {self.dim}
 
-    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead | None:
+    def of_row(self, row: Rows, shapes: Shapes) -> RowsRead:
         at = row.axis_of(self.after)
-        return None if at is None or at[0] in self.axes() else ([row], [row])
+        if at is None or at[0] in self.axes():
+            raise Mixed
+        return [row], [row]
 
     def _back(self, u: Tensor, y: Tensor) -> Tensor:
         return aten._softmax_backward_data(u, y, self.dim, y.dtype)
