@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "nodes.h"
 
 using Dropout = torch::autograd::generated::NativeDropoutBackward0;
@@ -229,10 +230,11 @@ class Reader {
     }
     PyObject* known = x.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
     key.number(!known || THPVariable_CheckExact(known) ? -5 : -6);
-    if (x.unsafeGetTensorImpl()->is_wrapped_number()) {                 // as in graph.py
-      const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);  // a mode would see the number itself
-      x = x.detach();
-      x.unsafeGetTensorImpl()->set_wrapped_number(false);
+    const bool is_number = x.unsafeGetTensorImpl()->is_wrapped_number();
+    if (is_number || (!x.is_leaf() && !x.key_set().has(c10::DispatchKey::Python))) {  // as in graph.py
+      const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);                // by a mode
+      x = detached(x);
+      if (is_number) x.unsafeGetTensorImpl()->set_wrapped_number(false);
     }
     key.tensor(x);
     to.saved.push_back(std::move(x));

@@ -114,10 +114,17 @@ class Graph:
             flat.extend(x) if isinstance(x, (tuple, list)) else flat.append(x)
         if any(x is not None and x.layout != torch.strided for x in flat):  # no rule knows calls with sparse tensors
             return name, outputs, parents
-        # A Python number among the operands is saved as a wrapped number, which tracing would turn into a constant; a
-        # copy is an ordinary tensor.
-        self.saved += [x.detach().clone() if x is not None and not x.dim() and not watched() else x for x in flat]
+        self.saved += flat if watched() else map(_alone, flat)
         return name, outputs, parents, reader.all_constants(node, flat), tuple([_meta(x) for x in flat])
+
+
+def _alone(x: Tensor | None) -> Tensor | None:
+    """Return a saved tensor without the graph that it comes from, which would be held, and all that it has saved."""
+    if x is None or (x.is_leaf and x.dim()):
+        return x
+    # A Python number among the operands is saved as a wrapped number, which tracing would turn into a constant; a copy
+    # is an ordinary tensor.
+    return x.detach() if x.dim() else x.detach().clone()
 
 
 def _trains(node: Any) -> bool:

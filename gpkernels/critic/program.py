@@ -20,7 +20,7 @@ from torch import Tensor
 from gpkernels import backends
 from gpkernels.critic.cheaper import cheaper
 from gpkernels.critic.compiled import Options, chosen, compiled
-from gpkernels.critic.order import early
+from gpkernels.critic.order import early, late
 from gpkernels.critic.reuse import Place, reusing
 from gpkernels.critic.slots import (
     Outside,
@@ -182,7 +182,8 @@ class Program:
         options: Options | None = None,
     ) -> None:
         self.inputs, self.results, self.facts, self.options = inputs, results, facts, options
-        self.parts = self._parted(early(self._needed(calls), {s for s in results if s is not None}, facts.sizes))
+        kept, sizes = {s for s in results if s is not None}, facts.sizes
+        self.parts = self._parted(late(early(self._needed(calls), kept, sizes), kept, sizes))
 
     @staticmethod
     def of(recorder: Recorder, results: Tensors, options: Options | None = None) -> Program:

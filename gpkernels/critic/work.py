@@ -41,7 +41,9 @@ class Known:
 
 
 class _One:
-    """One pass in the traced work."""
+    """One pass in the traced work. gradients: parts of those of its leaves, once it has been made."""
+
+    gradients: dict[int, Any]
 
     def __init__(self, key: Any, plan: Plan, tensors: list[Tensor | None], passes: Passes) -> None:
         _, _, self.wants, self.groups, _, metas, _ = key
@@ -83,6 +85,7 @@ def work(known: Known, task: Task, tensors: Sequence[Tensor | None], outsider: O
         found, gradients = _one_pass(one, task, lifted, {p: u for p, u in seeds.items() if p[0] is one})
         values = [b if a is None else a for a, b in zip(values, found, strict=True)]
         at_samples += [None if g is None else _lowered(g, known.scale) for g in gradients]
+        one.gradients = one.passes.leaves() if task.gradients else {}
     terms = [value * w for value, w in zip(values, weights, strict=True) if value is not None and w is not None]
     if term is not None and task.consistency is not None:
         terms.insert(0, term * task.consistency.weight)
@@ -265,8 +268,8 @@ def _gradients(known: Known, task: Task, ones: list[_One]) -> list[Tensor | None
     parts: list[list[Any]] = [[] for _ in range(known.count)]
     blank: dict[int, Meta] = {}
     for one, numbers in zip(ones, known.leaves, strict=True):
-        for k, more in one.passes.leaves().items():
-            parts[numbers[k]] += more
+        for k, more in one.gradients.items():
+            parts[numbers[k]][:0] = more  # summed from the end: those of the first pass can be freed first
         ends = one.places[: 1 if task.consistency is None else 2] if one.plan.plain else []
         seeded = [place for place in ends if place is not None]
         for leaf in one.plan.reached(one.passes.bent(), one.places[0], seeded):
