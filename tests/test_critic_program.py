@@ -17,6 +17,7 @@ import gpkernels as gpk
 from comparing import assert_exactly_as, assert_same, batch, gradients
 from critics import mlp, plain_loss, plain_penalty, plain_points
 from gpkernels import backends
+from gpkernels.bench.counts import peak
 from gpkernels.bench.small import SMALL
 from gpkernels.critic import program, run, slots
 from watchers import PassesFunctions, PassesOps
@@ -318,6 +319,16 @@ def held(calls: list[Any], kept: set[Any], sizes: dict[Any, int], given: list[An
         most = max(most, sum(alive.values()))
         alive = {s: size for s, size in alive.items() if last.get(s, -1) > i}
     return most
+
+
+def test_an_input_that_nothing_reads_is_freed_at_once(loop: str) -> None:
+    x, unread = torch.randn(1000), torch.randn(100_000)
+    recorder = program.Recorder([x, unread])
+    with recorder:
+        y = torch.cat([x] * 100)
+    made = program.Program.of(recorder, [y])
+    found = peak(lambda: made.run([x.clone(), unread.clone()], lambda *_: []), torch.device("cpu"))
+    assert found < 1.1 * (x.nbytes + unread.nbytes)
 
 
 def test_weight_gradients_are_computed_where_what_they_need_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:

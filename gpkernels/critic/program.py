@@ -181,9 +181,11 @@ class Program:
         facts: Facts,
         options: Options | None = None,
     ) -> None:
-        self.inputs, self.results, self.facts, self.options = inputs, results, facts, options
+        self.results, self.facts, self.options = results, facts, options
         kept, sizes = {s for s in results if s is not None}, facts.sizes
         self.parts = self._parted(late(early(self._needed(calls), kept, sizes), kept, sizes))
+        read = kept.union(*(part.inputs for part in self.parts))
+        self.inputs = [s if s in read else None for s in inputs]  # the others are freed at once
 
     @staticmethod
     def of(recorder: Recorder, results: Tensors, options: Options | None = None) -> Program:
