@@ -140,12 +140,12 @@ def compiled(
     given: inputs such as it will be called with. The list is emptied.
     """
     graph = _graph_of(calls, inputs, outputs, slot_type)
-    examples = [x.detach() for x in given if x is not None]
+    places = [i for i, slot in enumerate(inputs) if slot is not None]
+    examples = [x.detach() for i in places if (x := given[i]) is not None]
     with _compiling, torch.no_grad():
         on_cpu = all(x.device.type == "cpu" for x in examples)
         own = {"size_asserts": False, "cpp_wrapper": on_cpu}  # the signature tells sizes; Python between kernels costs
         function = private.inductor().compile(graph, examples, options={**own, **options.values})
-    places = [i for i, slot in enumerate(inputs) if slot is not None]
     gives = [slot is not None for slot in outputs]
 
     def run(given: list[Any]) -> list[Any]:
