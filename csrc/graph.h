@@ -230,9 +230,10 @@ class Reader {
     }
     PyObject* known = x.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
     key.number(!known || THPVariable_CheckExact(known) ? -5 : -6);
+    // As in graph.py: without the graph that it comes from. A mode would see that, and a number itself.
     const bool is_number = x.unsafeGetTensorImpl()->is_wrapped_number();
-    if (is_number || (!x.is_leaf() && !x.key_set().has(c10::DispatchKey::Python))) {  // as in graph.py
-      const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);                // by a mode
+    if (is_number || (!x.is_leaf() && !x.key_set().has(c10::DispatchKey::Python))) {
+      const c10::impl::ExcludeDispatchKeyGuard unseen(c10::python_ks);
       x = detached(x);
       if (is_number) x.unsafeGetTensorImpl()->set_wrapped_number(false);
     }

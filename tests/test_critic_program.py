@@ -434,6 +434,7 @@ def test_no_more_is_held_than_in_the_given_order(name: str, kind: str, monkeypat
             value, gradient = gpk.value_and_input_gradient(critic, real)
             (value.mean() + gradient.square().sum()).backward()
     assert moved["early"]
+    assert moved["late"]
 
 
 CALLS: list[Callable[[Tensor, Tensor], Tensor]] = [

@@ -32,10 +32,10 @@ def late(calls: list[Any], results: set[Slot], sizes: Mapping[Slot, int]) -> lis
         if any(homes.get(s, s) in last for s in made) and held[0].adds[i] >= 0 and _is_function(call):
             ends = {last[s] for s in (touched & last.keys()) - kept}
             at = _place_of_reader(calls, i, after, ends, memory)
-        while not all(h.may_follow(i, i + len(after) - at) for h in held):
-            at += 1
-        for h in held:
-            h.move(i, i + len(after) - at)
+            while not all(h.may_follow(i, i + len(after) - at) for h in held):
+                at += 1
+            for h in held:
+                h.move(i, i + len(after) - at)
         after.insert(at, i)
         last.update((s, i) for s in touched if s not in last)
     return [calls[i] for i in reversed(after)]
